@@ -1,0 +1,446 @@
+"""Checks an image against the invariants, with a walker that shares no code with what it checks.
+
+Reads only, through the formats and the device; the allocator, the B+tree and the space map of the
+filesystem itself are never asked. Checked: I1, I4, I5, I6 and I7 in full, C9 of every byte in use,
+and of I2 what an image can show: that the retained generations are still whole. I3 is about the
+order of writes and leaves no trace in an image.
+
+The image must not be written meanwhile, unless its writer retains the generation that is checked.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from cowfs.care.contents import Contents, TreePart, paths_of
+from cowfs.care.reader import (
+    EMPTY,
+    MetadataReader,
+    Slot,
+    choose_superblock,
+    read_ring,
+    size_is_impossible,
+)
+from cowfs.care.references import References, SpaceMapCheck, index_pointer, pointer_fault
+from cowfs.care.report import CheckProgress, CheckReport, Finding, Findings
+from cowfs.care.walk import CatalogEntry, NodeFacts, Walk
+from cowfs.errors import CorruptError
+from cowfs.files.items import KEY_BYTES, TYPE_EXTENT, decode_extent, split_key
+from cowfs.history.records import (
+    MAIN_VOLUME,
+    DropRecord,
+    RootKind,
+    RootRecord,
+    decode_drop,
+    decode_id,
+    decode_root,
+    drop_key,
+    root_key,
+    snapshot_key,
+    volume_key,
+)
+from cowfs.storage.device import Device
+from cowfs.storage.format import (
+    INDEX_FANOUT,
+    NODE_BLOCKS,
+    NodeImage,
+    Pointer,
+    Superblock,
+    decode_pointer,
+    index_shape,
+)
+
+__all__ = ["CheckProgress", "CheckReport", "Finding", "check_image"]
+
+
+def check_image(
+    device: Device,
+    *,
+    generation: int | None = None,
+    progress: Callable[[CheckProgress], None] | None = None,
+    data: bool = True,
+) -> CheckReport:
+    """Check an image, and return everything that is wrong with it.
+
+    Every distinct node is read once (both copies), whatever the number of snapshots that share it,
+    and every distinct data block once. A further snapshot costs the nodes that are only its own.
+
+    Args:
+        device: the image; only read from.
+        generation: check this one instead of the newest; it must still be in the ring.
+        progress: called now and then.
+        data: verify the checksums of file data too.
+
+    Raises:
+        ImageError: not an image, of a newer format, or without that generation.
+        DeviceError: neither copy of the superblock ring can be read.
+    """
+    slots = read_ring(device)
+    superblock = choose_superblock(device, slots, generation)
+    findings = Findings()
+    findings.root = "superblock"
+    _check_ring(slots, superblock, findings)
+    impossible = size_is_impossible(device, superblock)
+    if impossible:
+        findings.error("I5", impossible)
+
+    reader = MetadataReader(device, superblock)
+    references = References()
+    contents = Contents(device, superblock, references, findings, data=data)
+    walk = Walk(reader, superblock, references, contents, findings, progress)
+    roots = _Roots(reader, superblock, walk, contents, findings)
+    roots.run()
+
+    findings.root = "space map"
+    space_map = SpaceMapCheck(reader, superblock, references, findings, incomplete=walk.incomplete)
+    system_blocks = space_map.run()
+
+    retained = []
+    if generation is None:
+        retained_check = _RetainedCheck(device, walk, contents, findings, data=data)
+        for earlier in _retained(slots, superblock):
+            findings.root = f"generation {earlier.generation}"
+            retained_check.run(earlier)
+            retained.append(earlier.generation)
+    return CheckReport(
+        generation=superblock.generation,
+        findings=findings.all(),
+        findings_left_off=findings.left_off,
+        roots=roots.count,
+        nodes=walk.node_count,
+        inodes=contents.inode_count,
+        data_blocks=references.data_blocks(),
+        used_blocks=references.used_blocks(),
+        system_blocks=system_blocks,
+        verified_blocks=contents.verified_blocks,
+        retained_generations=tuple(retained),
+    )
+
+
+def _check_ring(slots: list[Slot], superblock: Superblock, findings: Findings) -> None:
+    """Both copies of each slot; a torn or stale one harms nothing as long as the other is valid."""
+    by_number: dict[int, list[Slot]] = {}
+    for slot in slots:
+        by_number.setdefault(slot.number, []).append(slot)
+    for number, (first, second) in sorted(by_number.items()):
+        for slot in (first, second):
+            if slot.problem and slot.problem != EMPTY:
+                copy = "AB"[slot.copy]
+                findings.warning(
+                    "C9", f"slot {number}, copy {copy}: {slot.problem}", block=slot.block
+                )
+            elif slot.superblock and slot.superblock.uuid != superblock.uuid:
+                findings.warning("C9", f"slot {number} is of another image", block=slot.block)
+        if first.superblock != second.superblock and not (first.problem and second.problem):
+            generations = " and ".join(
+                f"generation {slot.superblock.generation}" if slot.superblock else slot.problem
+                for slot in (first, second)
+            )
+            findings.warning(
+                "C9", f"the copies of slot {number} differ: {generations}", block=first.block
+            )
+
+
+class _Roots:
+    """Walks the catalog, then every root that it names, and checks the records."""
+
+    def __init__(
+        self,
+        reader: MetadataReader,
+        superblock: Superblock,
+        walk: Walk,
+        contents: Contents,
+        findings: Findings,
+    ) -> None:
+        self.count = 0
+        self._reader = reader
+        self._superblock = superblock
+        self._walk = walk
+        self._contents = contents
+        self._findings = findings
+        self._roots: dict[int, tuple[RootRecord, CatalogEntry]] = {}
+        self._drops: list[tuple[DropRecord, CatalogEntry]] = []
+
+    def run(self) -> None:
+        superblock, walk, findings = self._superblock, self._walk, self._findings
+        findings.root = "catalog"
+        top = walk.root(superblock.catalog, superblock.generation, catalog=True)
+        if top is None or top.broken:
+            findings.error("C9", "the catalog cannot be read in full")
+        elif top.nodes != superblock.catalog_nodes:
+            findings.error(
+                "I6",
+                f"the superblock counts {superblock.catalog_nodes} catalog nodes, "
+                f"expected {top.nodes}",
+            )
+        self._read_catalog(complete=top is not None and not top.broken)
+        for drop, _ in self._drops:
+            walk.expect_drop(drop)
+        # Volumes before snapshots: of what they share, the path in the live volume helps more.
+        for root_id in sorted(self._roots, key=self._volumes_first):
+            record, entry = self._roots[root_id]
+            self._check_root(record, entry)
+        for drop, entry in self._drops:
+            findings.root = f"drop queue, {drop.name or drop.number}"
+            walk.drop_path(drop)
+            walk.root(drop.path[0].pointer, entry.birth)
+            self.count += 1
+
+    def _volumes_first(self, root_id: int) -> tuple[bool, int]:
+        return self._roots[root_id][0].kind is not RootKind.VOLUME, root_id
+
+    def _read_catalog(self, *, complete: bool) -> None:
+        """Decode every entry; names and root records must fit each other."""
+        findings = self._findings
+        named: dict[int, list[bytes]] = {}
+        for entry in self._walk.catalog:
+            key, value = entry.key, entry.value
+            try:
+                if key[:1] == b"R":
+                    record = decode_root(value)
+                    if key != root_key(record.root_id):
+                        raise CorruptError(
+                            "root record", entry.block, "is under another root's key"
+                        )
+                    self._roots[record.root_id] = (record, entry)
+                elif key[:1] in (b"S", b"V"):
+                    named.setdefault(decode_id(value), []).append(key)
+                elif key[:1] == b"D":
+                    drop = decode_drop(value)
+                    if key != drop_key(drop.number):
+                        raise CorruptError("drop record", entry.block, "is under another key")
+                    self._drops.append((drop, entry))
+                else:
+                    raise CorruptError("catalog", entry.block, "unknown key", key.hex())
+            except CorruptError as error:
+                found = "" if error.found is None else f", found {error.found}"
+                findings.error("I5", f"{error.owner}: {error.reason}{found}", block=entry.block)
+                self._walk.incomplete = True
+        if not complete:
+            return
+        for root_id, (record, entry) in self._roots.items():
+            volume = record.kind is RootKind.VOLUME
+            wanted = volume_key(record.name) if volume else snapshot_key(record.name)
+            keys = named.pop(root_id, [])
+            if keys != [wanted]:
+                found = ", ".join(ascii(key.decode("utf-8", "replace")) for key in keys) or "none"
+                findings.error(
+                    "I7",
+                    f"root {root_id} is called {record.name}, but its catalog names are {found}",
+                    block=entry.block,
+                )
+        for root_id, keys in named.items():
+            names = ", ".join(ascii(key[1:].decode("utf-8", "replace")) for key in keys)
+            findings.error("I7", f"the catalog name {names} is of root {root_id}, which is none")
+        if not any(
+            record.kind is RootKind.VOLUME and record.name == MAIN_VOLUME
+            for record, _ in self._roots.values()
+        ):
+            findings.warning("I7", f"there is no volume {MAIN_VOLUME}")
+
+    def _check_root(self, record: RootRecord, entry: CatalogEntry) -> None:
+        findings = self._findings
+        findings.root = f"{record.kind.name.lower()} {record.name}"
+        self.count += 1
+        first_finding = len(findings)
+        next_root_id = self._superblock.next_root_id
+        for what, root_id in (("root id", record.root_id), ("parent", record.parent_id)):
+            if root_id >= next_root_id:
+                findings.error(
+                    "I7",
+                    f"{what} is {root_id}, but the next root id is {next_root_id}",
+                    block=entry.block,
+                )
+        if record.created_generation > self._superblock.generation:
+            findings.error(
+                "I4",
+                f"created in generation {record.created_generation}, which is yet to come",
+                block=entry.block,
+            )
+        elif record.kind is RootKind.SNAPSHOT and record.pointer.birth > record.created_generation:
+            findings.error(
+                "I4",
+                f"a snapshot of generation {record.created_generation} has a tree born in "
+                f"{record.pointer.birth}",
+                block=entry.block,
+            )
+        top = self._walk.root(record.pointer, entry.birth)
+        if top is not None and top.part is not None and not top.broken:
+            self._check_counters(record, top, top.part, entry)
+            self._contents.tree(
+                top.part,
+                lambda: _edges(top),
+                lambda: self._leaves(record.pointer),
+            )
+        wanted = findings.without_path(first_finding)
+        if wanted:
+            findings.give_paths(first_finding, paths_of(self._leaves(record.pointer), wanted))
+
+    def _check_counters(
+        self, record: RootRecord, top: NodeFacts, part: TreePart, entry: CatalogEntry
+    ) -> None:
+        for what, found, expected in (
+            ("nodes", record.node_count, top.nodes),
+            ("data blocks", record.data_blocks, part.data_blocks),
+            ("inodes", record.inode_count, part.inodes),
+        ):
+            if found != expected:
+                self._findings.error(
+                    "I7",
+                    f"the root record counts {found} {what}, expected {expected}",
+                    block=entry.block,
+                )
+        last = split_key(top.last_key)[0] if len(top.last_key) == KEY_BYTES else 0
+        if record.next_ino <= last:
+            self._findings.error(
+                "I7",
+                f"next inode number is {record.next_ino}, but {last} exists",
+                block=entry.block,
+            )
+
+    def _leaves(self, pointer: Pointer) -> Iterator[NodeImage]:
+        """The leaves of a tree in key order, as far as they can be read."""
+        waiting: list[tuple[Pointer, int | None]] = [(pointer, None)]
+        while waiting:
+            here, level = waiting.pop()
+            if pointer_fault(here, NODE_BLOCKS, self._superblock.generation, self._superblock):
+                continue  # the walk told
+            image = self._reader.node(here, level, _ignore)
+            if image is None:
+                continue
+            if image.level:
+                waiting += [
+                    (decode_pointer(value), image.level - 1) for value in reversed(image.values)
+                ]
+            else:
+                yield image
+
+
+def _edges(top: NodeFacts) -> Iterator[npt.NDArray[np.uint64]]:
+    """The directory edges of all leaves below a node."""
+    waiting = [top]
+    while waiting:
+        facts = waiting.pop()
+        waiting += facts.children
+        if facts.part is not None and facts.part.edges is not None:
+            yield facts.part.edges
+
+
+def _ignore(_invariant: str, _what: str, _block: int) -> None:
+    """For reads whose damage the walk has told."""
+
+
+# --- retained generations -------------------------------------------------------------------------
+
+
+def _retained(slots: list[Slot], newest: Superblock) -> list[Superblock]:
+    """The earlier superblocks that the newest one promises to be whole, newest first."""
+    found = {
+        slot.superblock.generation: slot.superblock
+        for slot in slots
+        if slot.superblock is not None
+        and slot.superblock.uuid == newest.uuid
+        and newest.oldest_retained <= slot.superblock.generation < newest.generation
+    }
+    return [found[generation] for generation in sorted(found, reverse=True)]
+
+
+class _RetainedCheck:
+    """I2: every node, page and data block of earlier generations still has its checksum.
+
+    What the newest generation shares with them was read already and is left out.
+    """
+
+    def __init__(
+        self, device: Device, walk: Walk, contents: Contents, findings: Findings, *, data: bool
+    ) -> None:
+        self._device = device
+        self._walk = walk
+        self._contents = contents
+        self._findings = findings
+        self._data = data
+        self._met: set[Pointer] = set()
+
+    def run(self, superblock: Superblock) -> None:
+        reader = MetadataReader(self._device, superblock)
+        dropped: dict[int, int] = {}
+        roots = []
+        for image in self._leaves(reader, superblock, superblock.catalog, dropped):
+            for key, value in zip(image.keys, image.values, strict=True):
+                try:
+                    if key[:1] == b"R":
+                        roots.append(decode_root(value).pointer)
+                    elif key[:1] == b"D":
+                        drop = decode_drop(value)
+                        dropped |= {step.pointer.block: step.done for step in drop.path}
+                        roots.append(drop.path[0].pointer)
+                except CorruptError as error:
+                    self._damaged("I2", str(error), image.block)
+        for root in roots:
+            for image in self._leaves(reader, superblock, root, dropped):
+                if self._data:
+                    self._verify(image, dropped.get(image.block, 0))
+        self._space_map(reader, superblock)
+
+    def _damaged(self, _invariant: str, what: str, block: int) -> None:
+        self._findings.error("I2", f"a retained generation is not whole: {what}", block=block)
+
+    def _may_follow(self, pointer: Pointer, blocks: int, superblock: Superblock) -> bool:
+        if pointer in self._met or self._walk.has_met(pointer):
+            return False
+        self._met.add(pointer)
+        fault = pointer_fault(pointer, blocks, superblock.generation, superblock)
+        if fault is not None:
+            self._damaged("I2", fault[1], pointer.block)
+        return fault is None
+
+    def _leaves(
+        self,
+        reader: MetadataReader,
+        superblock: Superblock,
+        root: Pointer,
+        dropped: dict[int, int],
+    ) -> Iterator[NodeImage]:
+        """The leaves below a root that were not met before."""
+        waiting: list[tuple[Pointer, int | None]] = [(root, None)]
+        while waiting:
+            pointer, level = waiting.pop()
+            if not self._may_follow(pointer, NODE_BLOCKS, superblock):
+                continue
+            image = reader.node(pointer, level, self._damaged)
+            if image is None:
+                continue
+            if image.level:
+                values = image.values[dropped.get(image.block, 0) :]
+                waiting += [(decode_pointer(value), image.level - 1) for value in reversed(values)]
+            else:
+                yield image
+
+    def _verify(self, image: NodeImage, dropped: int) -> None:
+        for key, value in zip(image.keys[dropped:], image.values[dropped:], strict=True):
+            if len(key) == KEY_BYTES and key[8] == TYPE_EXTENT:
+                ino, _, offset = split_key(key)
+                try:
+                    extent = decode_extent(ino, value)
+                except CorruptError as error:
+                    self._damaged("I2", str(error), image.block)
+                    continue
+                self._contents.verify(ino, offset, extent, "I2")
+
+    def _space_map(self, reader: MetadataReader, superblock: Superblock) -> None:
+        top_level = len(index_shape(superblock.total_blocks))
+        waiting = [(superblock.space_map, top_level, 0)]
+        while waiting:
+            pointer, level, number = waiting.pop()
+            if not self._may_follow(pointer, 1, superblock):
+                continue
+            if not level:
+                reader.refcounts(pointer, self._damaged)
+                continue
+            entries = reader.index_page(pointer, level, number, self._damaged)
+            if entries is None:
+                continue
+            for position in np.flatnonzero(entries["block"]).tolist():
+                child = number * INDEX_FANOUT + position
+                waiting.append((index_pointer(entries[position]), level - 1, child))

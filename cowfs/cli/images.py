@@ -1,0 +1,261 @@
+"""`cowfs mkfs` makes an image, `cowfs check` proves one.
+
+mkfs touches nothing that holds data unless it is forced to, and never an image that is in use: it
+holds the lock before it looks. What it made before it failed is removed again.
+"""
+
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from cowfs.cli.entry import printable, warn
+from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
+from cowfs.cli.target import connect, open_target
+from cowfs.errors import EXIT_ERROR, ImageError, LockedError, UsageError
+
+if TYPE_CHECKING:
+    from cowfs.care.report import CheckProgress, CheckReport
+    from cowfs.storage.device import FileDevice
+
+DEFAULT_SIZE_BYTES = 4 << 30
+_PROBE_BYTES = 1 << 20  # where every filesystem and every partition table begins
+
+
+@click.command()
+@click.argument("image", metavar="IMG", type=click.Path())
+@click.option("--size", metavar="SIZE", help="As 512M, 4G or 1.5TiB. [default: 4G, or as it is]")
+@click.option("--label", default="", help="A name for the filesystem, up to 64 bytes.")
+@click.option(
+    "--no-duplicate-metadata",
+    "single",
+    is_flag=True,
+    help="Keep one copy of metadata, not two: less space, no repair.",
+)
+@click.option("--preallocate", is_flag=True, help="Take the space from the host now.")
+@click.option("--force", is_flag=True, help="Overwrite an image or other data.")
+@json_option
+def mkfs(
+    image: str,
+    size: str | None,
+    label: str,
+    single: bool,
+    preallocate: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Make an image file (or use a block device) and an empty filesystem in it.
+
+    The file is sparse: it takes space from the host as it fills. Only its owner can read it.
+
+    \b
+    cowfs mkfs disk.img --size 20G --label photos
+    cowfs mkfs disk.img --size 1T --preallocate
+    """
+    from cowfs.daemon.options import parse_size
+    from cowfs.storage.format import (
+        BLOCK_SIZE_BYTES,
+        LABEL_BYTES_MAX,
+        MAX_TOTAL_BLOCKS,
+        MIN_TOTAL_BLOCKS,
+    )
+
+    minimum_bytes = MIN_TOTAL_BLOCKS * BLOCK_SIZE_BYTES
+    size_bytes = None if size is None else parse_size(size) // BLOCK_SIZE_BYTES * BLOCK_SIZE_BYTES
+    if size_bytes is not None and size_bytes < minimum_bytes:
+        raise UsageError(f"--size {size} is too small: an image needs at least 16 MiB")
+    if size_bytes is not None and size_bytes > MAX_TOTAL_BLOCKS * BLOCK_SIZE_BYTES:
+        raise UsageError(f"--size {size} is too large: an image has at most 4 PiB")
+    if len(label.encode(errors="replace")) > LABEL_BYTES_MAX or not label.isprintable():
+        raise UsageError(f"a label is up to {LABEL_BYTES_MAX} bytes of printable text")
+
+    with _target_device(os.path.abspath(image), size_bytes, force=force) as device:
+        if preallocate:
+            _preallocate(device)
+        else:
+            _warn_of_small_host(device)
+        uuid = _make(device, label, duplicate_metadata=not single)
+
+    if as_json:
+        fields = {"image": device.name, "uuid": uuid, "label": label}
+        fields_of_size = {"total_bytes": device.size_bytes, "duplicated_metadata": not single}
+        print_json("cowfs mkfs", fields | fields_of_size)
+    else:
+        shown = Numbers().size(device.size_bytes)
+        click.echo(f"made {printable(device.name)}: {shown}, empty; cowfs mount mounts it")
+
+
+def _make(device: "FileDevice", label: str, *, duplicate_metadata: bool) -> str:
+    from uuid import UUID
+
+    from cowfs.history.filesystem import make_filesystem
+
+    superblock = make_filesystem(
+        device,
+        label=label,
+        duplicate_metadata=duplicate_metadata,
+        uid=os.geteuid(),
+        gid=os.getegid(),
+    )
+    return str(UUID(bytes=superblock.uuid))
+
+
+@contextmanager
+def _target_device(path: str, size_bytes: int | None, *, force: bool) -> "Iterator[FileDevice]":
+    """The locked device of the size wanted. A file made here does not outlive a failure."""
+    from cowfs.storage.device import FileDevice, create_file
+
+    made = False
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        made = True
+    except OSError as error:
+        raise ImageError(f"cannot open {path}: {error.strerror}") from None
+    if made:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise ImageError(f"cannot make {path}: {error.strerror}") from None
+    elif stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{path} is a directory, and an image is a file")
+
+    try:
+        device = FileDevice(path, writable=True)
+        try:
+            if not made:
+                _refuse_running(path)
+            if not made and not force:
+                _refuse_data(device, size_bytes)
+            if not made and stat.S_ISBLK(status.st_mode):
+                if size_bytes is not None and size_bytes > device.size_bytes:
+                    raise UsageError(f"{path} has only {device.size_bytes} bytes")
+                device.size_bytes = size_bytes or device.size_bytes
+            else:
+                wanted = size_bytes or device.size_bytes or DEFAULT_SIZE_BYTES
+                create_file(path, wanted)
+                device.size_bytes = wanted
+            yield device
+        finally:
+            device.close()
+    except BaseException:
+        if made:
+            os.unlink(path)
+        raise
+
+
+def _refuse_running(path: str) -> None:
+    """A daemon that only reads holds no lock."""
+    client = connect(path)
+    if client is not None:
+        client.close()
+        raise LockedError(f"{path} is mounted (process {client.daemon_pid}); unmount it first")
+
+
+def _refuse_data(device: "FileDevice", size_bytes: int | None) -> None:
+    from cowfs.errors import CowfsError
+    from cowfs.storage.superblock import read_newest
+
+    if not device.size_bytes:
+        return
+    try:
+        superblock = read_newest(device)
+    except CowfsError:
+        holds_image = False
+    else:
+        holds_image = True
+    if holds_image:
+        label = f" ({superblock.label})" if superblock.label else ""
+        raise ImageError(f"{device.name} holds a cowfs image{label}; --force overwrites it")
+    if any(device.read(0, min(_PROBE_BYTES, device.size_bytes))):
+        raise ImageError(f"{device.name} holds data; --force overwrites it")
+    if size_bytes is not None and size_bytes < device.size_bytes:
+        raise ImageError(f"{device.name} is larger than --size; --force cuts it")
+
+
+def _preallocate(device: "FileDevice") -> None:
+    try:
+        descriptor = os.open(device.name, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fallocate(descriptor, 0, device.size_bytes)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise ImageError(f"cannot preallocate {device.name}: {error.strerror}") from None
+
+
+def _warn_of_small_host(device: "FileDevice") -> None:
+    if not os.path.isfile(device.name):
+        return
+    host = os.statvfs(os.path.dirname(device.name))
+    free_bytes = host.f_bavail * host.f_frsize
+    if free_bytes < device.size_bytes:
+        numbers = Numbers()
+        warn(
+            "cowfs",
+            f"warning: the host has {numbers.size(free_bytes)} free, less than the "
+            f"{numbers.size(device.size_bytes)} of the image; writes fail when it is full",
+        )
+
+
+# --- check ----------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("target", metavar="TARGET", type=click.Path())
+@click.option("--no-data", is_flag=True, help="Leave out the checksums of file data: faster.")
+@json_option
+@click.pass_context
+def check(context: click.Context, target: str, no_data: bool, as_json: bool) -> None:
+    """Check an image, or a mount while it is used, and change nothing.
+
+    Every node and every block in use is read and compared with its checksum; every refcount, link
+    count and number of free blocks is counted anew. Exit status: 0 clean, 1 not.
+
+    \b
+    cowfs check disk.img
+    cowfs check ~/data --no-data
+    """
+    from cowfs.care.check import check_image
+
+    with (
+        open_target(target) as filesystem,
+        progress_bar("reading") as bar,
+        filesystem.device() as (device, generation),
+    ):
+
+        def show(progress: "CheckProgress") -> None:
+            if bar is not None:
+                bar(progress.stage, progress.done_blocks, progress.total_blocks)
+
+        report = check_image(device, generation=generation, progress=show, data=not no_data)
+
+    if as_json:
+        print_json("cowfs check", {"image": filesystem.image, **_check_fields(report)})
+    else:
+        _print_check(filesystem.image, report)
+    context.exit(0 if report.clean else EXIT_ERROR)
+
+
+def _check_fields(report: "CheckReport") -> dict[str, object]:
+    return {"clean": report.clean, **as_fields(asdict(report))}
+
+
+def _print_check(image: str, report: "CheckReport") -> None:
+    for finding in report.findings:
+        click.echo(printable(str(finding)))
+    if report.findings_left_off:
+        click.echo(f"and {report.findings_left_off} more")
+    counts = (
+        f"generation {report.generation}, {report.roots} roots, {report.inodes} inodes, "
+        f"{report.nodes} nodes, {report.data_blocks} data blocks"
+    )
+    errors = len(report.errors) + report.findings_left_off
+    sys.stdout.flush()
+    state = "clean" if report.clean else f"NOT CLEAN, {errors} error{'s' if errors != 1 else ''}"
+    click.echo(f"{printable(image)} is {state}: {counts}")

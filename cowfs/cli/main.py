@@ -1,0 +1,80 @@
+"""The command `cowfs`: its commands, each imported only when it is asked for.
+
+Start-up is what a short command costs, so this file knows the commands by name alone.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from cowfs import __version__
+from cowfs.cli.entry import Invocation, run
+
+# Where each command is, and what it does in a line.
+_COMMANDS = {
+    "mkfs": ("cowfs.cli.images:mkfs", "Make an image with an empty filesystem."),
+    "mount": ("cowfs.cli.mounting:mount", "Mount an image on a directory."),
+    "umount": ("cowfs.cli.mounting:umount", "Unmount, and wait until all is safe."),
+    "snapshot": ("cowfs.cli.snapshots:snapshot", "Create, list, delete, rename snapshots."),
+    "rollback": ("cowfs.cli.rollback:rollback", "Go back to a snapshot, while mounted."),
+    "undo": ("cowfs.cli.rollback:undo", "Take back the last rollback."),
+    "df": ("cowfs.cli.space:df", "Show where the space is."),
+    "info": ("cowfs.cli.space:info", "Show what an image is, how it is mounted."),
+    "sync": ("cowfs.cli.space:sync", "Make everything durable."),
+    "check": ("cowfs.cli.images:check", "Check every byte in use against every promise."),
+    "completion": ("cowfs.cli.completion:completion", "Print a shell's completion script."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are used, and listed without that."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        place, _ = _COMMANDS[cmd_name]
+        module, _, name = place.partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, words) for name, (_, words) in _COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Sizes are in powers of 1024. Exit status: 0 done, 1 error, 2 usage, 10 image missing, "
+    "11 image locked, 130 interrupted. Space per snapshot: cowdu.",
+)
+@click.version_option(__version__, "--version", "-V", prog_name="cowfs")
+@click.option("--debug", is_flag=True, help="Show where an error came from.")
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
+    """A copy-on-write filesystem in one image file, with snapshots.
+
+    TARGET is a mount point or an image: a command finds the daemon of either, and works on the
+    image itself when it is not mounted.
+
+    \b
+    cowfs mkfs disk.img --size 4G          make an image
+    cowfs mount disk.img ~/data            any program works in ~/data now
+    cowfs snapshot create ~/data monday    keep this state
+    cowfs rollback ~/data monday           go back to it, while mounted
+    cowfs undo ~/data                      take that back
+    cowfs umount ~/data                    everything is safe in disk.img
+    """
+    invocation = context.find_object(Invocation)
+    if invocation is not None:
+        invocation.debug = debug
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run `cowfs` and end the process."""
+    run(cli, "cowfs", arguments)

@@ -1,0 +1,147 @@
+"""How commands print: JSON in an envelope, tables for people, lines with tabs for scripts.
+
+On a terminal tables are rich's; elsewhere they are plain aligned text without any control code, and
+rich is not even imported.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import click
+
+from cowfs.cli.entry import printable
+
+MAJOR_VERSION = 0
+MINOR_VERSION = 1
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+bare_option = click.option(
+    "-H", "bare", is_flag=True, help="For scripts: no header, one tab between columns."
+)
+exact_option = click.option(
+    "-p", "exact", is_flag=True, help="Exact numbers: bytes, and seconds since 1970."
+)
+
+
+def list_options(function: Function) -> Function:
+    """The options of every command that prints a list: --json, -H, -p."""
+    return json_option(bare_option(exact_option(function)))
+
+
+def print_json(command: str, fields: Mapping[str, Any]) -> None:
+    """One object: the envelope that names the command and its version, then the fields."""
+    import json
+
+    version = {"command": command, "vers_major": MAJOR_VERSION, "vers_minor": MINOR_VERSION}
+    click.echo(json.dumps({"output_version": version, **fields}, indent=2))
+
+
+def as_fields(report: Any) -> Any:
+    """A report as the dict, list or value that JSON has for it."""
+    import msgspec
+
+    return msgspec.to_builtins(report)
+
+
+class Numbers(NamedTuple):
+    """Sizes and times, exact or as people read them."""
+
+    exact: bool = False
+
+    def size(self, size_bytes: int) -> str:
+        if self.exact:
+            return str(size_bytes)
+        import humanize
+
+        return humanize.naturalsize(size_bytes, binary=True)
+
+    def time(self, time_ns: int) -> str:
+        seconds = time_ns // 10**9
+        if self.exact:
+            return str(seconds)
+        try:
+            return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+        except (OverflowError, ValueError):
+            return str(seconds)  # an image may say any number
+
+
+class Column(NamedTuple):
+    """Of a table. Numbers stand `right`."""
+
+    title: str
+    right: bool = False
+
+
+def print_table(
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], *, bare: bool = False
+) -> None:
+    """A table: bare for scripts, rich on a terminal, plain elsewhere."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    if bare:
+        for row in cells:
+            click.echo("\t".join(row))
+    elif sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in columns:
+            table.add_column(column.title, justify="right" if column.right else "left")
+        for row in cells:
+            table.add_row(*map(Text, row))
+        Console().print(table)
+    else:
+        _print_plain(columns, cells)
+
+
+def _print_plain(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+    lines = [[column.title for column in columns], *rows]
+    widths = [max(_width(line[at]) for line in lines) for at in range(len(columns))]
+    for line in lines:
+        padded = []
+        for cell, width, column in zip(line, widths, columns, strict=True):
+            space = " " * (width - _width(cell))
+            padded.append(space + cell if column.right else cell + space)
+        click.echo("  ".join(padded).rstrip())
+
+
+def _width(text: str) -> int:
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def print_facts(facts: Sequence[tuple[str, str]]) -> None:
+    """Names and values, one pair a line."""
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        click.echo(f"{name:<{width}}  {printable(value)}".rstrip())
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar on standard error for the time of a block; None where nobody would see it.
+
+    What it yields takes the words, what is done, and the total.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(text, total=None)
+
+        def show(words: str, done: int, total: int) -> None:
+            progress.update(task, description=printable(words), completed=done, total=total or None)
+
+        yield show

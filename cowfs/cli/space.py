@@ -1,0 +1,132 @@
+"""`cowfs df`, `cowfs info` and `cowfs sync`."""
+
+import click
+
+from cowfs.cli.entry import printable
+from cowfs.cli.output import (
+    Column,
+    Numbers,
+    as_fields,
+    json_option,
+    list_options,
+    print_facts,
+    print_json,
+    print_table,
+)
+from cowfs.cli.snapshots import target_argument
+from cowfs.cli.target import open_target
+from cowfs.history.reports import InfoReport, SpaceReport
+
+_SPACE = {
+    "TOTAL": "total_bytes",
+    "USED": "used_bytes",
+    "TREE": "tree_bytes",
+    "CATALOG": "catalog_bytes",
+    "SYSTEM": "system_bytes",
+    "PENDING": "pending_bytes",
+    "FREE": "free_bytes",
+    "PROMISED": "promised_bytes",
+    "RESERVED": "reserved_bytes",
+    "AVAILABLE": "available_bytes",
+}
+
+
+@click.command()
+@target_argument
+@list_options
+def df(target: str, as_json: bool, bare: bool, exact: bool) -> None:
+    """Show where the space is. Which snapshot holds it: cowdu TARGET.
+
+    \b
+    USED       TREE (files of all volumes and snapshots) and CATALOG (their records)
+    SYSTEM     superblocks and the space map
+    PENDING    freed, until the generations that show it are gone
+    PROMISED   data in memory that will need space
+    RESERVED   held back, so that a full filesystem can delete
+    AVAILABLE  for new data
+
+    \b
+    cowfs df ~/data
+    cowfs df ~/data -H -p | cut -f 10
+    """
+    with open_target(target) as filesystem:
+        space = filesystem.space()
+    if as_json:
+        print_json("cowfs df", as_fields(space))
+        return
+    numbers = Numbers(exact)
+    row = [numbers.size(getattr(space, field)) for field in _SPACE.values()]
+    print_table([Column(title, right=True) for title in _SPACE], [row], bare=bare)
+    if not bare:
+        _print_drops(space, numbers)
+
+
+def _print_drops(space: SpaceReport, numbers: Numbers) -> None:
+    for drop in space.drops:
+        state = "cannot be given back, run cowfs check" if drop.stuck else "is being given back"
+        click.echo(
+            f"deleted snapshot {printable(drop.name)} {state}: {numbers.size(drop.freed_bytes)} "
+            f"of at most {numbers.size(drop.referenced_bytes)}"
+        )
+
+
+@click.command()
+@target_argument
+@json_option
+def info(target: str, as_json: bool) -> None:
+    """Show what an image is, and how it is mounted.
+
+    \b
+    cowfs info disk.img
+    cowfs info ~/data --json
+    """
+    with open_target(target) as filesystem:
+        report = filesystem.info()
+    if as_json:
+        print_json("cowfs info", as_fields(report))
+    else:
+        print_facts(_facts(report))
+
+
+def _facts(report: InfoReport) -> list[tuple[str, str]]:
+    numbers = Numbers()
+    copies = "two copies" if report.duplicated_metadata else "one copy"
+    facts = [
+        ("image", report.image),
+        ("label", report.label or "-"),
+        ("uuid", report.uuid),
+        ("format", str(report.format_version)),
+        ("size", f"{numbers.size(report.total_bytes)} ({report.total_bytes} bytes)"),
+        ("blocks", f"{report.block_size_bytes} bytes, nodes {report.node_size_bytes} bytes"),
+        ("metadata", copies),
+        ("generation", f"{report.generation} of {numbers.time(report.committed_ns)}"),
+        ("created", numbers.time(report.created_ns)),
+        ("clean", "yes" if report.clean else "no"),
+        ("snapshots", str(report.snapshot_count)),
+        ("inodes", str(report.inode_count)),
+    ]
+    if report.mount_point is not None:
+        facts += [
+            ("mounted on", report.mount_point),
+            ("daemon", f"process {report.daemon_pid}"),
+        ]
+        settings = report.daemon_settings or {}
+        facts += [("", f"{name} = {value}") for name, value in settings.items()]
+    else:
+        facts.append(("mounted", "no"))
+    return facts
+
+
+@click.command()
+@target_argument
+@json_option
+def sync(target: str, as_json: bool) -> None:
+    """Make everything durable that was written before. (sync(1) does not reach a FUSE filesystem.)
+
+    \b
+    cowfs sync ~/data
+    """
+    with open_target(target) as filesystem:
+        generation = filesystem.sync()
+    if as_json:
+        print_json("cowfs sync", {"generation": generation})

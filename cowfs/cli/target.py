@@ -1,0 +1,341 @@
+"""What a command works on: a daemon, or the image itself, behind the same methods.
+
+A mount point leads to its daemon, and so does the path of an image that is mounted. Only an image
+without a daemon is opened here; then what changes it holds its lock until the change is durable.
+numpy is imported only then: asking a daemon starts fast.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Protocol, cast
+
+from cowfs.daemon import places
+from cowfs.daemon.control import Client, ShowProgress
+from cowfs.errors import BusyError, CorruptError, DeviceError, MountError, ReadOnlyError
+from cowfs.history.reports import (
+    DropReport,
+    InfoReport,
+    ReclaimReport,
+    SnapshotReport,
+    SpaceReport,
+)
+
+if TYPE_CHECKING:
+    from cowfs.history.filesystem import EditAction, Filesystem
+    from cowfs.history.records import RootRecord
+    from cowfs.storage.device import FileDevice
+
+
+class Target(Protocol):
+    """A filesystem, mounted or not. Errors are CowfsError; what changes it is durable on return."""
+
+    image: str
+
+    @property
+    def daemon(self) -> Client | None:
+        """The connection to its daemon; None when it is not mounted."""
+
+    def info(self) -> InfoReport: ...
+
+    def space(self) -> SpaceReport: ...
+
+    def snapshots(self) -> tuple[SnapshotReport, ...]:
+        """The oldest first."""
+
+    def drops(self) -> tuple[DropReport, ...]: ...
+
+    def create_snapshot(self, name: str, description: str = "") -> SnapshotReport: ...
+
+    def delete_snapshots(
+        self, names: Sequence[str], *, wait: bool = False, progress: ShowProgress | None = None
+    ) -> tuple[SnapshotReport, ...]:
+        """Returns those deleted. An image without a daemon has no drop queue left afterwards."""
+
+    def rename_snapshot(self, old: str, new: str) -> SnapshotReport: ...
+
+    def rollback(self, name: str, *, force: bool = False) -> SnapshotReport:
+        """Returns the automatic snapshot of the state before."""
+
+    def undo(self, *, force: bool = False) -> SnapshotReport:
+        """Returns the automatic snapshot of the state that was undone."""
+
+    def sync(self) -> int:
+        """Returns the newest durable generation."""
+
+    def reclaim(self, names: Sequence[str]) -> ReclaimReport:
+        """What deleting exactly these snapshots would free."""
+
+    def device(self) -> AbstractContextManager[tuple[FileDevice, int | None]]:
+        """The image for reading, and the generation that stays whole while the block runs.
+
+        None stands for the newest: nobody writes.
+        """
+
+    def reading(self) -> AbstractContextManager[Filesystem]:
+        """The filesystem read-only in this process, with all that was written before."""
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def open_target(path: str | os.PathLike[str]) -> Iterator[Target]:
+    """The filesystem at a mount point (or in a directory below one), or in an image.
+
+    Raises:
+        ImageMissingError: there is no such file.
+        MountError: a directory where no cowfs is mounted, or a mount whose daemon is gone.
+    """
+    text = os.fspath(path)
+    target = _find(text)
+    try:
+        yield target
+    finally:
+        target.close()
+
+
+def _find(path: str) -> Target:
+    mount = places.find_mount(path)
+    if mount is None:
+        try:
+            is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+        except OSError:
+            is_directory = False  # the image's own error is the better one
+        if not is_directory:
+            client = connect(path)
+            return DaemonTarget(client, path) if client else ImageTarget(path)
+        mount = places.find_mount(path, inside=True)
+    if mount is None:
+        raise MountError(f"{os.path.abspath(path)} is a directory where no cowfs is mounted")
+    client = connect_mount(mount)
+    if client is None:
+        raise MountError(
+            f"no daemon serves {mount.mount_point} any more; cowfs umount {mount.mount_point} "
+            "clears it away, then mount it again"
+        )
+    return DaemonTarget(client, mount.image)
+
+
+def connect(image: str) -> Client | None:
+    """A connection to the daemon of an image; None when it has none.
+
+    Raises:
+        ImageMissingError: there is no such file.
+        MountError: who serves there cannot be trusted, or does not answer.
+    """
+    for path in places.find_sockets(image):
+        try:
+            return Client(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            continue  # left behind by a daemon that is gone
+    return None
+
+
+def connect_mount(mount: places.Mount) -> Client | None:
+    """A connection to the daemon of a mount; None when it is gone.
+
+    Raises:
+        MountError: it is not ours, or the image is not where it was mounted from.
+    """
+    if os.geteuid() not in (mount.user_id, 0):
+        raise MountError(
+            f"{mount.mount_point} was mounted by user {mount.user_id}; "
+            "only that user and root can control it"
+        )
+    try:
+        client = connect(mount.image)
+    except FileNotFoundError:
+        raise MountError(
+            f"{mount.image}, mounted on {mount.mount_point}, is not there any more; "
+            f"unmount with fusermount3 -u {mount.mount_point}"
+        ) from None
+    if client is not None:
+        serves = client.info().mount_point
+        if serves is not None and os.path.realpath(serves) != mount.mount_point:
+            client.close()
+            raise MountError(
+                f"{mount.image} was replaced since it was mounted on {mount.mount_point}, and the "
+                f"new one is mounted on {serves}"
+            )
+    return client
+
+
+class DaemonTarget:
+    """A filesystem that is mounted: everything is asked of its daemon."""
+
+    def __init__(self, client: Client, image: str) -> None:
+        self.image = os.path.abspath(image)
+        self._client = client
+        # Requests are the client's own; a name here would only say the same again.
+        self.info = client.info
+        self.space = client.space
+        self.snapshots = client.snapshots
+        self.drops = client.drops
+        self.create_snapshot = client.create_snapshot
+        self.delete_snapshots = client.delete_snapshots
+        self.rename_snapshot = client.rename_snapshot
+        self.rollback = client.rollback
+        self.undo = client.undo
+        self.sync = client.sync
+        self.close = client.close
+
+    @property
+    def daemon(self) -> Client | None:
+        return self._client
+
+    def reclaim(self, names: Sequence[str]) -> ReclaimReport:
+        return _reclaim(self, names)
+
+    @contextmanager
+    def device(self) -> Iterator[tuple[FileDevice, int | None]]:
+        from cowfs.storage.device import FileDevice
+
+        generation, _ = self._client.pin()
+        device = FileDevice(self.image, writable=False)
+        try:
+            yield device, generation
+        except CorruptError:
+            self._require_pin()
+            raise
+        finally:
+            device.close()
+        self._require_pin()
+
+    def _require_pin(self) -> None:
+        generation, holds = self._client.pin()
+        if not holds:
+            raise BusyError(
+                f"the filesystem filled up and let go of generation {generation} while it was "
+                "read; delete something and try again"
+            )
+
+    @contextmanager
+    def reading(self) -> Iterator[Filesystem]:
+        try:
+            self._client.sync()
+        except (DeviceError, ReadOnlyError):
+            pass  # nothing will be written any more: the newest generation is all there is
+        with self.device() as (device, generation), _opened(device, generation) as filesystem:
+            yield filesystem
+
+
+class ImageTarget:
+    """An image without a daemon: opened here, for each call anew."""
+
+    daemon: Client | None = None
+
+    def __init__(self, image: str) -> None:
+        self.image = os.path.abspath(image)
+
+    def info(self) -> InfoReport:
+        from cowfs.history.reports import info_report
+
+        with self.reading() as filesystem:
+            return info_report(filesystem)
+
+    def space(self) -> SpaceReport:
+        from cowfs.history.reports import space_report
+
+        with self.reading() as filesystem:
+            return space_report(filesystem)
+
+    def snapshots(self) -> tuple[SnapshotReport, ...]:
+        from cowfs.history.reports import snapshot_reports
+
+        with self.reading() as filesystem:
+            return snapshot_reports(filesystem)
+
+    def drops(self) -> tuple[DropReport, ...]:
+        from cowfs.history.reports import drop_reports
+
+        with self.reading() as filesystem:
+            return drop_reports(filesystem)
+
+    def create_snapshot(self, name: str, description: str = "") -> SnapshotReport:
+        return self._edit(lambda filesystem: filesystem.create_snapshot(name, description))
+
+    def delete_snapshots(
+        self, names: Sequence[str], *, wait: bool = False, progress: ShowProgress | None = None
+    ) -> tuple[SnapshotReport, ...]:
+        from cowfs.history.reports import snapshot_report
+
+        with self._writing() as filesystem:
+            records = filesystem.apply(filesystem.delete_snapshots(names))
+            deleted = tuple(
+                snapshot_report(filesystem, record) for record in cast("list[RootRecord]", records)
+            )
+            filesystem.work_drops()
+        return deleted
+
+    def rename_snapshot(self, old: str, new: str) -> SnapshotReport:
+        return self._edit(lambda filesystem: filesystem.rename_snapshot(old, new))
+
+    def rollback(self, name: str, *, force: bool = False) -> SnapshotReport:
+        return self._edit(lambda filesystem: filesystem.rollback(name))
+
+    def undo(self, *, force: bool = False) -> SnapshotReport:
+        return self._edit(lambda filesystem: filesystem.undo())
+
+    def sync(self) -> int:
+        return self.info().generation  # nothing is in anybody's memory
+
+    def reclaim(self, names: Sequence[str]) -> ReclaimReport:
+        return _reclaim(self, names)
+
+    @contextmanager
+    def device(self) -> Iterator[tuple[FileDevice, int | None]]:
+        from cowfs.storage.device import FileDevice
+
+        device = FileDevice(self.image, writable=False)
+        try:
+            yield device, None
+        finally:
+            device.close()
+
+    @contextmanager
+    def reading(self) -> Iterator[Filesystem]:
+        with self.device() as (device, generation), _opened(device, generation) as filesystem:
+            yield filesystem
+
+    def close(self) -> None:
+        pass
+
+    @contextmanager
+    def _writing(self) -> Iterator[Filesystem]:
+        from cowfs.history.filesystem import open_filesystem
+        from cowfs.storage.device import FileDevice
+
+        device = FileDevice(self.image, writable=True)
+        try:
+            filesystem = open_filesystem(device, writable=True)
+        except BaseException:
+            device.close()
+            raise
+        try:
+            yield filesystem
+        finally:
+            filesystem.close()
+
+    def _edit(self, make: Callable[[Filesystem], EditAction]) -> SnapshotReport:
+        from cowfs.history.reports import snapshot_report
+
+        with self._writing() as filesystem:
+            record = cast("RootRecord", filesystem.apply(make(filesystem)))
+            return snapshot_report(filesystem, record)
+
+
+@contextmanager
+def _opened(device: FileDevice, generation: int | None) -> Iterator[Filesystem]:
+    from cowfs.history.filesystem import open_filesystem
+
+    yield open_filesystem(device, writable=False, generation=generation)
+
+
+def _reclaim(target: Target, names: Sequence[str]) -> ReclaimReport:
+    from cowfs.history.reports import reclaim_report
+
+    with target.reading() as filesystem:
+        return reclaim_report(filesystem, names)

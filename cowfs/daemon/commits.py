@@ -1,0 +1,198 @@
+"""When commits happen: on a timer, on fsync (shared by all who wait), on edits, and when memory fills.
+
+Freezing and finishing are synchronous calls between requests; only the writing of a large or shared
+commit runs in a thread, while requests go on. Keeps C2 (sync returns after a commit that was frozen
+after it was asked), C5 (the timer), C6 (edits) and C8 (a failed commit answers every waiter with EIO).
+"""
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+import trio
+
+from cowfs.errors import CowfsError
+from cowfs.history.filesystem import Edit, EditAction, Filesystem
+from cowfs.storage.commit import Commit
+from cowfs.storage.format import BLOCK_SIZE_BYTES
+
+log = logging.getLogger(__name__)
+
+# A commit of at most this much, with one waiter, is written where it is: a thread's hand-over costs
+# more than it gives.
+INLINE_BLOCKS_MAX = 256
+INLINE_NODES_MAX = 64
+# Memory that dirty nodes and inodes may take before a commit is due.
+DIRTY_NODES_MAX = 2048
+DIRTY_ITEMS_MAX = 32768
+DROP_NODES = 64  # of the drop queue, between two requests: about 2 ms
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """All who wait for the next freeze, and the edit to make in it."""
+
+    edit: Edit | None = None
+    waiters: int = 0
+    done: trio.Event = field(default_factory=trio.Event)
+    error: CowfsError | None = None
+
+
+class Committer:
+    """The commits of one mounted filesystem.
+
+    Args:
+        filesystem: open for writing.
+        interval_s: between commits of a filesystem that changes.
+        dirty_bytes_max: of file data in memory; writers wait beyond it.
+    """
+
+    def __init__(self, filesystem: Filesystem, interval_s: float, dirty_bytes_max: int) -> None:
+        self.filesystem = filesystem
+        self._interval_s = interval_s
+        self._dirty_blocks_max = max(1, dirty_bytes_max // BLOCK_SIZE_BYTES)
+        self._next = _Batch()
+        self._writing: trio.Event | None = None  # set when the commit in flight is finished
+        self._due = trio.Event()
+        self._drops_wanted = trio.Event()
+        self.commit_count = 0
+        self.written_bytes = 0
+
+    # --- asking -------------------------------------------------------------------------------------
+
+    async def sync(self) -> None:
+        """Everything that completed before the call is durable when it returns.
+
+        Raises:
+            DeviceError: it is not, and never will be (C8).
+        """
+        filesystem = self.filesystem
+        store = filesystem.store
+        if store.failed is not None:
+            raise store.failed
+        if not filesystem.changed and filesystem.inflight is None:
+            return
+        batch = self._next
+        batch.waiters += 1
+        await self._join(batch)
+
+    async def apply(self, action: EditAction) -> object:
+        """Make an edit durable. Returns its result, raises its error."""
+        while self._next.edit is not None:
+            await self._next.done.wait()
+        self.filesystem.store.require_writable()
+        batch = self._next
+        batch.edit = Edit(action)
+        batch.waiters += 1
+        await self._join(batch)
+        if batch.edit.error is not None:
+            raise batch.edit.error
+        return batch.edit.result
+
+    def kick_if_due(self) -> None:
+        """Start a commit soon if a lot is in memory."""
+        store = self.filesystem.store
+        if (
+            store.promised_blocks > self._dirty_blocks_max // 4
+            or store.dirty_nodes > DIRTY_NODES_MAX
+            or store.promised_items - store.promised_blocks > DIRTY_ITEMS_MAX
+        ):
+            self._due.set()
+
+    @property
+    def over_limit(self) -> bool:
+        """Whether a writer should wait."""
+        return self.filesystem.store.promised_blocks > self._dirty_blocks_max
+
+    async def throttle(self) -> None:
+        """Wait until there is room in memory for more dirty data."""
+        while self.over_limit and self.filesystem.store.failed is None:
+            await self.sync()
+
+    def kick_drops(self) -> None:
+        """There is work in the drop queue."""
+        self._drops_wanted.set()
+
+    # --- working ------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Commit on the timer and when due, and work off the drop queue. Ends by cancellation."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._run_timer)
+            nursery.start_soon(self._run_drops)
+
+    async def _run_timer(self) -> None:
+        while True:
+            with trio.move_on_after(self._interval_s):
+                await self._due.wait()
+            self._due = trio.Event()
+            try:
+                await self.sync()
+            except CowfsError as error:
+                log.debug("commit on the timer failed: %s", error)  # the store has logged it
+                await trio.sleep(self._interval_s)
+
+    async def _run_drops(self) -> None:
+        filesystem = self.filesystem
+        while True:
+            if filesystem.drops.working and filesystem.store.failed is None:
+                try:
+                    filesystem.drops.step(DROP_NODES)
+                    if filesystem.store.map.dirty_groups > 512 or not filesystem.drops.working:
+                        await self.sync()
+                except CowfsError as error:
+                    log.error("the drop queue waits: %s", error)
+                    await trio.sleep(self._interval_s)
+                await trio.sleep(0)
+            else:
+                self._drops_wanted = trio.Event()
+                with trio.move_on_after(math.inf):
+                    await self._drops_wanted.wait()
+
+    async def wait_drops(self) -> None:
+        """Until the drop queue is empty and that is durable."""
+        self.kick_drops()
+        while self.filesystem.drops.working and self.filesystem.store.failed is None:
+            await trio.sleep(0.01)
+        await self.sync()
+
+    async def _join(self, batch: _Batch) -> None:
+        """Wait for the batch; the first of its waiters does the work."""
+        if batch.waiters == 1:
+            with trio.CancelScope(shield=True):
+                await trio.lowlevel.checkpoint()  # who asks in the same burst joins
+                while self._writing is not None:
+                    await self._writing.wait()
+                self._next = _Batch()
+                await self._commit(batch)
+        else:
+            await batch.done.wait()
+        if batch.error is not None:
+            raise batch.error
+
+    async def _commit(self, batch: _Batch) -> None:
+        filesystem = self.filesystem
+        writing = self._writing = trio.Event()
+        try:
+            if batch.edit is not None or filesystem.changed:
+                commit = filesystem.freeze([batch.edit] if batch.edit is not None else [])
+                if batch.waiters > 1 or not _is_small(commit):
+                    await trio.to_thread.run_sync(commit.write)
+                else:
+                    commit.write()
+                filesystem.finish(commit)
+                self.commit_count += 1
+                self.written_bytes += commit.written_bytes
+            elif filesystem.store.failed is not None:
+                raise filesystem.store.failed
+        except CowfsError as error:
+            batch.error = filesystem.store.failed or error
+        finally:
+            self._writing = None
+            writing.set()
+            batch.done.set()
+
+
+def _is_small(commit: Commit) -> bool:
+    blocks = sum(len(buffers) for _, buffers in commit.data)
+    return blocks <= INLINE_BLOCKS_MAX and len(commit.nodes) <= INLINE_NODES_MAX

@@ -1,0 +1,322 @@
+"""The life of a mount: checks, start in the background, serving, and an end in a clean commit.
+
+`mount` returns only when the mount answers, or raises with the reason why it does not. The process that
+serves ends when the directory is unmounted, or on SIGTERM or SIGINT: it finishes the requests at hand,
+commits, marks the image clean and leaves no mount behind.
+"""
+
+import contextlib
+import errno
+import logging
+import logging.handlers
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import msgspec
+import pyfuse3
+import trio
+
+from cowfs import errors
+from cowfs.daemon import control, places
+from cowfs.daemon.commits import Committer
+from cowfs.daemon.loop import install_burst_loop
+from cowfs.daemon.operations import READ_AHEAD_BYTES, Operations
+from cowfs.daemon.options import MountOptions
+from cowfs.daemon.service import MountService
+from cowfs.errors import CowfsError, MountError
+from cowfs.history.filesystem import Filesystem, open_filesystem
+from cowfs.storage.device import FileDevice
+
+log = logging.getLogger(__name__)
+
+WORKERS_MAX = 16  # each keeps a buffer of 1 MiB
+WORKERS_IDLE_MAX = 4
+# How long a computing thread may keep the interpreter from the session loop, and the other way round.
+SWITCH_INTERVAL_S = 0.0005
+CLOSING_WAIT_S = 30.0
+JOURNAL_SOCKET = "/dev/log"
+
+
+class _StartFailure(msgspec.Struct, frozen=True):
+    """How a start in the background failed, for the process that waits for it."""
+
+    message: str
+    exit_code: int
+
+
+# --- before the start -------------------------------------------------------------------------------
+
+
+def check_place(options: MountOptions) -> None:
+    """Refuse what cannot be a mount, with the reason; clear a dead mount that a crash left behind.
+
+    Raises:
+        MountError: the mount point is missing, not a directory, not empty, not ours or in use; FUSE is
+            not there; the image would lie inside its own mount.
+    """
+    directory = options.mountpoint
+    try:
+        status = os.stat(directory)
+    except FileNotFoundError:
+        raise MountError(f"the mount point {directory} does not exist; mkdir it first") from None
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise MountError(f"cannot use {directory}: {error.strerror}") from None
+        unmount(directory, lazy=True)  # the daemon that served it was killed
+        status = os.stat(directory)
+    if not stat.S_ISDIR(status.st_mode):
+        raise MountError(f"the mount point {directory} is not a directory")
+    entry = places.find_mount(directory)
+    if entry is not None:
+        raise MountError(f"{directory} is a mount point already, of {entry.image}")
+    if os.getuid() and (status.st_uid != os.getuid() or not os.access(directory, os.W_OK)):
+        raise MountError(f"the mount point {directory} does not belong to you")
+    with os.scandir(directory) as listing:
+        if next(listing, None) is not None:
+            raise MountError(f"the mount point {directory} is not empty")
+    image = os.path.realpath(options.image)
+    if os.path.commonpath([image, os.path.realpath(directory)]) == os.path.realpath(directory):
+        raise MountError(f"the image {image} would lie inside its own mount {directory}")
+    if not os.path.exists("/dev/fuse"):
+        raise MountError(
+            "there is no /dev/fuse here; load the kernel's fuse module (modprobe fuse)"
+        )
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        raise MountError("you may not use /dev/fuse; ask for access to it")
+    if os.getuid() and shutil.which("fusermount3") is None:
+        raise MountError("fusermount3 is not installed; apt-get install fuse3")
+
+
+def unmount(directory: str, *, lazy: bool = False) -> None:
+    """Unmount as whoever we are. Raises BusyError while files are open, MountError else."""
+    command = ["umount", *(["-l"] if lazy else []), "-i", directory]
+    if os.getuid():
+        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", directory]
+    path = os.environ.get("PATH", "") + ":/usr/bin:/bin:/usr/sbin:/sbin"
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or ["umount failed"]
+        if "busy" in reason[0]:
+            raise errors.BusyError(
+                f"{directory} is busy: a program has files or its directory there"
+            )
+        raise MountError(f"cannot unmount {directory}: {reason[0]}")
+
+
+# --- starting ---------------------------------------------------------------------------------------
+
+
+def mount(options: MountOptions) -> None:
+    """Mount an image.
+
+    In the foreground, returns when it was unmounted. In the background, returns when the mount answers;
+    the daemon goes on in a session of its own.
+
+    Raises:
+        MountError, ImageError, LockedError, ...: why there is no mount.
+    """
+    check_place(options)
+    if options.foreground:
+        _set_up_log(options)
+        _serve(options, None)
+        return
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.fork():
+        os.close(writer)
+        with open(reader, "rb") as pipe:
+            answer = pipe.read()
+        if answer == b"ready":
+            return
+        if not answer:
+            raise MountError("the daemon ended before the mount answered; try again with -f")
+        failure = msgspec.json.decode(answer, type=_StartFailure)
+        error = MountError(failure.message)
+        error.exit_code = failure.exit_code
+        raise error
+    os.close(reader)
+    code = 1
+    try:
+        os.setsid()
+        os.chdir("/")
+        _leave_terminal()
+        _set_up_log(options)
+        _serve(options, writer)
+        code = 0
+    except BaseException as error:
+        _report_failure(writer, error)
+    finally:
+        logging.shutdown()
+        os._exit(code)
+
+
+def _leave_terminal() -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    os.close(null)
+
+
+def _report_failure(writer: int, error: BaseException) -> None:
+    if isinstance(error, CowfsError):
+        failure = _StartFailure(error.message, error.exit_code)
+    else:
+        failure = _StartFailure(f"the daemon failed: {error!r}", errors.EXIT_ERROR)
+        log.error("the daemon failed", exc_info=error)
+    with contextlib.suppress(OSError):
+        os.write(writer, msgspec.json.encode(failure))
+
+
+def _set_up_log(options: MountOptions) -> None:
+    handler: logging.Handler
+    if options.log == "journald" and os.path.exists(JOURNAL_SOCKET):
+        handler = logging.handlers.SysLogHandler(JOURNAL_SOCKET)
+        handler.setFormatter(logging.Formatter("cowfs[%(process)d]: %(levelname)s: %(message)s"))
+    elif options.foreground:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("cowfs: %(levelname)s: %(message)s"))
+    else:
+        log_path = places.prepare_socket(options.image).with_suffix(".log")
+        handler = logging.FileHandler(log_path, mode="w", delay=True)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+# --- serving ----------------------------------------------------------------------------------------
+
+
+def _serve(options: MountOptions, ready: int | None) -> None:
+    """Open, mount, serve until the end, unmount, close."""
+    writable = not options.read_only and options.generation is None
+    device = FileDevice(options.image, writable=writable)
+    try:
+        filesystem = open_filesystem(
+            device,
+            writable=writable,
+            generation=options.generation,
+            cache_bytes=options.cache_bytes,
+            discard=options.discard,
+        )
+    except BaseException:
+        device.close()
+        raise
+    try:
+        if writable:
+            filesystem.commit()  # from here on only this generation is promised to be whole
+            filesystem.reclaim_orphans()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        trio.run(
+            _Mount(filesystem, options, ready).run, restrict_keyboard_interrupt_to_checkpoints=True
+        )
+    finally:
+        filesystem.close()
+
+
+class _Mount:
+    """One mount while it lasts."""
+
+    def __init__(self, filesystem: Filesystem, options: MountOptions, ready: int | None) -> None:
+        self._filesystem = filesystem
+        self._options = options
+        self._ready = ready
+        self._committer = (
+            Committer(filesystem, options.commit_interval_s, options.dirty_bytes_max)
+            if filesystem.store.writable
+            else None
+        )
+        self._operations = Operations(filesystem, self._committer, options)
+        # All paths are looked at before the mount: it would wait for us to answer.
+        self._socket_path = places.prepare_socket(options.image)
+        self._service = MountService(
+            filesystem, self._committer, self._operations, options, unmount
+        )
+
+    async def run(self) -> None:
+        install_burst_loop()
+        with self._mounted():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._end_on_signal)
+                if self._committer is not None:
+                    nursery.start_soon(self._committer.run)
+                    nursery.start_soon(self._reclaim)
+                await nursery.start(control.serve, self._socket_path, self._service)
+                nursery.start_soon(self._report_ready)
+                await pyfuse3.main(WORKERS_IDLE_MAX, WORKERS_MAX)
+                self._service.ended.set()
+                nursery.cancel_scope.cancel()
+
+    @contextlib.contextmanager
+    def _mounted(self) -> Iterator[None]:
+        try:
+            pyfuse3.init(self._operations, self._options.mountpoint, self._fuse_options())
+        except RuntimeError as error:
+            raise MountError(f"cannot mount on {self._options.mountpoint}: {error}") from None
+        try:
+            yield
+        finally:
+            pyfuse3.close(unmount=True)
+
+    def _fuse_options(self) -> set[str]:
+        options = self._options
+        source = os.path.realpath(options.image).replace("\\", "\\\\").replace(",", "\\,")
+        chosen = {_Utf8(f"fsname={source}"), "subtype=cowfs", "default_permissions"}
+        if options.read_only or options.generation is not None:
+            chosen.add("ro")
+        if options.allow_other:
+            chosen.add("allow_other")
+        if not options.suid:
+            chosen.add("nosuid")
+        if not options.dev:
+            chosen.add("nodev")
+        if not options.executable:
+            chosen.add("noexec")
+        return chosen
+
+    async def _end_on_signal(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                log.info("%s: unmounting", signal.Signals(number).name)
+                pyfuse3.terminate()
+                return
+
+    async def _reclaim(self) -> None:
+        """Give back large deleted files between requests."""
+        while True:
+            more = self._operations.reclaim_some()
+            await trio.sleep(0 if more else 0.1)
+
+    async def _report_ready(self) -> None:
+        """When the mount answers, say so to the process that waits for it."""
+        mountpoint = self._options.mountpoint
+        status = await trio.to_thread.run_sync(os.stat, mountpoint)
+        _raise_read_ahead(status.st_dev)
+        log.info(
+            "%s is mounted on %s, generation %d",
+            self._options.image,
+            mountpoint,
+            self._filesystem.store.superblock.generation,
+        )
+        if self._ready is not None:
+            os.write(self._ready, b"ready")
+            os.close(self._ready)
+            self._ready = None
+
+
+class _Utf8(str):
+    """A mount option with bytes beyond ASCII, which pyfuse3 would refuse to encode."""
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return str.encode(self, "utf-8", "surrogateescape")
+
+
+def _raise_read_ahead(device: int) -> None:
+    """Let the kernel ask for 1 MiB at a time, where we may say so."""
+    path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+    with contextlib.suppress(OSError), open(path, "w") as file:
+        file.write(str(READ_AHEAD_BYTES >> 10))

@@ -1,0 +1,621 @@
+"""The FUSE operations: kernel requests in, calls on volumes, answers out.
+
+A node id given to the kernel is (root id, inode): unique over the live volume and all snapshots, so
+that du, find, tar and rsync never take two files for one; `nodeid 1` is the root directory of the live
+volume, whichever root that is after a rollback. Old ids keep naming the tree they were given for.
+
+Nobody else changes the tree, so the kernel may cache names and attributes for long; rollback
+invalidates them. Handlers that need not wait await nothing. Every exception becomes an errno here, in
+one place; what is not a known error is logged and answered EIO, so that no bug ends the mount.
+"""
+
+import errno
+import functools
+import logging
+import os
+import stat
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+import pyfuse3
+import trio
+
+from cowfs.daemon.commits import Committer
+from cowfs.daemon.options import MountOptions
+from cowfs.errors import CorruptError, CowfsError, posix_error
+from cowfs.files.items import INO_MAX, NAME_BYTES_MAX, ROOT_INO, Inode
+from cowfs.files.volume import Changes, Volume
+from cowfs.history.filesystem import Filesystem
+from cowfs.storage.format import BLOCK_SIZE_BYTES
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+INO_BITS = 40
+SNAPSHOTS_NODE = 2  # the directory .snapshots; inode 2 of root 0, which is no root's id
+SNAPSHOTS_NAME = b".snapshots"
+TIMEOUT_S = 86400.0
+WRITER_BIT = 1 << 63  # in a file handle, beside the node id: it was opened for writing
+HANDLE_NODE = WRITER_BIT - 1
+COOKIE_DOT, COOKIE_DOT_DOT, COOKIE_SNAPSHOTS = 1, 2, 3
+READ_AHEAD_BYTES = 1 << 20
+
+assert INO_MAX < 1 << INO_BITS
+
+
+def _errno_of(error: BaseException) -> pyfuse3.FUSEError:
+    """The FUSE answer for an exception, logged when it says that something is wrong."""
+    if isinstance(error, pyfuse3.FUSEError):
+        return error
+    if isinstance(error, CorruptError):
+        log.error("%s", error)
+        return pyfuse3.FUSEError(errno.EIO)
+    if isinstance(error, OSError) and error.errno:
+        return pyfuse3.FUSEError(error.errno)
+    log.error("unexpected error in an operation", exc_info=error)
+    return pyfuse3.FUSEError(errno.EIO)
+
+
+def answers(function: Callable[..., T]) -> Callable[..., Awaitable[T]]:
+    """A handler that never waits."""
+
+    @functools.wraps(function)
+    async def handler(*arguments: Any) -> T:
+        try:
+            return function(*arguments)
+        except Exception as error:
+            raise _errno_of(error) from None
+
+    return handler
+
+
+def waits(function: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    """A handler that may wait."""
+
+    @functools.wraps(function)
+    async def handler(*arguments: Any) -> T:
+        try:
+            return await function(*arguments)
+        except Exception as error:
+            raise _errno_of(error) from None
+
+    return handler
+
+
+class Operations(pyfuse3.Operations):
+    """The handlers of one mount.
+
+    Args:
+        filesystem: open.
+        committer: its commits; None when the mount is read-only.
+        options: of the mount.
+    """
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(
+        self, filesystem: Filesystem, committer: Committer | None, options: MountOptions
+    ) -> None:
+        super().__init__()
+        self.filesystem = filesystem
+        self.committer = committer
+        self._snapshots_shown = options.snapshots == "visible"
+        self._snapshots_served = options.snapshots != "disabled"
+        self._xattrs = options.xattrs
+        self._lookups: Counter[int] = Counter()  # of the live volume's inodes
+        self._writers: Counter[int] = Counter()  # open for writing, by node id
+        self._reclaims: list[int] = []  # orphans too large for one turn
+        self._set_live()
+        self._absent = pyfuse3.EntryAttributes()
+        self._absent.st_ino = pyfuse3.InodeT(0)
+        self._absent.entry_timeout = TIMEOUT_S
+        self._uid, self._gid = os.getuid(), os.getgid()
+        self._started_ns = time.time_ns()
+
+    def _set_live(self) -> None:
+        self._live = self.filesystem.live
+        self._live_base = self.filesystem.record.root_id << INO_BITS
+
+    # --- node ids -----------------------------------------------------------------------------------
+
+    def _resolve(self, node: int) -> tuple[Volume, int]:
+        """The volume and inode number of a node id. Raises OSError ESTALE for one that is gone."""
+        ino = node - self._live_base
+        if 0 < ino <= INO_MAX:
+            return self._live, ino
+        if node == pyfuse3.ROOT_INODE:
+            return self._live, ROOT_INO
+        volume = self.filesystem.volume(node >> INO_BITS)
+        if volume is None:
+            raise posix_error(errno.ESTALE)
+        return volume, node & INO_MAX
+
+    def _resolve_for_change(self, node: int) -> tuple[Volume, int]:
+        volume, ino = self._resolve(node)
+        if volume is not self._live:
+            stale = volume.tree.owner << INO_BITS | ino
+            raise posix_error(errno.ESTALE if self._was_live(stale) else errno.EROFS)
+        return volume, ino
+
+    def _was_live(self, node: int) -> bool:
+        """Whether the id names what was the live volume before a rollback."""
+        record = self.filesystem.catalog.root(node >> INO_BITS)
+        return record is None or record.automatic
+
+    def _attributes(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        ino, mode = inode.ino, inode.mode
+        if volume is self._live:
+            entry.st_ino = pyfuse3.InodeT(
+                self._live_base + ino if ino != ROOT_INO else pyfuse3.ROOT_INODE
+            )
+        else:
+            entry.st_ino = pyfuse3.InodeT(volume.tree.owner << INO_BITS | ino)
+            if stat.S_ISREG(mode):
+                mode &= ~(stat.S_ISUID | stat.S_ISGID)  # what was fixed since must not come back
+        entry.entry_timeout = TIMEOUT_S
+        entry.attr_timeout = TIMEOUT_S
+        entry.st_mode = pyfuse3.ModeT(mode)
+        entry.st_nlink = inode.nlink
+        entry.st_uid = inode.uid
+        entry.st_gid = inode.gid
+        if stat.S_ISREG(mode):
+            entry.st_blocks = volume.stat_blocks(inode)
+        elif stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            entry.st_rdev = inode.rdev
+        entry.st_size = inode.size_bytes
+        entry.st_atime_ns = inode.atime_ns
+        entry.st_mtime_ns = inode.mtime_ns
+        entry.st_ctime_ns = inode.ctime_ns
+        return entry
+
+    def _found(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
+        """The answer of a lookup: the kernel holds one more reference to the inode."""
+        if volume is self._live:
+            self._lookups[inode.ino] += 1
+        return self._attributes(volume, inode)
+
+    def _changed(self) -> None:
+        if self.committer is not None:
+            self.committer.kick_if_due()
+
+    # --- names --------------------------------------------------------------------------------------
+
+    @answers
+    def lookup(self, parent: int, name: bytes, ctx: object) -> pyfuse3.EntryAttributes:
+        if parent == SNAPSHOTS_NODE:
+            return self._lookup_snapshot(name)
+        volume, ino = self._resolve(parent)
+        if name == SNAPSHOTS_NAME and self._is_snapshots_parent(parent):
+            return self._snapshots_attributes()
+        inode = volume.lookup(ino, name) if name in (b".", b"..") else volume.find(ino, name)
+        if inode is None:
+            return self._absent
+        return self._found(volume, inode)
+
+    def _is_snapshots_parent(self, node: int) -> bool:
+        return node == pyfuse3.ROOT_INODE and self._snapshots_served
+
+    def _lookup_snapshot(self, name: bytes) -> pyfuse3.EntryAttributes:
+        if name in (b".", b".."):
+            return self._snapshots_attributes()
+        record = None
+        if len(name) <= NAME_BYTES_MAX:
+            record = self.filesystem.catalog.find(name.decode("utf-8", "surrogateescape"))
+        volume = record and self.filesystem.volume(record.root_id)
+        if volume is None:
+            raise posix_error(errno.ENOENT)
+        entry = self._attributes(volume, volume.get(ROOT_INO))
+        entry.entry_timeout = 0  # snapshots come and go by commands, not by requests
+        return entry
+
+    def _snapshots_attributes(self) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(SNAPSHOTS_NODE)
+        entry.entry_timeout = TIMEOUT_S
+        entry.attr_timeout = 1.0
+        entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o500)
+        entry.st_nlink = 2
+        entry.st_uid, entry.st_gid = self._uid, self._gid
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._started_ns
+        return entry
+
+    def _refuse_reserved(self, parent: int, name: bytes) -> None:
+        if parent == SNAPSHOTS_NODE:
+            raise posix_error(errno.EROFS)
+        if name == SNAPSHOTS_NAME and self._is_snapshots_parent(parent):
+            raise posix_error(errno.EEXIST)
+
+    @waits
+    async def forget(self, inode_list: list[tuple[int, int]]) -> None:
+        for node, count in inode_list:
+            ino = node - self._live_base
+            left = self._lookups[ino] - count
+            if left > 0:
+                self._lookups[ino] = left
+                continue
+            del self._lookups[ino]
+            if ino in self._live.orphans:
+                self._reclaim(ino)
+
+    def _reclaim(self, ino: int) -> None:
+        try:
+            if not self._live.reclaim(ino):
+                self._reclaims.append(ino)
+        except CowfsError as error:
+            log.warning("inode %d keeps its space until the next mount: %s", ino, error)
+
+    def reclaim_some(self) -> bool:
+        """Go on giving back large files that were deleted. Returns whether there is more."""
+        if self._reclaims:
+            ino = self._reclaims.pop()
+            if ino in self._live.orphans:
+                self._reclaim(ino)
+        return bool(self._reclaims)
+
+    def _lost_name(self, inode: Inode | None) -> None:
+        """An inode may have lost its last name: reclaim it unless the kernel still knows it."""
+        if inode is not None and not inode.nlink and not self._lookups.get(inode.ino):
+            self._reclaim(inode.ino)
+        self._changed()
+
+    @answers
+    def mknod(
+        self, parent: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return self._make(parent, name, mode, ctx, rdev)
+
+    @answers
+    def mkdir(
+        self, parent: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return self._make(parent, name, mode, ctx)
+
+    def _make(
+        self, parent: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext, rdev: int = 0
+    ) -> pyfuse3.EntryAttributes:
+        self._refuse_reserved(parent, name)
+        volume, directory = self._resolve_for_change(parent)
+        inode = volume.create(directory, name, mode, ctx.uid, ctx.gid, rdev)
+        self._changed()
+        return self._found(volume, inode)
+
+    @answers
+    def symlink(
+        self, parent: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        self._refuse_reserved(parent, name)
+        volume, directory = self._resolve_for_change(parent)
+        inode = volume.symlink(directory, name, target, ctx.uid, ctx.gid)
+        self._changed()
+        return self._found(volume, inode)
+
+    @answers
+    def link(
+        self, node: int, new_parent: int, new_name: bytes, ctx: object
+    ) -> pyfuse3.EntryAttributes:
+        self._refuse_reserved(new_parent, new_name)
+        volume, ino = self._resolve_for_change(node)
+        _, directory = self._resolve_for_change(new_parent)
+        inode = volume.link(ino, directory, new_name)
+        self._changed()
+        return self._found(volume, inode)
+
+    @answers
+    def unlink(self, parent: int, name: bytes, ctx: object) -> None:
+        if parent == SNAPSHOTS_NODE:
+            raise posix_error(errno.EROFS)
+        volume, directory = self._resolve_for_change(parent)
+        self._lost_name(volume.unlink(directory, name))
+
+    @answers
+    def rmdir(self, parent: int, name: bytes, ctx: object) -> None:
+        if parent == SNAPSHOTS_NODE:
+            raise posix_error(errno.EROFS)  # deleting a snapshot is a command's business
+        if name == SNAPSHOTS_NAME and self._is_snapshots_parent(parent):
+            raise posix_error(errno.EBUSY)
+        volume, directory = self._resolve_for_change(parent)
+        self._lost_name(volume.rmdir(directory, name))
+
+    @answers
+    def rename(
+        self,
+        parent: int,
+        name: bytes,
+        new_parent: int,
+        new_name: bytes,
+        flags: int,
+        ctx: object,
+    ) -> None:
+        for directory, part in ((parent, name), (new_parent, new_name)):
+            if directory == SNAPSHOTS_NODE:
+                raise posix_error(errno.EROFS)
+            if part == SNAPSHOTS_NAME and self._is_snapshots_parent(directory):
+                raise posix_error(errno.EBUSY)
+        volume, old_directory = self._resolve_for_change(parent)
+        _, directory = self._resolve_for_change(new_parent)
+        self._lost_name(volume.rename(old_directory, name, directory, new_name, flags))
+
+    # --- attributes ---------------------------------------------------------------------------------
+
+    @answers
+    def getattr(self, node: int, ctx: object) -> pyfuse3.EntryAttributes:
+        if node == SNAPSHOTS_NODE:
+            return self._snapshots_attributes()
+        volume, ino = self._resolve(node)
+        return self._attributes(volume, volume.get(ino))
+
+    @answers
+    def setattr(
+        self,
+        node: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: object,
+    ) -> pyfuse3.EntryAttributes:
+        if node == SNAPSHOTS_NODE:
+            raise posix_error(errno.EROFS)
+        volume, ino = self._resolve_for_change(node)
+        changes = Changes(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size_bytes=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            ctime_ns=attr.st_ctime_ns if fields.update_ctime else None,
+        )
+        inode = volume.setattr(ino, changes)
+        self._changed()
+        return self._attributes(volume, inode)
+
+    @answers
+    def readlink(self, node: int, ctx: object) -> bytes:
+        volume, ino = self._resolve(node)
+        return volume.readlink(ino)
+
+    @answers
+    def access(self, node: int, mode: int, ctx: object) -> bool:
+        return True  # default_permissions: the kernel has checked
+
+    @answers
+    def statfs(self, ctx: object) -> pyfuse3.StatvfsData:
+        space = self.filesystem.space()
+        answer = pyfuse3.StatvfsData()
+        answer.f_bsize = answer.f_frsize = BLOCK_SIZE_BYTES
+        answer.f_blocks = space.total - space.system
+        answer.f_bfree = max(0, space.free + space.pending - space.promised)
+        answer.f_bavail = space.available
+        inodes = self._live.inodes
+        free_inodes = min(INO_MAX - inodes.next_ino, space.available * 8)
+        answer.f_files = inodes.count + free_inodes
+        answer.f_ffree = answer.f_favail = free_inodes
+        answer.f_namemax = NAME_BYTES_MAX
+        return answer
+
+    # --- xattrs -------------------------------------------------------------------------------------
+
+    def _check_namespace(self, name: bytes) -> None:
+        """`system.` would promise ACLs that nobody enforces; the kernel guards the other ones."""
+        if not self._xattrs:
+            raise posix_error(errno.ENOSYS)
+        if not name.startswith((b"user.", b"trusted.", b"security.")):
+            raise posix_error(errno.EOPNOTSUPP)
+
+    @answers
+    def getxattr(self, node: int, name: bytes, ctx: object) -> bytes:
+        self._check_namespace(name)
+        if node == SNAPSHOTS_NODE:
+            raise posix_error(errno.ENODATA)
+        volume, ino = self._resolve(node)
+        return volume.getxattr(ino, name)
+
+    @answers
+    def listxattr(self, node: int, ctx: object) -> Iterator[bytes]:
+        if not self._xattrs:
+            raise posix_error(errno.ENOSYS)
+        if node == SNAPSHOTS_NODE:
+            return iter(())
+        volume, ino = self._resolve(node)
+        return iter(volume.listxattr(ino))
+
+    @answers
+    def setxattr(self, node: int, name: bytes, value: bytes, ctx: object) -> None:
+        self._check_namespace(name)
+        volume, ino = self._resolve_for_change(node)
+        volume.setxattr(ino, name, value)
+        self._changed()
+
+    @answers
+    def removexattr(self, node: int, name: bytes, ctx: object) -> None:
+        self._check_namespace(name)
+        volume, ino = self._resolve_for_change(node)
+        volume.removexattr(ino, name)
+        self._changed()
+
+    # --- files --------------------------------------------------------------------------------------
+
+    @answers
+    def open(self, node: int, flags: int, ctx: object) -> pyfuse3.FileInfo:
+        return self._open(node, flags)
+
+    def _open(self, node: int, flags: int) -> pyfuse3.FileInfo:
+        handle = node
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            volume, ino = self._resolve_for_change(node)
+            self.filesystem.store.require_writable()
+            if flags & os.O_TRUNC:
+                volume.setattr(ino, Changes(size_bytes=0))
+                self._changed()
+            self._writers[node] += 1
+            handle |= WRITER_BIT
+        else:
+            volume, ino = self._resolve(node)
+            volume.get(ino)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)
+
+    @answers
+    def create(
+        self, parent: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        self._refuse_reserved(parent, name)
+        volume, directory = self._resolve_for_change(parent)
+        inode = volume.create(directory, name, stat.S_IFREG | mode & 0o7777, ctx.uid, ctx.gid)
+        self._changed()
+        entry = self._found(volume, inode)
+        return self._open(entry.st_ino, flags & ~os.O_TRUNC), entry
+
+    @waits
+    async def read(self, handle: int, offset: int, size: int) -> Any:
+        volume, ino = self._resolve(handle & HANDLE_NODE)
+        inode = volume.get(ino)
+        reading = volume.reading(ino, offset, size)
+        volume.accessed(inode)
+        data = reading.fetch(wait=False)
+        if data is None:
+            data = await self._read_waiting(volume, ino, offset, size)
+        return data
+
+    async def _read_waiting(self, volume: Volume, ino: int, offset: int, size: int) -> Any:
+        reading = volume.reading(ino, offset, size)
+        try:
+            return await trio.to_thread.run_sync(functools.partial(reading.fetch, wait=True))
+        except CorruptError:
+            # The blocks may have been given back and written anew while the thread waited; what the
+            # tree says now cannot be.
+            return volume.reading(ino, offset, size).fetch(wait=True)
+
+    @waits
+    async def write(self, handle: int, offset: int, data: bytes) -> int:
+        volume, ino = self._resolve_for_change(handle & HANDLE_NODE)
+        volume.write(ino, offset, data)
+        committer = self.committer
+        if committer is not None:
+            committer.kick_if_due()
+            if committer.over_limit:
+                await committer.throttle()
+        return len(data)
+
+    @answers
+    def flush(self, handle: int) -> None:
+        raise posix_error(errno.ENOSYS)  # nothing to do at close(): the kernel need not ask again
+
+    @answers
+    def release(self, handle: int) -> None:
+        if handle & WRITER_BIT:
+            node = handle & HANDLE_NODE
+            self._writers[node] -= 1
+            if self._writers[node] <= 0:
+                del self._writers[node]
+
+    @waits
+    async def fsync(self, handle: int, datasync: bool) -> None:
+        if self.committer is not None:
+            await self.committer.sync()
+
+    # --- directories --------------------------------------------------------------------------------
+
+    @answers
+    def opendir(self, node: int, ctx: object) -> int:
+        if node != SNAPSHOTS_NODE:
+            volume, ino = self._resolve(node)
+            if not stat.S_ISDIR(volume.get(ino).mode):
+                raise posix_error(errno.ENOTDIR)
+        return node
+
+    @answers
+    def readdir(self, node: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        if node == SNAPSHOTS_NODE:
+            self._list_snapshots(start_id, token)
+            return
+        volume, ino = self._resolve(node)
+        inode = volume.get(ino)
+        if not start_id:
+            volume.accessed(inode)
+        reply = pyfuse3.readdir_reply
+        if start_id < COOKIE_DOT:
+            if not reply(token, b".", self._attributes(volume, inode), COOKIE_DOT):
+                return
+        if start_id < COOKIE_DOT_DOT:
+            parent = volume.get(inode.rdev) if inode.nlink else inode
+            if not reply(token, b"..", self._attributes(volume, parent), COOKIE_DOT_DOT):
+                return
+        if start_id < COOKIE_SNAPSHOTS and node == pyfuse3.ROOT_INODE and self._snapshots_shown:
+            if not reply(token, SNAPSHOTS_NAME, self._snapshots_attributes(), COOKIE_SNAPSHOTS):
+                return
+        if not inode.nlink:
+            return
+        live = volume is self._live
+        get, lookups, attributes = volume.inodes.get, self._lookups, self._attributes
+        for cookie, entry in volume.listing(ino, max(start_id, COOKIE_SNAPSHOTS)):
+            try:
+                found = get(entry.ino)
+            except OSError as error:
+                log.error("name %r in inode %d cannot be shown: %s", entry.name, ino, error)
+                continue
+            if not reply(token, entry.name, attributes(volume, found), cookie):
+                return
+            if live:
+                lookups[entry.ino] += 1
+
+    def _list_snapshots(self, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        reply = pyfuse3.readdir_reply
+        for cookie, name in ((COOKIE_DOT, b"."), (COOKIE_DOT_DOT, b"..")):
+            if start_id < cookie:
+                if not reply(token, name, self._snapshots_attributes(), cookie):
+                    return
+        for record in self.filesystem.catalog.roots():
+            cookie = record.root_id + COOKIE_SNAPSHOTS
+            volume = self.filesystem.volume(record.root_id)
+            if cookie <= start_id or volume is None or volume is self._live:
+                continue
+            entry = self._attributes(volume, volume.get(ROOT_INO))
+            entry.entry_timeout = 0
+            if not reply(token, record.name.encode(), entry, cookie):
+                return
+
+    @answers
+    def releasedir(self, node: int) -> None:
+        return None
+
+    @waits
+    async def fsyncdir(self, node: int, datasync: bool) -> None:
+        if self.committer is not None:
+            await self.committer.sync()
+
+    # --- rollback -----------------------------------------------------------------------------------
+
+    def writers(self) -> list[int]:
+        """Inode numbers of the live volume that are open for writing."""
+        return [
+            node - self._live_base if node != pyfuse3.ROOT_INODE else ROOT_INO
+            for node in self._writers
+            if 0 < node - self._live_base <= INO_MAX
+        ]
+
+    def switch(self) -> list[bytes]:
+        """The live volume was replaced. Returns the names in the root to invalidate."""
+        old = self._live
+        self._set_live()
+        self._lookups.clear()
+        self._reclaims.clear()
+        names = {entry.name for _, entry in old.listing(ROOT_INO)}
+        names |= {entry.name for _, entry in self._live.listing(ROOT_INO)}
+        return sorted(names)
+
+
+def invalidate(names: list[bytes]) -> None:
+    """Let the kernel forget what it knows of these names in the root. Call it from a thread."""
+    for name in names:
+        try:
+            pyfuse3.invalidate_entry(pyfuse3.InodeT(pyfuse3.ROOT_INODE), pyfuse3.FileNameT(name))
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # the kernel did not know it
+                log.warning("cannot invalidate %r: %s", name, error)
+    pyfuse3.invalidate_inode(pyfuse3.InodeT(pyfuse3.ROOT_INODE))

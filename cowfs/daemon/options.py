@@ -1,0 +1,203 @@
+"""Mount options: what can be set, and how `-o name,name=value` is read.
+
+Words that mount(8) and fstab(5) give to every filesystem are accepted and ignored where they change
+nothing here; a word that nobody knows is refused by name, never silently dropped.
+"""
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from cowfs.errors import UsageError
+
+SnapshotsOption = Literal["hidden", "visible", "disabled"]
+LogOption = Literal["stderr", "journald"]
+
+MIB = 1 << 20
+COMMIT_INTERVAL_S_MIN = 0.05
+COMMIT_INTERVAL_S_MAX = 3600.0
+CACHE_BYTES_MIN = 4 * MIB
+DIRTY_BYTES_MIN = 4 * MIB
+
+# Said by mount(8), fstab(5) or libfuse; true already, or none of a filesystem's business.
+_TOLERATED = frozenset(
+    {
+        "defaults",
+        "auto",
+        "noauto",
+        "user",
+        "nouser",
+        "users",
+        "owner",
+        "group",
+        "_netdev",
+        "nofail",
+        "async",
+        "nodiratime",
+        "diratime",
+        "noatime",
+        "relatime",
+        "norelatime",
+        "strictatime",
+        "nostrictatime",
+        "lazytime",
+        "nolazytime",
+        "default_permissions",
+        "silent",
+        "loud",
+    }
+)
+_TOLERATED_BEGINNINGS = ("x-", "X-", "comment=", "fsname=", "subtype=")
+
+_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kmgtp]?)(?:i?b)?\s*", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MountOptions:
+    """Everything that a mount is told.
+
+    Attributes:
+        image: path of the image file or block device.
+        mountpoint: an empty directory.
+        foreground: stay in the foreground, log to the terminal.
+        read_only: never write to the image.
+        allow_other: other users may look too (permissions always hold).
+        commit_interval_s: how much a crash may lose at the most (C5).
+        snapshots: how `.snapshots` appears at the root of the mount.
+        cache_bytes: bound of the node cache.
+        dirty_bytes_max: data in memory that waits for a commit.
+        discard: tell the host what the image no longer needs.
+        suid, dev, executable: what mount(8) calls suid, dev and exec.
+        generation: an older generation to look at, read-only.
+        xattrs: extended attributes are stored.
+    """
+
+    image: str
+    mountpoint: str
+    foreground: bool = False
+    read_only: bool = False
+    allow_other: bool = False
+    commit_interval_s: float = 5.0
+    snapshots: SnapshotsOption = "hidden"
+    cache_bytes: int = 128 * MIB
+    dirty_bytes_max: int = 256 * MIB
+    discard: bool = True
+    log: LogOption = "stderr"
+    suid: bool = False
+    dev: bool = False
+    executable: bool = True
+    generation: int | None = None
+    xattrs: bool = True
+
+
+_SWITCHES: dict[str, tuple[str, bool]] = {
+    "ro": ("read_only", True),
+    "rw": ("read_only", False),
+    "allow_other": ("allow_other", True),
+    "discard": ("discard", True),
+    "nodiscard": ("discard", False),
+    "suid": ("suid", True),
+    "nosuid": ("suid", False),
+    "dev": ("dev", True),
+    "nodev": ("dev", False),
+    "exec": ("executable", True),
+    "noexec": ("executable", False),
+    "user_xattr": ("xattrs", True),
+    "xattrs": ("xattrs", True),
+    "noxattrs": ("xattrs", False),
+    "nouser_xattr": ("xattrs", False),
+}
+
+
+def parse_options(text: str, options: MountOptions, *, sloppy: bool = False) -> MountOptions:
+    """The options with those of a `-o` text applied; the last of two that contradict wins.
+
+    Args:
+        text: `name,name=value,...`; empty words are skipped.
+        options: what to start from.
+        sloppy: skip unknown words, as mount(8) asks with -s.
+
+    Raises:
+        UsageError: naming the word that is unknown or has an impossible value.
+    """
+    settings: dict[str, Any] = {}
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        name, separator, value = word.partition("=")
+        if word in _TOLERATED or word.startswith(_TOLERATED_BEGINNINGS):
+            continue
+        if word in _SWITCHES:
+            field, setting = _SWITCHES[word]
+            settings[field] = setting
+        elif separator and name in ("commit", "commit_interval"):
+            settings["commit_interval_s"] = _seconds(name, value)
+        elif separator and name == "snapshots":
+            settings["snapshots"] = _choice(name, value, ("hidden", "visible", "disabled"))
+        elif separator and name == "cache":
+            settings["cache_bytes"] = _size(name, value, CACHE_BYTES_MIN)
+        elif separator and name == "dirty":
+            settings["dirty_bytes_max"] = _size(name, value, DIRTY_BYTES_MIN)
+        elif separator and name == "log":
+            settings["log"] = _choice(name, value, ("stderr", "journald"))
+        elif separator and name == "generation":
+            settings["generation"] = _generation(value)
+        elif not sloppy:
+            if name in ("commit", "snapshots", "cache", "dirty", "log", "generation"):
+                raise UsageError(f"mount option {name} needs a value: {name}=...")
+            raise UsageError(f"unknown mount option {word!r}; cowfs mount --help lists them")
+    if settings.get("generation") is not None:
+        if settings.get("read_only") is False:
+            raise UsageError("mount options rw and generation contradict each other")
+        settings["read_only"] = True
+    return replace(options, **settings)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as people write it: 4G, 4GiB, 512M, 1.5 t, 4096. Units are powers of 1024.
+
+    Raises:
+        UsageError: not a size.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{text!r} is not a size; write it as 512M, 4G or 1.5TiB")
+    unit = 1024 ** _POWERS[match[2].lower()]
+    return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
+
+
+def _size(name: str, value: str, minimum_bytes: int) -> int:
+    try:
+        size = parse_size(value)
+    except UsageError as error:
+        raise UsageError(f"mount option {name}: {error}") from None
+    if size < minimum_bytes:
+        raise UsageError(
+            f"mount option {name}={value} is too small, at least {minimum_bytes >> 20}M"
+        )
+    return size
+
+
+def _seconds(name: str, value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not COMMIT_INTERVAL_S_MIN <= seconds <= COMMIT_INTERVAL_S_MAX:
+        raise UsageError(
+            f"mount option {name}={value} is not a number of seconds from "
+            f"{COMMIT_INTERVAL_S_MIN} to {COMMIT_INTERVAL_S_MAX:.0f}"
+        )
+    return seconds
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise UsageError(f"mount option {name} is one of {', '.join(choices)}, not {value!r}")
+    return value
+
+
+def _generation(value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,19}", value) or not int(value):
+        raise UsageError(f"mount option generation={value} is not the number of a generation")
+    return int(value)

@@ -1,0 +1,182 @@
+"""What the daemon does for commands: each request of the control socket, on the mounted filesystem.
+
+Edits go through the committer, so they are durable when the answer leaves (C6). Rollback refuses while
+files are open for writing, and lets the kernel forget the old tree before it answers.
+"""
+
+import os
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from cowfs.daemon import control
+from cowfs.daemon.commits import Committer
+from cowfs.daemon.operations import Operations, invalidate
+from cowfs.daemon.options import MountOptions
+from cowfs.daemon.processes import open_for_writing
+from cowfs.errors import BusyError, CowfsError, ReadOnlyError
+from cowfs.history import reports
+from cowfs.history.filesystem import EditAction, Filesystem
+from cowfs.history.records import RootRecord
+
+ProgressCall = Callable[[control.Progress], Awaitable[None]]
+NAMED_MAX = 5  # open files named in a refusal
+
+
+class MountService:
+    """The service of one mount (control.Service).
+
+    Args:
+        committer: None when the mount is read-only.
+        unmount: ends the mount from outside, as the user would.
+    """
+
+    def __init__(
+        self,
+        filesystem: Filesystem,
+        committer: Committer | None,
+        operations: Operations,
+        options: MountOptions,
+        unmount: Callable[[str], None],
+    ) -> None:
+        self._filesystem = filesystem
+        self._committer = committer
+        self._operations = operations
+        self._options = options
+        self._unmount = unmount
+        self._mountpoint = os.path.realpath(options.mountpoint)
+        self._stale_names: list[bytes] = []
+        self.ended = trio.Event()
+
+    # --- pins ---------------------------------------------------------------------------------------
+
+    def pin(self) -> control.Pin:
+        store = self._filesystem.store
+        pin = control.Pin(store.superblock.generation)
+        store.pins[pin] = pin.generation
+        return pin
+
+    def unpin(self, pin: control.Pin) -> None:
+        self._filesystem.store.pins.pop(pin, None)
+
+    def holds(self, pin: control.Pin) -> bool:
+        return pin in self._filesystem.store.pins
+
+    # --- requests -----------------------------------------------------------------------------------
+
+    async def handle(self, request: control.Request, progress: ProgressCall) -> control.Reply:
+        filesystem = self._filesystem
+        match request:
+            case control.Info():
+                return control.InfoReply(info=self._info())
+            case control.Space():
+                return control.SpaceReply(space=reports.space_report(filesystem))
+            case control.Snapshots():
+                return control.SnapshotsReply(snapshots=reports.snapshot_reports(filesystem))
+            case control.Drops():
+                return control.DropsReply(drops=reports.drop_reports(filesystem))
+            case control.CreateSnapshot(name=name, description=description):
+                return await self._edit(filesystem.create_snapshot(name, description))
+            case control.RenameSnapshot(old=old, new=new):
+                return await self._edit(filesystem.rename_snapshot(old, new))
+            case control.DeleteSnapshots(names=names, wait=wait):
+                return await self._delete(names, progress if wait else None)
+            case control.Rollback(name=name, force=force):
+                return await self._replace_live(filesystem.rollback(name), force=force)
+            case control.Undo(force=force):
+                return await self._replace_live(filesystem.undo(), force=force)
+            case control.Sync():
+                if self._committer is not None:
+                    await self._committer.sync()
+                return control.Done(generation=filesystem.store.superblock.generation)
+            case control.Stop():
+                await trio.to_thread.run_sync(self._unmount, self._mountpoint)
+                with trio.CancelScope(shield=True):
+                    await self.ended.wait()
+                return control.Done(generation=filesystem.store.superblock.generation)
+            case _:
+                raise CowfsError(f"the daemon does not know the request {type(request).__name__}")
+
+    def _info(self) -> reports.InfoReport:
+        settings = {
+            name: getattr(self._options, name)
+            for name in MountOptions.__dataclass_fields__
+            if name not in ("image", "mountpoint")
+        }
+        if self._committer is not None:
+            settings["commits"] = self._committer.commit_count
+            settings["commit_bytes"] = self._committer.written_bytes
+        return reports.info_report(
+            self._filesystem,
+            mount_point=self._mountpoint,
+            daemon_pid=os.getpid(),
+            daemon_settings=settings,
+        )
+
+    def _writer(self) -> Committer:
+        if self._committer is None:
+            raise ReadOnlyError(f"{self._mountpoint} is mounted read-only")
+        return self._committer
+
+    async def _apply(self, action: EditAction) -> RootRecord:
+        record = await self._writer().apply(action)
+        assert isinstance(record, RootRecord)
+        return record
+
+    async def _edit(self, action: EditAction) -> control.SnapshotReply:
+        record = await self._apply(action)
+        return control.SnapshotReply(snapshot=reports.snapshot_report(self._filesystem, record))
+
+    async def _delete(
+        self, names: tuple[str, ...], progress: ProgressCall | None
+    ) -> control.SnapshotsReply:
+        committer = self._writer()
+        records = await committer.apply(self._filesystem.delete_snapshots(names))
+        assert isinstance(records, list)
+        committer.kick_drops()
+        if progress is not None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._show_drops, progress)
+                await committer.wait_drops()
+                nursery.cancel_scope.cancel()
+        return control.SnapshotsReply(
+            snapshots=tuple(reports.snapshot_report(self._filesystem, each) for each in records)
+        )
+
+    async def _show_drops(self, progress: ProgressCall) -> None:
+        while True:
+            await trio.sleep(0.2)
+            drops = reports.drop_reports(self._filesystem)
+            await progress(
+                control.Progress(
+                    what="giving back blocks",
+                    done_bytes=sum(drop.freed_bytes for drop in drops),
+                    total_bytes=sum(drop.referenced_bytes for drop in drops),
+                )
+            )
+
+    async def _replace_live(self, action: EditAction, *, force: bool) -> control.SnapshotReply:
+        self._writer()
+        writers = self._operations.writers()
+        if writers and not force:
+            named = await trio.to_thread.run_sync(open_for_writing, self._mountpoint)
+            shown = named[:NAMED_MAX] or [f"inode {ino}" for ino in writers[:NAMED_MAX]]
+            more = len(writers) - len(shown)
+            rest = f" and {more} more" if more > 0 else ""
+            raise BusyError(
+                f"files are open for writing: {', '.join(shown)}{rest}; close them, or use --force "
+                "and they get errors"
+            )
+        record = await self._apply(self._switching(action))
+        await trio.to_thread.run_sync(invalidate, self._stale_names)
+        return control.SnapshotReply(snapshot=reports.snapshot_report(self._filesystem, record))
+
+    def _switching(self, action: EditAction) -> EditAction:
+        """The edit, and the switch of the operations to the new volume in the same step."""
+
+        def apply(filesystem: Filesystem) -> object:
+            record = action(filesystem)
+            self._stale_names = self._operations.switch()
+            return record
+
+        return apply

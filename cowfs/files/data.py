@@ -1,0 +1,392 @@
+"""The data of files: written blocks gather in memory and go out as long runs at the freeze.
+
+Between freezes a file's changed blocks are whole blocks in a dict by index, so that a thousand small
+writes cost one allocation, one checksum loop and one extent a run. Small files are inline items in the
+leaf. Blocks past the end of a file are never kept; the rest of its last block is zero.
+Every block read from the device is verified against its extent's checksum (C9). Keeps I1 and I7.
+"""
+
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cowfs.errors import CorruptError, posix_error
+from cowfs.files.items import (
+    EXTENT_BLOCKS_MAX,
+    FILE_BLOCK_MAX,
+    FILE_SIZE_MAX,
+    INLINE_BYTES_MAX,
+    INODE_INLINE,
+    TYPE_EXTENT,
+    TYPE_INLINE,
+    Extent,
+    Inode,
+    decode_extent,
+    key,
+    split_key,
+)
+from cowfs.storage.btree import Tree
+from cowfs.storage.device import Buffer
+from cowfs.storage.format import BLOCK_SIZE_BYTES, DATA_CHECKSUM_BYTES
+from cowfs.storage.store import TIER_ADD, TIER_REMOVE, Store
+
+ZERO_BLOCK = bytes(BLOCK_SIZE_BYTES)
+# How much a file's reader is ahead of the kernel: the rest of the extent and one more.
+PREFETCH_BLOCKS = 2 * EXTENT_BLOCKS_MAX
+
+
+@dataclass(slots=True)
+class Reading:
+    """What a read needs: bytes at hand, zeros, and runs on the device. `fetch` may run in any thread."""
+
+    store: Store
+    ino: int
+    skip_bytes: int
+    size_bytes: int
+    pieces: list[Buffer | int | Extent]  # an int stands for that many blocks of zeros
+
+    def fetch(self, *, wait: bool) -> Buffer | None:
+        """The bytes; None if the device would have to be waited for and `wait` is false.
+
+        Raises:
+            CorruptError: a block is not what was written (EIO for this range only).
+            DeviceError: it cannot be read.
+        """
+        parts: list[Buffer] = []
+        for piece in self.pieces:
+            if isinstance(piece, Extent):
+                data = self.store.read_data(
+                    piece.block,
+                    piece.count,
+                    piece.checksums,
+                    f"data of inode {self.ino}",
+                    wait=wait,
+                )
+                if data is None:
+                    return None
+                parts.append(data)
+            elif isinstance(piece, int):
+                parts.append(bytes(piece * BLOCK_SIZE_BYTES))
+            else:
+                parts.append(piece)
+        whole = parts[0] if len(parts) == 1 else b"".join(parts)
+        if self.skip_bytes or len(whole) != self.size_bytes:
+            return memoryview(whole)[self.skip_bytes : self.skip_bytes + self.size_bytes]
+        return whole
+
+
+class Data:
+    """The data of all files of one tree. Callers set times and touch the inode; sizes are set here."""
+
+    def __init__(self, tree: Tree, data_blocks: int) -> None:
+        self._tree = tree
+        self._store = tree.store
+        self.data_blocks = data_blocks  # of all files
+        self._dirty: dict[int, dict[int, Buffer]] = {}
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def reading(self, inode: Inode, offset: int, size: int) -> Reading:
+        """What to fetch for `size` bytes from `offset`; less at the end of the file."""
+        size = max(0, min(size, inode.size_bytes - offset))
+        first = offset // BLOCK_SIZE_BYTES
+        skip = offset - first * BLOCK_SIZE_BYTES
+        pieces: list[Buffer | int | Extent] = []
+        if size:
+            stop = -(-(offset + size) // BLOCK_SIZE_BYTES)
+            dirty = self._dirty.get(inode.ino)
+            if dirty is None and inode.flags & INODE_INLINE:
+                pieces = [self._inline(inode).ljust(stop * BLOCK_SIZE_BYTES, b"\0")]
+                skip = offset
+            elif dirty is None:
+                pieces = list(self._pieces(inode, first, stop, prefetch=True))
+            else:
+                pieces = self._mixed(inode, first, stop, dirty)
+        return Reading(self._store, inode.ino, skip, size, pieces or [b""])
+
+    def _mixed(
+        self, inode: Inode, first: int, stop: int, dirty: dict[int, Buffer]
+    ) -> list[Buffer | int | Extent]:
+        pieces: list[Buffer | int | Extent] = []
+        at = first
+        while at < stop:
+            block = dirty.get(at)
+            if block is not None:
+                pieces.append(block)
+                at += 1
+                continue
+            end = at + 1
+            while end < stop and end not in dirty:
+                end += 1
+            pieces.extend(self._pieces(inode, at, end))
+            at = end
+        return pieces
+
+    def _pieces(
+        self, inode: Inode, first: int, stop: int, *, prefetch: bool = False
+    ) -> Iterator[int | Extent]:
+        """The extents and holes of the blocks [first, stop) as the tree has them."""
+        at = first
+        if inode.data_blocks:
+            for start, extent in self._extents(inode.ino, first, stop):
+                if start > at:
+                    yield start - at
+                skip = max(0, first - start)
+                count = min(start + extent.count, stop) - max(start, first)
+                yield extent.part(skip, count)
+                at = start + skip + count
+                ahead = extent.count - skip - count
+                if prefetch and ahead and first:
+                    self._store.device.prefetch(
+                        (extent.block + skip + count) * BLOCK_SIZE_BYTES,
+                        min(ahead + EXTENT_BLOCKS_MAX, PREFETCH_BLOCKS) * BLOCK_SIZE_BYTES,
+                    )
+        if at < stop:
+            yield stop - at
+
+    def _extents(self, ino: int, first: int, stop: int) -> Iterator[tuple[int, Extent]]:
+        """(first file block, extent) of each extent that overlaps [first, stop)."""
+        begin = key(ino, TYPE_EXTENT, max(0, first - EXTENT_BLOCKS_MAX + 1))
+        last = 0
+        for item, value in self._tree.items(begin, key(ino, TYPE_EXTENT, stop)):
+            start = split_key(item)[2]
+            extent = decode_extent(ino, value)
+            if start < last:
+                raise CorruptError(f"extent of inode {ino}", extent.block, "overlaps another")
+            last = start + extent.count
+            if last > first:
+                yield start, extent
+
+    def _inline(self, inode: Inode) -> bytes:
+        value = self._tree.get(key(inode.ino, TYPE_INLINE, 0))
+        if value is None or len(value) != inode.size_bytes:
+            raise CorruptError(f"data of inode {inode.ino}", inode.ino, "inline data is missing")
+        return value  # type: ignore[no-any-return]
+
+    def _block(self, inode: Inode, index: int) -> Buffer:
+        """One whole block of the file, as it is now."""
+        dirty = self._dirty.get(inode.ino)
+        if dirty is not None and index in dirty:
+            return dirty[index]
+        piece = next(self._pieces(inode, index, index + 1))
+        if isinstance(piece, int):
+            return ZERO_BLOCK
+        data = self._store.read_data(piece.block, 1, piece.checksums, f"data of inode {inode.ino}")
+        assert data is not None
+        return data
+
+    # --- writing ------------------------------------------------------------------------------------
+
+    def write(self, inode: Inode, offset: int, data: Buffer) -> None:
+        """Write all of `data` at `offset`, into memory.
+
+        Raises:
+            OSError: EFBIG.
+            NoSpaceError: it would not fit into the image.
+        """
+        size = len(data)
+        end = offset + size
+        if end > FILE_SIZE_MAX:
+            raise posix_error(errno.EFBIG)
+        if not size:
+            return
+        first, head = divmod(offset, BLOCK_SIZE_BYTES)
+        stop = -(-end // BLOCK_SIZE_BYTES)
+        self._store.admit(stop - first, TIER_ADD)
+        dirty = self._open(inode)
+        before = len(dirty)
+        if not head and not size % BLOCK_SIZE_BYTES:
+            if size == BLOCK_SIZE_BYTES:
+                dirty[first] = data
+            else:
+                view = memoryview(data)
+                for at in range(0, size, BLOCK_SIZE_BYTES):
+                    dirty[first] = view[at : at + BLOCK_SIZE_BYTES]
+                    first += 1
+        else:
+            view = memoryview(data)
+            at = 0
+            for index in range(first, stop):
+                count = min(BLOCK_SIZE_BYTES - head, size - at)
+                part = view[at : at + count]
+                if count == BLOCK_SIZE_BYTES:
+                    dirty[index] = part
+                elif index * BLOCK_SIZE_BYTES >= inode.size_bytes:  # nothing of it to keep
+                    dirty[index] = bytes(head) + part.tobytes().ljust(
+                        BLOCK_SIZE_BYTES - head, b"\0"
+                    )
+                else:
+                    old = bytearray(self._block(inode, index))
+                    old[head : head + count] = part
+                    dirty[index] = bytes(old)
+                at += count
+                head = 0
+        self._promise(len(dirty) - before)
+        if end > inode.size_bytes:
+            inode.size_bytes = end
+
+    def truncate(self, inode: Inode, size: int) -> None:
+        """Set the size; what lies beyond is gone, what is added is a hole.
+
+        Raises:
+            OSError: EFBIG.
+        """
+        if size > FILE_SIZE_MAX:
+            raise posix_error(errno.EFBIG)
+        old_size = inode.size_bytes
+        if size == old_size:
+            return
+        if size < old_size:
+            stop, tail = divmod(size, BLOCK_SIZE_BYTES)
+            if tail:
+                self._store.admit(1, TIER_REMOVE)
+            if inode.flags & INODE_INLINE:
+                self._open(inode)
+            dirty = self._dirty.get(inode.ino)
+            if tail:
+                block = self._block(inode, stop)
+                if block is not ZERO_BLOCK:
+                    dirty = self._open(inode)
+                    self._promise(stop not in dirty)
+                    dirty[stop] = bytes(block[:tail]).ljust(BLOCK_SIZE_BYTES, b"\0")
+                stop += 1
+            if dirty is not None:
+                gone = [index for index in dirty if index >= stop]
+                for index in gone:
+                    del dirty[index]
+                self._promise(-len(gone))
+            if inode.data_blocks:
+                self._punch(inode, stop, FILE_BLOCK_MAX + 1)
+        elif inode.flags & INODE_INLINE:
+            self._store.admit(1, TIER_ADD)
+            self._open(inode)
+        inode.size_bytes = size
+
+    def is_dirty(self, ino: int) -> bool:
+        return ino in self._dirty
+
+    def allocated_blocks(self, inode: Inode) -> int:
+        """Blocks that the file takes, or will take when it is written back."""
+        dirty = self._dirty.get(inode.ino)
+        if not dirty:
+            return inode.data_blocks
+        if not inode.data_blocks:
+            return len(dirty)
+        return max(inode.data_blocks, len(dirty))
+
+    def remove(self, inode: Inode, budget: int) -> bool:
+        """Give back the data of a file that is gone, at most `budget` leaves at once.
+
+        Returns whether it is all given back.
+        """
+        dirty = self._dirty.pop(inode.ino, None)
+        if dirty is not None:
+            self._promise(-len(dirty))
+        if inode.flags & INODE_INLINE:
+            self._tree.delete(key(inode.ino, TYPE_INLINE, 0))
+            inode.flags &= ~INODE_INLINE
+        while inode.data_blocks:
+            if not budget:
+                return False
+            budget -= 1
+            self._punch_some(inode, 0, FILE_BLOCK_MAX + 1)
+        return True
+
+    def flush(self, inode: Inode) -> bool:
+        """Allocate what is dirty of a file and put its extents into the tree.
+
+        Returns whether the inode changed.
+        """
+        dirty = self._dirty.pop(inode.ino, None)
+        if dirty is None:
+            return False
+        self._promise(-len(dirty))
+        ino, size = inode.ino, inode.size_bytes
+        if size <= INLINE_BYTES_MAX and not inode.data_blocks:
+            if dirty:
+                self._tree.put(key(ino, TYPE_INLINE, 0), bytes(dirty[0][:size]))
+                inode.flags |= INODE_INLINE
+            elif inode.flags & INODE_INLINE:
+                self._drop_inline(inode)
+            return True
+        if inode.flags & INODE_INLINE:
+            self._drop_inline(inode)
+        order = sorted(dirty)
+        blocks = [dirty[index] for index in order]
+        at = 0
+        for first, count, checksums in self._store.write_data(blocks):
+            whole = Extent(first, count, self._store.generation, checksums)
+            stop = at + count
+            while at < stop:
+                start = order[at]
+                length = 1
+                limit = min(stop - at, EXTENT_BLOCKS_MAX)
+                while length < limit and order[at + length] == start + length:
+                    length += 1
+                if inode.data_blocks:
+                    self._punch(inode, start, start + length)
+                part = whole.part(at - (stop - count), length)
+                self._tree.put(key(ino, TYPE_EXTENT, start), part.encode())
+                inode.data_blocks += length
+                self.data_blocks += length
+                at += length
+        return True
+
+    def dirty_inos(self) -> list[int]:
+        return sorted(self._dirty)
+
+    def _open(self, inode: Inode) -> dict[int, Buffer]:
+        """The dirty blocks of a file, with its inline data among them."""
+        dirty = self._dirty.get(inode.ino)
+        if dirty is None:
+            dirty = {}
+            if inode.flags & INODE_INLINE:
+                dirty[0] = self._inline(inode).ljust(BLOCK_SIZE_BYTES, b"\0")
+                self._promise(1)
+            self._dirty[inode.ino] = dirty
+        return dirty
+
+    def _promise(self, blocks: int) -> None:
+        self._store.promised_blocks += blocks
+        self._store.promised_items += blocks
+
+    def _drop_inline(self, inode: Inode) -> None:
+        self._tree.delete(key(inode.ino, TYPE_INLINE, 0))
+        inode.flags &= ~INODE_INLINE
+
+    def _punch(self, inode: Inode, first: int, stop: int) -> None:
+        """Let the blocks [first, stop) of the file hold nothing; extents at the edges are cut."""
+        while inode.data_blocks and self._punch_some(inode, first, stop):
+            pass
+
+    def _punch_some(self, inode: Inode, first: int, stop: int) -> bool:
+        """The same for the extents of one leaf. Returns whether there was any."""
+        ino, tree = inode.ino, self._tree
+        below = tree.floor(key(ino, TYPE_EXTENT, first))
+        begin = first
+        if below is not None:
+            below_ino, below_type, start = split_key(below[0])
+            if (below_ino, below_type) == (ino, TYPE_EXTENT):
+                extent = decode_extent(ino, below[1])
+                if start + extent.count > first:
+                    begin = start
+        removed = tree.pop_range(key(ino, TYPE_EXTENT, begin), key(ino, TYPE_EXTENT, stop))
+        for item, value in removed:
+            start = split_key(item)[2]
+            extent = decode_extent(ino, value)
+            end = start + extent.count
+            cut_first, cut_stop = max(start, first), min(end, stop)
+            if start < cut_first:
+                left = extent.part(0, cut_first - start)
+                tree.put(item, left.encode())
+            if cut_stop < end:
+                right = extent.part(cut_stop - start, end - cut_stop)
+                tree.put(key(ino, TYPE_EXTENT, cut_stop), right.encode())
+            gone = cut_stop - cut_first
+            self._store.map.drop(extent.block + cut_first - start, gone, self._store.generation)
+            inode.data_blocks -= gone
+            self.data_blocks -= gone
+        return bool(removed)
+
+
+assert EXTENT_BLOCKS_MAX * DATA_CHECKSUM_BYTES <= 2048

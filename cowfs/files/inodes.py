@@ -1,0 +1,112 @@
+"""The inodes of one volume in memory: decoded, changed in place, put into the tree at the freeze.
+
+An inode that was changed is *dirty* and stays in memory until `flush`; clean ones are forgotten when
+there are too many. Inode numbers are never used twice.
+"""
+
+import errno
+import time
+
+from cowfs.errors import CorruptError, NoSpaceError, posix_error
+from cowfs.files.items import INO_MAX, Inode, decode_inode, inode_key
+from cowfs.storage.btree import Tree
+
+CACHED_MAX = 65536  # about 300 bytes each
+
+
+class Inodes:
+    """Args: tree of the volume; the next free inode number; how many inode items the tree holds."""
+
+    def __init__(self, tree: Tree, next_ino: int, count: int) -> None:
+        self._tree = tree
+        self.next_ino = next_ino
+        self.count = count
+        self.dirty: dict[int, Inode] = {}
+        self._clean: dict[int, Inode] = {}
+        self._fresh: set[int] = set()  # made since the last flush: not in the tree yet
+
+    def get(self, ino: int) -> Inode:
+        """The inode; the same object until it is flushed and forgotten.
+
+        Raises:
+            OSError: ESTALE, there is none.
+        """
+        inode = self.dirty.get(ino) or self._clean.get(ino)
+        if inode is not None:
+            return inode
+        value = self._tree.get(inode_key(ino))
+        if value is None:
+            raise posix_error(errno.ESTALE)
+        inode = decode_inode(ino, value)
+        if inode.birth > self._tree.store.generation:
+            raise CorruptError(f"inode {ino}", ino, "born in the future", inode.birth)
+        if len(self._clean) >= CACHED_MAX:
+            for old in list(self._clean)[: CACHED_MAX // 8]:
+                del self._clean[old]
+        self._clean[ino] = inode
+        return inode
+
+    def touch(self, inode: Inode) -> None:
+        """The inode was changed."""
+        ino = inode.ino
+        if ino not in self.dirty:
+            self.dirty[ino] = inode
+            self._clean.pop(ino, None)
+            self._tree.store.promised_items += 1
+
+    def create(self, mode: int, uid: int, gid: int, rdev: int) -> Inode:
+        """A new inode with one link, dirty."""
+        ino = self.next_ino
+        if ino > INO_MAX:
+            raise NoSpaceError("no inode number is left")
+        self.next_ino += 1
+        now_ns = time.time_ns()
+        inode = Inode(
+            ino=ino,
+            mode=mode,
+            nlink=1,
+            uid=uid,
+            gid=gid,
+            rdev=rdev,
+            size_bytes=0,
+            data_blocks=0,
+            birth=self._tree.store.generation,
+            atime_ns=now_ns,
+            mtime_ns=now_ns,
+            ctime_ns=now_ns,
+            btime_ns=now_ns,
+        )
+        self._fresh.add(ino)
+        self.count += 1
+        self.touch(inode)
+        return inode
+
+    def remove(self, inode: Inode) -> None:
+        """The inode is gone; what belonged to it was removed by the caller."""
+        ino = inode.ino
+        if self.dirty.pop(ino, None) is not None:
+            self._tree.store.promised_items -= 1
+        self._clean.pop(ino, None)
+        self.count -= 1
+        if ino in self._fresh:
+            self._fresh.discard(ino)
+        elif not self._tree.delete(inode_key(ino)):
+            raise CorruptError(f"inode {ino}", ino, "missing from its tree")
+
+    def is_fresh(self, ino: int) -> bool:
+        """Whether nothing of the inode can be in the tree but what was put there since its birth."""
+        return ino in self._fresh
+
+    def flush(self) -> None:
+        """Put every dirty inode into the tree."""
+        put = self._tree.put
+        for ino in sorted(self.dirty):
+            put(inode_key(ino), self.dirty[ino].encode())
+        self._tree.store.promised_items -= len(self.dirty)
+        self._clean.update(self.dirty)
+        self.dirty.clear()
+        self._fresh.clear()
+        excess = len(self._clean) - CACHED_MAX
+        if excess > 0:
+            for old in list(self._clean)[:excess]:
+                del self._clean[old]

@@ -1,0 +1,291 @@
+"""Every item of a filesystem tree, as bytes: inodes, names, xattrs, symlinks, data.
+
+A tree is keyed `(inode, type, offset)`, 17 big-endian bytes. FORMAT.md has a table for each value; a
+test holds the two together. Decoding checks every member: what is out of range is a `CorruptError`,
+whose block is the inode number where no block is known.
+"""
+
+import stat
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple, NewType
+
+from xxhash import xxh3_64_intdigest
+
+from cowfs.errors import CorruptError
+from cowfs.storage.format import BLOCK_SIZE_BYTES, DATA_CHECKSUM_BYTES
+
+Ino = NewType("Ino", int)
+
+ROOT_INO = Ino(1)
+INO_MAX = (1 << 40) - 1
+NAME_BYTES_MAX = 255
+SYMLINK_BYTES_MAX = 4095
+FILE_SIZE_MAX = (1 << 63) - 1
+LINK_MAX = (1 << 32) - 1
+
+# --- key --------------------------------------------------------------------------------------------
+
+KEY = struct.Struct(">QBQ")
+KEY_BYTES = 17
+assert KEY.size == KEY_BYTES
+
+TYPE_ORPHAN = 0  # only under inode 0; offset is the orphan's inode number
+TYPE_INODE = 1
+TYPE_NAME = 2
+TYPE_XATTR = 3
+TYPE_SYMLINK = 4
+TYPE_INLINE = 5
+TYPE_EXTENT = 6
+TYPES = frozenset(range(7))
+
+key = KEY.pack
+split_key = KEY.unpack
+
+
+def inode_key(ino: int) -> bytes:
+    return KEY.pack(ino, TYPE_INODE, 0)
+
+
+# --- inode ------------------------------------------------------------------------------------------
+
+INODE = struct.Struct("<IIIIQQQQqqqqIHH")
+INODE_BYTES = 88
+assert INODE.size == INODE_BYTES
+FILE_TYPES = frozenset(
+    (
+        stat.S_IFREG,
+        stat.S_IFDIR,
+        stat.S_IFLNK,
+        stat.S_IFIFO,
+        stat.S_IFSOCK,
+        stat.S_IFCHR,
+        stat.S_IFBLK,
+    )
+)
+
+
+INODE_INLINE = 1 << 0  # the data is an inline item; without it a file has extents or nothing
+
+
+@dataclass(slots=True)
+class Inode:
+    """One file. FORMAT.md "Inode".
+
+    `size_bytes` of a directory is the sum of its names' lengths, and its `rdev` is the inode of its
+    parent (the root's own is itself); `data_blocks` counts the blocks of the extents; `xattr_count`
+    lets a file without xattrs answer without a search.
+    """
+
+    ino: int
+    mode: int
+    nlink: int
+    uid: int
+    gid: int
+    rdev: int
+    size_bytes: int
+    data_blocks: int
+    birth: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    btime_ns: int
+    flags: int = 0
+    xattr_count: int = 0
+
+    def encode(self) -> bytes:
+        return INODE.pack(
+            self.mode,
+            self.nlink,
+            self.uid,
+            self.gid,
+            self.rdev,
+            self.size_bytes,
+            self.data_blocks,
+            self.birth,
+            self.atime_ns,
+            self.mtime_ns,
+            self.ctime_ns,
+            self.btime_ns,
+            self.flags,
+            self.xattr_count,
+            0,
+        )
+
+
+def decode_inode(ino: int, value: bytes) -> Inode:
+    if len(value) != INODE_BYTES:
+        raise CorruptError(f"inode {ino}", ino, "wrong length", len(value), INODE_BYTES)
+    fields = INODE.unpack(value)
+    if fields[14]:
+        raise CorruptError(f"inode {ino}", ino, "reserved bytes are not zero", fields[14])
+    inode = Inode(ino, *fields[:14])
+    if inode.mode & 0o170000 not in FILE_TYPES or inode.mode >> 16:
+        raise CorruptError(f"inode {ino}", ino, "unknown file type", oct(inode.mode))
+    if inode.flags & ~INODE_INLINE:
+        raise CorruptError(f"inode {ino}", ino, "unknown flags", hex(inode.flags))
+    if inode.size_bytes > FILE_SIZE_MAX:
+        raise CorruptError(f"inode {ino}", ino, "size out of range", inode.size_bytes)
+    if not 0 < ino <= INO_MAX:
+        raise CorruptError(f"inode {ino}", ino, "inode number out of range")
+    return inode
+
+
+# --- names ------------------------------------------------------------------------------------------
+
+NAME_ENTRY = struct.Struct("<QBBB")  # inode, file type (mode >> 12), slot, length of the name
+NAME_ENTRY_BYTES = 11
+NAME_SLOTS = 16
+assert NAME_ENTRY.size == NAME_ENTRY_BYTES
+
+
+class Name(NamedTuple):
+    """One directory entry. `slot` tells entries of one hash apart, for ever: it is in the cookie."""
+
+    name: bytes
+    ino: int
+    type: int
+    slot: int
+
+
+def name_hash(name: bytes, seed: int) -> int:
+    """A 63-bit hash with its low 4 bits zero (they take the slot); never below NAME_SLOTS."""
+    return (xxh3_64_intdigest(name, seed) >> 1 & ~(NAME_SLOTS - 1)) or NAME_SLOTS
+
+
+def find_name(directory: int, value: bytes, name: bytes) -> Name | None:
+    """The entry of that name in a name item; checked like the others only when it is not alone."""
+    if value[NAME_ENTRY_BYTES:] == name and value[NAME_ENTRY_BYTES - 1] == len(name):
+        ino, type_, slot, _ = NAME_ENTRY.unpack_from(value)
+        if type_ << 12 in FILE_TYPES and 0 < ino <= INO_MAX:
+            return Name(name, ino, type_, slot)
+    return next((entry for entry in decode_names(directory, value) if entry.name == name), None)
+
+
+def encode_names(names: list[Name]) -> bytes:
+    return b"".join(
+        NAME_ENTRY.pack(entry.ino, entry.type, entry.slot, len(entry.name)) + entry.name
+        for entry in names
+    )
+
+
+def decode_names(directory: int, value: bytes) -> list[Name]:
+    """The entries of one name item, in slot order; none repeats, each could be a file's name."""
+    names = []
+    at = 0
+    size = len(value)
+    last_slot = -1
+    while at < size:
+        if at + NAME_ENTRY_BYTES > size:
+            raise CorruptError(f"directory {directory}", directory, "a name is cut short")
+        ino, type_, slot, length = NAME_ENTRY.unpack_from(value, at)
+        at += NAME_ENTRY_BYTES + length
+        name = value[at - length : at]
+        if len(name) != length or not length:
+            raise CorruptError(f"directory {directory}", directory, "a name is cut short")
+        if b"/" in name or b"\0" in name or name in (b".", b".."):
+            raise CorruptError(f"directory {directory}", directory, "impossible name", name)
+        if not last_slot < slot < NAME_SLOTS:
+            raise CorruptError(f"directory {directory}", directory, "slots not ascending", slot)
+        if type_ << 12 not in FILE_TYPES or not 0 < ino <= INO_MAX:
+            raise CorruptError(f"directory {directory}", directory, "impossible entry", name)
+        last_slot = slot
+        names.append(Name(name, ino, type_, slot))
+    if not names:
+        raise CorruptError(f"directory {directory}", directory, "an empty name item")
+    return names
+
+
+# --- xattrs -----------------------------------------------------------------------------------------
+
+# An attribute is one or more items at offsets hash + chunk; the first carries the name. Hashes leave
+# the low 8 bits to the chunk; names of equal hash take the next free hash of XATTR_PROBES.
+XATTR_HEADER = struct.Struct("<IB")  # length of the whole value, length of the name
+XATTR_CHUNK_BYTES = 2048
+XATTR_CHUNKS = 256
+XATTR_PROBES = 8
+XATTR_VALUE_BYTES_MAX = 65536
+XATTR_COUNT_MAX = 65535
+
+
+def xattr_hash(name: bytes, seed: int) -> int:
+    return xxh3_64_intdigest(name, seed) >> 2 & ~(XATTR_CHUNKS - 1)
+
+
+def encode_xattr(name: bytes, value: bytes) -> list[bytes]:
+    """The items of one attribute, in chunk order."""
+    first = XATTR_HEADER.pack(len(value), len(name)) + name + value[:XATTR_CHUNK_BYTES]
+    rest = range(XATTR_CHUNK_BYTES, len(value), XATTR_CHUNK_BYTES)
+    return [first, *(value[at : at + XATTR_CHUNK_BYTES] for at in rest)]
+
+
+def decode_xattr_first(ino: int, value: bytes) -> tuple[bytes, int, bytes]:
+    """The name, the length of the whole value, and the first part of the value."""
+    if len(value) < XATTR_HEADER.size:
+        raise CorruptError(f"xattr of inode {ino}", ino, "cut short", len(value))
+    size, name_length = XATTR_HEADER.unpack_from(value)
+    start = XATTR_HEADER.size + name_length
+    name, part = value[XATTR_HEADER.size : start], value[start:]
+    if not name_length or len(name) != name_length or b"\0" in name:
+        raise CorruptError(f"xattr of inode {ino}", ino, "impossible name", name)
+    if size > XATTR_VALUE_BYTES_MAX or len(part) != min(size, XATTR_CHUNK_BYTES):
+        raise CorruptError(f"xattr of inode {ino}", ino, "value length out of range", size)
+    return name, size, part
+
+
+# --- data -------------------------------------------------------------------------------------------
+
+INLINE_BYTES_MAX = 2048  # larger files have extents
+EXTENT_BLOCKS_MAX = 256  # 1 MiB: the checksums of an extent are 2 KiB of its item
+EXTENT = struct.Struct("<QIQBBHI")
+EXTENT_BYTES = 28
+assert EXTENT.size == EXTENT_BYTES
+FILE_BLOCK_MAX = FILE_SIZE_MAX // BLOCK_SIZE_BYTES
+
+
+class Extent(NamedTuple):
+    """A run of blocks that holds consecutive blocks of a file; its key's offset is the first of them.
+
+    `checksums` is DATA_CHECKSUM_BYTES for each block. Uncompressed, so `count` blocks are stored and
+    any part of an extent is an extent.
+    """
+
+    block: int
+    count: int
+    birth: int
+    checksums: bytes
+
+    def encode(self) -> bytes:
+        return EXTENT.pack(self.block, self.count, self.birth, 0, 0, 0, 0) + self.checksums
+
+    def part(self, first: int, count: int) -> "Extent":
+        """The extent of `count` blocks from the `first` of this one."""
+        return Extent(
+            self.block + first,
+            count,
+            self.birth,
+            self.checksums[first * DATA_CHECKSUM_BYTES : (first + count) * DATA_CHECKSUM_BYTES],
+        )
+
+
+def decode_extent(ino: int, value: bytes) -> Extent:
+    """The extent in `value`; whether it lies inside the image is for the reader to check."""
+    if len(value) < EXTENT_BYTES:
+        raise CorruptError(f"extent of inode {ino}", ino, "cut short", len(value))
+    block, count, birth, algorithm, reserved, stored, skipped = EXTENT.unpack_from(value)
+    if algorithm or reserved or stored or skipped:
+        raise CorruptError(f"extent of inode {ino}", ino, "unknown compression", algorithm)
+    if not 0 < count <= EXTENT_BLOCKS_MAX:
+        raise CorruptError(f"extent of inode {ino}", ino, "length out of range", count)
+    if len(value) != EXTENT_BYTES + count * DATA_CHECKSUM_BYTES:
+        raise CorruptError(f"extent of inode {ino}", ino, "checksums missing", len(value))
+    return Extent(block, count, birth, value[EXTENT_BYTES:])
+
+
+def references(keys: list[bytes], values: list[bytes]) -> list[tuple[int, int]]:
+    """The runs of data blocks (first, count) that a leaf's items point at, one per extent (I1)."""
+    return [
+        EXTENT.unpack_from(value)[:2]
+        for item_key, value in zip(keys, values, strict=True)
+        if item_key[8] == TYPE_EXTENT
+    ]

@@ -1,0 +1,89 @@
+"""Directories: names to inode numbers, keyed by a seeded hash of the name.
+
+The hash and the entry's slot make the readdir cookie, which stays valid while other names come and go.
+"""
+
+from collections.abc import Iterator
+
+from cowfs.errors import NoSpaceError
+from cowfs.files.items import (
+    NAME_SLOTS,
+    TYPE_NAME,
+    Name,
+    decode_names,
+    encode_names,
+    find_name,
+    key,
+    name_hash,
+    split_key,
+)
+from cowfs.storage.btree import Tree
+
+COOKIE_MASK = NAME_SLOTS - 1
+
+
+class Names:
+    """The names of all directories of one tree."""
+
+    def __init__(self, tree: Tree, seed: int) -> None:
+        self._tree = tree
+        self._seed = seed
+
+    def find(self, directory: int, name: bytes) -> Name | None:
+        value = self._tree.get(key(directory, TYPE_NAME, name_hash(name, self._seed)))
+        return None if value is None else find_name(directory, value, name)
+
+    def add(self, directory: int, name: bytes, ino: int, type_: int) -> None:
+        """Add a name that is not there yet.
+
+        Raises:
+            NoSpaceError: sixteen names of one hash, which only their author can bring about.
+        """
+        item = key(directory, TYPE_NAME, name_hash(name, self._seed))
+        value = self._tree.get(item)
+        names = [] if value is None else decode_names(directory, value)
+        taken = {entry.slot for entry in names}
+        slot = next((slot for slot in range(NAME_SLOTS) if slot not in taken), None)
+        if slot is None:
+            raise NoSpaceError("too many names of one hash in the directory")
+        names.append(Name(name, ino, type_, slot))
+        self._tree.put(item, encode_names(sorted(names, key=lambda entry: entry.slot)))
+
+    def change(self, directory: int, name: bytes, ino: int, type_: int) -> None:
+        """Let an existing name mean another inode; its cookie stays."""
+        item = key(directory, TYPE_NAME, name_hash(name, self._seed))
+        names = decode_names(directory, self._tree.get(item))
+        self._tree.put(
+            item,
+            encode_names(
+                [
+                    entry._replace(ino=ino, type=type_) if entry.name == name else entry
+                    for entry in names
+                ]
+            ),
+        )
+
+    def remove(self, directory: int, name: bytes) -> None:
+        item = key(directory, TYPE_NAME, name_hash(name, self._seed))
+        value = self._tree.get(item)
+        if find_name(directory, value, name) is not None and len(value) == len(name) + 11:
+            self._tree.delete(item)
+            return
+        names = [entry for entry in decode_names(directory, value) if entry.name != name]
+        self._tree.put(item, encode_names(names))
+
+    def is_empty(self, directory: int) -> bool:
+        return next(self._items(directory, 0), None) is None
+
+    def _items(self, directory: int, after: int) -> Iterator[tuple[bytes, bytes]]:
+        start = key(directory, TYPE_NAME, after & ~COOKIE_MASK)
+        return self._tree.items(start, key(directory, TYPE_NAME + 1, 0))
+
+    def listing(self, directory: int, after: int) -> Iterator[tuple[int, Name]]:
+        """(cookie, entry) of each name whose cookie is above `after`; 0 begins at the start."""
+        for item, value in self._items(directory, after):
+            base = split_key(item)[2]
+            for entry in decode_names(directory, value):
+                cookie = base | entry.slot
+                if cookie > after:
+                    yield cookie, entry

@@ -1,0 +1,555 @@
+"""What a POSIX program meets: files and directories of one tree, without FUSE and without snapshots.
+
+Every method is one operation of the history: it happens whole or not at all, and never suspends. POSIX
+answers are `OSError`; permissions are the kernel's business (default_permissions), ownership is given
+by the caller. Changes stay in memory until `flush` puts them into the tree, at a commit's freeze.
+
+Keeps I7. A file whose last name is gone is an *orphan* until `reclaim`; a mark in the tree lets the
+next mount reclaim it after a crash (C7).
+"""
+
+import errno
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from cowfs.errors import CorruptError, ReadOnlyError, posix_error
+from cowfs.files.data import Data, Reading
+from cowfs.files.inodes import Inodes
+from cowfs.files.items import (
+    INODE_INLINE,
+    LINK_MAX,
+    NAME_BYTES_MAX,
+    ROOT_INO,
+    SYMLINK_BYTES_MAX,
+    TYPE_ORPHAN,
+    TYPE_SYMLINK,
+    Inode,
+    Name,
+    key,
+    split_key,
+)
+from cowfs.files.names import Names
+from cowfs.files.xattrs import Xattrs
+from cowfs.storage.btree import Tree
+from cowfs.storage.device import Buffer
+from cowfs.storage.format import BLOCK_SIZE_BYTES
+from cowfs.storage.store import TIER_ADD, TIER_REMOVE
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+RELATIME_NS = 24 * 3600 * 10**9
+RECLAIM_LEAVES = 64  # of a file's extents, at once: about 450 MiB of data, some milliseconds
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What `setattr` is to change; None leaves alone. Times in nanoseconds."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size_bytes: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    ctime_ns: int | None = None
+
+
+class Volume:
+    """The files of one tree.
+
+    Args:
+        tree: of the volume or snapshot.
+        name_seed: of the hashes of names, from the superblock.
+        next_ino, inode_count, data_blocks: from the root record.
+        writable: False for a snapshot.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        name_seed: int,
+        *,
+        next_ino: int,
+        inode_count: int,
+        data_blocks: int,
+        writable: bool,
+    ) -> None:
+        self.tree = tree
+        self.store = tree.store
+        self.inodes = Inodes(tree, next_ino, inode_count)
+        self.data = Data(tree, data_blocks)
+        self.names = Names(tree, name_seed)
+        self.xattrs = Xattrs(tree, name_seed)
+        self.writable = writable
+        self.orphans: set[int] = set()
+        self._marked: set[int] = set()  # orphans whose mark is in the tree
+        self.changed = False  # since the last flush
+
+    def make_root(self, mode: int, uid: int, gid: int) -> None:
+        """The root directory of a new, empty tree."""
+        inode = self.inodes.create(stat.S_IFDIR | mode, uid, gid, ROOT_INO)
+        assert inode.ino == ROOT_INO
+        inode.nlink = 2
+        self.changed = True
+
+    # --- looking ------------------------------------------------------------------------------------
+
+    def get(self, ino: int) -> Inode:
+        """The inode. Raises OSError ESTALE."""
+        return self.inodes.get(ino)
+
+    def lookup(self, directory: int, name: bytes) -> Inode:
+        """The inode of a name, `.` and `..` included. Raises OSError ENOENT, ENOTDIR."""
+        if name == b".":
+            return self._directory(directory)
+        if name == b"..":
+            return self.get(self._directory(directory).rdev)
+        entry = self._find(directory, name)
+        if entry is None:
+            raise posix_error(errno.ENOENT)
+        return self._named(entry)
+
+    def find(self, directory: int, name: bytes) -> Inode | None:
+        """The same without `.` and `..`; None when there is no such name."""
+        entry = self._find(directory, name)
+        return None if entry is None else self._named(entry)
+
+    def listing(self, directory: int, after: int = 0) -> Iterator[tuple[int, Name]]:
+        """(cookie, entry) of each name with a cookie above `after`. The volume must not change."""
+        self._directory(directory)
+        return self.names.listing(directory, after)
+
+    def stat_blocks(self, inode: Inode) -> int:
+        """st_blocks: 512-byte units that the file's data takes in the image."""
+        if stat.S_ISREG(inode.mode):
+            blocks = self.data.allocated_blocks(inode)
+            if not blocks and inode.flags & INODE_INLINE:
+                return -(-inode.size_bytes // 512)
+            return blocks * (BLOCK_SIZE_BYTES // 512)
+        return 0
+
+    def readlink(self, ino: int) -> bytes:
+        inode = self.get(ino)
+        if not stat.S_ISLNK(inode.mode):
+            raise posix_error(errno.EINVAL)
+        target = self.tree.get(key(ino, TYPE_SYMLINK, 0))
+        if target is None or not 0 < len(target) <= SYMLINK_BYTES_MAX:
+            raise CorruptError(f"symlink {ino}", ino, "target is missing")
+        return target  # type: ignore[no-any-return]
+
+    def path_of(self, ino: int) -> str | None:
+        """The path of a directory, from the root; None where it is not to be found."""
+        parts: list[str] = []
+        while ino != ROOT_INO:
+            try:
+                parent = self._directory(ino).rdev
+                name = next(
+                    entry.name for _, entry in self.names.listing(parent, 0) if entry.ino == ino
+                )
+            except (OSError, StopIteration):
+                return None
+            parts.append(name.decode("utf-8", "backslashreplace"))
+            ino = parent
+        return "/" + "/".join(reversed(parts))
+
+    # --- making and unmaking ------------------------------------------------------------------------
+
+    def create(
+        self, directory: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0
+    ) -> Inode:
+        """A new file of any type but a symlink, with its name.
+
+        Raises:
+            OSError: EEXIST, ENOENT, ENOTDIR, EMLINK, ENAMETOOLONG.
+            NoSpaceError: the image is full.
+        """
+        self._admit(TIER_ADD)
+        parent = self._living(directory)
+        self._free_name(directory, name)
+        is_directory = stat.S_ISDIR(mode)
+        if parent.mode & stat.S_ISGID:
+            gid = parent.gid
+            if is_directory:
+                mode |= stat.S_ISGID
+        if is_directory and parent.nlink >= LINK_MAX:
+            raise posix_error(errno.EMLINK)
+        inode = self.inodes.create(mode, uid, gid, directory if is_directory else rdev)
+        if is_directory:
+            inode.nlink = 2
+            parent.nlink += 1
+        self.names.add(directory, name, inode.ino, mode >> 12)
+        self._renamed(parent, len(name), inode.mtime_ns)
+        return inode
+
+    def symlink(self, directory: int, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
+        """A symbolic link. Raises as `create`; ENAMETOOLONG, ENOENT also for the target."""
+        if not target:
+            raise posix_error(errno.ENOENT)
+        if len(target) > SYMLINK_BYTES_MAX:
+            raise posix_error(errno.ENAMETOOLONG)
+        inode = self.create(directory, name, stat.S_IFLNK | 0o777, uid, gid)
+        self.tree.put(key(inode.ino, TYPE_SYMLINK, 0), target)
+        inode.size_bytes = len(target)
+        return inode
+
+    def link(self, ino: int, directory: int, name: bytes) -> Inode:
+        """Another name for a file. Raises OSError EPERM for a directory, EMLINK, EEXIST, ENOENT."""
+        self._admit(TIER_ADD)
+        inode = self.get(ino)
+        parent = self._living(directory)
+        if stat.S_ISDIR(inode.mode):
+            raise posix_error(errno.EPERM)
+        if inode.nlink >= LINK_MAX:
+            raise posix_error(errno.EMLINK)
+        if not inode.nlink:
+            raise posix_error(errno.ENOENT)
+        self._free_name(directory, name)
+        now_ns = time.time_ns()
+        self.names.add(directory, name, ino, inode.mode >> 12)
+        inode.nlink += 1
+        inode.ctime_ns = now_ns
+        self.inodes.touch(inode)
+        self._renamed(parent, len(name), now_ns)
+        return inode
+
+    def unlink(self, directory: int, name: bytes) -> Inode:
+        """Remove a name that is not a directory's. With the last one the file is an orphan.
+
+        Returns:
+            The inode; when its nlink is 0, `reclaim` it as soon as nobody uses it.
+        """
+        self._admit(TIER_REMOVE)
+        parent = self._directory(directory)
+        inode = self.lookup(directory, name)
+        if stat.S_ISDIR(inode.mode):
+            raise posix_error(errno.EISDIR)
+        now_ns = time.time_ns()
+        self.names.remove(directory, name)
+        self._renamed(parent, -len(name), now_ns)
+        self._unlinked(inode, now_ns)
+        return inode
+
+    def rmdir(self, directory: int, name: bytes) -> Inode:
+        """Remove an empty directory. Raises OSError ENOTEMPTY, ENOTDIR, EINVAL for `.`."""
+        self._admit(TIER_REMOVE)
+        if name in (b".", b".."):
+            raise posix_error(errno.EINVAL if name == b"." else errno.ENOTEMPTY)
+        parent = self._directory(directory)
+        inode = self.lookup(directory, name)
+        self._require_empty(inode)
+        now_ns = time.time_ns()
+        self.names.remove(directory, name)
+        parent.nlink -= 1
+        self._renamed(parent, -len(name), now_ns)
+        self._unlinked(inode, now_ns)
+        return inode
+
+    def rename(
+        self, old_directory: int, old_name: bytes, directory: int, name: bytes, flags: int = 0
+    ) -> Inode | None:
+        """Give a file another name, atomically (C3).
+
+        Args:
+            flags: 0, RENAME_NOREPLACE or RENAME_EXCHANGE.
+
+        Returns:
+            The inode that lost its name to the new one, if there was one; see `unlink`.
+
+        Raises:
+            OSError: EINVAL into its own subtree or for other flags; ENOENT, EEXIST, ENOTEMPTY, EISDIR,
+                ENOTDIR as rename(2).
+        """
+        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+            raise posix_error(errno.EINVAL)
+        for part in (old_name, name):
+            if part in (b".", b".."):
+                raise posix_error(errno.EBUSY)
+        self._admit(TIER_ADD)
+        old_parent, parent = self._directory(old_directory), self._living(directory)
+        moving = self.lookup(old_directory, old_name)
+        self._check_name(name)
+        target = self.find(directory, name)
+        if target is not None and flags == RENAME_NOREPLACE:
+            raise posix_error(errno.EEXIST)
+        if target is None and flags == RENAME_EXCHANGE:
+            raise posix_error(errno.ENOENT)
+        if target is moving:
+            return None
+        if stat.S_ISDIR(moving.mode):
+            self._require_outside(moving.ino, directory)
+        if flags == RENAME_EXCHANGE:
+            assert target is not None
+            if stat.S_ISDIR(target.mode):
+                self._require_outside(target.ino, old_directory)
+            self._exchange(old_parent, old_name, moving, parent, name, target)
+            return None
+        now_ns = time.time_ns()
+        if target is None:
+            if stat.S_ISDIR(moving.mode) and parent is not old_parent and parent.nlink >= LINK_MAX:
+                raise posix_error(errno.EMLINK)
+            self.names.add(directory, name, moving.ino, moving.mode >> 12)
+            self._renamed(parent, len(name), now_ns)
+        else:
+            if stat.S_ISDIR(moving.mode):
+                self._require_empty(target)
+                parent.nlink -= 1
+            elif stat.S_ISDIR(target.mode):
+                raise posix_error(errno.EISDIR)
+            self.names.change(directory, name, moving.ino, moving.mode >> 12)
+            self._renamed(parent, 0, now_ns)
+            self._unlinked(target, now_ns)
+        self.names.remove(old_directory, old_name)
+        self._renamed(old_parent, -len(old_name), now_ns)
+        self._moved(moving, old_parent, parent, now_ns)
+        return target
+
+    def _exchange(
+        self,
+        old_parent: Inode,
+        old_name: bytes,
+        moving: Inode,
+        parent: Inode,
+        name: bytes,
+        target: Inode,
+    ) -> None:
+        now_ns = time.time_ns()
+        self.names.change(old_parent.ino, old_name, target.ino, target.mode >> 12)
+        self.names.change(parent.ino, name, moving.ino, moving.mode >> 12)
+        self._renamed(old_parent, 0, now_ns)
+        self._renamed(parent, 0, now_ns)
+        self._moved(moving, old_parent, parent, now_ns)
+        self._moved(target, parent, old_parent, now_ns)
+
+    def _moved(self, inode: Inode, old_parent: Inode, parent: Inode, now_ns: int) -> None:
+        if stat.S_ISDIR(inode.mode) and old_parent is not parent:
+            inode.rdev = parent.ino
+            old_parent.nlink -= 1
+            parent.nlink += 1
+        inode.ctime_ns = now_ns
+        self.inodes.touch(inode)
+
+    # --- attributes ---------------------------------------------------------------------------------
+
+    def setattr(self, ino: int, changes: Changes) -> Inode:
+        """Change attributes. The caller decides who may, and which set-id bits go.
+
+        Raises:
+            OSError: EISDIR, EINVAL for the size of what has none; EFBIG.
+        """
+        self._admit(TIER_REMOVE)
+        inode = self.get(ino)
+        now_ns = time.time_ns()
+        if changes.size_bytes is not None:
+            if stat.S_ISDIR(inode.mode):
+                raise posix_error(errno.EISDIR)
+            if not stat.S_ISREG(inode.mode) or changes.size_bytes < 0:
+                raise posix_error(errno.EINVAL)
+            self.data.truncate(inode, changes.size_bytes)
+            inode.mtime_ns = now_ns
+        if changes.mode is not None:
+            inode.mode = stat.S_IFMT(inode.mode) | changes.mode & 0o7777
+        if changes.uid is not None:
+            inode.uid = changes.uid
+        if changes.gid is not None:
+            inode.gid = changes.gid
+        if changes.atime_ns is not None:
+            inode.atime_ns = _time_range(changes.atime_ns)
+        if changes.mtime_ns is not None:
+            inode.mtime_ns = _time_range(changes.mtime_ns)
+        inode.ctime_ns = now_ns if changes.ctime_ns is None else _time_range(changes.ctime_ns)
+        self._touch(inode)
+        return inode
+
+    def accessed(self, inode: Inode) -> None:
+        """The file was read: relatime, as the kernel's own filesystems keep it by default."""
+        now_ns = time.time_ns()
+        stale = inode.atime_ns < inode.mtime_ns or inode.atime_ns < inode.ctime_ns
+        if self.writable and (stale or now_ns - inode.atime_ns > RELATIME_NS):
+            inode.atime_ns = now_ns
+            self._touch(inode)
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        """Raises OSError ENODATA."""
+        value = self.xattrs.get(self.get(ino), name)
+        if value is None:
+            raise posix_error(errno.ENODATA)
+        return value
+
+    def listxattr(self, ino: int) -> list[bytes]:
+        return self.xattrs.names(self.get(ino))
+
+    def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
+        """Raises OSError ERANGE, E2BIG, ENOSPC."""
+        self._admit(TIER_ADD)
+        inode = self.get(ino)
+        self.xattrs.set(inode, name, value)
+        inode.ctime_ns = time.time_ns()
+        self._touch(inode)
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        """Raises OSError ENODATA."""
+        self._admit(TIER_REMOVE)
+        inode = self.get(ino)
+        if not self.xattrs.remove(inode, name):
+            raise posix_error(errno.ENODATA)
+        inode.ctime_ns = time.time_ns()
+        self._touch(inode)
+
+    # --- data ---------------------------------------------------------------------------------------
+
+    def reading(self, ino: int, offset: int, size: int) -> Reading:
+        """What to fetch for a read. Raises OSError EISDIR, EINVAL."""
+        inode = self.get(ino)
+        if not stat.S_ISREG(inode.mode):
+            raise posix_error(errno.EISDIR if stat.S_ISDIR(inode.mode) else errno.EINVAL)
+        return self.data.reading(inode, offset, size)
+
+    def read(self, ino: int, offset: int, size: int) -> bytes:
+        """The bytes themselves, waited for."""
+        data = self.reading(ino, offset, size).fetch(wait=True)
+        assert data is not None
+        return bytes(data)
+
+    def write(self, ino: int, offset: int, data: Buffer) -> Inode:
+        """Write all of `data`. Raises OSError EINVAL, EFBIG; NoSpaceError."""
+        self._require_writable()
+        inode = self.get(ino)
+        if not stat.S_ISREG(inode.mode):
+            raise posix_error(errno.EINVAL)
+        self.data.write(inode, offset, data)
+        inode.mtime_ns = inode.ctime_ns = time.time_ns()
+        self._touch(inode)
+        return inode
+
+    # --- orphans ------------------------------------------------------------------------------------
+
+    def load_orphans(self) -> None:
+        """Find the orphans that a crash left behind; `reclaim` them."""
+        start, stop = key(0, TYPE_ORPHAN, 0), key(0, TYPE_ORPHAN + 1, 0)
+        found = {split_key(item)[2] for item, _ in self.tree.items(start, stop)}
+        self.orphans |= found
+        self._marked |= found
+
+    def reclaim(self, ino: int) -> bool:
+        """Give back what an orphan holds, a bounded part of it.
+
+        Returns:
+            Whether it is gone; otherwise call again.
+        """
+        self._admit(TIER_REMOVE)
+        inode = self.get(ino)
+        assert not inode.nlink and ino in self.orphans, "a file with names is no orphan"
+        self.changed = True
+        if not self.data.remove(inode, RECLAIM_LEAVES):
+            self.inodes.touch(inode)
+            return False
+        self.xattrs.remove_all(inode)
+        if stat.S_ISLNK(inode.mode):
+            self.tree.delete(key(ino, TYPE_SYMLINK, 0))
+        self.orphans.discard(ino)
+        self.inodes.remove(inode)
+        return True
+
+    # --- freezing -----------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Put all that is in memory into the tree. The store must have room: `admit` saw to it."""
+        for ino in self.data.dirty_inos():
+            inode = self.inodes.get(ino)
+            if self.data.flush(inode):
+                self.inodes.touch(inode)
+        for ino in self._marked - self.orphans:
+            self.tree.delete(key(0, TYPE_ORPHAN, ino))
+        for ino in self.orphans - self._marked:
+            self.tree.put(key(0, TYPE_ORPHAN, ino), b"")
+        self._marked = set(self.orphans)
+        self.inodes.flush()
+        self.changed = False
+
+    # --- inside -------------------------------------------------------------------------------------
+
+    def _require_writable(self) -> None:
+        if not self.writable:
+            raise ReadOnlyError("a snapshot cannot be changed")
+
+    def _admit(self, tier: int) -> None:
+        self._require_writable()
+        self.store.admit(0, tier)
+
+    def _touch(self, inode: Inode) -> None:
+        self.changed = True
+        self.inodes.touch(inode)
+
+    def _directory(self, ino: int) -> Inode:
+        inode = self.get(ino)
+        if not stat.S_ISDIR(inode.mode):
+            raise posix_error(errno.ENOTDIR)
+        return inode
+
+    def _living(self, ino: int) -> Inode:
+        """A directory that can take names: not one that was removed and is still open."""
+        inode = self._directory(ino)
+        if not inode.nlink:
+            raise posix_error(errno.ENOENT)
+        return inode
+
+    def _find(self, directory: int, name: bytes) -> Name | None:
+        self._directory(directory)
+        if len(name) > NAME_BYTES_MAX:
+            raise posix_error(errno.ENAMETOOLONG)
+        return self.names.find(directory, name)
+
+    def _named(self, entry: Name) -> Inode:
+        try:
+            return self.inodes.get(entry.ino)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            raise CorruptError(f"inode {entry.ino}", entry.ino, "a name without inode") from None
+
+    def _check_name(self, name: bytes) -> None:
+        if len(name) > NAME_BYTES_MAX:
+            raise posix_error(errno.ENAMETOOLONG)
+        if not name or b"/" in name or b"\0" in name:
+            raise posix_error(errno.EINVAL)
+
+    def _free_name(self, directory: int, name: bytes) -> None:
+        self._check_name(name)
+        if name in (b".", b"..") or self.names.find(directory, name) is not None:
+            raise posix_error(errno.EEXIST)
+
+    def _renamed(self, directory: Inode, bytes_more: int, now_ns: int) -> None:
+        directory.size_bytes += bytes_more
+        directory.mtime_ns = directory.ctime_ns = now_ns
+        self._touch(directory)
+
+    def _unlinked(self, inode: Inode, now_ns: int) -> None:
+        inode.nlink = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
+        inode.ctime_ns = now_ns
+        self.inodes.touch(inode)
+        if not inode.nlink:
+            self.orphans.add(inode.ino)
+
+    def _require_empty(self, inode: Inode) -> None:
+        if not stat.S_ISDIR(inode.mode):
+            raise posix_error(errno.ENOTDIR)
+        if not self.names.is_empty(inode.ino):
+            raise posix_error(errno.ENOTEMPTY)
+
+    def _require_outside(self, ino: int, directory: int) -> None:
+        """Raise EINVAL if `directory` is the directory `ino` or below it."""
+        seen = set()
+        while directory != ROOT_INO:
+            if directory == ino:
+                raise posix_error(errno.EINVAL)
+            if directory in seen:
+                raise CorruptError(f"directory {directory}", directory, "is its own ancestor")
+            seen.add(directory)
+            directory = self._directory(directory).rdev
+
+
+def _time_range(time_ns: int) -> int:
+    """A time that fits the inode: a signed 64-bit count of nanoseconds."""
+    return max(-(1 << 63), min((1 << 63) - 1, time_ns))

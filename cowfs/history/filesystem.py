@@ -1,0 +1,548 @@
+"""An open image: the live volume, its snapshots, and the commit that moves them through time.
+
+Snapshot, delete, rename, rollback and undo are *edits* of the catalog. They are applied at a freeze,
+when every tree is whole, and become durable with that commit: each is atomic (C6) and O(1).
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from cowfs.errors import CowfsError, ImageError, SnapshotError, UsageError
+from cowfs.files.items import ROOT_INO, references
+from cowfs.files.volume import Volume
+from cowfs.history.catalog import Catalog
+from cowfs.history.drops import DropQueue
+from cowfs.history.records import (
+    DESCRIPTION_BYTES_MAX,
+    FLAG_AUTOMATIC,
+    MAIN_VOLUME,
+    DropRecord,
+    DropStep,
+    RootKind,
+    RootRecord,
+    check_snapshot_name,
+)
+from cowfs.storage.btree import Tree
+from cowfs.storage.commit import Commit, begin, finish
+from cowfs.storage.device import Device
+from cowfs.storage.format import (
+    BLOCK_SIZE_BYTES,
+    FLAG_CLEAN,
+    LABEL_BYTES_MAX,
+    MIN_TOTAL_BLOCKS,
+    RING_SLOTS,
+    Superblock,
+    ring_blocks,
+)
+from cowfs.storage.node import CACHE_BYTES_DEFAULT
+from cowfs.storage.store import Store, blank_superblock
+from cowfs.storage.superblock import read_newest
+
+SNAPSHOT_VOLUMES_MAX = 64  # open trees of snapshots; each holds little, its nodes are in the cache
+EditAction = Callable[["Filesystem"], object]
+
+
+@dataclass(slots=True)
+class Edit:
+    """A change of the catalog on its way into a commit; `result` or `error` tells how it went."""
+
+    action: EditAction
+    result: object = None
+    error: CowfsError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Where the blocks of an image are, in blocks. used + free + system + pending = total (I6).
+
+    `tree` is what all volumes, snapshots and the drop queue hold; `catalog` the catalog's nodes;
+    `system` the superblocks and the space map; `pending` was freed and waits for its generation to go;
+    `promised` is data in memory; `reserved` is held back for deleting. `available` is for new data.
+    """
+
+    total: int
+    used: int
+    tree: int
+    catalog: int
+    system: int
+    pending: int
+    free: int
+    promised: int
+    reserved: int
+    available: int
+
+
+class Filesystem:
+    """Args: an open store; see `open_filesystem`."""
+
+    def __init__(self, store: Store, *, discard: bool = True) -> None:
+        superblock = store.superblock
+        self.store = store
+        self.catalog = Catalog(
+            Tree(store, superblock.catalog, 0, superblock.catalog_nodes), superblock.next_root_id
+        )
+        self.record = self.catalog.volume(MAIN_VOLUME)
+        self.live = self._volume(self.record, writable=store.writable)
+        self.drops = DropQueue(store, self.catalog)
+        self.inflight: Commit | None = None
+        self.discard = discard
+        self._snapshot_volumes: dict[int, Volume] = {}
+        if store.writable:
+            store.relieve = self._relieve
+            self.live.load_orphans()
+
+    # --- roots --------------------------------------------------------------------------------------
+
+    def _volume(self, record: RootRecord, *, writable: bool) -> Volume:
+        root: Any = record.tree  # a node while its commit is on its way
+        tree = Tree(self.store, root, record.root_id, record.node_count, references)
+        return Volume(
+            tree,
+            self.store.superblock.name_seed,
+            next_ino=record.next_ino,
+            inode_count=record.inode_count,
+            data_blocks=record.data_blocks,
+            writable=writable,
+        )
+
+    def volume(self, root_id: int) -> Volume | None:
+        """The volume of a root: the live one, or a snapshot's, read-only. None when it is gone."""
+        if root_id == self.record.root_id:
+            return self.live
+        volume = self._snapshot_volumes.get(root_id)
+        if volume is None:
+            record = self.catalog.root(root_id)
+            if record is None or record.kind != RootKind.SNAPSHOT:
+                return None
+            if len(self._snapshot_volumes) >= SNAPSHOT_VOLUMES_MAX:
+                del self._snapshot_volumes[next(iter(self._snapshot_volumes))]
+            volume = self._snapshot_volumes[root_id] = self._volume(record, writable=False)
+        return volume
+
+    def current_record(self) -> RootRecord:
+        """The live volume's record as a commit would write it now, without its tree."""
+        live = self.live
+        return replace(
+            self.record,
+            tree=live.tree.root,
+            next_ino=live.inodes.next_ino,
+            node_count=live.tree.node_count,
+            data_blocks=live.data.data_blocks,
+            inode_count=live.inodes.count,
+        )
+
+    # --- edits --------------------------------------------------------------------------------------
+
+    def create_snapshot(self, name: str, description: str = "") -> EditAction:
+        """The live volume as it is, under a name. The edit's result is the new record.
+
+        Raises:
+            UsageError: the name or the description cannot be.
+            SnapshotError: the name is taken (here, or when the edit runs).
+        """
+        check_snapshot_name(name)
+        if len(description.encode()) > DESCRIPTION_BYTES_MAX or "\0" in description:
+            raise UsageError(f"the description is longer than {DESCRIPTION_BYTES_MAX} bytes")
+        self._require_unused(name)
+
+        def apply(filesystem: "Filesystem") -> RootRecord:
+            filesystem._require_unused(name)
+            live = filesystem.record
+            snapshot = replace(
+                live,
+                root_id=filesystem.catalog.take_root_id(),
+                kind=RootKind.SNAPSHOT,
+                name=name,
+                description=description,
+                uuid=os.urandom(16),
+                created_generation=filesystem.store.generation,
+                created_ns=time.time_ns(),
+                undo_id=0,
+                flags=0,
+            )
+            root = live.tree
+            filesystem.store.add_reference(root.block, root.twin)  # type: ignore[union-attr]
+            filesystem._put_new(snapshot)
+            filesystem._set_live(replace(live, parent_id=snapshot.root_id))
+            return snapshot
+
+        return apply
+
+    def delete_snapshots(self, names: Sequence[str]) -> EditAction:
+        """All of these, or none. The edit's result is the list of their records.
+
+        Raises:
+            SnapshotError: one of them is unknown (here, or when the edit runs).
+        """
+        for name in names:
+            self.catalog.snapshot(name)
+
+        def apply(filesystem: "Filesystem") -> list[RootRecord]:
+            catalog = filesystem.catalog
+            records = [catalog.snapshot(name) for name in dict.fromkeys(names)]
+            for record in records:
+                record = catalog.snapshot(record.name)  # its parent may have gone just now
+                catalog.remove(record)
+                filesystem._relink(record)
+                filesystem._snapshot_volumes.pop(record.root_id, None)
+                filesystem.drops.add(
+                    DropRecord(
+                        number=filesystem.drops.next_number(),
+                        root_id=record.root_id,
+                        name=record.name,
+                        deleted_ns=time.time_ns(),
+                        freed_blocks=0,
+                        path=(DropStep(record.pointer, 0),),
+                        referenced_blocks=record.referenced_blocks(filesystem.store.copies),
+                    )
+                )
+            return records
+
+        return apply
+
+    def rename_snapshot(self, old: str, new: str) -> EditAction:
+        """The edit's result is the renamed record. Raises as the others."""
+        check_snapshot_name(new)
+        self.catalog.snapshot(old)
+        self._require_unused(new)
+
+        def apply(filesystem: "Filesystem") -> RootRecord:
+            record = filesystem.catalog.snapshot(old)
+            filesystem._require_unused(new)
+            filesystem.catalog.remove_name(record)
+            renamed = replace(record, name=new, flags=record.flags & ~FLAG_AUTOMATIC)
+            filesystem._put_new(renamed)
+            return renamed
+
+        return apply
+
+    def rollback(self, name: str) -> EditAction:
+        """Let the live volume be what a snapshot holds; keep what it was as an automatic snapshot.
+
+        The edit's result is that automatic snapshot's record. Every other snapshot stays.
+        """
+        self.catalog.snapshot(name)
+
+        def apply(filesystem: "Filesystem") -> RootRecord:
+            target = filesystem.catalog.snapshot(name)
+            pointer = target.pointer
+            filesystem.store.add_reference(pointer.block, pointer.twin)
+            return filesystem._replace_live(target, target.root_id)
+
+        return apply
+
+    def undo(self) -> EditAction:
+        """Take back the last rollback (or undo). The edit's result is the snapshot of what it undid.
+
+        Raises:
+            SnapshotError: there is nothing to undo.
+        """
+        self._undo_target()
+
+        def apply(filesystem: "Filesystem") -> RootRecord:
+            target = filesystem._undo_target()
+            filesystem.catalog.remove(target)  # the live volume takes over its reference
+            filesystem._snapshot_volumes.pop(target.root_id, None)
+            filesystem._relink(target)
+            return filesystem._replace_live(target, target.parent_id)
+
+        return apply
+
+    def _undo_target(self) -> RootRecord:
+        record = self.catalog.root(self.record.undo_id) if self.record.undo_id else None
+        if record is None:
+            raise SnapshotError(
+                "there is no rollback to undo, or its automatic snapshot is deleted"
+            )
+        return record
+
+    def _replace_live(self, target: RootRecord, parent_id: int) -> RootRecord:
+        """The live volume becomes the tree of `target`, whose reference the caller has seen to."""
+        old = self.record
+        now_ns = time.time_ns()
+        stamp = time.strftime("%Y-%m-%dT%H.%M.%S", time.localtime(now_ns // 10**9))
+        name = f"before-rollback-{stamp}"
+        number = 1
+        while self.catalog.find(name) is not None:
+            number += 1
+            name = f"before-rollback-{stamp}.{number}"
+        kept = replace(
+            old,
+            kind=RootKind.SNAPSHOT,
+            name=name,
+            description=f"the state before the rollback to {target.name}",
+            uuid=os.urandom(16),
+            created_generation=self.store.generation,
+            created_ns=now_ns,
+            undo_id=0,
+            flags=FLAG_AUTOMATIC,
+        )
+        self._put_new(kept)
+        record = replace(
+            target,
+            root_id=self.catalog.take_root_id(),
+            kind=RootKind.VOLUME,
+            name=MAIN_VOLUME,
+            description="",
+            uuid=old.uuid,
+            origin_uuid=target.uuid,
+            created_generation=self.store.generation,
+            created_ns=now_ns,
+            parent_id=parent_id,
+            undo_id=kept.root_id,
+            flags=0,
+        )
+        self.live.writable = False
+        self._snapshot_volumes[old.root_id] = self.live
+        self.catalog.put_name(record)
+        self._set_live(record)
+        self.live = self._volume(record, writable=True)
+        self.live.load_orphans()
+        return kept
+
+    def _require_unused(self, name: str) -> None:
+        if self.catalog.find(name) is not None:
+            raise SnapshotError(f"there is a snapshot {name!r} already")
+
+    def _put_new(self, record: RootRecord) -> None:
+        self.catalog.put(record)
+        self.catalog.put_name(record)
+
+    def _set_live(self, record: RootRecord) -> None:
+        self.record = record
+        self.catalog.put(record)
+
+    def _relink(self, gone: RootRecord) -> None:
+        """What grew from `gone` grew from its parent now."""
+        for record in list(self.catalog.roots()):
+            if record.root_id == self.record.root_id:
+                continue
+            if record.parent_id == gone.root_id:
+                self.catalog.put(replace(record, parent_id=gone.parent_id))
+        live = self.record
+        if gone.root_id in (live.parent_id, live.undo_id):
+            self._set_live(
+                replace(
+                    live,
+                    parent_id=gone.parent_id if live.parent_id == gone.root_id else live.parent_id,
+                    undo_id=0 if live.undo_id == gone.root_id else live.undo_id,
+                )
+            )
+
+    # --- commit -------------------------------------------------------------------------------------
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is anything that a commit would make durable."""
+        return self.live.changed or self.drops.changed or self.store.map.dirty_groups > 0
+
+    def freeze(self, edits: Sequence[Edit] = (), *, clean: bool = False) -> Commit:
+        """Close the open transaction and open the next. The caller writes and finishes the commit.
+
+        Raises:
+            DeviceError: a commit failed before (C8).
+            NoSpaceError: the reserve was too small; the image is read-only from now on.
+        """
+        assert self.inflight is None, "one commit at a time"
+        store = self.store
+        store.require_writable()
+        try:
+            self.live.flush()
+            nodes = store.place(self.live.tree.root)
+            self._set_live(self.current_record())
+            for edit in edits:
+                try:
+                    edit.result = edit.action(self)
+                except CowfsError as error:
+                    edit.error = error
+            self.drops.save()
+            nodes += store.place(self.catalog.tree.root)
+            self.inflight = begin(
+                store,
+                nodes,
+                catalog_nodes=self.catalog.tree.node_count,
+                next_root_id=self.catalog.next_root_id,
+                clean=clean,
+                discard=self.discard,
+            )
+        except OSError as error:
+            if store.failed is None:
+                store.fail(error)
+            raise
+        return self.inflight
+
+    def finish(self, commit: Commit) -> None:
+        """After `commit.write()`: raises DeviceError if it failed (C8)."""
+        if self.inflight is commit:
+            self.inflight = None
+        finish(commit)
+
+    def commit(self, edits: Sequence[Edit] = (), *, clean: bool = False) -> None:
+        """Freeze, write and finish, here and now. Raises an edit's error when there is one."""
+        self._wait()
+        commit = self.freeze(edits, clean=clean)
+        commit.write()
+        self.finish(commit)
+        for edit in edits:
+            if edit.error is not None:
+                raise edit.error
+
+    def apply(self, action: EditAction) -> object:
+        """One edit, durable when this returns. Returns its result."""
+        edit = Edit(action)
+        self.commit([edit])
+        return edit.result
+
+    def _wait(self) -> None:
+        if self.inflight is not None:
+            self.finish(self.inflight)
+
+    def _relieve(self) -> bool:
+        """Commit so that freed blocks can be used. Returns whether that could help."""
+        store = self.store
+        if not (store.map.pending_blocks or store.map.pending_system_blocks or self.changed):
+            return False
+        if store.pins and store.map.pending_upto(min(store.pins.values())) == 0:
+            store.pins.clear()  # a reader must not keep the filesystem full
+        self.commit()
+        return True
+
+    def close(self) -> None:
+        """Commit what is left, mark the image clean, and close the device."""
+        try:
+            if self.store.writable and self.store.failed is None:
+                self._wait()
+                if self.changed or not self.store.superblock.flags & FLAG_CLEAN:
+                    self.commit(clean=True)
+        finally:
+            self.store.device.close()
+
+    def reclaim_orphans(self) -> None:
+        """Give back every orphan. Only while nobody has one open: at the start."""
+        for ino in list(self.live.orphans):
+            while not self.live.reclaim(ino):
+                pass
+
+    def work_drops(self) -> None:
+        """Empty the drop queue, committing as it goes."""
+        while self.drops.working:
+            self.drops.step(256)
+            if self.store.dirty_nodes > 1024 or self.store.map.dirty_groups > 1024:
+                self.commit()
+        if self.changed:
+            self.commit()
+
+    # --- space --------------------------------------------------------------------------------------
+
+    def space(self) -> Space:
+        store = self.store
+        space_map = store.map
+        catalog = self.catalog.tree.node_count * store.copies * 4
+        return Space(
+            total=space_map.total_blocks,
+            used=space_map.used_blocks,
+            tree=space_map.used_blocks - catalog,
+            catalog=catalog,
+            system=space_map.system_blocks,
+            pending=space_map.pending_blocks,
+            free=space_map.free_blocks,
+            promised=store.promised_blocks,
+            reserved=store.reserve_blocks,
+            available=max(0, store.available_blocks()),
+        )
+
+
+def open_filesystem(
+    device: Device,
+    *,
+    writable: bool,
+    generation: int | None = None,
+    cache_bytes: int = CACHE_BYTES_DEFAULT,
+    discard: bool = True,
+) -> Filesystem:
+    """The filesystem in an image.
+
+    Args:
+        device: of the image, locked when `writable`. Closed by `Filesystem.close`.
+        generation: an older one to look at, read-only.
+
+    Raises:
+        ImageError: not an image, newer, truncated.
+        CorruptError: the newest generation is damaged.
+    """
+    superblock = read_newest(device, generation)
+    if writable and superblock.ro_compat:
+        raise ImageError(
+            "the image uses features that this cowfs can only read; mount it with -o ro"
+        )
+    store = Store(device, superblock, writable=writable, cache_bytes=cache_bytes)
+    return Filesystem(store, discard=discard)
+
+
+def make_filesystem(
+    device: Device,
+    *,
+    label: str = "",
+    duplicate_metadata: bool = True,
+    mode: int = 0o755,
+    uid: int = 0,
+    gid: int = 0,
+) -> Superblock:
+    """Make an empty filesystem on the whole device; what it held is lost.
+
+    Raises:
+        UsageError: the device is too small or the label too long.
+        DeviceError: the host refused.
+    """
+    total_blocks = device.size_bytes // BLOCK_SIZE_BYTES
+    if total_blocks < MIN_TOTAL_BLOCKS:
+        raise UsageError(
+            f"{device.name} is too small: {device.size_bytes} bytes, an image needs at least "
+            f"{MIN_TOTAL_BLOCKS * BLOCK_SIZE_BYTES >> 20} MiB"
+        )
+    if len(label.encode()) > LABEL_BYTES_MAX or "\0" in label:
+        raise UsageError(f"the label is longer than {LABEL_BYTES_MAX} bytes")
+    for first in ring_blocks(total_blocks):  # no older generation may win against the new ones
+        device.write(first * BLOCK_SIZE_BYTES, [bytes(RING_SLOTS * BLOCK_SIZE_BYTES)])
+    device.flush()
+    blank = blank_superblock(total_blocks, label=label, duplicate_metadata=duplicate_metadata)
+    store = Store(device, blank, writable=True)
+    catalog = Catalog(Tree.empty(store, 0), 1)
+    root_id = catalog.take_root_id()
+    tree = Tree.empty(store, root_id, references)
+    volume = Volume(
+        tree, blank.name_seed, next_ino=ROOT_INO, inode_count=0, data_blocks=0, writable=True
+    )
+    volume.make_root(mode, uid, gid)
+    volume.flush()
+    nodes = store.place(tree.root)
+    record = RootRecord(
+        root_id=root_id,
+        kind=RootKind.VOLUME,
+        name=MAIN_VOLUME,
+        uuid=os.urandom(16),
+        tree=tree.root,
+        created_generation=store.generation,
+        created_ns=time.time_ns(),
+        next_ino=volume.inodes.next_ino,
+        node_count=tree.node_count,
+        data_blocks=0,
+        inode_count=volume.inodes.count,
+    )
+    catalog.put(record)
+    catalog.put_name(record)
+    nodes += store.place(catalog.tree.root)
+    commit = begin(
+        store,
+        nodes,
+        catalog_nodes=catalog.tree.node_count,
+        next_root_id=catalog.next_root_id,
+        clean=True,
+        discard=False,
+    )
+    commit.write()
+    finish(commit)
+    return store.superblock

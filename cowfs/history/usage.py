@@ -1,0 +1,232 @@
+"""Accounting: what roots hold, to the block (C11). DESIGN.md section 6 gives the definitions.
+
+Two algorithms that must agree. *Virtual drop* simulates the deletion of a set of roots without writing;
+its cost is that of what would be freed. *Owner sets* give every block the set of roots that reach it in
+one pass over the distinct nodes; any what-if is a sum afterwards.
+
+All numbers are blocks, metadata and twins included; the catalog and the space map belong to no root.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from cowfs.errors import CorruptError
+from cowfs.files.items import EXTENT, TYPE_EXTENT, references
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.records import RootRecord
+from cowfs.storage.format import GROUP_BLOCKS, NODE_BLOCKS, Pointer
+from cowfs.storage.node import Node
+from cowfs.storage.store import Store
+
+Entry = tuple[Pointer, int | None]  # a node to visit, and its level where known
+
+
+class _Hits:
+    """How many references to each shared block the simulation has dropped."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._nodes: Counter[int] = Counter()
+        self._data: dict[int, np.ndarray] = {}
+
+    def node(self, pointer: Pointer) -> bool:
+        """Drop one reference to a node. Returns whether it was the last."""
+        count = self._store.map.refcount(pointer.block)
+        self._nodes[pointer.block] += 1
+        hits = self._nodes[pointer.block]
+        if hits > count:
+            raise CorruptError("space map", pointer.block, "refcount is too low", count, hits)
+        return hits == count
+
+    def data(self, first: int, count: int) -> int:
+        """Drop one reference to each block of a run. Returns how many lost their last."""
+        counts = self._store.map.refcounts(first, count)
+        if not counts.all():
+            raise CorruptError("space map", first, "a block in use has refcount 0")
+        if int(counts.max()) == 1:
+            return count
+        freed = 0
+        at = 0
+        while at < count:
+            group, start = divmod(first + at, GROUP_BLOCKS)
+            here = min(count - at, GROUP_BLOCKS - start)
+            hits = self._data.get(group)
+            if hits is None:
+                hits = self._data[group] = np.zeros(GROUP_BLOCKS, np.uint32)
+            part = hits[start : start + here]
+            part += 1
+            wanted = counts[at : at + here]
+            if (part > wanted).any():
+                raise CorruptError("space map", first + at, "refcount is too low")
+            freed += int(np.count_nonzero(part == wanted))
+            at += here
+        return freed
+
+
+def exclusive_blocks(filesystem: Filesystem, records: Sequence[RootRecord]) -> int:
+    """Blocks that deleting exactly these snapshots would free: reachable from no other root.
+
+    Reads the nodes that would be freed and the refcounts of their children, nothing else.
+
+    Raises:
+        CorruptError: the refcounts cannot be right; no number is better than a wrong one.
+    """
+    store = filesystem.store
+    hits = _Hits(store)
+    freed = 0
+    stack: list[Entry] = [(record.pointer, None) for record in records]
+    while stack:
+        pointer, level = stack.pop()
+        if not hits.node(pointer):
+            continue
+        node = store.load(pointer, level)
+        freed += NODE_BLOCKS * (2 if pointer.twin else 1)
+        if node.level:
+            stack.extend((_pointer(child), node.level - 1) for child in node.values)
+        else:
+            for first, count in references(node.keys, node.values):
+                freed += hits.data(first, count)
+    return freed
+
+
+def written_blocks(filesystem: Filesystem, record: RootRecord) -> int:
+    """Blocks of a snapshot that its parent does not hold; all of them when it has no parent.
+
+    What was born after the parent's generation cannot be in it, what was born before and is reachable
+    here was reachable there: so subtrees are skipped by their birth.
+    """
+    parent = filesystem.catalog.root(record.parent_id) if record.parent_id else None
+    if parent is None:
+        return record.referenced_blocks(filesystem.store.copies)
+    since = parent.created_generation
+    store = filesystem.store
+    total = 0
+    stack: list[Entry] = [(record.pointer, None)]
+    while stack:
+        pointer, level = stack.pop()
+        if pointer.birth <= since:
+            continue
+        node = store.load(pointer, level)
+        total += NODE_BLOCKS * (2 if pointer.twin else 1)
+        if node.level:
+            stack.extend((_pointer(child), node.level - 1) for child in node.values)
+        else:
+            for key, value in zip(node.keys, node.values, strict=True):
+                if key[8] == TYPE_EXTENT:
+                    _, count, birth = EXTENT.unpack_from(value)[:3]
+                    total += count if birth > since else 0
+    return total
+
+
+class OwnerSets:
+    """Blocks by the set of roots that reach them.
+
+    `blocks[owners]` counts the blocks that exactly the roots `owners` (root ids; the drop queue's
+    entries as -1 - number) reach. Sums over sets answer every what-if.
+    """
+
+    def __init__(self, blocks: dict[frozenset[int], int]) -> None:
+        self.blocks = blocks
+
+    def exclusive(self, root_ids: Iterable[int]) -> int:
+        """Blocks that only these roots reach."""
+        chosen = frozenset(root_ids)
+        return sum(count for owners, count in self.blocks.items() if owners <= chosen)
+
+    def referenced(self, root_id: int) -> int:
+        return sum(count for owners, count in self.blocks.items() if root_id in owners)
+
+    def total(self) -> int:
+        return sum(self.blocks.values())
+
+
+class _Interned:
+    """Sets of roots as small numbers, and their unions, remembered."""
+
+    def __init__(self) -> None:
+        self.sets: list[frozenset[int]] = [frozenset()]
+        self._numbers: dict[frozenset[int], int] = {self.sets[0]: 0}
+        self._unions: dict[tuple[int, int], int] = {}
+
+    def number(self, owners: frozenset[int]) -> int:
+        found = self._numbers.get(owners)
+        if found is None:
+            found = self._numbers[owners] = len(self.sets)
+            self.sets.append(owners)
+        return found
+
+    def union(self, one: int, other: int) -> int:
+        if one == other or not other:
+            return one
+        if not one:
+            return other
+        pair = (one, other) if one < other else (other, one)
+        found = self._unions.get(pair)
+        if found is None:
+            found = self._unions[pair] = self.number(self.sets[one] | self.sets[other])
+        return found
+
+
+def owner_sets(filesystem: Filesystem) -> OwnerSets:
+    """The owner sets of every block: one pass, level by level, each distinct node read once."""
+    store = filesystem.store
+    interned = _Interned()
+    levels: dict[int, dict[int, tuple[Pointer, int]]] = {}
+    partly: dict[int, tuple[int, int]] = {}  # node in the drop queue: owner, entries done
+
+    def reach(pointer: Pointer, level: int, owner: int) -> None:
+        nodes = levels.setdefault(level, {})
+        _, before = nodes.get(pointer.block, (pointer, 0))
+        nodes[pointer.block] = (pointer, interned.union(before, owner))
+
+    for record in filesystem.catalog.roots():
+        root = store.load(record.pointer, None)
+        reach(record.pointer, root.level, interned.number(frozenset((record.root_id,))))
+    for drop in filesystem.catalog.drops():
+        owner = interned.number(frozenset((-1 - drop.number,)))
+        root = store.load(drop.path[0].pointer, None)
+        reach(drop.path[0].pointer, root.level, owner)
+        for step in drop.path:
+            partly[step.pointer.block] = (owner, step.done)
+
+    counts: Counter[int] = Counter()
+    data: dict[int, np.ndarray] = {}
+    for level in range(max(levels, default=-1), -1, -1):
+        for pointer, owner in levels.pop(level, {}).values():
+            node = store.load(pointer, level)
+            counts[owner] += NODE_BLOCKS * (2 if pointer.twin else 1)
+            done = partly[pointer.block][1] if pointer.block in partly else 0
+            if level:
+                for child in node.values[done:]:
+                    reach(_pointer(child), level - 1, owner)
+            else:
+                for first, count in references(node.keys, node.values):
+                    _own_data(data, first, count, owner, interned)
+    for group in data.values():
+        numbers, found = np.unique(group, return_counts=True)
+        for number, count in zip(numbers.tolist(), found.tolist(), strict=True):
+            if number:
+                counts[number] += count
+    return OwnerSets({interned.sets[number]: count for number, count in counts.items()})
+
+
+def _own_data(
+    data: dict[int, np.ndarray], first: int, count: int, owner: int, interned: _Interned
+) -> None:
+    while count:
+        group, start = divmod(first, GROUP_BLOCKS)
+        here = min(count, GROUP_BLOCKS - start)
+        owners = data.get(group)
+        if owners is None:
+            owners = data[group] = np.zeros(GROUP_BLOCKS, np.int64)
+        part = owners[start : start + here]
+        for before in np.unique(part).tolist():
+            part[part == before] = interned.union(before, owner)
+        first += here
+        count -= here
+
+
+def _pointer(child: Node | Pointer) -> Pointer:
+    return child.pointer() if isinstance(child, Node) else child

@@ -1,0 +1,340 @@
+"""The B+tree: sorted byte keys to opaque values, copied on write.
+
+One implementation for every tree. A change shadows the path from the root (store.py) and then works in
+place. A value is bytes, or anything with `len()` and `encode()` whose bytes are known only when it is
+written (a record that points at a tree of the same commit).
+
+In an inner node every key but the first bounds its child from below; the first bounds nothing.
+Nodes split when they overflow; a node below a quarter joins a neighbour when both fit. Iterators hold
+no lock: a tree must not change while one of its iterators is used.
+Keeps I5. Source: Rodeh 2008; FORMAT.md "Nodes".
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+
+from cowfs.storage.format import (
+    ENTRY_OVERHEAD_BYTES,
+    NODE_CAPACITY_BYTES,
+    NODE_LEVEL_MAX,
+    POINTER_BYTES,
+    Pointer,
+)
+from cowfs.errors import CorruptError
+from cowfs.storage.node import Node
+from cowfs.storage.store import References, Store
+
+MERGE_BELOW_BYTES = NODE_CAPACITY_BYTES // 4
+MERGED_BYTES_MAX = NODE_CAPACITY_BYTES * 3 // 4
+# An entry put this close to the end of a full node splits off there: ascending keys leave full nodes.
+APPEND_SHARE = 0.9
+
+Path = list[tuple[Node, int]]
+
+
+def no_references(keys: list[bytes], values: list) -> list[tuple[int, int]]:
+    """For trees whose leaves point at no data."""
+    return []
+
+
+class Tree:
+    """A tree of one store.
+
+    Args:
+        store: that holds its nodes.
+        root: the root node or its pointer.
+        owner: root id written into new nodes.
+        node_count: nodes reachable from the root.
+        references: the data runs that a leaf's items point at.
+    """
+
+    __slots__ = ("node_count", "owner", "references", "root", "store")
+
+    def __init__(
+        self,
+        store: Store,
+        root: Node | Pointer,
+        owner: int,
+        node_count: int,
+        references: References = no_references,
+    ) -> None:
+        self.store = store
+        self.root = root
+        self.owner = owner
+        self.node_count = node_count
+        self.references = references
+
+    @classmethod
+    def empty(cls, store: Store, owner: int, references: References = no_references) -> "Tree":
+        """A new tree of one leaf without entries."""
+        return cls(store, store.new_node(0, [], [], 0, owner), owner, 1, references)
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def root_node(self) -> Node:
+        root = self.root
+        if root.__class__ is Pointer:
+            return self.store.load(root, None)  # type: ignore[arg-type]
+        return root  # type: ignore[return-value]
+
+    def _leaf(self, key: bytes) -> Node:
+        node = self.root_node()
+        load = self.store.load
+        while node.level:
+            child = node.values[bisect_right(node.keys, key, 1) - 1]
+            if child.__class__ is Pointer:
+                child = load(child, node.level - 1)
+            node = child
+        return node
+
+    def get(self, key: bytes):  # type: ignore[no-untyped-def]
+        """The value of `key`, or None."""
+        node = self._leaf(key)
+        keys = node.keys
+        at = bisect_left(keys, key)
+        if at < len(keys) and keys[at] == key:
+            return node.values[at]
+        return None
+
+    def floor(self, key: bytes) -> tuple[bytes, bytes] | None:
+        """The entry with the greatest key not above `key`, or None."""
+        path: Path = []
+        node = self._descend(key, path)
+        at = bisect_right(node.keys, key) - 1
+        while at < 0:
+            while path and path[-1][1] == 0:
+                path.pop()
+            if not path:
+                return None
+            parent, index = path.pop()
+            path.append((parent, index - 1))
+            node = self._child(parent, index - 1)
+            while node.level:
+                path.append((node, len(node.keys) - 1))
+                node = self._child(node, len(node.keys) - 1)
+            at = len(node.keys) - 1
+        return node.keys[at], node.values[at]
+
+    def items(self, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """All entries with start <= key < stop, ascending."""
+        for keys, values, first, last in self.leaf_slices(start, stop):
+            for at in range(first, last):
+                yield keys[at], values[at]
+
+    def leaf_slices(
+        self, start: bytes, stop: bytes
+    ) -> Iterator[tuple[list[bytes], list, int, int]]:
+        """The same, one leaf at a time: its keys and values, and which part of them."""
+        path: Path = []
+        node = self._descend(start, path)
+        first = bisect_left(node.keys, start)
+        while True:
+            last = bisect_left(node.keys, stop, first)
+            if first < last:
+                yield node.keys, node.values, first, last
+            if last < len(node.keys):
+                return
+            while path and path[-1][1] + 1 == len(path[-1][0].keys):
+                path.pop()
+            if not path:
+                return
+            parent, index = path.pop()
+            path.append((parent, index + 1))
+            node = self._child(parent, index + 1)
+            while node.level:
+                path.append((node, 0))
+                node = self._child(node, 0)
+            first = 0
+
+    def _descend(self, key: bytes, path: Path) -> Node:
+        node = self.root_node()
+        while node.level:
+            at = bisect_right(node.keys, key, 1) - 1
+            path.append((node, at))
+            node = self._child(node, at)
+        return node
+
+    def _child(self, node: Node, at: int) -> Node:
+        child = node.values[at]
+        if child.__class__ is Pointer:
+            child = self.store.load(child, node.level - 1)
+        return child  # type: ignore[no-any-return]
+
+    # --- changing -----------------------------------------------------------------------------------
+
+    def _writable_leaf(self, key: bytes, path: Path) -> Node:
+        """The leaf for `key`, it and the path to it shadowed."""
+        store = self.store
+        generation = store.generation
+        node = self.root_node()
+        if node.generation != generation:
+            node = store.shadow(node, self.owner, self.references)
+        self.root = node
+        while node.level:
+            at = bisect_right(node.keys, key, 1) - 1
+            child = node.values[at]
+            if child.__class__ is Pointer:
+                child = store.load(child, node.level - 1)
+            if child.generation != generation:
+                child = store.shadow(child, self.owner, self.references)
+                node.values[at] = child
+            path.append((node, at))
+            node = child
+        return node
+
+    def put(self, key: bytes, value) -> None:  # type: ignore[no-untyped-def]
+        """Insert, or replace the value of an existing key."""
+        path: Path = []
+        leaf = self._writable_leaf(key, path)
+        keys = leaf.keys
+        at = bisect_left(keys, key)
+        if at < len(keys) and keys[at] == key:
+            leaf.used_bytes += len(value) - len(leaf.values[at])
+            leaf.values[at] = value
+        else:
+            keys.insert(at, key)
+            leaf.values.insert(at, value)
+            leaf.used_bytes += ENTRY_OVERHEAD_BYTES + len(key) + len(value)
+        if leaf.used_bytes > NODE_CAPACITY_BYTES:
+            self._split(leaf, at, path)
+        elif leaf.used_bytes < MERGE_BELOW_BYTES and path:
+            self._join(leaf, path)  # a replaced value may have shrunk
+
+    def delete(self, key: bytes) -> bool:
+        """Remove `key`. Returns whether it was there."""
+        return bool(self.pop_range(key, key + b"\0"))
+
+    def pop_range(self, start: bytes, stop: bytes) -> list[tuple[bytes, bytes]]:
+        """Remove and return entries with start <= key < stop: those of the first leaf that has any.
+
+        An empty answer says that none is left; what is left untouched is not shadowed.
+        """
+        found = next(self.leaf_slices(start, stop), None)
+        if found is None:
+            return []
+        start = found[0][found[2]]
+        path: Path = []
+        leaf = self._writable_leaf(start, path)
+        first = bisect_left(leaf.keys, start)
+        last = bisect_left(leaf.keys, stop, first)
+        removed = list(zip(leaf.keys[first:last], leaf.values[first:last], strict=True))
+        del leaf.keys[first:last]
+        del leaf.values[first:last]
+        leaf.used_bytes -= sum(
+            ENTRY_OVERHEAD_BYTES + len(key) + len(value) for key, value in removed
+        )
+        if leaf.used_bytes < MERGE_BELOW_BYTES and path:
+            self._join(leaf, path)
+        return removed
+
+    def _split(self, node: Node, at: int, path: Path) -> None:
+        """Cut an overfull node in two, and its parents as they overflow. `at`: the last change."""
+        while node.used_bytes > NODE_CAPACITY_BYTES:
+            keys, values = node.keys, node.values
+            sizes = self._entry_sizes(node)
+            cut = at if at >= len(keys) * APPEND_SHARE else _half(sizes)
+            right_used = sum(sizes[cut:])
+            if right_used > NODE_CAPACITY_BYTES:  # few entries, but large ones
+                cut = _half(sizes)
+                right_used = sum(sizes[cut:])
+            right = self.store.new_node(
+                node.level, keys[cut:], values[cut:], right_used, self.owner
+            )
+            self.node_count += 1
+            del keys[cut:]
+            del values[cut:]
+            node.used_bytes -= right_used
+            if not path:
+                root_keys = [keys[0], right.keys[0]]
+                used = sum(map(len, root_keys)) + 2 * (ENTRY_OVERHEAD_BYTES + POINTER_BYTES)
+                if node.level == NODE_LEVEL_MAX:
+                    raise CorruptError("node", node.block, "the tree is too high", node.level)
+                self.root = self.store.new_node(
+                    node.level + 1, root_keys, [node, right], used, self.owner
+                )
+                self.node_count += 1
+                return
+            parent, index = path.pop()
+            if (
+                keys[0] < parent.keys[index]
+            ):  # only a first key, which bounds nothing, can be too high
+                self._replace_key(parent, index, keys[0])
+            at = index + 1
+            parent.keys.insert(at, right.keys[0])
+            parent.values.insert(at, right)
+            parent.used_bytes += ENTRY_OVERHEAD_BYTES + len(right.keys[0]) + POINTER_BYTES
+            node = parent
+
+    def _entry_sizes(self, node: Node) -> list[int]:
+        if node.level:
+            return [ENTRY_OVERHEAD_BYTES + POINTER_BYTES + len(key) for key in node.keys]
+        return [
+            ENTRY_OVERHEAD_BYTES + len(key) + len(value)
+            for key, value in zip(node.keys, node.values, strict=True)
+        ]
+
+    def _join(self, node: Node, path: Path) -> None:
+        """Join an underfull node with a neighbour if both fit; drop it when empty; lower the root."""
+        store = self.store
+        while path and node.used_bytes < MERGE_BELOW_BYTES:
+            parent, at = path.pop()
+            if not node.keys:
+                self._remove_child(parent, at)
+                store.forget(node)
+                self.node_count -= 1
+            else:
+                for left in (at - 1, at):
+                    other_at = left if left < at else at + 1
+                    if not 0 <= other_at < len(parent.keys):
+                        continue
+                    other = self._child(parent, other_at)
+                    if other.used_bytes + node.used_bytes > MERGED_BYTES_MAX:
+                        continue
+                    other = store.shadow(other, self.owner, self.references)
+                    parent.values[other_at] = other
+                    first, second = (other, node) if left < at else (node, other)
+                    if node.level:  # its first key bounds nothing; the parent's does
+                        self._replace_key(second, 0, parent.keys[left + 1])
+                    first.keys += second.keys
+                    first.values += second.values
+                    first.used_bytes += second.used_bytes
+                    self._remove_child(parent, left + 1)
+                    store.forget(second)
+                    self.node_count -= 1
+                    break
+            node = parent
+        root = self.root
+        while isinstance(root, Node) and root.level and len(root.keys) <= 1:
+            if not root.keys:  # every child was emptied: a leaf without entries again
+                store.forget(root)
+                self.root = store.new_node(0, [], [], 0, self.owner)
+                return
+            child = root.values[0]
+            store.forget(root)
+            self.node_count -= 1
+            self.root = child
+            if child.__class__ is Pointer:
+                return
+            root = child
+            if root.generation != store.generation:
+                return
+
+    def _replace_key(self, node: Node, at: int, key: bytes) -> None:
+        node.used_bytes += len(key) - len(node.keys[at])
+        node.keys[at] = key
+
+    def _remove_child(self, parent: Node, at: int) -> None:
+        parent.used_bytes -= ENTRY_OVERHEAD_BYTES + len(parent.keys[at]) + POINTER_BYTES
+        del parent.keys[at]
+        del parent.values[at]
+
+
+def _half(sizes: list[int]) -> int:
+    """Where to cut so that both parts are about the same size; never at an end."""
+    half = sum(sizes) // 2
+    total = 0
+    for index, size in enumerate(sizes[:-1]):
+        total += size
+        if total >= half:
+            return index + 1
+    return len(sizes) - 1

@@ -1,0 +1,223 @@
+"""The image file or block device: the only place that touches it.
+
+`Device` is the seam: tests inject faults with another class of the same methods, and other backends
+plug in here. All offsets and sizes are in bytes. A short read or write is looped until it is whole;
+what the host refuses is a `DeviceError`. Writers hold an exclusive lock on the file for as long as it
+is open; the lock dies with the process.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import struct
+from collections.abc import Sequence
+from typing import Protocol
+
+from cowfs.errors import DeviceError, ImageError, ImageMissingError, LockedError
+
+Buffer = bytes | bytearray | memoryview
+
+_BLKGETSIZE64 = 0x80081272
+_BLKDISCARD = 0x1277
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+_IOV_MAX = 1024
+_OFD_FLOCK = struct.Struct("hhqqi4x")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+class Device(Protocol):
+    """Bytes that last. One thread writes at a time; reads may come from any thread."""
+
+    size_bytes: int
+    name: str
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes. Raises DeviceError, also at the end of the device."""
+
+    def read_cached(self, offset: int, size: int) -> bytes | None:
+        """The same if it needs no waiting for the disk, else None."""
+
+    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """All buffers, one after the other, from `offset`. Raises DeviceError."""
+
+    def flush(self) -> None:
+        """All writes that returned are durable afterwards. Raises DeviceError."""
+
+    def discard(self, offset: int, size: int) -> None:
+        """The range holds nothing of worth any more; a hint that never fails."""
+
+    def prefetch(self, offset: int, size: int) -> None:
+        """The range will be read soon; a hint that never fails."""
+
+    def close(self) -> None: ...
+
+
+class FileDevice:
+    """A regular file or a block device.
+
+    Args:
+        path: of the image.
+        writable: take the exclusive lock and allow `write`.
+
+    Raises:
+        ImageMissingError: no such file.
+        LockedError: another process writes to it; the message names its pid.
+        ImageError: not a file or block device, or it cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, writable: bool) -> None:
+        self.name = os.path.abspath(os.fspath(path))
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+        try:
+            status = os.stat(self.name)  # before open: opening a fifo would wait for its writer
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+                raise ImageError(f"{self.name} is not a regular file or a block device")
+            self._fd = os.open(self.name, flags)
+        except FileNotFoundError:
+            raise ImageMissingError(
+                f"there is no image {self.name}; cowfs mkfs makes one"
+            ) from None
+        except ImageError:
+            raise
+        except OSError as error:
+            raise ImageError(f"cannot open {self.name}: {error.strerror}") from None
+        self._is_file = stat.S_ISREG(status.st_mode)
+        try:
+            if writable:
+                self._lock()
+            if self._is_file:
+                self.size_bytes = os.fstat(self._fd).st_size
+            else:
+                reply = fcntl.ioctl(self._fd, _BLKGETSIZE64, bytes(8))
+                self.size_bytes = int.from_bytes(reply, "little")
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _lock(self) -> None:
+        request = _OFD_FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise ImageError(f"cannot lock {self.name}: {error.strerror}") from None
+            pid = lock_holder(self._fd)
+            holder = f"process {pid}" if pid else "another process"
+            raise LockedError(
+                f"{self.name} is in use by {holder}; work on its mount point, or unmount it first"
+            ) from None
+
+    def read(self, offset: int, size: int) -> bytes:
+        try:
+            data = os.pread(self._fd, size, offset)
+            while len(data) < size:
+                more = os.pread(self._fd, size - len(data), offset + len(data))
+                if not more:
+                    raise DeviceError(
+                        f"cannot read {self.name}: it ends at byte {offset + len(data)}, "
+                        f"{size - len(data)} bytes too early; is it truncated?"
+                    )
+                data += more
+        except DeviceError:
+            raise
+        except OSError as error:
+            raise DeviceError(f"cannot read {self.name} at {offset}: {error.strerror}") from error
+        return data
+
+    def read_cached(self, offset: int, size: int) -> bytes | None:
+        buffer = bytearray(size)
+        try:
+            if os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT) == size:
+                return bytes(buffer)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:  # the host cannot tell: read, and let it wait
+                return self.read(offset, size)
+        return None
+
+    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        try:
+            for first in range(0, len(buffers), _IOV_MAX):
+                batch = list(buffers[first : first + _IOV_MAX])
+                while batch:
+                    written = os.pwritev(self._fd, batch, offset)
+                    if not written:
+                        raise OSError(errno.EIO, "nothing was written")
+                    offset += written
+                    batch = _rest(batch, written)
+        except OSError as error:
+            raise DeviceError(f"cannot write {self.name} at {offset}: {error.strerror}") from error
+
+    def flush(self) -> None:
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise DeviceError(f"cannot flush {self.name}: {error.strerror}") from error
+
+    def discard(self, offset: int, size: int) -> None:
+        if self._is_file:
+            mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+            _libc.fallocate64(self._fd, mode, offset, size)
+        else:
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(self._fd, _BLKDISCARD, struct.pack("<QQ", offset, size))
+
+    def prefetch(self, offset: int, size: int) -> None:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _rest(batch: list[Buffer], written: int) -> list[Buffer]:
+    """What is left of `batch` after its first `written` bytes."""
+    for index, buffer in enumerate(batch):
+        size = len(buffer)
+        if written < size:
+            tail = memoryview(buffer)[written:] if written else buffer
+            return [tail, *batch[index + 1 :]]
+        written -= size
+    return []
+
+
+def lock_holder(fd: int) -> int | None:
+    """The pid of a process that has the file of `fd` open for writing, if one can be found.
+
+    The kernel does not name the holder of an open-file-description lock, so /proc is searched.
+    """
+    wanted = os.fstat(fd)
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if int(pid) == os.getpid():
+            continue
+        try:
+            for name in os.listdir(f"/proc/{pid}/fd"):
+                status = os.stat(f"/proc/{pid}/fd/{name}")
+                if (status.st_dev, status.st_ino) != (wanted.st_dev, wanted.st_ino):
+                    continue
+                with open(f"/proc/{pid}/fdinfo/{name}") as info:
+                    if "OFDLCK" in info.read():
+                        return int(pid)
+        except OSError:
+            continue  # it ended, or belongs to another user
+    return None
+
+
+def create_file(path: str | os.PathLike[str], size_bytes: int) -> None:
+    """Make a sparse file of `size_bytes`, or give an existing one that size.
+
+    Raises:
+        ImageError: with the host's reason.
+    """
+    try:
+        with open(path, "ab") as file:
+            os.ftruncate(file.fileno(), size_bytes)
+    except OSError as error:
+        raise ImageError(f"cannot make {os.fspath(path)}: {error.strerror}") from None

@@ -1,0 +1,398 @@
+"""Every record of the storage floor, as bytes: superblock, pointer, node, space-map page.
+
+FORMAT.md has a table for each record; a test holds the two together. Decoding checks every member,
+so nobody checks again: what is out of range is a `CorruptError`. All numbers are little-endian; keys
+are big-endian so that they sort as bytes. Reserved bytes are zero.
+"""
+
+import struct
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple, NewType
+
+import numpy as np
+from xxhash import xxh3_128_digest
+
+from cowfs.errors import CorruptError, ImageError
+
+BlockNo = NewType("BlockNo", int)
+Generation = NewType("Generation", int)
+RootId = NewType("RootId", int)
+
+BLOCK_SIZE_BYTES = 4096
+NODE_SIZE_BYTES = 16384
+NODE_BLOCKS = NODE_SIZE_BYTES // BLOCK_SIZE_BYTES
+FORMAT_VERSION = 1
+
+# Feature flags. A reader that meets an unknown bit: compatible, goes on; read-only-compatible, mounts
+# read-only; incompatible, refuses.
+INCOMPAT_DUPLICATED_METADATA = 1 << 0
+KNOWN_COMPAT = 0
+KNOWN_RO_COMPAT = 0
+KNOWN_INCOMPAT = INCOMPAT_DUPLICATED_METADATA
+
+# --- superblock -------------------------------------------------------------------------------------
+
+RING_SLOTS = 64
+MIN_TOTAL_BLOCKS = 4096  # 16 MiB: the two rings, the reserve of a full image, and room to work
+MAX_TOTAL_BLOCKS = 1 << 40  # 4 PiB
+
+SUPERBLOCK_MAGIC = b"cowfs\x00\x1a\n"
+SUPERBLOCK = struct.Struct("<8s16sIIQQQ16sQQQQIIqqQ40s40sQQQQQ64s")
+FLAG_CLEAN = 1 << 0
+LABEL_BYTES_MAX = 64
+assert SUPERBLOCK.size == 320
+
+# --- pointer ----------------------------------------------------------------------------------------
+
+POINTER = struct.Struct("<QQQ16s")
+POINTER_BYTES = 40
+assert POINTER.size == POINTER_BYTES
+
+
+class Pointer(NamedTuple):
+    """Where a node or page is, and what its bytes must hash to. `twin` is 0 when there is none."""
+
+    block: int
+    twin: int
+    birth: int
+    checksum: bytes
+
+    def encode(self) -> bytes:
+        return POINTER.pack(*self)
+
+
+NULL_POINTER = Pointer(0, 0, 0, bytes(16))
+
+
+def decode_pointer(data: bytes) -> Pointer:
+    return Pointer(*POINTER.unpack(data))
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """One commit: what the image is, and where its trees are. FORMAT.md "Superblock"."""
+
+    uuid: bytes
+    seed: int
+    name_seed: int
+    generation: int
+    total_blocks: int
+    flags: int
+    committed_ns: int
+    created_ns: int
+    oldest_retained: int
+    catalog: Pointer
+    space_map: Pointer
+    used_blocks: int
+    catalog_nodes: int
+    system_blocks: int
+    next_root_id: int
+    label: str
+    compat: int = 0
+    ro_compat: int = 0
+    incompat: int = INCOMPAT_DUPLICATED_METADATA
+
+    @property
+    def duplicates_metadata(self) -> bool:
+        return bool(self.incompat & INCOMPAT_DUPLICATED_METADATA)
+
+    @property
+    def image_id(self) -> int:
+        return int.from_bytes(self.uuid[:8], "little")
+
+    def slot(self) -> int:
+        """The ring slot that this generation is written to."""
+        return self.generation % RING_SLOTS
+
+    def encode(self) -> bytes:
+        label = self.label.encode()
+        assert len(label) <= LABEL_BYTES_MAX
+        body = SUPERBLOCK.pack(
+            SUPERBLOCK_MAGIC,
+            bytes(16),
+            FORMAT_VERSION,
+            BLOCK_SIZE_BYTES,
+            self.compat,
+            self.ro_compat,
+            self.incompat,
+            self.uuid,
+            self.seed,
+            self.name_seed,
+            self.generation,
+            self.total_blocks,
+            NODE_SIZE_BYTES,
+            self.flags,
+            self.committed_ns,
+            self.created_ns,
+            self.oldest_retained,
+            self.catalog.encode(),
+            self.space_map.encode(),
+            self.used_blocks,
+            self.catalog_nodes,
+            self.system_blocks,
+            self.next_root_id,
+            0,
+            label,
+        ).ljust(BLOCK_SIZE_BYTES, b"\0")
+        return body[:8] + xxh3_128_digest(body[24:]) + body[24:]
+
+
+def decode_superblock(data: bytes) -> Superblock:
+    """The superblock in one slot.
+
+    Raises:
+        CorruptError: no superblock there, or damaged.
+        ImageError: a whole superblock of a format that this program does not know.
+    """
+    if len(data) != BLOCK_SIZE_BYTES or data[:8] != SUPERBLOCK_MAGIC:
+        raise CorruptError("superblock", 0, "no superblock here")
+    if xxh3_128_digest(data[24:]) != data[8:24]:
+        raise CorruptError("superblock", 0, "checksum is wrong")
+    fields = SUPERBLOCK.unpack_from(data)
+    version, block_size, compat, ro_compat, incompat = fields[2:7]
+    if version > FORMAT_VERSION:
+        raise ImageError(
+            f"the image has format {version}, newer than {FORMAT_VERSION}, the newest that this "
+            "cowfs knows; use a newer cowfs"
+        )
+    if incompat & ~KNOWN_INCOMPAT:
+        raise ImageError(
+            f"the image uses features that this cowfs does not know (incompatible flags "
+            f"{incompat & ~KNOWN_INCOMPAT:#x}); use a newer cowfs"
+        )
+    superblock = Superblock(
+        uuid=fields[7],
+        seed=fields[8],
+        name_seed=fields[9],
+        generation=fields[10],
+        total_blocks=fields[11],
+        flags=fields[13],
+        committed_ns=fields[14],
+        created_ns=fields[15],
+        oldest_retained=fields[16],
+        catalog=decode_pointer(fields[17]),
+        space_map=decode_pointer(fields[18]),
+        used_blocks=fields[19],
+        catalog_nodes=fields[20],
+        system_blocks=fields[21],
+        next_root_id=fields[22],
+        label=fields[24].rstrip(b"\0").decode("utf-8", "replace"),
+        compat=compat,
+        ro_compat=ro_compat,
+        incompat=incompat,
+    )
+    total = superblock.total_blocks
+    checks = (
+        (version == FORMAT_VERSION, "format version", version),
+        (block_size == BLOCK_SIZE_BYTES, "block size", block_size),
+        (fields[12] == NODE_SIZE_BYTES, "node size", fields[12]),
+        (MIN_TOTAL_BLOCKS <= total <= MAX_TOTAL_BLOCKS, "block count", total),
+        (superblock.generation > 0, "generation", superblock.generation),
+        (superblock.oldest_retained <= superblock.generation, "oldest retained generation", 0),
+        (superblock.used_blocks <= total, "used blocks", superblock.used_blocks),
+        (superblock.system_blocks <= total, "system blocks", superblock.system_blocks),
+    )
+    for good, what, found in checks:
+        if not good:
+            raise CorruptError("superblock", 0, f"{what} out of range", found)
+    for what, pointer in (("catalog", superblock.catalog), ("space map", superblock.space_map)):
+        check_pointer(pointer, total, superblock.generation, what, 0)
+    return superblock
+
+
+def check_pointer(pointer: Pointer, total_blocks: int, birth: int, owner: str, at: int) -> None:
+    """Raise CorruptError unless `pointer` stays inside the image and is not newer than `birth` (I4, I5)."""
+    if not RING_SLOTS <= pointer.block < total_blocks - RING_SLOTS:
+        raise CorruptError(owner, at, "pointer leaves the image", pointer.block)
+    if pointer.twin and not RING_SLOTS <= pointer.twin < total_blocks - RING_SLOTS:
+        raise CorruptError(owner, at, "twin pointer leaves the image", pointer.twin)
+    if not 0 < pointer.birth <= birth:
+        raise CorruptError(owner, at, "pointer is newer than its parent", pointer.birth, birth)
+
+
+def ring_blocks(total_blocks: int) -> tuple[int, int]:
+    """The first block of each copy of the superblock ring."""
+    return 0, total_blocks - RING_SLOTS
+
+
+# --- node -------------------------------------------------------------------------------------------
+
+NODE_MAGIC = int.from_bytes(b"cowN", "little")
+NODE_HEADER = struct.Struct("<16sIBBHIIQQQQ")
+NODE_HEADER_BYTES = 64
+NODE_CAPACITY_BYTES = NODE_SIZE_BYTES - NODE_HEADER_BYTES
+NODE_LEVEL_MAX = 12
+ENTRY_OVERHEAD_BYTES = 4  # two 16-bit lengths
+KEY_BYTES_MAX = 300
+VALUE_BYTES_MAX = 4200  # three of the largest entries fit in a node, so a split always works
+assert NODE_HEADER.size == NODE_HEADER_BYTES
+assert 3 * (KEY_BYTES_MAX + VALUE_BYTES_MAX + ENTRY_OVERHEAD_BYTES) <= NODE_CAPACITY_BYTES
+
+
+class NodeImage(NamedTuple):
+    """A decoded node: keys strictly ascending, one value each. `level` 0 is a leaf."""
+
+    level: int
+    birth: int
+    block: int
+    owner: int
+    keys: list[bytes]
+    values: list[bytes]
+    used_bytes: int
+
+
+def encode_node(
+    level: int,
+    birth: int,
+    block: int,
+    owner: int,
+    image_id: int,
+    seed: int,
+    keys: list[bytes],
+    values: list[bytes],
+) -> tuple[bytes, bytes]:
+    """A node as NODE_SIZE_BYTES bytes, and its checksum."""
+    count = len(keys)
+    lengths = struct.pack(f"<{2 * count}H", *map(len, keys), *map(len, values))
+    body = b"".join((lengths, *keys, *values))
+    assert len(body) <= NODE_CAPACITY_BYTES, "a node outgrew its block run"
+    header = NODE_HEADER.pack(
+        bytes(16), NODE_MAGIC, level, 0, 0, count, len(body), birth, block, owner, image_id
+    )
+    rest = (header[16:] + body).ljust(NODE_SIZE_BYTES - 16, b"\0")
+    checksum = xxh3_128_digest(rest, seed)
+    return checksum + rest, checksum
+
+
+def decode_node(
+    data: bytes, pointer: Pointer, image_id: int, seed: int, level: int | None
+) -> NodeImage:
+    """The node that `pointer` points at, every member checked (I4, I5).
+
+    Args:
+        data: NODE_SIZE_BYTES bytes read from pointer.block or pointer.twin.
+        level: the level that the parent expects; None for a root.
+
+    Raises:
+        CorruptError: with the reason.
+    """
+    at = pointer.block
+    if len(data) != NODE_SIZE_BYTES:
+        raise CorruptError("node", at, "short read", len(data), NODE_SIZE_BYTES)
+    checksum = xxh3_128_digest(memoryview(data)[16:], seed)
+    if checksum != pointer.checksum or checksum != data[:16]:
+        raise CorruptError("node", at, "checksum is wrong")
+    _, magic, found_level, flags, reserved, count, used, birth, block, owner, image = (
+        NODE_HEADER.unpack_from(data)
+    )
+    if magic != NODE_MAGIC:
+        raise CorruptError("node", at, "no node magic", hex(magic))
+    if image != image_id:
+        raise CorruptError("node", at, "belongs to another image", hex(image), hex(image_id))
+    if block != pointer.block:
+        raise CorruptError("node", at, "carries another block number", block, at)
+    if birth != pointer.birth:
+        raise CorruptError("node", at, "birth differs from the pointer's", birth, pointer.birth)
+    if found_level > NODE_LEVEL_MAX or (level is not None and found_level != level):
+        raise CorruptError("node", at, "level is wrong", found_level, level)
+    if flags or reserved:
+        raise CorruptError("node", at, "reserved bytes are not zero", flags or reserved)
+    lengths_bytes = 4 * count
+    if used > NODE_CAPACITY_BYTES or lengths_bytes > used:
+        raise CorruptError("node", at, "count exceeds its capacity", count)
+    lengths = struct.unpack_from(f"<{2 * count}H", data, NODE_HEADER_BYTES)
+    if lengths_bytes + sum(lengths) != used:
+        raise CorruptError("node", at, "lengths do not add up", sum(lengths), used)
+    cuts = list(accumulate(lengths, initial=NODE_HEADER_BYTES + lengths_bytes))
+    pieces = [data[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    keys = pieces[:count]
+    values = pieces[count:]
+    if count and (min(lengths[:count]) == 0 or max(lengths[:count]) > KEY_BYTES_MAX):
+        raise CorruptError("node", at, "key length out of range")
+    for first, second in zip(keys, keys[1:], strict=False):
+        if first >= second:
+            raise CorruptError("node", at, "keys are not ascending", second.hex(), first.hex())
+    if found_level:
+        if not count:
+            raise CorruptError("node", at, "an inner node has no children")
+        if any(length != POINTER_BYTES for length in lengths[count:]):
+            raise CorruptError("node", at, "a child pointer has the wrong size")
+    elif count and max(lengths[count:]) > VALUE_BYTES_MAX:
+        raise CorruptError("node", at, "value length out of range", max(lengths[count:]))
+    return NodeImage(found_level, birth, block, owner, keys, values, used)
+
+
+# --- space map --------------------------------------------------------------------------------------
+
+GROUP_BLOCKS = 1024  # refcounts in one page: 4 MiB of image
+REFCOUNT_MAX = (1 << 32) - 1
+INDEX_FANOUT = 64
+INDEX_MAGIC = int.from_bytes(b"cowI", "little")
+INDEX_HEADER = struct.Struct("<16sIB3xQQQQ8x")
+INDEX_HEADER_BYTES = 64
+KIND_NONE, KIND_DATA, KIND_NODES, KIND_TWINS = range(4)
+INDEX_ENTRY = np.dtype(
+    [
+        ("block", "<u8"),
+        ("twin", "<u8"),
+        ("birth", "<u8"),
+        ("checksum", "V16"),
+        ("free", "<u4"),
+        ("kind", "u1"),
+        ("reserved", "V3"),
+    ]
+)
+INDEX_ENTRY_BYTES = 48
+assert INDEX_HEADER.size == INDEX_HEADER_BYTES
+assert INDEX_ENTRY.itemsize == INDEX_ENTRY_BYTES
+assert INDEX_HEADER_BYTES + INDEX_FANOUT * INDEX_ENTRY_BYTES <= BLOCK_SIZE_BYTES
+assert GROUP_BLOCKS * 4 == BLOCK_SIZE_BYTES
+
+
+def group_count(total_blocks: int) -> int:
+    return -(-total_blocks // GROUP_BLOCKS)
+
+
+def index_shape(total_blocks: int) -> list[int]:
+    """Index pages per level, from the level above the refcount pages to the single top page."""
+    shape = [-(-group_count(total_blocks) // INDEX_FANOUT)]
+    while shape[-1] > 1:
+        shape.append(-(-shape[-1] // INDEX_FANOUT))
+    return shape
+
+
+def encode_index_page(
+    level: int, number: int, birth: int, block: int, image_id: int, seed: int, entries: bytes
+) -> tuple[bytes, bytes]:
+    """An index page as one block, and its checksum. `entries` is INDEX_FANOUT entries."""
+    header = INDEX_HEADER.pack(bytes(16), INDEX_MAGIC, level, number, birth, block, image_id)
+    rest = (header[16:] + entries).ljust(BLOCK_SIZE_BYTES - 16, b"\0")
+    checksum = xxh3_128_digest(rest, seed)
+    return checksum + rest, checksum
+
+
+def decode_index_page(
+    data: bytes, pointer: Pointer, level: int, number: int, image_id: int, seed: int
+) -> np.ndarray:
+    """The entries of an index page, its identity checked; the entries are checked by the caller.
+
+    Raises:
+        CorruptError: with the reason.
+    """
+    at = pointer.block
+    if len(data) != BLOCK_SIZE_BYTES:
+        raise CorruptError("space map index", at, "short read", len(data), BLOCK_SIZE_BYTES)
+    checksum = xxh3_128_digest(memoryview(data)[16:], seed)
+    if checksum != pointer.checksum or checksum != data[:16]:
+        raise CorruptError("space map index", at, "checksum is wrong")
+    found = INDEX_HEADER.unpack_from(data)[1:]
+    expected = (INDEX_MAGIC, level, number, pointer.birth, pointer.block, image_id)
+    if found != expected:
+        raise CorruptError("space map index", at, "identity is wrong", found, expected)
+    return np.frombuffer(data, INDEX_ENTRY, INDEX_FANOUT, INDEX_HEADER_BYTES)
+
+
+# --- data -------------------------------------------------------------------------------------------
+
+DATA_CHECKSUM_BYTES = 8  # xxh3-64 of each stored block, seeded, as big-endian bytes

@@ -1,0 +1,112 @@
+"""Nodes in memory, and the bounded cache of the clean ones.
+
+A node is changed in place only while its `generation` is that of the open transaction: nobody else can
+see it then. Until its commit it has no address (`block` is 0); until it is written, no checksum. An
+inner node's values are its children: the node itself while that is dirty, else its `Pointer`.
+"""
+
+from collections import OrderedDict
+
+from cowfs.storage.format import POINTER, POINTER_BYTES, NodeImage, Pointer
+
+Child = "Node | Pointer"
+CACHE_BYTES_DEFAULT = 128 << 20
+ENTRY_MEMORY_BYTES = 100  # two Python objects and two list slots beside the bytes themselves
+
+
+class Node:
+    """One B+tree node, decoded. `used_bytes` is what its entries take in the encoded node."""
+
+    __slots__ = (
+        "block",
+        "checksum",
+        "generation",
+        "keys",
+        "level",
+        "owner",
+        "twin",
+        "used_bytes",
+        "values",
+    )
+
+    def __init__(
+        self,
+        level: int,
+        keys: list[bytes],
+        values: list,
+        used_bytes: int,
+        generation: int,
+        owner: int,
+    ) -> None:
+        self.level = level
+        self.keys = keys
+        self.values = values
+        self.used_bytes = used_bytes
+        self.generation = generation
+        self.owner = owner
+        self.block = 0
+        self.twin = 0
+        self.checksum = b""
+
+    def pointer(self) -> Pointer:
+        """Where it was written."""
+        assert self.checksum, "a node is pointed at before it is written"
+        return Pointer(self.block, self.twin, self.generation, self.checksum)
+
+    def value_bytes(self) -> list[bytes]:
+        """The values as they are stored; children that were written become pointers for good."""
+        values = self.values
+        if self.level:
+            for index, child in enumerate(values):
+                if child.__class__ is Node:
+                    values[index] = child.pointer()
+            return [POINTER.pack(*child) for child in values]
+        for index, value in enumerate(values):
+            if value.__class__ is not bytes:
+                values[index] = value.encode()
+        return values
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.used_bytes + ENTRY_MEMORY_BYTES * len(self.keys)
+
+
+def node_from_image(image: NodeImage, pointer: Pointer) -> Node:
+    values: list = image.values
+    if image.level:
+        values = [Pointer._make(fields) for fields in POINTER.iter_unpack(b"".join(values))]
+    node = Node(image.level, image.keys, values, image.used_bytes, image.birth, image.owner)
+    node.block, node.twin, node.checksum = pointer.block, pointer.twin, pointer.checksum
+    return node
+
+
+class NodeCache:
+    """Clean nodes by block number, the longest unused forgotten first."""
+
+    def __init__(self, limit_bytes: int = CACHE_BYTES_DEFAULT) -> None:
+        self.limit_bytes = limit_bytes
+        self.size_bytes = 0
+        self._nodes: OrderedDict[int, Node] = OrderedDict()
+        self._sizes: dict[int, int] = {}
+
+    def get(self, block: int) -> Node | None:
+        node = self._nodes.get(block)
+        if node is not None:
+            self._nodes.move_to_end(block)
+        return node
+
+    def put(self, node: Node) -> None:
+        size = node.memory_bytes
+        self.size_bytes += size - self._sizes.get(node.block, 0)
+        self._sizes[node.block] = size
+        self._nodes[node.block] = node
+        while self.size_bytes > self.limit_bytes and len(self._nodes) > 1:
+            block, _ = self._nodes.popitem(last=False)
+            self.size_bytes -= self._sizes.pop(block)
+
+    def forget(self, block: int) -> None:
+        if self._nodes.pop(block, None) is not None:
+            self.size_bytes -= self._sizes.pop(block)
+
+
+assert POINTER_BYTES == POINTER.size

@@ -1,0 +1,441 @@
+"""The transaction manager: nodes and data blocks in, nodes and data blocks out, never overwritten.
+
+One transaction is open at any time; `generation` is its number, one above the last that was frozen.
+Reading, changing and freezing are plain synchronous calls of one thread. What was frozen is written by
+`commit.py`, from any thread, on nodes and buffers that nobody changes any more; until it is durable
+reads find its blocks in memory.
+
+May assume: the device keeps what it flushed. Keeps I1 (shadowing counts references), I2 (a block in
+use, or shown by a retained generation, is never allocated) and I4.
+Source: Rodeh, "B-trees, Shadowing, and Clones", 2008, section 3; FORMAT.md "Nodes".
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from xxhash import xxh3_64_digest
+
+from cowfs.errors import CorruptError, DeviceError, ImageError, NoSpaceError, ReadOnlyError
+from cowfs.storage.allocator import Allocator
+from cowfs.storage.device import Buffer, Device
+from cowfs.storage.format import (
+    BLOCK_SIZE_BYTES,
+    DATA_CHECKSUM_BYTES,
+    GROUP_BLOCKS,
+    INCOMPAT_DUPLICATED_METADATA,
+    KIND_DATA,
+    KIND_NODES,
+    KIND_TWINS,
+    NODE_BLOCKS,
+    NODE_SIZE_BYTES,
+    NULL_POINTER,
+    RING_SLOTS,
+    Pointer,
+    Superblock,
+    check_pointer,
+    decode_node,
+)
+from cowfs.storage.node import CACHE_BYTES_DEFAULT, Node, NodeCache, node_from_image
+from cowfs.storage.spacemap import Run, SpaceMap
+from cowfs.storage.superblock import read_newest
+
+log = logging.getLogger(__name__)
+
+RETAINED_GENERATIONS = 2  # older ones kept whole beside the newest, for rescue
+
+# What is held back of the image, so that a full one can still delete (C10): 1/32, within these limits.
+RESERVE_BLOCKS_MIN = 512
+RESERVE_BLOCKS_MAX = 32768
+# How much of the reserve an operation must leave: adding all of it, removing half, dropping a snapshot
+# a quarter; a commit may use it all.
+TIER_ADD, TIER_REMOVE, TIER_DROP = 4, 2, 1
+
+References = Callable[[list[bytes], list], list[Run]]
+
+
+class Store:
+    """An open image below its trees.
+
+    Args:
+        device: of the image; locked by the caller when `writable`.
+        superblock: the newest, or the one to look at.
+        writable: whether transactions may be made.
+        cache_bytes: bound of the node cache.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        superblock: Superblock,
+        *,
+        writable: bool,
+        cache_bytes: int = CACHE_BYTES_DEFAULT,
+    ) -> None:
+        self.device = device
+        self.superblock = superblock
+        self.writable = writable
+        self.failed: DeviceError | None = None
+        self.generation = superblock.generation + 1
+        self.oldest_held = superblock.generation  # no block of it or a newer one was reused
+        self.cache = NodeCache(cache_bytes)
+        self.copies = 2 if superblock.duplicates_metadata else 1
+        self.seed = superblock.seed
+        self.map = SpaceMap(device, superblock.total_blocks, superblock.image_id, superblock.seed)
+        if superblock.space_map != NULL_POINTER:
+            self.map.open(superblock.space_map, superblock.used_blocks)
+        self.allocator = Allocator(self.map)
+        self.dirty_nodes = 0
+        self.promised_blocks = 0  # data in memory that will need a block at the next freeze
+        self.promised_items = 0  # items in memory that will go into leaves at the next freeze
+        self.pins: dict[object, int] = {}  # generations that readers outside hold
+        self.relieve: Callable[[], bool] | None = None  # commits, so that blocks come free
+        self.data_writes: list[tuple[int, list[Buffer]]] = []
+        self.unwritten: dict[int, Buffer] = {}  # data blocks that are allocated, not yet on disk
+        self._frozen_nodes: dict[int, Node] = {}
+        total = superblock.total_blocks
+        self.reserve_blocks = max(RESERVE_BLOCKS_MIN, min(RESERVE_BLOCKS_MAX, total // 32))
+        if writable:
+            self._hold_retained()
+
+    def _hold_retained(self) -> None:
+        """Leave the generations whole that the superblock promises to be: the next crash may need them."""
+        newest = self.superblock
+        for generation in range(newest.generation - 1, newest.oldest_retained - 1, -1):
+            if newest.generation - generation > RETAINED_GENERATIONS:
+                return
+            try:
+                earlier = read_newest(self.device, generation)
+                if earlier.uuid != newest.uuid:
+                    return
+                self.map.hold(earlier.space_map, generation)
+            except (CorruptError, DeviceError, ImageError):
+                return  # it is lost already; nothing older can be promised either
+            self.oldest_held = generation
+
+    # --- nodes --------------------------------------------------------------------------------------
+
+    def load(self, pointer: Pointer, level: int | None) -> Node:
+        """The node at `pointer`, from the cache or the disk; repaired reads come from its twin.
+
+        Args:
+            level: that the parent expects; None for a root.
+
+        Raises:
+            CorruptError: both copies are damaged (C9).
+            DeviceError: neither can be read.
+        """
+        block = pointer.block
+        node = self.cache.get(block) or self._frozen_nodes.get(block)
+        if node is not None and node.generation == pointer.birth:
+            if level is not None and node.level != level:
+                raise CorruptError("node", block, "level is wrong", node.level, level)
+            return node
+        check_pointer(pointer, self.superblock.total_blocks, self.generation, "node", block)
+        node = self._read(pointer, level)
+        if node.level:
+            for child in node.values:
+                check_pointer(child, self.superblock.total_blocks, node.generation, "node", block)
+        self.cache.put(node)
+        return node
+
+    def _read(self, pointer: Pointer, level: int | None) -> Node:
+        problem: CorruptError | DeviceError | None = None
+        for block in (pointer.block, pointer.twin):
+            if not block:
+                continue
+            try:
+                data = self.device.read(block * BLOCK_SIZE_BYTES, NODE_SIZE_BYTES)
+                image = decode_node(data, pointer, self.superblock.image_id, self.seed, level)
+                return node_from_image(image, pointer)
+            except (CorruptError, DeviceError) as error:
+                problem = problem or error
+        assert problem is not None
+        raise problem
+
+    def new_node(self, level: int, keys: list[bytes], values: list, used: int, owner: int) -> Node:
+        """A node born in the open transaction."""
+        self.dirty_nodes += 1
+        return Node(level, keys, values, used, self.generation, owner)
+
+    def shadow(self, node: Node, owner: int, references: References) -> Node:
+        """Give a copy of `node` that this transaction may write; `node` itself if it already may.
+
+        The old place is dropped. Where others share the old node, each of its children gains the
+        reference that the copy holds; otherwise the copy takes over the children.
+
+        Args:
+            node: reachable from a root of this transaction.
+            owner: root id that the copy will carry.
+            references: the data runs that a leaf's items point at.
+
+        Raises:
+            CorruptError: refcounts are wrong, or cannot be read (EIO).
+
+        Source: Rodeh 2008, section 3. Keeps I1, I2.
+        """
+        generation = self.generation
+        if node.generation == generation:
+            return node
+        if self.map.refcount(node.block) > 1:
+            if node.level:
+                for child in node.values:
+                    self.add_reference(child.block, child.twin)
+            else:
+                for first, count in references(node.keys, node.values):
+                    self.map.add(first, count)
+        self.drop_reference(node.block, node.twin)
+        self.dirty_nodes += 1
+        return Node(
+            node.level, node.keys.copy(), node.values.copy(), node.used_bytes, generation, owner
+        )
+
+    def forget(self, node: Node) -> None:
+        """Give up a node born in the open transaction."""
+        assert node.generation == self.generation
+        self.dirty_nodes -= 1
+
+    def add_reference(self, block: int, twin: int) -> None:
+        """One more parent points at this node."""
+        self.map.add(block, NODE_BLOCKS)
+        if twin:
+            self.map.add(twin, NODE_BLOCKS)
+
+    def drop_reference(self, block: int, twin: int) -> int:
+        """One parent less points at this node. Returns the number of blocks freed, twin included."""
+        freed = self.map.drop(block, NODE_BLOCKS, self.generation)
+        if twin:
+            freed += self.map.drop(twin, NODE_BLOCKS, self.generation)
+        return freed
+
+    # --- data ---------------------------------------------------------------------------------------
+
+    def write_data(self, blocks: Sequence[Buffer]) -> list[tuple[int, int, bytes]]:
+        """Allocate and hand over whole blocks, to be written with the next commit.
+
+        Args:
+            blocks: BLOCK_SIZE_BYTES each, in file order.
+
+        Returns:
+            Runs (first block, count, checksums of DATA_CHECKSUM_BYTES each) in the same order.
+
+        Raises:
+            NoSpaceError: they do not fit; `admit` should have been asked first.
+        """
+        seed = self.seed
+        runs = []
+        at = 0
+        for first, count in self.allocator.allocate(KIND_DATA, len(blocks)):
+            part = list(blocks[at : at + count])
+            at += count
+            checksums = b"".join([xxh3_64_digest(block, seed) for block in part])
+            runs.append((first, count, checksums))
+            self.data_writes.append((first, part))
+            self.unwritten.update(zip(range(first, first + count), part, strict=True))
+        return runs
+
+    def read_data(
+        self, first: int, count: int, checksums: bytes, owner: str, *, wait: bool = True
+    ) -> Buffer | None:
+        """The bytes of a run of data blocks, each verified.
+
+        Args:
+            owner: for the message when it is damaged.
+            wait: read from the disk if need be; otherwise None says that it would wait.
+
+        Raises:
+            CorruptError: a block is not what was written (C9).
+            DeviceError: it cannot be read.
+        """
+        if self.unwritten and not self.unwritten.keys().isdisjoint(range(first, first + count)):
+            return self._read_unwritten(first, count, checksums, owner)
+        if not RING_SLOTS <= first <= self.superblock.total_blocks - RING_SLOTS - count:
+            raise CorruptError(owner, first, "an extent leaves the image")
+        offset, size = first * BLOCK_SIZE_BYTES, count * BLOCK_SIZE_BYTES
+        data = self.device.read(offset, size) if wait else self.device.read_cached(offset, size)
+        if data is None:
+            return None
+        self._verify(data, first, checksums, owner)
+        return data
+
+    def _verify(self, data: bytes, first: int, checksums: bytes, owner: str) -> None:
+        seed = self.seed
+        view = memoryview(data)
+        found = b"".join(
+            [
+                xxh3_64_digest(view[at : at + BLOCK_SIZE_BYTES], seed)
+                for at in range(0, len(data), BLOCK_SIZE_BYTES)
+            ]
+        )
+        if found != checksums:
+            step = DATA_CHECKSUM_BYTES
+            bad = next(
+                at // step
+                for at in range(0, len(found), step)
+                if found[at : at + step] != checksums[at : at + step]
+            )
+            raise CorruptError(owner, first + bad, "checksum is wrong")
+
+    def _read_unwritten(self, first: int, count: int, checksums: bytes, owner: str) -> Buffer:
+        parts: list[Buffer] = []
+        for index in range(count):
+            part = self.unwritten.get(first + index)
+            if part is None:
+                part = self.device.read((first + index) * BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES)
+                start = index * DATA_CHECKSUM_BYTES
+                checksum = checksums[start : start + DATA_CHECKSUM_BYTES]
+                self._verify(part, first + index, checksum, owner)
+            parts.append(part)
+        return b"".join(parts)
+
+    # --- space --------------------------------------------------------------------------------------
+
+    def metadata_need(self) -> int:
+        """Blocks that the open transaction's commit takes beside data, at the most."""
+        nodes = self.dirty_nodes + self.promised_items + 24
+        node_blocks = nodes * NODE_BLOCKS * self.copies
+        groups = (
+            self.map.dirty_groups + 8 + 2 * (node_blocks + self.promised_blocks) // GROUP_BLOCKS
+        )
+        return node_blocks + self.map.pages_to_write(groups) * self.copies
+
+    def available_blocks(self, tier: int = TIER_ADD) -> int:
+        """Blocks that an operation of that tier may still ask for; what the next commits free counts."""
+        held = self.reserve_blocks * tier // 4
+        return self.map.free_blocks + self.map.pending_blocks - self.promised_blocks - held
+
+    def admit(self, blocks: int, tier: int) -> None:
+        """Let an operation go on that needs that many data blocks, and some metadata.
+
+        Raises:
+            NoSpaceError: it would not fit, also after the commits that bring blocks free.
+            ReadOnlyError: nothing may change here.
+            DeviceError: a commit failed before (C8).
+        """
+        if self.failed is not None:
+            raise self.failed
+        if not self.writable:
+            raise ReadOnlyError("the image is open read-only")
+        if self._fits(blocks, tier):
+            return
+        for _ in range(RETAINED_GENERATIONS + 2):
+            if self.relieve is None or not self.relieve():
+                break
+            if self._fits(blocks, tier):
+                return
+        raise NoSpaceError("the filesystem is full; delete files or snapshots (cowdu shows which)")
+
+    def _fits(self, blocks: int, tier: int) -> bool:
+        held = self.reserve_blocks * tier // 4
+        need = blocks + self.promised_blocks + self.metadata_need()
+        if self.map.free_blocks - need < held:
+            return False
+        # Nodes need blocks that lie together: free ones that lie apart are room for data only.
+        places = (need + held // 2) // NODE_BLOCKS + 4
+        return self.map.node_places(places) >= places
+
+    # --- freezing -----------------------------------------------------------------------------------
+
+    def place(self, root: Node | Pointer) -> list[Node]:
+        """Give every dirty node under `root` its address. Returns them, children before parents."""
+        if root.__class__ is Pointer or root.generation != self.generation:  # type: ignore[union-attr]
+            return []
+        nodes: list[Node] = []
+        _collect(root, self.generation, nodes)  # type: ignore[arg-type]
+        blocks = self._places(KIND_NODES, len(nodes), NODE_BLOCKS, system=False)
+        twins = (
+            self._places(KIND_TWINS, len(nodes), NODE_BLOCKS, system=False)
+            if self.copies == 2
+            else [0] * len(nodes)
+        )
+        for node, block, twin in zip(nodes, blocks, twins, strict=True):
+            node.block, node.twin = block, twin
+            self.cache.forget(block)  # what the block held in an earlier life
+            self._frozen_nodes[block] = node
+        return nodes
+
+    def _places(self, kind: int, count: int, unit: int, *, system: bool) -> list[int]:
+        return [
+            block
+            for first, length in self.allocator.allocate(kind, count * unit, unit, system=system)
+            for block in range(first, first + length, unit)
+        ]
+
+    def place_map(self) -> list[tuple[int, int]]:
+        """A place (block, twin) for each page of the space map that this commit writes."""
+        count = len(self.map.dirty_pages())
+        blocks = self._places(KIND_NODES, count, 1, system=True)
+        twins = self._places(KIND_TWINS, count, 1, system=True) if self.copies == 2 else [0] * count
+        return list(zip(blocks, twins, strict=True))
+
+    def release_limit(self) -> int:
+        """The newest generation whose freed blocks may be allocated, once this commit is durable."""
+        limit = self.generation - RETAINED_GENERATIONS
+        return min([limit, *self.pins.values()])
+
+    def oldest_retained(self) -> int:
+        """The oldest generation that the open transaction's commit leaves whole."""
+        return max(self.oldest_held, self.generation - RETAINED_GENERATIONS)
+
+    def settle(self, nodes: Sequence[Node], data: Sequence[tuple[int, list[Buffer]]]) -> None:
+        """A commit is durable: its nodes are clean, its data is read from disk from now on."""
+        for node in nodes:
+            del self._frozen_nodes[node.block]
+            self.cache.put(node)
+        for first, blocks in data:
+            for block in range(first, first + len(blocks)):
+                self.unwritten.pop(block, None)
+
+    def fail(self, error: OSError) -> None:
+        """End all writing for good: the open transaction is lost, the last generation stays (C8)."""
+        log.error(
+            "%s; the filesystem is read-only now, generation %d is intact",
+            error,
+            self.superblock.generation,
+        )
+        self.failed = DeviceError(
+            f"generation {self.superblock.generation + 1} was not written: {error}; "
+            "unmount and mount again"
+        )
+
+    def require_writable(self) -> None:
+        """Raise the error that ends every change here, if there is one."""
+        if self.failed is not None:
+            raise self.failed
+        if not self.writable:
+            raise ReadOnlyError("the image is open read-only")
+
+
+def _collect(node: Node, generation: int, nodes: list[Node]) -> None:
+    if node.level:
+        for child in node.values:
+            if child.__class__ is Node and child.generation == generation:
+                _collect(child, generation, nodes)
+    nodes.append(node)
+
+
+def blank_superblock(
+    total_blocks: int, *, label: str = "", duplicate_metadata: bool = True
+) -> Superblock:
+    """The superblock of generation 0, before the first commit of a new image: it is never written."""
+    now_ns = time.time_ns()
+    return Superblock(
+        uuid=os.urandom(16),
+        seed=int.from_bytes(os.urandom(8), "little"),
+        name_seed=int.from_bytes(os.urandom(8), "little"),
+        generation=0,
+        total_blocks=total_blocks,
+        flags=0,
+        committed_ns=now_ns,
+        created_ns=now_ns,
+        oldest_retained=0,
+        catalog=NULL_POINTER,
+        space_map=NULL_POINTER,
+        used_blocks=0,
+        catalog_nodes=0,
+        system_blocks=0,
+        next_root_id=1,
+        label=label,
+        incompat=INCOMPAT_DUPLICATED_METADATA if duplicate_metadata else 0,
+    )

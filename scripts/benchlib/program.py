@@ -1,0 +1,116 @@
+"""Measures cowfs beside its peers, on the same disk, in one run, and prints the ratios.
+
+Needs root (mounts, loop devices, dropping caches). What is missing or fails is shown as such and
+the rest goes on. Whatever ends it, also Ctrl-C or SIGTERM, leaves no mount, loop device, pool or
+daemon behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+
+from benchlib import report
+from benchlib.plan import WORKLOADS, as_json, measure_all, parameters, with_needs
+from benchlib.snapshots import all_figures
+from benchlib.targets import TARGETS
+from rich.console import Console
+
+DEFAULT_TARGETS = "cowfs,null,null-stock,zfs-fuse,ext4,btrfs"
+
+
+def names_of(text: str, known: list[str], what: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            sys.exit(f"bench: unknown {what} {name!r}; known are {', '.join(known)}")
+    return names
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    # A second one must not cut the cleaning up short.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def main(checkout: Path) -> int:
+    """Measure as the command line asks; images go below `checkout` unless it says where."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    known_workloads = [workload.name for workload in WORKLOADS]
+    parser.add_argument("--targets", default=DEFAULT_TARGETS, help=f"of {', '.join(TARGETS)}")
+    parser.add_argument(
+        "--workloads",
+        default=",".join(known_workloads),
+        help=f"of {', '.join(known_workloads)}; what these need runs too",
+    )
+    parser.add_argument("--runs", type=int, default=1, help="each on fresh filesystems")
+    parser.add_argument("--quick", action="store_true", help="about a tenth of the work")
+    parser.add_argument("--figures", action="store_true", help="also snapshots, 1 TiB and cowdu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there as well")
+    parser.add_argument("--dir", type=Path, help="where images go (default: .bench here)")
+    arguments = parser.parse_args()
+    targets = names_of(arguments.targets, list(TARGETS), "target")
+    workloads = with_needs(names_of(arguments.workloads, known_workloads, "workload"))
+    if os.geteuid() != 0:
+        sys.exit("bench: must be root, to mount and to drop caches")
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    notes = Console(stderr=True)
+
+    def say(text: str) -> None:
+        notes.print(f"bench: {text}", markup=False, highlight=False)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    parent = arguments.dir or checkout / ".bench"
+    parent_is_new = not parent.exists()
+    parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="run-", dir=parent)).resolve()
+    figures: dict[str, float] = {}
+    failures: list[str] = []
+    try:
+        results = measure_all(targets, workloads, arguments.runs, arguments.quick, work, say)
+        if arguments.figures:
+            figures, failures = all_figures(work, arguments.quick, say)
+    except KeyboardInterrupt:
+        say("interrupted; everything is unmounted")
+        return 130
+    finally:
+        # Only what is empty by now: a mount that could not be taken away keeps its directory.
+        for left in work.iterdir():
+            if not any(os.path.ismount(path) for path in left.iterdir()):
+                shutil.rmtree(left, ignore_errors=True)
+        try:
+            work.rmdir()
+            if parent_is_new:
+                parent.rmdir()
+        except OSError as error:
+            say(f"left behind: {error.filename}")
+
+    ratios = report.ratios(results)
+    report.print_rates(console, results, workloads)
+    report.print_figures(console, "ratios (above 1: the first is faster)", ratios)
+    report.print_figures(console, "cowfs alone", figures)
+    for failure in failures:
+        console.print(f"cowfs: {failure}", markup=False)
+    if arguments.json:
+        document = {
+            "machine": {"kernel": platform.release(), "cpus": os.cpu_count()},
+            "python": platform.python_version(),
+            "parameters": parameters(arguments.quick),
+            "results": as_json(results),
+            "ratios": ratios,
+            "figures": figures,
+            "figure_failures": failures,
+        }
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+    return 0

@@ -1,0 +1,351 @@
+"""The filesystems that are measured: how each is made, mounted, made cold, and taken away again.
+
+Promises: `tear_down` may be called at any time, also after half a `set_up`, and leaves no mount,
+loop device, pool or daemon of this run behind. It ends only processes that this run started.
+Every target of a run keeps its image in the same work directory, so on the same disk.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COMMAND_SECONDS_MAX = 300
+DAEMON_END_SECONDS_MAX = 30
+
+
+class TargetError(Exception):
+    """The target is not there or does not work; the message says why, in one line."""
+
+
+def run(*command: str | Path, seconds_max: float = COMMAND_SECONDS_MAX) -> str:
+    """Run a command and give its output.
+
+    Raises:
+        TargetError: it is not installed, failed, or took too long.
+    """
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=seconds_max, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError:
+        raise TargetError(f"{words[0]}: not installed") from None
+    except subprocess.TimeoutExpired:
+        raise TargetError(f"{' '.join(words)}: no end after {seconds_max:.0f} s") from None
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise TargetError(f"{Path(words[0]).name} {words[1]}: {lines[-1]}")
+    return done.stdout
+
+
+def is_mounted(path: Path) -> bool:
+    """Tell whether something is mounted at `path`; does not touch it, so it cannot hang."""
+    wanted = str(path).replace(" ", "\\040")
+    with open("/proc/self/mounts") as mounts:
+        return any(line.split(" ")[1] == wanted for line in mounts)
+
+
+def drop_caches(what: int) -> None:
+    """Make the kernel forget: 1 pages, 2 names and inodes, 3 both. Then let daemons take it in."""
+    run("sync")
+    Path("/proc/sys/vm/drop_caches").write_text(str(what))
+    time.sleep(0.3)
+
+
+def cpu_seconds(process_id: int) -> float:
+    """CPU time of a process so far, user and system."""
+    fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def resident_bytes(process_id: int) -> int:
+    """Memory of a process now."""
+    return int(Path(f"/proc/{process_id}/statm").read_text().split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """End a process that this run started: gently, then not."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(DAEMON_END_SECONDS_MAX)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    process.wait()
+
+
+class Target:
+    """One filesystem. `set_up` once, then any of the others, `tear_down` at the end.
+
+    Args:
+        work: an empty directory for the image and the mount point.
+        size_bytes: how large the filesystem is to be.
+    """
+
+    name = ""
+    remountable = True  # what was written is still there after `remount`
+
+    def __init__(self, work: Path, size_bytes: int) -> None:
+        self.work = work
+        self.size_bytes = size_bytes
+        self.mountpoint = work / "mount"
+        self.image = work / "image"
+
+    def set_up(self) -> None:
+        self.mountpoint.mkdir(parents=True)
+        self.make()
+        self.mount()
+
+    def tear_down(self) -> None:
+        """Take everything away. A signal that asks to stop waits until that is done."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            self._take_away()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _take_away(self) -> None:
+        try:
+            self.destroy()
+        except TargetError as error:
+            print(f"bench: {self.name}: while cleaning up: {error}", file=sys.stderr)
+        if is_mounted(self.mountpoint):
+            subprocess.run(["umount", "-l", str(self.mountpoint)], check=False)
+        if not is_mounted(self.mountpoint):
+            shutil.rmtree(self.work, ignore_errors=True)
+
+    def remount(self) -> None:
+        self.unmount()
+        self.mount()
+
+    def make(self) -> None:
+        """Make the empty filesystem."""
+
+    def mount(self) -> None:
+        raise NotImplementedError
+
+    def unmount(self) -> None:
+        run("umount", self.mountpoint)
+
+    def destroy(self) -> None:
+        """Unmount, if mounted, and end what was started."""
+        if is_mounted(self.mountpoint):
+            self.unmount()
+
+    def sync(self) -> None:
+        """Make everything durable that was written."""
+        run("sync", "-f", self.mountpoint)
+
+    def daemon(self) -> int | None:
+        """The process that serves the mount; None if that is the kernel."""
+        return None
+
+    def make_image(self) -> None:
+        with open(self.image, "wb") as image:
+            image.truncate(self.size_bytes)
+
+
+class KernelTarget(Target):
+    """A filesystem of the kernel, on a loop device that goes when it is unmounted."""
+
+    def make(self) -> None:
+        self.make_image()
+        run(f"mkfs.{self.name}", *(["-q", "-F"] if self.name == "ext4" else ["-q"]), self.image)
+
+    def mount(self) -> None:
+        run("mount", "-t", self.name, "-o", "loop", self.image, self.mountpoint)
+
+
+class Ext4(KernelTarget):
+    name = "ext4"
+
+
+class Btrfs(KernelTarget):
+    name = "btrfs"
+
+
+class Null(Target):
+    """The null filesystem on the burst loop: what the binding itself can give."""
+
+    name = "null"
+    remountable = False
+    loop = "burst"
+    xattrs = False
+    _process: subprocess.Popen[bytes] | None = None
+
+    def mount(self) -> None:
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                str(Path(__file__).with_name("nullfs.py")),
+                str(self.mountpoint),
+                f"--loop={self.loop}",
+                *(["--xattrs"] if self.xattrs else []),
+            ],
+            stdout=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != b"ready\n":
+            raise TargetError("the null filesystem did not start")
+
+    def destroy(self) -> None:
+        super().destroy()
+        if self._process is not None:
+            end_process(self._process)
+            self._process = None
+
+    def sync(self) -> None:
+        """Nothing is kept, so nothing can be made durable."""
+
+    def daemon(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+
+class NullXattrs(Null):
+    """The same, with extended attributes: the kernel asks for one before each write."""
+
+    name = "null-xattrs"
+    xattrs = True
+
+
+class NullStock(Null):
+    """The same on pyfuse3's own session loop."""
+
+    name = "null-stock"
+    loop = "stock"
+
+
+class ZfsFuse(Target):
+    """zfs-fuse, pool on a file. Its control socket has one place: there can be one daemon only."""
+
+    name = "zfs-fuse"
+    pool = "cowfsbench"
+    _process: subprocess.Popen[bytes] | None = None
+
+    def make(self) -> None:
+        program = shutil.which("zfs-fuse", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+        if program is None:
+            raise TargetError("zfs-fuse: not installed")
+        if _runs("zfs-fuse"):
+            raise TargetError("another zfs-fuse is running, and it would get the commands")
+        self.make_image()
+        with open(self.work / "daemon.log", "wb") as log:
+            self._process = subprocess.Popen(
+                [program, "--no-daemon", "--no-kstat-mount"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        for attempt in range(50):
+            try:
+                run("zpool", "create", "-f", "-m", self.mountpoint, self.pool, self.image)
+                break
+            except TargetError:
+                if attempt == 49 or self._process.poll() is not None:
+                    raise
+                time.sleep(0.1)
+
+    def mount(self) -> None:
+        if not is_mounted(self.mountpoint):
+            run("zpool", "import", "-d", self.work, self.pool)
+
+    def unmount(self) -> None:
+        run("zpool", "export", self.pool)
+
+    def destroy(self) -> None:
+        if self._process is None:
+            return
+        try:
+            if self._process.poll() is None and self.pool in run("zpool", "list", "-H"):
+                run("zpool", "destroy", "-f", self.pool)
+        finally:
+            end_process(self._process)
+            self._process = None
+
+    def sync(self) -> None:
+        # syncfs does not reach a FUSE daemon; an fsync of one file commits its transaction group.
+        with open(self.mountpoint / ".bench-sync", "wb") as file:
+            file.write(b"x")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def daemon(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+
+class Cowfs(Target):
+    """cowfs through its commands, as a user runs it. `daemon` is found by the image it has open."""
+
+    name = "cowfs"
+
+    def command(self, *words: str | Path) -> str:
+        """Run a cowfs command and give its output."""
+        program = Path(sys.executable).parent / "cowfs"
+        if not program.exists():
+            raise TargetError("cowfs: not installed beside this Python")
+        return run(program, *words)
+
+    def make(self) -> None:
+        self.command("mkfs", self.image, "--size", str(self.size_bytes))
+
+    def mount(self) -> None:
+        self.command("mount", self.image, self.mountpoint)
+        if not is_mounted(self.mountpoint):
+            raise TargetError("cowfs mount succeeded, but nothing is mounted")
+
+    def unmount(self) -> None:
+        process_id = self.daemon()
+        self.command("umount", self.mountpoint)
+        end_s = time.monotonic() + DAEMON_END_SECONDS_MAX
+        while process_id is not None and Path(f"/proc/{process_id}").exists():
+            if time.monotonic() > end_s:
+                raise TargetError(f"cowfs umount returned, but daemon {process_id} runs on")
+            time.sleep(0.01)
+
+    def destroy(self) -> None:
+        process_id = self.daemon()
+        try:
+            super().destroy()
+        finally:
+            # The image is this run's own, so whoever has it open is the daemon it started.
+            if process_id is not None and self.daemon() == process_id:
+                os.kill(process_id, signal.SIGKILL)
+
+    def sync(self) -> None:
+        self.command("sync", self.mountpoint)
+
+    def daemon(self) -> int | None:
+        image = str(self.image)
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if any(os.readlink(handle) == image for handle in (process / "fd").iterdir()):
+                    return int(process.name)
+            except OSError:
+                continue  # ended meanwhile, or not ours to look at
+        return None
+
+
+def _runs(name: str) -> bool:
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            if path.read_text().strip() == name:
+                return True
+        except OSError:
+            continue  # ended meanwhile
+    return False
+
+
+TARGETS: dict[str, type[Target]] = {
+    target.name: target for target in (Cowfs, Null, NullXattrs, NullStock, ZfsFuse, Ext4, Btrfs)
+}

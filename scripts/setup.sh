@@ -1,0 +1,175 @@
+# shellcheck shell=bash
+# Makes a checkout ready to run, on a fresh Debian 12 as on a machine where everything is there.
+#
+# Sourced by the other scripts, which then call `setup_checkout run` or `setup_checkout test`.
+# Promises: afterwards $COWFS_ROOT is the checkout and the commands of its .venv come first in PATH;
+# a second call changes nothing and needs neither network nor root; what cannot be installed is named
+# together with the exact command that installs it, and the script ends with status 1.
+
+COWFS_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+
+setup_say() { printf '%s\n' "setup: $*" >&2; }
+
+setup_fail() {
+    setup_say "$@"
+    exit 1
+}
+
+# ---------------------------------------------------------------- what is on the machine
+
+# Prints the first interpreter in PATH that is new enough.
+find_python() {
+    local name
+    for name in python3 python3.11 python3.12 python3.13 python3.14; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$name"
+            return 0
+        fi
+    done
+    return 1
+}
+
+# True if a program that uses Python's C interface compiles: needs gcc, libc's headers and Python.h.
+# Every Python brings headers of its own, so the interpreter itself is asked where they are.
+python_headers_compile() {
+    local python="$1" include
+    include="$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" || return 1
+    printf '#include <Python.h>\n' | gcc -fsyntax-only -I "$include" -x c - 2>/dev/null
+}
+
+# Prints the Debian packages that are missing, one a line. $1: run or test; $2: the Python, or nothing.
+missing_packages() {
+    local purpose="$1" python="$2" command_name package
+
+    if [ -z "$python" ]; then
+        printf '%s\n' python3 python3-venv python3-dev
+    else
+        "$python" -c 'import ensurepip, venv' 2>/dev/null || debian_python_package "$python" venv
+        if ! python_headers_compile "$python"; then
+            # Without gcc nothing compiles, so the headers may be there: naming them again is harmless.
+            printf '%s\n' libc6-dev
+            debian_python_package "$python" dev
+        fi
+    fi
+    command -v gcc >/dev/null || printf '%s\n' gcc libc6-dev
+
+    command -v pkg-config >/dev/null || printf '%s\n' pkg-config
+    pkg-config --exists fuse3 2>/dev/null || printf '%s\n' libfuse3-dev
+
+    while read -r command_name package; do
+        command -v "$command_name" >/dev/null || printf '%s\n' "$package"
+    done < <(needed_commands "$purpose")
+}
+
+# Prints "command package" for each program that is called, one pair a line.
+needed_commands() {
+    printf '%s\n' 'fusermount3 fuse3' 'findmnt util-linux' 'tar tar' 'diff diffutils'
+    if [ "$1" = test ]; then
+        printf '%s\n' 'git git' 'rsync rsync' 'sqlite3 sqlite3' 'setfattr attr' 'setfacl acl' \
+            'find findutils' 'du coreutils'
+    fi
+}
+
+# Prints Debian's package of the part $2 (venv, dev) of the Python $1. Nothing for a Python that
+# does not come from Debian: then no package can help, and require_python_parts says so.
+debian_python_package() {
+    case "$(readlink -f -- "$1")" in
+        /usr/bin/python3.*) printf '%s\n' "$(basename -- "$(readlink -f -- "$1")")-$2" ;;
+    esac
+}
+
+# ---------------------------------------------------------------- installing
+
+# Runs its arguments as root, or fails without asking for a password.
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then
+        "$@"
+    else
+        sudo -n "$@"
+    fi
+}
+
+install_packages() {
+    local line="apt-get install -y --no-install-recommends $*"
+    if ! command -v apt-get >/dev/null; then
+        setup_fail "these Debian packages, or what your system calls them, are missing: $*"
+    fi
+    if [ "$(id -u)" -ne 0 ] && ! sudo -n true 2>/dev/null; then
+        setup_fail "packages are missing and root is needed to install them; run: sudo $line"
+    fi
+    setup_say "installing $*"
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get update -q >&2 \
+        || setup_fail "apt-get update failed; when it works again, run: $line"
+    # shellcheck disable=SC2086  # the line is a list of words
+    as_root env DEBIAN_FRONTEND=noninteractive $line >&2 || setup_fail "this failed: $line"
+}
+
+# Ends the script when the Python found still lacks what no package can add to it.
+require_python_parts() {
+    local python="$1"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null \
+        || setup_fail "$python has no venv and ensurepip modules: put another Python >= 3.11 first in PATH"
+    python_headers_compile "$python" \
+        || setup_fail "the headers of $python are missing (Python.h): install them, or put another" \
+            "Python >= 3.11 first in PATH"
+}
+
+# ---------------------------------------------------------------- the virtual environment
+
+# Prints what .venv must have been made from to be of use: pyproject.toml, the place, the Python.
+setup_fingerprint() {
+    { cat -- "$COWFS_ROOT/pyproject.toml"; printf '%s\n' "$COWFS_ROOT"; } | sha256sum | cut -d' ' -f1
+}
+
+# True if .venv is of this pyproject.toml, in this place, and has what $1 (run or test) needs.
+environment_is_ready() {
+    local stamp="$COWFS_ROOT/.venv/cowfs-setup-stamp" fingerprint
+    fingerprint="$(setup_fingerprint)"
+    [ -f "$stamp" ] && "$COWFS_ROOT/.venv/bin/python" -c '' 2>/dev/null || return 1
+    case "$1 $(cat -- "$stamp")" in
+        "run $fingerprint run" | "run $fingerprint test" | "test $fingerprint test") return 0 ;;
+        *) return 1 ;;
+    esac
+}
+
+make_environment() {
+    local purpose="$1" python="$2" venv="$COWFS_ROOT/.venv" requirement="$COWFS_ROOT"
+    [ "$purpose" = test ] && requirement="${COWFS_ROOT}[dev]"
+
+    # An environment that was moved, or whose Python is gone, cannot be mended.
+    if ! "$venv/bin/python" -c "import sys; sys.exit(sys.prefix != '$venv')" 2>/dev/null \
+        || ! "$venv/bin/pip" --version >/dev/null 2>&1; then
+        setup_say "making .venv with $("$python" --version)"
+        "$python" -m venv --clear "$venv" || setup_fail "could not make $venv"
+    fi
+    rm -f -- "$venv/cowfs-setup-stamp"
+    setup_say "installing the package and its requirements into .venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$requirement" >&2 \
+        || setup_fail "pip could not install $requirement (see above)"
+    printf '%s\n' "$(setup_fingerprint) $purpose" >"$venv/cowfs-setup-stamp"
+}
+
+# Sets up for `run` or for `test` (the only argument), or ends the script with status 1 and a reason.
+setup_checkout() {
+    local purpose="$1" python packages lock
+    python="$(find_python || true)"
+    packages="$(missing_packages "$purpose" "$python" | sort -u | tr '\n' ' ')"
+    if [ -n "$packages" ]; then
+        # shellcheck disable=SC2086  # a list of words
+        install_packages $packages
+        hash -r
+        python="$(find_python)" || setup_fail "no Python >= 3.11 found, even after installing python3"
+    fi
+    require_python_parts "$python"
+
+    if ! environment_is_ready "$purpose"; then
+        # Two scripts may be started at once: the second waits, then finds the work done. The lock is
+        # let go before returning, so that nothing started later inherits it.
+        exec {lock}>"$COWFS_ROOT/.venv.lock"
+        flock "$lock"
+        environment_is_ready "$purpose" || make_environment "$purpose" "$python"
+        exec {lock}>&-
+    fi
+    PATH="$COWFS_ROOT/.venv/bin:$PATH"
+    export PATH
+}

@@ -1,0 +1,659 @@
+"""Promises of every command on an image that is not mounted: what it does, prints and ends with."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cowfs.cli.main import _COMMANDS, cli
+from cowfs.storage.device import FileDevice
+from tests.image_files import change, history, make_image, require_clean, tree_bytes, write
+
+ERROR, USAGE, IMAGE_MISSING, LOCKED = 1, 2, 10, 11
+NAMES = ["one", "two", "three", "four"]
+
+
+def run(*words: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+    """The command as the shell runs it."""
+    program = "from cowfs.cli.main import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(os.fspath, words)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def invoke(*words: str | os.PathLike[str]) -> Result:
+    """The command in this process; an error of ours comes out as it is."""
+    return CliRunner().invoke(cli, [*map(os.fspath, words)], standalone_mode=False)
+
+
+def output(*words: str | os.PathLike[str]) -> str:
+    """What it prints when it succeeds."""
+    result = invoke(*words)
+    if result.exception is not None:
+        raise result.exception
+    assert not result.return_value
+    return result.stdout
+
+
+def fields(*words: str | os.PathLike[str]) -> dict[str, Any]:
+    """What it prints with --json, the envelope looked at and taken off."""
+    answer = cast(dict[str, Any], json.loads(output(*words, "--json")))
+    version = answer.pop("output_version")
+    command = " ".join(os.fspath(word) for word in words)
+    assert command.startswith(version.pop("command").removeprefix("cowfs "))
+    assert version == {"vers_major": 0, "vers_minor": 1}
+    return answer
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], status: int, *says: str) -> None:
+    """Fails unless it ended so, with one line on standard error that has these words."""
+    story = f"{result.args}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+    assert result.returncode == status, story
+    assert result.stdout == "", story
+    assert result.stderr.count("\n") == 1, story
+    line = result.stderr.removesuffix("\n")
+    assert line.startswith("cowfs: "), story
+    assert line.isprintable(), story
+    for words in says:
+        assert words in line, story
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Iterator[Path]:
+    """An image with nothing in it; clean afterwards."""
+    image = make_image(tmp_path / "disk.img")
+    yield image
+    require_clean(image)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Iterator[Path]:
+    """An image with four snapshots that share data; clean afterwards."""
+    image = make_image(tmp_path / "disk.img")
+    change(image, *history(NAMES))
+    yield image
+    require_clean(image)
+
+
+def names(image: Path) -> list[str]:
+    return [found["name"] for found in fields("snapshot", "list", image)["snapshots"]]
+
+
+# --- mkfs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "size_bytes"),
+    [
+        (["--size", "16M"], 16 << 20),
+        (["--size", "32MiB"], 32 << 20),
+        (["--size", "1G"], 1 << 30),
+        (["--size", " 0.5 gib "], 1 << 29),
+        (["--size", "20000000"], 20_000_000 // 4096 * 4096),
+        ([], 4 << 30),
+    ],
+    ids=str,
+)
+def test_mkfs_makes_a_clean_image_of_that_size(
+    tmp_path: Path, words: list[str], size_bytes: int
+) -> None:
+    """Promise: sizes as people write them; the image is sparse, private and clean."""
+    path = tmp_path / "disk.img"
+    made = fields("mkfs", path, *words, "--label", "für Bilder")
+    assert made["total_bytes"] == size_bytes
+    assert path.stat().st_size == size_bytes
+    assert path.stat().st_blocks * 512 < 4 << 20
+    assert path.stat().st_mode & 0o077 == 0
+    info = fields("info", path)
+    assert (info["label"], info["uuid"]) == ("für Bilder", made["uuid"])
+    assert info["clean"] is True
+    assert info["duplicated_metadata"] is True
+    require_clean(path)
+
+
+def test_mkfs_options_do_what_they_say(tmp_path: Path) -> None:
+    """Promise: one copy of metadata, and all space taken from the host."""
+    path = tmp_path / "disk.img"
+    output("mkfs", path, "--size", "16M", "--no-duplicate-metadata", "--preallocate")
+    assert fields("info", path)["duplicated_metadata"] is False
+    assert path.stat().st_blocks * 512 >= 15 << 20
+    require_clean(path)
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ("1", "at least 16 MiB"),
+        ("15.9M", "at least 16 MiB"),
+        ("0", "at least 16 MiB"),
+        ("", "is not a size"),
+        ("many", "is not a size"),
+        ("-1G", "is not a size"),
+        ("1e9", "is not a size"),
+        ("9" * 5000, "is not a size"),
+        ("8192P", "at most 4 PiB"),
+    ],
+)
+def test_mkfs_impossible_size_is_refused(tmp_path: Path, size: str, says: str) -> None:
+    """Promise: nothing is made, and the message names the limit."""
+    assert_refused(run("mkfs", tmp_path / "disk.img", f"--size={size}"), USAGE, says)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("label", ["x" * 65, "ü" * 33, "line\nline", "\x1b[1m"])
+def test_mkfs_impossible_label_is_refused(tmp_path: Path, label: str) -> None:
+    """Promise: a label is short and printable."""
+    assert_refused(run("mkfs", tmp_path / "disk.img", "--label", label), USAGE, "label")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mkfs_refuses_what_holds_data_unless_forced(image: Path, tmp_path: Path) -> None:
+    """Promise: neither an image nor anything else is overwritten unasked."""
+    uuid = fields("info", image)["uuid"]
+    assert_refused(run("mkfs", image), ERROR, "holds a cowfs image", "--force")
+    with open(image, "r+b") as file:  # the first ring is gone, the second tells
+        first_ring = file.read(64 * 4096)
+        file.seek(0)
+        file.write(bytes(64 * 4096))
+    assert_refused(run("mkfs", image), ERROR, "holds a cowfs image")
+    with open(image, "r+b") as file:
+        file.write(first_ring)
+    assert fields("info", image)["uuid"] == uuid
+
+    data = tmp_path / "data"
+    data.write_bytes(bytes(500_000) + b"x" + bytes(20_000_000))
+    assert_refused(run("mkfs", data), ERROR, "holds data", "--force")
+    blank = tmp_path / "blank"
+    blank.write_bytes(bytes(20 << 20))
+    assert_refused(run("mkfs", blank, "--size", "16M"), ERROR, "larger than --size")
+
+    size_bytes = image.stat().st_size
+    output("mkfs", image, "--force")
+    assert fields("info", image)["uuid"] != uuid
+    assert image.stat().st_size == size_bytes
+    output("mkfs", data, "--force", "--size", "32M")
+    output("mkfs", blank)
+    for path in (data, blank):
+        require_clean(path)
+    assert blank.stat().st_size == 20 << 20
+
+
+def test_mkfs_refuses_places_where_no_image_can_be(tmp_path: Path) -> None:
+    """Promise: each says what is in the way."""
+    assert_refused(run("mkfs", tmp_path), ERROR, "is a directory")
+    assert_refused(run("mkfs", tmp_path / "no" / "x.img"), ERROR, "No such file or directory")
+    assert_refused(run("mkfs", "/dev/null"), ERROR, "not a regular file")
+    assert_refused(run("mkfs"), USAGE, "IMG")
+
+
+def test_locked_image_is_refused_by_every_command_that_writes(image: Path) -> None:
+    """Promise: status 11, and the message names who has it."""
+    device = FileDevice(image, writable=True)
+    try:
+        for words in (
+            ["mkfs", image, "--force"],
+            ["snapshot", "create", image, "new"],
+            ["snapshot", "delete", image, "one"],
+            ["snapshot", "rename", image, "one", "1"],
+            ["rollback", image, "one"],
+        ):
+            assert_refused(run(*words), LOCKED, f"process {os.getpid()}")
+    finally:
+        device.close()
+
+
+def test_mkfs_warns_of_a_host_without_room(tmp_path: Path) -> None:
+    """Promise: a sparse image larger than the host's free space is made, with a word about it."""
+    result = run("mkfs", tmp_path / "disk.img", "--size", "8T")
+    if result.returncode == 0:  # a host that has files of that size
+        assert "warning: the host has" in result.stderr
+        (tmp_path / "disk.img").unlink()
+    else:
+        assert_refused(result, ERROR, "File too large")
+
+
+# --- snapshots ------------------------------------------------------------------------------------
+
+
+def test_snapshots_are_created_listed_renamed_and_deleted(empty: Path) -> None:
+    """Promise: the four verbs, each durable on return."""
+    made = fields("snapshot", "create", empty, "first", "-m", "the first")["snapshot"]
+    assert (made["name"], made["description"], made["parent"]) == ("first", "the first", None)
+    assert made["automatic"] is False
+    assert output("snapshot", "create", empty, "second") == "created snapshot second\n"
+    listed = fields("snapshot", "list", empty)["snapshots"]
+    assert listed[0] == made
+    assert [found["name"] for found in listed] == ["first", "second"]
+    assert listed[1]["parent"] == "first"
+    assert set(made) == {
+        "name",
+        "id",
+        "uuid",
+        "created_ns",
+        "generation",
+        "referenced_bytes",
+        "description",
+        "automatic",
+        "parent",
+    }
+    assert fields("snapshot", "rename", empty, "first", "1st")["snapshot"]["name"] == "1st"
+    assert names(empty) == ["1st", "second"]
+    deleted = fields("snapshot", "delete", empty, "1st", "--wait")
+    assert deleted == {"names": ["1st"], "dry_run": False, "reclaim_bytes": None}
+    assert names(empty) == ["second"]
+
+
+def test_snapshot_list_is_plain_for_people_and_exact_for_scripts(image: Path) -> None:
+    """Promise: aligned words without colour codes; with -H -p tabs and numbers."""
+    table = output("snapshot", "list", image)
+    assert "\x1b" not in table
+    assert table.splitlines()[0].split() == [
+        "NAME",
+        "CREATED",
+        "REFERENCED",
+        "PARENT",
+        "DESCRIPTION",
+    ]
+    assert "KiB" in table
+    lines = [line.split("\t") for line in output("snapshot", "list", image, "-Hp").splitlines()]
+    snapshots = fields("snapshot", "list", image)["snapshots"]
+    assert lines == [
+        [
+            found["name"],
+            str(found["created_ns"] // 10**9),
+            str(found["referenced_bytes"]),
+            found["parent"] or "-",
+            found["description"],
+        ]
+        for found in snapshots
+    ]
+
+
+def test_description_cannot_command_the_terminal(empty: Path) -> None:
+    """Promise: whatever a description holds, a list has one line for each snapshot."""
+    output("snapshot", "create", empty, "x", "-m", "two\nlines\t\x1b[31m")
+    for words in ([], ["-H"]):
+        text = output("snapshot", "list", empty, *words)
+        assert "two\\nlines\\t\\x1b[31m" in text
+        assert "\x1b" not in text
+    description = fields("snapshot", "list", empty)["snapshots"][0]["description"]
+    assert description == "two\nlines\t\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["two"], ["two"]),
+        (["two%three"], ["two", "three"]),
+        (["%two"], ["one", "two"]),
+        (["four,one", "three%"], ["one", "three", "four"]),
+        (["%"], NAMES),
+    ],
+    ids=str,
+)
+def test_delete_frees_to_the_byte_what_the_dry_run_told(
+    image: Path, words: list[str], expected: list[str]
+) -> None:
+    """Promise (C11): for any set, named in any way; and the dry run changes nothing."""
+    before = tree_bytes(image)
+    contents = image.read_bytes()
+    told = fields("snapshot", "delete", "-n", image, *words)
+    assert told["names"] == expected
+    assert told["dry_run"] is True
+    assert told["reclaim_bytes"] > 0
+    assert output("snapshot", "delete", "-np", image, *words) == "".join(
+        [f"destroy\t{name}\n" for name in expected] + [f"reclaim\t{told['reclaim_bytes']}\n"]
+    )
+    text = output("snapshot", "delete", "-n", image, *words)
+    assert text.startswith(f"would destroy {expected[0]}\n")
+    assert "\nwould reclaim " in text
+    assert image.read_bytes() == contents
+
+    assert output("snapshot", "delete", image, *words).splitlines() == [
+        f"destroyed {name}" for name in expected
+    ]
+    assert before - tree_bytes(image) == told["reclaim_bytes"]
+    assert names(image) == [name for name in NAMES if name not in expected]
+    assert fields("df", image)["drops"] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "n" * 256, "new\nline", "\x1b[31m", "a%b", "a,b"], ids=ascii
+)
+def test_bad_snapshot_name_is_refused(empty: Path, name: str) -> None:
+    """Promise: a usage error in one printable line, for create and for rename."""
+    output("snapshot", "create", empty, "good")
+    contents = empty.read_bytes()
+    assert_refused(run("snapshot", "create", empty, name), USAGE)
+    assert_refused(run("snapshot", "rename", empty, "good", name), USAGE)
+    assert empty.read_bytes() == contents
+
+
+def test_unknown_and_taken_names_are_refused_and_change_nothing(image: Path) -> None:
+    """Promise: all or nothing."""
+    contents = image.read_bytes()
+    for words in (
+        ["snapshot", "delete", image, "nobody"],
+        ["snapshot", "delete", "-n", image, "nobody"],
+        ["snapshot", "delete", image, "one", "nobody"],
+        ["snapshot", "delete", image, "one%nobody"],
+        ["snapshot", "rename", image, "nobody", "x"],
+        ["rollback", image, "nobody"],
+        ["rollback", "-n", image, "nobody"],
+    ):
+        assert_refused(run(*words), ERROR, "'nobody'", "cowfs snapshot list")
+    assert_refused(run("snapshot", "create", image, "one"), ERROR, "'one'")
+    assert_refused(run("snapshot", "rename", image, "one", "two"), ERROR, "'two'")
+    assert_refused(run("snapshot", "delete", image, "three%one"), ERROR, "newer")
+    assert_refused(run("snapshot", "delete", image, ""), USAGE)
+    assert_refused(run("snapshot", "delete", image, "a%b%c"), USAGE)
+    assert_refused(run("rollback", "-n", image, "one%two"), USAGE)
+    assert_refused(run("snapshot", "delete", image), USAGE, "NAME")
+    assert_refused(run("snapshot", "create", image, "x", "-m", "y" * 1025), USAGE, "description")
+    assert_refused(run("undo", image), ERROR, "no rollback")
+    assert image.read_bytes() == contents
+
+
+# --- rollback and undo ----------------------------------------------------------------------------
+
+
+def test_rollback_and_undo_lose_nothing(image: Path) -> None:
+    """Promise: the state before is kept each time, every snapshot stays, undo brings it back."""
+    before = fields("info", image)
+    text = output("rollback", image, "two", "-n")
+    assert text.startswith("would roll back to two of ")
+    assert fields("info", image) == before
+
+    done = fields("rollback", image, "two")
+    assert (done["name"], done["dry_run"]) == ("two", False)
+    kept = done["kept"]
+    assert kept["automatic"] is True
+    assert names(image) == [*NAMES, kept["name"]]
+    assert fields("info", image)["live_root_id"] != before["live_root_id"]
+    require_clean(image)
+
+    undone = fields("undo", image)
+    assert undone["kept"]["automatic"] is True
+    assert names(image) == [*NAMES, undone["kept"]["name"]]
+    assert fields("info", image)["inode_count"] == before["inode_count"]
+    require_clean(image)
+    assert "undone" in output("undo", image, "--force")
+    assert "kept as before-rollback" in output("rollback", image, "one", "--force")
+
+
+# --- space, info, sync, check ---------------------------------------------------------------------
+
+
+def test_df_adds_up_and_prints_all_it_knows(image: Path) -> None:
+    """Promise: the parts sum to the whole, and the columns are those of the JSON."""
+    space = fields("df", image)
+    assert set(space) == {
+        "total_bytes",
+        "used_bytes",
+        "tree_bytes",
+        "catalog_bytes",
+        "system_bytes",
+        "pending_bytes",
+        "free_bytes",
+        "promised_bytes",
+        "reserved_bytes",
+        "available_bytes",
+        "drops",
+    }
+    assert space["tree_bytes"] + space["catalog_bytes"] == space["used_bytes"]
+    parts = ("used_bytes", "system_bytes", "pending_bytes", "free_bytes")
+    assert sum(space[part] for part in parts) == space["total_bytes"] == 64 << 20
+    numbers = output("df", image, "-H", "-p").rstrip("\n").split("\t")
+    assert [int(number) for number in numbers] == list(space.values())[:-1]
+    header, row = output("df", image).splitlines()
+    assert header.split()[0] == "TOTAL"
+    assert row.startswith("64.0 MiB")
+
+
+def test_info_tells_what_the_image_is(image: Path) -> None:
+    """Promise: integers with units in their names, and null where there is no mount."""
+    info = fields("info", image)
+    assert info["image"] == str(image)
+    assert (info["block_size_bytes"], info["node_size_bytes"]) == (4096, 16384)
+    assert (info["total_bytes"], info["snapshot_count"]) == (64 << 20, 4)
+    assert info["mount_point"] is info["daemon_pid"] is info["daemon_settings"] is None
+    assert info["clean"] is True
+    text = output("info", image)
+    assert str(image) in text
+    assert info["uuid"] in text
+
+
+def test_sync_of_an_image_without_a_daemon_has_nothing_to_do(image: Path) -> None:
+    """Promise: silent success, and the generation with --json."""
+    assert output("sync", image) == ""
+    assert fields("sync", image) == {"generation": fields("info", image)["generation"]}
+
+
+def test_check_finds_a_clean_image_clean_and_a_damaged_one_not(tmp_path: Path) -> None:
+    """Promise: 0 clean, 1 not, and a finding says what and where."""
+    image = make_image(tmp_path / "disk.img")
+    change(image, *history())
+    report = fields("check", image)
+    assert (report["clean"], report["findings"], report["findings_left_off"]) == (True, [], 0)
+    assert report["verified_blocks"] == report["data_blocks"] > 0
+    assert fields("check", image, "--no-data")["verified_blocks"] == 0
+    assert output("check", image).startswith(f"{image} is clean: generation ")
+
+    # One bit of a block of file data: nothing else is wrong then.
+    marked = os.urandom(4096)
+    change(image, _write_known("known", marked))
+    damaged = bytearray(image.read_bytes())
+    at = damaged.find(marked)
+    assert at > 0
+    damaged[at] ^= 1
+    image.write_bytes(damaged)
+    result = run("check", image)
+    assert result.returncode == ERROR
+    assert "NOT CLEAN" in result.stdout
+    assert "/known" in result.stdout
+    result = run("check", image, "--json")
+    assert result.returncode == ERROR
+    found = json.loads(result.stdout)
+    assert found["clean"] is False
+    assert {finding["invariant"] for finding in found["findings"]} == {"C9"}
+    assert run("check", image, "--no-data").returncode == 0
+
+
+def _write_known(name: str, data: bytes) -> Any:
+    def step(filesystem: Any) -> None:
+        write(name, 1)(filesystem)
+        inode = filesystem.live.find(1, name.encode())
+        filesystem.live.write(inode.ino, 0, data)
+
+    return step
+
+
+# --- what every command has in common -------------------------------------------------------------
+
+ON_A_TARGET: dict[str, list[str]] = {
+    "df": [],
+    "info": [],
+    "sync": [],
+    "check": [],
+    "snapshot list": [],
+    "snapshot create": ["x"],
+    "snapshot delete": ["x"],
+    "snapshot rename": ["x", "y"],
+    "rollback": ["x"],
+    "undo": [],
+}
+
+
+@pytest.mark.parametrize("command", ON_A_TARGET)
+def test_wrong_target_is_refused_with_its_status(tmp_path: Path, command: str) -> None:
+    """Promise: missing 10; a directory, an empty file or something else 1; each in one line."""
+    words, more = command.split(), ON_A_TARGET[command]
+    assert_refused(run(*words, tmp_path / "no.img", *more), IMAGE_MISSING, str(tmp_path / "no.img"))
+    assert_refused(run(*words, tmp_path, *more), ERROR, "no cowfs is mounted")
+    for contents in (b"", b"text\n" * 10_000, bytes(17 << 20)):
+        (tmp_path / "file").write_bytes(contents)
+        assert_refused(run(*words, tmp_path / "file", *more), ERROR, str(tmp_path / "file"))
+        assert (tmp_path / "file").read_bytes() == contents
+    assert_refused(run(*words), USAGE, "--help")
+    assert_refused(run(*words, tmp_path, *more, "--frob"), USAGE, "--frob")
+
+
+def test_mount_refuses_what_it_cannot_mount(image: Path, tmp_path: Path) -> None:
+    """Promise: options and image are looked at before anything is started."""
+    place = tmp_path / "place"
+    place.mkdir()
+    for option, word in (
+        ("frob", "frob"),
+        ("commit=0", "commit=0"),
+        ("commit=nan", "commit=nan"),
+        ("cache=1K", "cache=1K"),
+        ("snapshots=blue", "blue"),
+        ("generation=x", "generation=x"),
+        ("generation=3,rw", "contradict"),
+        ("commit", "needs a value"),
+        ("log=", "log"),
+    ):
+        assert_refused(run("mount", image, place, "-o", option), USAGE, word)
+    missing = tmp_path / "no.img"
+    assert_refused(run("mount", missing, place), IMAGE_MISSING, str(missing))
+    assert_refused(run("mount", tmp_path, place), ERROR, "is a directory")
+    assert_refused(run("mount", image), USAGE, "DIR")
+    assert_refused(run("umount", place), ERROR, str(place), "not a cowfs mount point")
+    assert_refused(run("umount", tmp_path / "no"), ERROR, "not a cowfs mount point")
+
+
+def test_control_characters_in_paths_reach_no_terminal(tmp_path: Path) -> None:
+    """Promise: an error stays one printable line, whatever the user typed."""
+    for name in ("new\nline", "\x1b[31m", os.fsdecode(b"\xff\xfe")):
+        assert_refused(run("info", tmp_path / name), IMAGE_MISSING)
+    path = make_image(tmp_path / os.fsdecode(b"\xff.img"))
+    result = run("info", path, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["image"].endswith("\\xff.img")
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
+    """Promise: a traceback for who asks, and only then."""
+    assert "Traceback" in run("--debug", "info", tmp_path / "no").stderr
+    assert_refused(run("info", tmp_path / "no"), IMAGE_MISSING)
+
+
+def test_closed_pipe_is_no_error_to_talk_about(image: Path) -> None:
+    """Promise: `cowfs ... | head -0` prints no complaint."""
+    program = "from cowfs.cli.main import main; main()"
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-c", program, "snapshot", "list", str(image)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert result.stderr == b""
+    assert result.returncode == ERROR
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(shell: str) -> None:
+    """Promise: for each of the three shells."""
+    assert "_COWFS_COMPLETE" in output("completion", shell)
+
+
+def test_completion_knows_commands_and_snapshot_names(image: Path) -> None:
+    """Promise: the shell is told the words that would be accepted."""
+    program = "from cowfs.cli.main import main; main()"
+
+    def complete(line: str) -> list[str]:
+        words = line.split(" ")
+        environment = {
+            **os.environ,
+            "_COWFS_COMPLETE": "bash_complete",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(words) - 1),
+        }
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return [word.partition(",")[2] for word in result.stdout.split()]
+
+    assert complete("cowfs sn") == ["snapshot"]
+    assert complete(f"cowfs rollback {image} t") == ["two", "three"]
+    assert complete("cowfs rollback /nowhere t") == []
+
+
+def test_every_command_teaches() -> None:
+    """Promise: --help of each command has an example, and needs nothing else."""
+    commands = [
+        *_COMMANDS,
+        *(f"snapshot {verb}" for verb in ["create", "list", "delete", "rename"]),
+    ]
+    for command in commands:
+        if command != "snapshot":
+            assert f"cowfs {command} " in output(*command.split(), "--help"), command
+        assert output(*command.split(), "--help").startswith("Usage: ")
+    listed = output("--help")
+    for command, (_, words) in _COMMANDS.items():
+        assert command in listed
+        assert words in listed
+
+
+def test_short_commands_import_no_numpy_and_no_trio(tmp_path: Path) -> None:
+    """Promise: what only prints or asks a daemon starts without the large libraries."""
+    program = (
+        "import sys, runpy\n"
+        "import cowfs.cli.snapshots, cowfs.cli.space, cowfs.cli.rollback, cowfs.cli.mounting\n"
+        "import cowfs.cli.images, cowfs.cli.main, cowfs.cli.target, cowfs.daemon.control\n"
+        "print([name for name in ('numpy', 'trio', 'rich', 'pyfuse3') if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "[]\n"
+
+
+def test_helper_of_mount_has_the_status_of_mount(tmp_path: Path, image: Path) -> None:
+    """Promise: mount(8) and fstab are told what went wrong in their own numbers."""
+    program = "from cowfs.cli.mount_helper import main; main()"
+    place = tmp_path / "place"
+    place.mkdir()
+
+    def helper(*words: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program, *map(str, words)],
+            env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    usual = "rw,noauto,user,nofail,_netdev,x-systemd.automount,noatime,nosuid,nodev"
+    rehearsed = helper(image, place, "-f", "-v", "-o", usual)
+    assert (rehearsed.returncode, rehearsed.stderr) == (0, "")
+    assert str(image) in rehearsed.stdout
+    for words, status in (
+        ([image], 1),
+        ([image, place, "-o", "frob"], 1),
+        ([image, place, "-z"], 1),
+        ([image, place, "-sf", "-o", "frob"], 0),
+        ([tmp_path / "no.img", place], 32),
+        ([image, tmp_path / "nowhere"], 32),
+    ):
+        result = helper(*words)
+        assert result.returncode == status, (words, result)
+        assert result.stderr.count("\n") == (1 if status else 0), result
+        assert "Traceback" not in result.stderr

@@ -1,0 +1,96 @@
+"""Promises that mount options do what they say, and that unknown ones are refused by name."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cowfs.daemon.options import MountOptions, parse_options, parse_size
+from cowfs.errors import UsageError
+
+BASE = MountOptions(image="/i", mountpoint="/m")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {}),
+        ("ro", {"read_only": True}),
+        ("ro,rw", {"read_only": False}),
+        ("allow_other", {"allow_other": True}),
+        ("commit=0.5", {"commit_interval_s": 0.5}),
+        ("snapshots=visible", {"snapshots": "visible"}),
+        ("cache=1GiB,dirty=64M", {"cache_bytes": 1 << 30, "dirty_bytes_max": 64 << 20}),
+        ("nodiscard", {"discard": False}),
+        ("suid,dev", {"suid": True, "dev": True}),
+        ("suid,nosuid,dev,nodev", {}),
+        ("noexec", {"executable": False}),
+        ("log=journald", {"log": "journald"}),
+        ("generation=12", {"generation": 12, "read_only": True}),
+        ("noxattrs", {"xattrs": False}),
+        ("defaults,auto,noauto,user,users,_netdev,nofail,noatime,relatime", {}),
+        ("x-systemd.automount,x-gvfs-show,comment=a word, ,fsname=a,subtype=b", {}),
+    ],
+)
+def test_options_set_what_they_name(text: str, expected: dict[str, Any]) -> None:
+    """Promise: each sets its field and no other; those of mount(8) are tolerated."""
+    assert parse_options(text, BASE) == replace(BASE, **expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("frob", "'frob'"),
+        ("ro,frob=1,rw", "'frob=1'"),
+        ("sync", "'sync'"),
+        ("ro=1", "'ro=1'"),
+        ("commit", "commit needs a value"),
+        ("commit=", "commit="),
+        ("commit=-1", "commit=-1"),
+        ("commit=inf", "commit=inf"),
+        ("cache=", "cache"),
+        ("cache=1M", "at least 4M"),
+        ("snapshots=", "hidden, visible, disabled"),
+        ("generation=0", "generation=0"),
+        ("generation=-1", "generation=-1"),
+        ("rw,generation=1", "contradict"),
+    ],
+)
+def test_impossible_options_are_refused_by_name(text: str, says: str) -> None:
+    """Promise: nothing is silently dropped; mount(8) -s may ask for just that."""
+    with pytest.raises(UsageError, match=says):
+        parse_options(text, BASE)
+
+
+def test_sloppy_skips_only_what_is_unknown() -> None:
+    """Promise: -s is about unknown words, not about wrong values."""
+    assert parse_options("frob,ro", BASE, sloppy=True) == replace(BASE, read_only=True)
+    with pytest.raises(UsageError):
+        parse_options("commit=x", BASE, sloppy=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [
+        ("4096", 4096),
+        ("4k", 4096),
+        ("4 KiB", 4096),
+        ("4KB", 4096),
+        ("1.5m", 3 << 19),
+        ("2T", 2 << 40),
+        ("1 PiB", 1 << 50),
+        ("0", 0),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text: str, size_bytes: int) -> None:
+    """Promise: powers of 1024, with or without iB, in any case."""
+    assert parse_size(text) == size_bytes
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "M", "1.M", ".5M", "1e3", "1 2", "4X", "٤", "0x10", "1M1"]
+)
+def test_what_is_no_size_is_refused(text: str) -> None:
+    """Promise: no guessing."""
+    with pytest.raises(UsageError, match="is not a size"):
+        parse_size(text)

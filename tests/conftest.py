@@ -1,0 +1,342 @@
+"""Fixtures that mount a real image through the real command, and never leave one mounted.
+
+`mount` gives a `Mounted`: a fresh image of 2 GiB (sparse), mounted in the background. Whatever the
+test did, afterwards the mount is gone, the daemon has ended, and `cowfs check` found the image
+clean, or the test fails and its image is kept. Nothing is skipped because something is missing.
+
+With COWFS_TEST_BASE=DIR the same tests run on plain directories below DIR: that proves the tests
+themselves on the filesystem of the host. Snapshots are then copies, and there is nothing to check.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tests.model.profiles  # noqa: F401  registers --hypothesis-profile names
+
+PLAIN_BASE = os.environ.get("COWFS_TEST_BASE")
+
+# The commands that installing the package made, next to the Python that runs the tests.
+COMMANDS = Path(sys.executable).parent
+
+COMMAND_SECONDS_MAX = 100
+DAEMON_END_SECONDS_MAX = 30
+
+Completed = subprocess.CompletedProcess[str]
+
+
+def run_command(
+    *arguments: str | os.PathLike[str], timeout: float = COMMAND_SECONDS_MAX
+) -> Completed:
+    """Run `cowfs`, or `cowdu` or `cowdump` when named first; gives output and exit status."""
+    words = [os.fspath(argument) for argument in arguments]
+    name = words.pop(0) if words[0] in ("cowfs", "cowdu", "cowdump") else "cowfs"
+    program = COMMANDS / name
+    if not program.exists():
+        pytest.fail(f"{program} is missing: install the package (scripts/setup.sh does)")
+    try:
+        return subprocess.run(
+            [str(program), *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(
+            f"{name} {' '.join(words)}: neither ended nor closed its output in {timeout} s;"
+            f" said {error.stdout!r} {error.stderr!r}"
+        )
+
+
+def require_success(result: Completed) -> Completed:
+    """The result itself, if the command succeeded; else the test fails with all that it said."""
+    if result.returncode != 0:
+        pytest.fail(
+            f"{result.args} ended with {result.returncode}\n"
+            f"stdout: {result.stdout}\nstderr: {result.stderr}"
+        )
+    return result
+
+
+def json_of(result: Completed) -> dict[str, Any]:
+    """What a command with --json answered, after a look at the envelope."""
+    answer: dict[str, Any] = json.loads(require_success(result).stdout)
+    version = answer["output_version"]
+    assert isinstance(version["command"], str)
+    assert isinstance(version["vers_major"], int)
+    assert isinstance(version["vers_minor"], int)
+    return answer
+
+
+def require_clean(image: Path) -> None:
+    """Fails the test unless `cowfs check` finds nothing wrong with the image."""
+    result = run_command("check", image, "--json")
+    if result.returncode != 0:
+        pytest.fail(
+            f"{image} is not clean (kept): cowfs check ended with {result.returncode}\n"
+            f"stdout: {result.stdout[:8000]}\nstderr: {result.stderr[:2000]}"
+        )
+    assert json_of(result)["clean"] is True, result.stdout[:8000]
+
+
+def process_is_alive(pid: int) -> bool:
+    """True while a process runs; one that ended but was not waited for yet does not count."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
+
+
+def wait_for_end(pid: int, seconds_max: float = DAEMON_END_SECONDS_MAX) -> bool:
+    """Wait for a process to end; false if it has not in time."""
+    deadline = time.monotonic() + seconds_max
+    while process_is_alive(pid):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_mount_point(path: Path) -> bool:
+    """True if something is mounted exactly there, alive or dead."""
+    with open("/proc/self/mountinfo", "rb") as table:
+        places = {line.split()[4].decode("unicode_escape") for line in table}
+    return str(path) in places
+
+
+def unmount_lazily(path: Path) -> None:
+    """Takes a mount out of the tree, even a dead or busy one."""
+    subprocess.run(["fusermount3", "-uz", str(path)], capture_output=True, check=True, timeout=30)
+
+
+class Mounted:
+    """An image and the place where it is mounted."""
+
+    plain = False
+
+    def __init__(self, folder: Path, size: str = "2G", mount_options: tuple[str, ...] = ()) -> None:
+        self.image = folder / "test.img"
+        self.path = folder / "mnt"
+        self.size = size
+        self.mount_options = mount_options
+        self.daemon_pid: int | None = None
+
+    def start(self) -> None:
+        """Make the image and mount it. If this fails half way, `close` still clears up."""
+        self.path.mkdir(parents=True)
+        require_success(run_command("mkfs", self.image, "--size", self.size))
+        self.remount()
+
+    def cowfs(self, *arguments: str | os.PathLike[str]) -> Completed:
+        """Run `cowfs ARGUMENTS`; the caller looks at the exit status."""
+        return run_command(*arguments)
+
+    def remount(self) -> None:
+        """Mount, after unmounting if it is mounted."""
+        if is_mount_point(self.path):
+            self.umount()
+        require_success(run_command("mount", self.image, self.path, *self.mount_options))
+        assert is_mount_point(self.path), "cowfs mount returned before the mount was live"
+        self.daemon_pid = json_of(run_command("info", self.path, "--json"))["daemon_pid"]
+        assert isinstance(self.daemon_pid, int)
+        assert process_is_alive(self.daemon_pid)
+
+    def umount(self) -> None:
+        """Unmount as a user does, and see that the daemon ends."""
+        require_success(run_command("umount", self.path))
+        assert not is_mount_point(self.path), "cowfs umount returned while still mounted"
+        pid, self.daemon_pid = self.daemon_pid, None
+        if pid is not None and not wait_for_end(pid):
+            os.kill(pid, signal.SIGKILL)
+            pytest.fail(f"the daemon {pid} outlived its mount by {DAEMON_END_SECONDS_MAX} s")
+
+    def kill(self) -> None:
+        """Kill the daemon without warning, then clear the dead mount away."""
+        pid, self.daemon_pid = self.daemon_pid, None
+        assert pid is not None, "not mounted"
+        os.kill(pid, signal.SIGKILL)
+        assert wait_for_end(pid)
+        unmount_lazily(self.path)
+
+    def check(self) -> None:
+        """Fails the test unless the (unmounted) image is clean."""
+        require_clean(self.image)
+
+    def snapshot(self, name: str) -> Path:
+        """Take a snapshot; gives the place where its tree can be read."""
+        require_success(run_command("snapshot", "create", self.path, name))
+        return self.path / ".snapshots" / name
+
+    def rollback(self, name: str) -> None:
+        """Set the mounted tree back to a snapshot."""
+        require_success(run_command("rollback", self.path, name))
+
+    def delete_snapshot(self, name: str) -> None:
+        """Delete a snapshot and wait until its space is free."""
+        require_success(run_command("snapshot", "delete", self.path, name, "--wait"))
+
+    def close(self) -> str | None:
+        """Unmount and end the daemon by whatever means it takes.
+
+        Returns:
+            None if the ordinary means were enough, else what was wrong.
+        """
+        trouble = None
+        pid = self.daemon_pid
+        if is_mount_point(self.path):
+            result = run_command("umount", self.path)
+            if result.returncode != 0:
+                trouble = f"cowfs umount ended with {result.returncode}: {result.stderr.strip()}"
+            if is_mount_point(self.path):
+                unmount_lazily(self.path)
+                trouble = trouble or "cowfs umount said it was done, but was not"
+        if pid is not None and not wait_for_end(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            wait_for_end(pid)
+            trouble = trouble or f"the daemon {pid} did not end after its mount had"
+        return trouble
+
+
+class PlainDirectory(Mounted):
+    """The same on a directory of the host: for proving the tests, not cowfs."""
+
+    plain = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.copies = folder / "copies"
+
+    def start(self) -> None:
+        self.path.mkdir(parents=True)
+        self.copies.mkdir()
+
+    def cowfs(self, *arguments: str | os.PathLike[str]) -> Completed:
+        raise AssertionError(f"a test that needs cowfs ran on a plain directory: {arguments}")
+
+    def remount(self) -> None:
+        pass
+
+    def umount(self) -> None:
+        pass
+
+    def kill(self) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+    def snapshot(self, name: str) -> Path:
+        subprocess.run(["cp", "-a", f"{self.path}/.", self.copies / name], check=True)
+        return self.copies / name
+
+    def rollback(self, name: str) -> None:
+        for entry in list(self.path.iterdir()):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+        subprocess.run(["cp", "-a", f"{self.copies / name}/.", self.path], check=True)
+
+    def delete_snapshot(self, name: str) -> None:
+        shutil.rmtree(self.copies / name)
+
+    def close(self) -> str | None:
+        shutil.rmtree(self.path.parent)
+        return None
+
+
+@contextlib.contextmanager
+def mounted(
+    folder: Path,
+    has_failed: Callable[[], bool] = lambda: False,
+    size: str = "2G",
+    mount_options: tuple[str, ...] = (),
+) -> Iterator[Mounted]:
+    """A fresh image, mounted while the block runs, then unmounted, checked and removed.
+
+    Args:
+        folder: where image and mount point are made.
+        has_failed: whether a test on this mount failed; then the image is kept.
+        size: of the image, as for `cowfs mkfs --size`.
+        mount_options: more words for `cowfs mount`.
+    """
+    if PLAIN_BASE is not None:
+        place = Path(PLAIN_BASE).resolve() / f"{folder.parent.name}-{folder.name}-{os.getpid()}"
+        shutil.rmtree(place, ignore_errors=True)
+        plain = PlainDirectory(place)
+        try:
+            plain.start()
+            yield plain
+        finally:
+            plain.close()
+        return
+
+    mount = Mounted(folder, size, mount_options)
+    try:
+        mount.start()
+        yield mount
+    finally:
+        trouble = mount.close()
+    require_clean(mount.image)
+    if trouble is not None:
+        pytest.fail(f"{trouble} (image kept: {mount.image})")
+    if not has_failed():
+        mount.image.unlink()
+
+
+# ------------------------------------------------------------------- pytest
+
+FAILED: pytest.StashKey[bool] = pytest.StashKey()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Remembers on each test, and on its file, that it failed: teardown then keeps the image."""
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+        if item.parent is not None:
+            item.parent.stash[FAILED] = True
+    return report
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what has no meaning on a plain directory, when asked to run on one."""
+    if PLAIN_BASE is None:
+        return
+    left_out = [item for item in items if item.get_closest_marker("needs_cowfs")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture
+def mount(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mounted]:
+    """A mounted filesystem of 2 GiB that belongs to one test."""
+    with mounted(tmp_path / "cowfs", lambda: request.node.stash.get(FAILED, False)) as mount:
+        yield mount
+
+
+@pytest.fixture(scope="module")
+def module_mount(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Mounted]:
+    """A mounted filesystem of 2 GiB that all tests of one file share."""
+    folder = tmp_path_factory.mktemp("cowfs")
+    with mounted(folder / "shared", lambda: request.node.stash.get(FAILED, False)) as mount:
+        yield mount

@@ -1,0 +1,714 @@
+"""Promises of the control socket: only its user is served, only whole messages, errors as they are.
+
+Server and client are the real ones; the service behind them is made up.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+import stat
+import struct
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from cowfs import errors
+from cowfs.daemon import control, places
+from cowfs.daemon.control import Client, Progress, Reply, Request
+from cowfs.errors import (
+    BusyError,
+    CorruptError,
+    CowfsError,
+    ImageMissingError,
+    LockedError,
+    MountError,
+    NoSpaceError,
+    SnapshotError,
+    UsageError,
+)
+from cowfs.history.reports import DropReport, InfoReport, SnapshotReport, SpaceReport
+
+HEADER = struct.Struct(">IB")
+
+
+def a_snapshot(name: str, description: str = "") -> SnapshotReport:
+    return SnapshotReport(
+        name=name,
+        id=7,
+        uuid="u",
+        created_ns=1,
+        generation=2,
+        referenced_bytes=1 << 60,
+        description=description,
+        automatic=False,
+        parent=None,
+    )
+
+
+A_SPACE = SpaceReport(
+    total_bytes=1,
+    used_bytes=2,
+    tree_bytes=3,
+    catalog_bytes=4,
+    system_bytes=5,
+    pending_bytes=6,
+    free_bytes=7,
+    promised_bytes=8,
+    reserved_bytes=9,
+    available_bytes=10,
+    drops=(DropReport(name="d", freed_bytes=1, referenced_bytes=2, stuck=True),),
+)
+AN_INFO = InfoReport(
+    image="i",
+    label="",
+    uuid="u",
+    format_version=1,
+    block_size_bytes=4096,
+    node_size_bytes=16384,
+    total_bytes=1,
+    generation=2,
+    created_ns=3,
+    committed_ns=4,
+    clean=False,
+    duplicated_metadata=True,
+    snapshot_count=0,
+    inode_count=1,
+    live_root_id=1,
+    mount_point="/m",
+    daemon_pid=5,
+    daemon_settings={"commit_interval_s": 5.0, "discard": True, "generation": None},
+)
+
+
+@dataclass
+class FakeService:
+    """Answers everything; `error` is raised instead, and `requests` keeps what was asked."""
+
+    error: Exception | None = None
+    requests: list[Request] = field(default_factory=list)
+    pins: list[control.Pin] = field(default_factory=list)
+    released: int = 0
+    many: int = 2
+    steps: int = 3
+    delay_s: float = 0.0
+    progress_broke: threading.Event = field(default_factory=threading.Event)
+
+    async def handle(
+        self, request: Request, progress: Callable[[Progress], Awaitable[None]]
+    ) -> Reply:
+        self.requests.append(request)
+        await trio.sleep(self.delay_s)
+        if self.error is not None:
+            raise self.error
+        match request:
+            case control.Info():
+                return control.InfoReply(info=AN_INFO)
+            case control.Space():
+                return control.SpaceReply(space=A_SPACE)
+            case control.Snapshots():
+                snapshots = tuple(a_snapshot(f"ü {n}", "x" * 500) for n in range(self.many))
+                return control.SnapshotsReply(snapshots=snapshots)
+            case control.Drops():
+                return control.DropsReply(drops=A_SPACE.drops)
+            case control.DeleteSnapshots(names=names):
+                try:
+                    for step in range(self.steps):
+                        told = Progress(what="drop", done_bytes=step, total_bytes=self.steps)
+                        await progress(told)
+                        await trio.sleep(0)
+                except trio.BrokenResourceError:
+                    self.progress_broke.set()
+                    raise
+                return control.SnapshotsReply(snapshots=tuple(map(a_snapshot, names)))
+            case control.Sync() | control.Stop():
+                return control.Done(generation=9)
+            case control.Undo():
+                return control.SnapshotReply(snapshot=a_snapshot("kept"))
+            case control.CreateSnapshot(name=name) | control.Rollback(name=name):
+                return control.SnapshotReply(snapshot=a_snapshot(name))
+            case control.RenameSnapshot(new=name):
+                return control.SnapshotReply(snapshot=a_snapshot(name))
+        raise AssertionError(request)
+
+    def pin(self) -> control.Pin:
+        pin = control.Pin(41)
+        self.pins.append(pin)
+        return pin
+
+    def unpin(self, pin: control.Pin) -> None:
+        if pin in self.pins:
+            self.pins.remove(pin)
+        self.released += 1
+
+    def holds(self, pin: control.Pin) -> bool:
+        return pin in self.pins
+
+
+@contextlib.contextmanager
+def serving(path: Path, service: FakeService) -> Iterator[Callable[[], None]]:
+    """The server in a thread, while the block runs. Yields what makes it end."""
+    ready = threading.Event()
+    tools: list[Any] = []
+
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(
+                lambda task_status: control.serve(path, service, task_status=task_status)
+            )
+            tools.extend((trio.lowlevel.current_trio_token(), nursery.cancel_scope))
+            ready.set()
+
+    thread = threading.Thread(target=trio.run, args=(run,))
+    thread.start()
+
+    def end() -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            tools[0].run_sync_soon(tools[1].cancel)
+
+    try:
+        assert ready.wait(10)
+        yield end
+    finally:
+        end()
+        thread.join(20)
+        assert not thread.is_alive()
+    assert not path.exists()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir(mode=0o700)
+    return tmp_path / "run" / "1-2.sock"
+
+
+@pytest.fixture
+def service() -> FakeService:
+    return FakeService()
+
+
+@pytest.fixture
+def server(path: Path, service: FakeService) -> Iterator[Callable[[], None]]:
+    with serving(path, service) as end:
+        yield end
+
+
+def raw_connection(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(20)
+    connection.connect(str(path))
+    return connection
+
+
+def frame(kind: bytes, payload: bytes) -> bytes:
+    return HEADER.pack(1 + len(payload), kind[0]) + payload
+
+
+def read_frame(connection: socket.socket) -> tuple[bytes, bytes] | None:
+    """Kind and payload; None at the end of the connection."""
+    data = b""
+    while len(data) < HEADER.size:
+        part = connection.recv(HEADER.size - len(data))
+        if not part:
+            return None
+        data += part
+    size, kind = HEADER.unpack(data)
+    payload = b""
+    while len(payload) < size - 1:
+        payload += connection.recv(size - 1 - len(payload))
+    return bytes([kind]), payload
+
+
+def request_frame(request: object, version: int = control.PROTOCOL_VERSION) -> bytes:
+    return frame(b"Q", json.dumps({"version": version, "request": request}).encode())
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("server")
+def test_every_request_arrives_and_is_answered(path: Path, service: FakeService) -> None:
+    """Promise: what the client asks is what the service gets, and the other way round."""
+    with Client(path) as client:
+        assert client.daemon_pid == os.getpid()
+        assert client.info() == AN_INFO
+        assert client.space() == A_SPACE
+        assert client.drops() == A_SPACE.drops
+        assert [found.name for found in client.snapshots()] == ["ü 0", "ü 1"]
+        assert client.create_snapshot("日本", "text").name == "日本"
+        assert client.rename_snapshot("a", "b").name == "b"
+        assert client.rollback("r", force=True).name == "r"
+        assert client.undo().name == "kept"
+        assert client.sync() == 9
+        client.stop()
+    assert service.requests == [
+        control.Info(),
+        control.Space(),
+        control.Drops(),
+        control.Snapshots(),
+        control.CreateSnapshot(name="日本", description="text"),
+        control.RenameSnapshot(old="a", new="b"),
+        control.Rollback(name="r", force=True),
+        control.Undo(force=False),
+        control.Sync(),
+        control.Stop(),
+    ]
+
+
+@pytest.mark.usefixtures("server")
+def test_long_list_comes_in_frames_of_bounded_size(path: Path, service: FakeService) -> None:
+    """Promise: an answer may be long, no frame is longer than the limit, nothing is missing."""
+    service.many = 3000
+    with Client(path) as client:
+        assert len(client.snapshots()) == 3000
+    kinds = []
+    with raw_connection(path) as connection:
+        connection.sendall(request_frame({"type": "snapshots"}))
+        while not kinds or kinds[-1] != b"R":
+            found = read_frame(connection)
+            assert found is not None
+            assert HEADER.size + len(found[1]) <= control.FRAME_BYTES_MAX + HEADER.size
+            kinds.append(found[0])
+    assert len(kinds) > 20
+    assert set(kinds) == {b"C", b"R"}
+
+
+@pytest.mark.usefixtures("server")
+def test_progress_is_told_before_the_answer(path: Path) -> None:
+    """Promise: long work shows how far it is."""
+    told: list[Progress] = []
+    with Client(path) as client:
+        client.delete_snapshots(["a"], wait=True, progress=told.append)
+    assert [progress.done_bytes for progress in told] == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("server")
+def test_many_names_are_deleted_in_several_requests(path: Path, service: FakeService) -> None:
+    """Promise: a list that is longer than a request is no error, and only the last one waits."""
+    names = [f"{number:0250}" for number in range(1000)]
+    with Client(path) as client:
+        deleted = client.delete_snapshots(names, wait=True)
+    assert [found.name for found in deleted] == names
+    asked = [
+        request for request in service.requests if isinstance(request, control.DeleteSnapshots)
+    ]
+    assert len(asked) > 3
+    assert [request.wait for request in asked] == [False] * (len(asked) - 1) + [True]
+
+
+@pytest.mark.usefixtures("server")
+def test_request_that_is_too_long_is_refused_by_the_client(path: Path) -> None:
+    """Promise: the limit holds at both ends, and the connection goes on."""
+    with Client(path) as client:
+        with pytest.raises(UsageError, match="too long"):
+            client.create_snapshot("x" * control.FRAME_BYTES_MAX)
+        assert client.sync() == 9
+
+
+def test_answer_that_is_ready_is_sent_though_the_server_ends(
+    path: Path, service: FakeService
+) -> None:
+    """Promise: who asked for the unmount hears that it is done."""
+    service.delay_s = 0.2
+    with serving(path, service) as end, Client(path) as client:
+        handle = service.handle
+
+        async def handle_and_end(
+            request: Request, progress: Callable[[Progress], Awaitable[None]]
+        ) -> Reply:
+            reply = await handle(request, progress)
+            end()
+            return reply
+
+        service.handle = handle_and_end  # type: ignore[method-assign]
+        client.stop()
+
+
+def test_life_is_shown_while_work_takes_long(
+    path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: a client waits for long work, however short its patience with silence."""
+    monkeypatch.setattr(control, "LIFE_SIGN_INTERVAL_S", 0.1)
+    service.delay_s = 1.5
+    with serving(path, service), Client(path, silence_s_max=0.6) as client:
+        assert client.sync() == 9
+
+
+@pytest.mark.usefixtures("server")
+def test_silent_daemon_is_given_up(path: Path, service: FakeService) -> None:
+    """Promise: a daemon that hangs does not hang the command; the message names its process."""
+    service.delay_s = 2
+    with (
+        Client(path, silence_s_max=0.2) as client,
+        pytest.raises(MountError, match=f"process {os.getpid()}.*does not answer"),
+    ):
+        client.sync()
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UsageError("wrong word"),
+        SnapshotError("there is no snapshot 'x'"),
+        BusyError("/m is busy: ü"),
+        NoSpaceError("full"),
+        LockedError("in use by process 7"),
+        ImageMissingError("gone"),
+        CorruptError("node", 7, "checksum is wrong"),
+        CowfsError("plain"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.usefixtures("server")
+def test_error_travels_with_kind_words_errno_and_exit_code(
+    path: Path, service: FakeService, error: CowfsError
+) -> None:
+    """Promise: an error is the same whether a daemon met it or the command itself."""
+    service.error = error
+    with Client(path) as client:
+        for _ in range(2):  # the connection goes on
+            with pytest.raises(CowfsError) as caught:
+                client.sync()
+            assert type(caught.value) is type(error)
+            assert str(caught.value) == str(error)
+            assert caught.value.errno == error.errno
+            assert caught.value.exit_code == error.exit_code
+
+
+@pytest.mark.usefixtures("server")
+def test_every_kind_of_error_can_travel(path: Path, service: FakeService) -> None:
+    """Promise: a kind that is added to errors.py needs nothing here."""
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, CowfsError)
+    ]
+    assert len(kinds) > 10
+    with Client(path) as client:
+        for kind in kinds:
+            service.error = kind("a", 1, "b") if kind is CorruptError else kind("words")
+            with pytest.raises(kind) as caught:
+                client.sync()
+            assert type(caught.value) is kind
+
+
+@pytest.mark.usefixtures("server")
+def test_error_of_its_own_exit_code_keeps_it(path: Path, service: FakeService) -> None:
+    """Promise: the exit code is that of the error, not of its kind."""
+    service.error = MountError("words")
+    service.error.exit_code = 11
+    with Client(path) as client, pytest.raises(MountError) as caught:
+        client.sync()
+    assert caught.value.exit_code == 11
+    assert MountError.exit_code == errors.EXIT_ERROR
+
+
+@pytest.mark.usefixtures("server")
+def test_unforeseen_exception_is_logged_and_told_without_its_inside(
+    path: Path, service: FakeService, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Promise: a fault of ours does not end the daemon and shows no traceback to the client."""
+    service.error = ZeroDivisionError("secret inside")
+    with Client(path) as client:
+        with pytest.raises(CowfsError, match="internal error") as caught:
+            client.sync()
+        assert "secret" not in str(caught.value)
+        assert caught.value.errno == errno.EIO
+        service.error = None
+        assert client.sync() == 9
+    assert "secret inside" in caplog.text
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
+# --- who may, and what is a request ---------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("server")
+def test_socket_is_for_its_owner_alone(path: Path) -> None:
+    """Promise: 0600, in a directory of 0700."""
+    assert stat.S_IMODE(path.lstat().st_mode) == 0o600
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
+def test_directory_that_others_can_enter_is_refused_at_both_ends(path: Path, mode: int) -> None:
+    """Promise: neither daemon nor command trusts a directory that is not private."""
+    with serving(path, FakeService()):
+        path.parent.chmod(mode)
+        with pytest.raises(MountError, match="can be entered by others"):
+            Client(path)
+        path.parent.chmod(0o700)
+    path.parent.chmod(mode)
+    with pytest.raises(MountError, match="can be entered by others"):
+        trio.run(control.serve, path, FakeService())
+
+
+def test_link_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    """Promise: a directory that is a link is somebody's trick."""
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(MountError, match="cannot open the directory"):
+        Client(tmp_path / "link" / "x.sock")
+
+
+@pytest.mark.usefixtures("server")
+def test_another_user_is_refused(
+    path: Path,
+    service: FakeService,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Promise: whoever the kernel says is neither our user nor root gets no further than this."""
+    monkeypatch.setattr(places, "peer", lambda connection: (1, os.geteuid() + 12345))
+    with raw_connection(path) as connection:
+        found = read_frame(connection)
+        assert found is not None
+        assert found[0] == b"E"
+        assert json.loads(found[1])["kind"] == "MountError"
+        assert read_frame(connection) is None
+    assert not service.requests
+    assert "refused a connection" in caplog.text
+    with pytest.raises(MountError, match="expected user"):
+        Client(path)
+
+
+@pytest.mark.usefixtures("server")
+def test_other_version_is_refused_in_words(path: Path, service: FakeService) -> None:
+    """Promise: a command of another cowfs says why it does not work."""
+    with raw_connection(path) as connection:
+        connection.sendall(request_frame({"type": "not invented yet", "x": 1}, version=99))
+        found = read_frame(connection)
+        assert found is not None
+        message = json.loads(found[1])
+        assert message["kind"] == "UsageError"
+        assert "version 1" in message["message"]
+        assert "99" in message["message"]
+    assert not service.requests
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        frame(b"Q", b"not json"),
+        frame(b"Q", b"[1, 2]"),
+        request_frame({"type": "unknown"}),
+        request_frame({"type": "create-snapshot"}),
+        request_frame({"type": "create-snapshot", "name": 7}),
+        request_frame({"type": "sync", "more": 1}),
+        frame(b"R", b"{}"),
+        HEADER.pack(control.FRAME_BYTES_MAX + 1, b"Q"[0]),
+        HEADER.pack(0, b"Q"[0]),
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"\xff" * 4096,
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("server")
+def test_what_is_no_request_is_refused_and_harms_nobody(
+    path: Path, service: FakeService, data: bytes
+) -> None:
+    """Promise: the service sees only whole requests, and the next client is served."""
+    with raw_connection(path) as connection:
+        connection.sendall(data[:100_000])
+        found = read_frame(connection)
+        assert found is not None
+        assert found[0] == b"E"
+        assert json.loads(found[1])["kind"] == "UsageError"
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+    assert not service.requests
+    with Client(path) as client:
+        assert client.sync() == 9
+
+
+def test_half_a_request_ends_by_a_timeout(
+    path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: who connects and says nothing, or half of it, is shown the door."""
+    monkeypatch.setattr(control, "REQUEST_TIMEOUT_S", 0.3)
+    with serving(path, service):
+        for data in (b"", b"\0\0", request_frame({"type": "sync"})[:-3]):
+            with raw_connection(path) as connection:
+                connection.sendall(data)
+                start = time.monotonic()
+                assert connection.recv(1) == b""
+                assert time.monotonic() - start < 5
+    assert not service.requests
+
+
+def test_clients_are_counted(
+    path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: connections are bounded; one too many is told so, and a place comes free again."""
+    monkeypatch.setattr(control, "CLIENTS_MAX", 3)
+    with serving(path, service):
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(Client(path)) for _ in range(3)]
+            assert [client.sync() for client in clients] == [9, 9, 9]
+            with Client(path) as extra, pytest.raises(BusyError, match="3 clients"):
+                extra.sync()
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                with Client(path) as client:
+                    assert client.sync() == 9
+                break
+            except BusyError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("server")
+def test_client_that_leaves_ends_only_the_telling(path: Path, service: FakeService) -> None:
+    """Promise: a request whose client is gone harms nobody, and its progress says so."""
+    service.steps = 100_000_000
+    with raw_connection(path) as connection:
+        connection.sendall(
+            request_frame({"type": "delete-snapshots", "names": ["a"], "wait": True})
+        )
+        assert read_frame(connection) is not None
+    assert service.progress_broke.wait(10)
+    with Client(path) as client:
+        assert client.sync() == 9
+
+
+# --- pins and names -------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("server")
+def test_pin_lives_as_long_as_its_connection(path: Path, service: FakeService) -> None:
+    """Promise: a reader that is killed does not keep space forever."""
+    with Client(path) as client:
+        assert client.pin() == (41, True)
+        assert client.pin() == (41, True)
+        assert len(service.pins) == 1
+        service.pins.clear()  # as a full filesystem does
+        assert client.pin() == (41, False)
+    deadline = time.monotonic() + 10
+    while not service.released and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert service.released == 1
+
+
+def test_quiet_pin_outlives_the_timeout_of_requests(
+    path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: a long read under a pin is not cut short."""
+    monkeypatch.setattr(control, "REQUEST_TIMEOUT_S", 0.2)
+    with serving(path, service), Client(path) as client:
+        client.pin()
+        time.sleep(0.8)
+        assert client.pin() == (41, True)
+
+
+def test_nobody_serving_is_told_apart(path: Path, service: FakeService) -> None:
+    """Promise: a command sees that a daemon is gone, and works on the image itself."""
+    with pytest.raises(FileNotFoundError):
+        Client(path)
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(path))
+    with pytest.raises(ConnectionRefusedError):
+        Client(path)
+    with serving(path, service), Client(path) as client:  # takes the name over
+        assert client.sync() == 9
+
+
+def test_path_too_long_for_a_socket_works(tmp_path: Path, service: FakeService) -> None:
+    """Promise: the kernel's limit of 108 bytes is nobody's business."""
+    folder = tmp_path / ("d" * 120)
+    folder.mkdir(mode=0o700)
+    with serving(folder / "1-2.sock", service), Client(folder / "1-2.sock") as client:
+        assert client.sync() == 9
+
+
+def test_stale_sockets_are_removed_and_a_living_one_is_respected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: FakeService
+) -> None:
+    """Promise: what killed daemons left behind goes; one that lives locks its image, by name."""
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr(places, "runtime_directories", lambda user: [folder])
+    image = tmp_path / "image"
+    image.touch()
+    stale = folder / "9-9.sock"
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(stale))
+    socket_path = places.prepare_socket(image)
+    status = image.stat()
+    assert socket_path == folder / f"{status.st_dev}-{status.st_ino}.sock"
+    assert not stale.exists()
+    assert places.find_sockets(image) == []
+    with serving(socket_path, service):
+        assert places.find_sockets(image) == [socket_path]
+        with pytest.raises(LockedError, match=f"process {os.getpid()}"):
+            places.prepare_socket(image)
+        (tmp_path / "other").touch()
+        places.prepare_socket(tmp_path / "other")
+        assert socket_path.exists()
+
+
+def test_directory_is_made_private_where_the_first_place_is_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: a directory that others prepared is not used."""
+    bad, good = tmp_path / "bad", tmp_path / "good"
+    bad.mkdir()
+    bad.chmod(0o777)
+    monkeypatch.setattr(places, "runtime_directories", lambda user: [bad, good])
+    assert places.make_directory() == good
+    assert stat.S_IMODE(good.stat().st_mode) == 0o700
+    monkeypatch.setattr(places, "runtime_directories", lambda user: [bad])
+    with pytest.raises(MountError, match="can be entered by others"):
+        places.make_directory()
+
+
+MOUNTINFO = b"\n".join(
+    [
+        b"22 1 0:21 / / rw,relatime shared:1 - ext4 /dev/root rw",
+        rb"90 22 0:55 / /home/u/my\040data rw,nosuid,nodev,relatime shared:9 master:1 "
+        rb"- fuse.cowfs /tmp/a\134b,\011c.img rw,user_id=1000,group_id=1000,default_permissions",
+        b"91 22 0:56 / /other rw - fuse.sshfs host: rw,user_id=1000",
+        b"92 22 0:57 / /ro ro,nosuid - fuse.cowfs /x.img ro,user_id=0,group_id=0",
+        b"this is - no line",
+        b"93 22 0:58",
+        b"",
+    ]
+)
+
+
+def test_mountinfo_gives_cowfs_mounts_with_their_images() -> None:
+    """Promise: spaces, tabs and backslashes in paths arrive, other filesystems do not."""
+    assert places.parse_mountinfo(MOUNTINFO) == [
+        places.Mount("/home/u/my data", "/tmp/a\\b,\tc.img", 1000, False),
+        places.Mount("/ro", "/x.img", 0, True),
+    ]
+
+
+def test_mount_is_found_by_any_name_of_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: relative paths and links lead to the mount point; what is inside only when asked."""
+    place = tmp_path / "place"
+    (place / "inside").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(place)
+    mount = places.Mount(str(place), "/image", 0, False)
+    monkeypatch.setattr(places, "mounts", lambda: [mount])
+    monkeypatch.chdir(tmp_path)
+    for name in (place, "place", "./place/", "link", tmp_path / "link", "place/inside/.."):
+        assert places.find_mount(name) == mount, name
+    for name in ("place/inside", "link/inside"):
+        assert places.find_mount(name) is None
+        assert places.find_mount(name, inside=True) == mount
+    assert places.find_mount("elsewhere", inside=True) is None
+    assert places.find_mount("/", inside=True) is None

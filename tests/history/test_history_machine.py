@@ -1,0 +1,233 @@
+"""Snapshots, rollback and the drop queue against a model that simply keeps copies."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from cowfs.errors import DeviceError, NoSpaceError, SnapshotError
+from cowfs.history.filesystem import Edit, EditAction
+from cowfs.history.records import RootRecord
+from cowfs.history.usage import exclusive_blocks, written_blocks
+from tests.model.devices import Fault
+from tests.model.files_machine import FilesMachine, compare, picks
+from tests.model.profiles import MACHINE_SECONDS_MAX, machine_settings
+from tests.model.recount import reachable_from, recount
+
+snapshot_names = st.sampled_from(["one", "two", "three", "früh", "x" * 255])
+
+
+class HistoryMachine(FilesMachine):
+    """The files of FilesMachine, and their past."""
+
+    total_blocks_choices = (8192, 16384)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.next_fault: Fault | None = None
+        self.next_seed = 0
+        self.extra = 0
+
+    # --- edits --------------------------------------------------------------------------------------
+
+    @rule(
+        kind=st.sampled_from(["write", "flush"]),
+        after=st.integers(0, 8),
+        short=st.booleans(),
+        seed=picks,
+    )
+    def let_next_edit_crash(self, kind: str, after: int, short: bool, seed: int) -> None:
+        self.next_fault = Fault(kind, after, short=short, sticky=True)
+        self.next_seed = seed
+
+    def _apply(
+        self, make: Callable[[], EditAction], model: Callable[..., None], *, legal: bool
+    ) -> RootRecord | None:
+        """Make an edit and apply it, or see it refused. Returns the edit's result."""
+        self.settle()
+        try:
+            action: EditAction = make()
+        except SnapshotError:
+            assert not legal, "refused what the model does"
+            return None
+        assert legal, "allowed what the model refuses"
+        edit = Edit(action)
+        self._commit_with([edit], model)
+        if edit.error is not None:
+            raise edit.error
+        return edit.result  # type: ignore[return-value]
+
+    def _commit_with(self, edits: list[Edit], model: Callable[..., None]) -> None:
+        """Commit edits; the model takes them over with the generation that holds them."""
+        commit = self.filesystem.freeze(edits)
+        model(*[edit.result for edit in edits if edit.error is None])
+        self.states[commit.generation] = self.model.copy()
+        self.device.fault, self.next_fault = self.next_fault, None
+        commit.write()
+        try:
+            self.filesystem.finish(commit)
+        except DeviceError:
+            assert self.device.fault is not None
+            self.open(self.disk.crash(random.Random(self.next_seed)))
+            self.check()
+            self.compare_all()
+        else:
+            assert self.device.fault is None or not self.device.fault.fired
+            self.device.fault = None
+            self.acknowledged = commit.generation
+
+    @rule(name=snapshot_names)
+    def snapshot(self, name: str) -> None:
+        def model(_record: RootRecord) -> None:
+            self.model.snapshots[name] = self.files.copy()
+
+        legal = name not in self.model.snapshots
+        if legal and len(self.model.snapshots) >= 5:
+            return
+        self._apply(lambda: self.filesystem.create_snapshot(name, "text"), model, legal=legal)
+
+    @precondition(lambda self: self.model.snapshots)
+    @rule(chosen=st.sets(picks, min_size=1, max_size=4), extra=st.sampled_from([[], [], ["none"]]))
+    def delete(self, chosen: set[int], extra: list[str]) -> None:
+        there = sorted(self.model.snapshots)
+        wanted = sorted({there[pick % len(there)] for pick in chosen}) + extra
+
+        def model(_records: list[RootRecord]) -> None:
+            for name in wanted:
+                del self.model.snapshots[name]
+                if self.model.undo == name:
+                    self.model.undo = None
+
+        self._apply(lambda: self.filesystem.delete_snapshots(wanted), model, legal=not extra)
+
+    @precondition(lambda self: self.model.snapshots)
+    @rule(chosen=st.sets(picks, min_size=1, max_size=5))
+    def delete_frees_what_was_predicted(self, chosen: set[int]) -> None:
+        """C11."""
+        self.commit_now()
+        self.filesystem.work_drops()
+        there = sorted(self.model.snapshots)
+        wanted = sorted({there[pick % len(there)] for pick in chosen})
+        records = [self.filesystem.catalog.snapshot(name) for name in wanted]
+        predicted = exclusive_blocks(self.filesystem, records)
+        for record in records:
+            parent = self.filesystem.catalog.root(record.parent_id) if record.parent_id else None
+            own = reachable_from(self.disk, record.pointer)
+            assert record.referenced_blocks(self.filesystem.store.copies) == len(own)
+            if parent is not None:
+                own = own - reachable_from(self.disk, parent.pointer)
+            assert written_blocks(self.filesystem, record) == len(own), "written"
+        before = self.filesystem.space().tree
+        self.next_fault = None
+        self.delete(set(map(there.index, wanted)), [])
+        self.filesystem.work_drops()
+        self.acknowledged = self.filesystem.store.superblock.generation
+        assert before - self.filesystem.space().tree == predicted, "C11"
+
+    @precondition(lambda self: self.model.snapshots)
+    @rule(pick=picks, new=snapshot_names)
+    def rename_snapshot(self, pick: int, new: str) -> None:
+        there = sorted(self.model.snapshots)
+        old = there[pick % len(there)]
+
+        def model(_record: RootRecord) -> None:
+            self.model.snapshots[new] = self.model.snapshots.pop(old)
+            if self.model.undo == old:
+                self.model.undo = new
+
+        legal = new not in self.model.snapshots
+        self._apply(lambda: self.filesystem.rename_snapshot(old, new), model, legal=legal)
+
+    @precondition(lambda self: self.model.snapshots)
+    @rule(pick=picks)
+    def rollback(self, pick: int) -> None:
+        there = sorted(self.model.snapshots)
+        name = there[pick % len(there)]
+
+        def model(kept: RootRecord) -> None:
+            target = self.model.snapshots[name]
+            self.model.snapshots[kept.name] = self.files
+            self.model.live = target.copy()
+            self.model.undo = kept.name
+
+        self._apply(lambda: self.filesystem.rollback(name), model, legal=True)
+
+    @rule()
+    def undo(self) -> None:
+        def model(kept: RootRecord) -> None:
+            assert self.model.undo is not None
+            target = self.model.snapshots.pop(self.model.undo)
+            self.model.snapshots[kept.name] = self.files
+            self.model.live = target.copy()
+            self.model.undo = kept.name
+
+        legal = self.model.undo is not None
+        self._apply(lambda: self.filesystem.undo(), model, legal=legal)
+
+    @rule(name=snapshot_names, seed=picks)
+    def edits_of_one_commit(self, name: str, seed: int) -> None:
+        """Several edits may share a commit: each sees what those before it made."""
+        if name in self.model.snapshots or len(self.model.snapshots) >= 5:
+            return
+        self.settle()
+        filesystem = self.filesystem
+        create = Edit(filesystem.create_snapshot(name))
+        again = Edit(filesystem.create_snapshot(name))
+        edits = [create, again]
+        if seed % 2:
+            self.extra += 1
+            edits.append(Edit(filesystem.create_snapshot(f"extra-{self.extra}")))
+
+        def model(*records: RootRecord) -> None:
+            for record in records:
+                self.model.snapshots[record.name] = self.files.copy()
+
+        self._commit_with(edits, model)
+        assert create.error is None
+        assert isinstance(again.error, SnapshotError)
+
+    # --- drop queue ---------------------------------------------------------------------------------
+
+    @rule(nodes=st.integers(1, 8))
+    def drop_some(self, nodes: int) -> None:
+        try:
+            self.filesystem.drops.step(nodes)
+        except NoSpaceError:
+            return
+
+    @rule()
+    def drop_all(self) -> None:
+        self.settle()
+        self.filesystem.work_drops()
+        self.acknowledged = self.filesystem.store.superblock.generation
+        self.filesystem.commit()
+        self.acknowledged = self.filesystem.store.superblock.generation
+        assert not self.filesystem.drops.progress()
+        counted = recount(self.disk)
+        counted.require_exact()
+        assert self.filesystem.space().used == len(counted.expected)
+
+    # --- comparing ----------------------------------------------------------------------------------
+
+    def compare_all(self) -> None:
+        super().compare_all()
+        records = {record.name: record for record in self.filesystem.catalog.snapshots()}
+        assert records.keys() == self.model.snapshots.keys()
+        for name, files in self.model.snapshots.items():
+            volume = self.filesystem.volume(records[name].root_id)
+            assert volume is not None
+            compare(volume, files)
+
+    @rule()
+    def compare_snapshots(self) -> None:
+        self.compare_all()
+
+
+TestHistoryMachine = HistoryMachine.TestCase
+TestHistoryMachine.settings = machine_settings(examples=60, steps=60)
+TestHistoryMachine.__doc__ = (
+    "Promise: the past is what it was, and costs what cowfs says (C6, C11)."
+)
+TestHistoryMachine.pytestmark = [pytest.mark.timeout(MACHINE_SECONDS_MAX)]

@@ -1,0 +1,74 @@
+"""Promises that a word selects exactly the snapshots that it names, or says why it names none."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from cowfs.errors import SnapshotError, UsageError
+from cowfs.history.selection import select
+
+
+@dataclass(frozen=True)
+class Named:
+    name: str
+
+
+SNAPSHOTS = [Named(name) for name in ("c", "a", "two words", "d", "b")]  # the oldest first
+
+
+def names(*words: str) -> list[str]:
+    return [found.name for found in select(words, SNAPSHOTS)]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["a"], ["a"]),
+        (["d", "c"], ["c", "d"]),
+        (["a", "a", "a,a"], ["a"]),
+        (["a%d"], ["a", "two words", "d"]),
+        (["a%a"], ["a"]),
+        (["%a"], ["c", "a"]),
+        (["d%"], ["d", "b"]),
+        (["%"], ["c", "a", "two words", "d", "b"]),
+        (["b,c%a"], ["c", "a", "b"]),
+        (["c%a", "a%two words"], ["c", "a", "two words"]),
+        (["two words"], ["two words"]),
+    ],
+)
+def test_select_gives_what_is_named_in_order_of_creation(
+    words: list[str], expected: list[str]
+) -> None:
+    """Promise: each once, the oldest first, ranges with both their ends."""
+    assert names(*words) == expected
+
+
+@pytest.mark.parametrize("word", ["x", "a%x", "x%a", "x%", "%x", "a,x", "two", "A"])
+def test_select_unknown_name_is_refused_by_name(word: str) -> None:
+    """Promise: one wrong name selects nothing at all."""
+    with pytest.raises(SnapshotError, match="there is no snapshot"):
+        names("a", word)
+
+
+@pytest.mark.parametrize("word", ["", ",", "a,", ",a", "a%b%c", "%%"])
+def test_select_malformed_word_is_a_usage_error(word: str) -> None:
+    """Promise: what cannot be read is not guessed."""
+    with pytest.raises(UsageError):
+        names(word)
+
+
+def test_select_range_backwards_is_refused() -> None:
+    """Promise: a range the wrong way round is a mistake, not nothing."""
+    with pytest.raises(SnapshotError, match="'d' is newer than 'a'"):
+        names("d%a")
+
+
+def test_select_all_of_none_is_refused() -> None:
+    """Promise: `%` of a filesystem without snapshots says so."""
+    with pytest.raises(SnapshotError, match="no snapshots"):
+        select(["%"], [])
+
+
+def test_select_of_no_words_is_nothing() -> None:
+    """Promise: nothing named, nothing selected."""
+    assert select([], SNAPSHOTS) == []

@@ -1,0 +1,103 @@
+"""Images with snapshots in them, made without a mount, for the tests of commands and tools."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cowfs.care.check import check_image
+from cowfs.files.items import ROOT_INO
+from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
+from cowfs.history.reports import space_report
+from cowfs.storage.device import FileDevice, create_file
+
+SIZE_BYTES = 64 << 20
+
+
+def make_image(path: Path, *, duplicate_metadata: bool = True) -> Path:
+    """An empty filesystem."""
+    create_file(path, SIZE_BYTES)
+    device = FileDevice(path, writable=True)
+    make_filesystem(device, duplicate_metadata=duplicate_metadata)
+    device.close()
+    return path
+
+
+def change(path: Path, *steps: Callable[[Filesystem], object]) -> None:
+    """Do something to an image that is not mounted."""
+    filesystem = open_filesystem(FileDevice(path, writable=True), writable=True)
+    try:
+        for step in steps:
+            step(filesystem)
+    finally:
+        filesystem.close()
+
+
+def write(name: str, size_bytes: int, *, offset: int = 0) -> Callable[[Filesystem], None]:
+    """A step for `change`: write random bytes into a file in the root directory."""
+
+    def step(filesystem: Filesystem) -> None:
+        volume = filesystem.live
+        inode = volume.find(ROOT_INO, name.encode())
+        if inode is None:
+            inode = volume.create(ROOT_INO, name.encode(), 0o100644, 0, 0)
+        volume.write(inode.ino, offset, os.urandom(size_bytes))
+
+    return step
+
+
+def remove(name: str) -> Callable[[Filesystem], None]:
+    """A step for `change`: remove a file, and give its blocks back."""
+
+    def step(filesystem: Filesystem) -> None:
+        inode = filesystem.live.unlink(ROOT_INO, name.encode())
+        while not filesystem.live.reclaim(inode.ino):
+            pass
+
+    return step
+
+
+def snapshot(name: str) -> Callable[[Filesystem], None]:
+    """A step for `change`: take a snapshot."""
+
+    def step(filesystem: Filesystem) -> None:
+        filesystem.apply(filesystem.create_snapshot(name, f"the state {name}"))
+
+    return step
+
+
+def history(
+    names: Sequence[str] = ("one", "two", "three", "four"),
+) -> list[Callable[[Filesystem], object]]:
+    """Steps that make snapshots which share data with the live volume and with each other."""
+    steps: list[Callable[[Filesystem], object]] = [write("always", 300_000)]
+    for number, name in enumerate(names):
+        steps += [
+            write(f"file of {name}", 200_000 + 4096 * number),
+            write("always", 4096 * 3, offset=8192 * number),
+            *[write(f"small {name} {count}", 500) for count in range(60)],
+            snapshot(name),
+        ]
+        if number:
+            steps.append(remove(f"file of {names[number - 1]}"))
+            steps += [remove(f"small {names[number - 1]} {count}") for count in range(60)]
+    steps.append(remove(f"file of {names[-1]}"))
+    return steps
+
+
+def require_clean(path: Path) -> None:
+    """Fails the test unless the image keeps every promise."""
+    device = FileDevice(path, writable=False)
+    try:
+        report = check_image(device)
+    finally:
+        device.close()
+    assert report.clean, "\n".join(map(str, report.findings))
+
+
+def tree_bytes(path: Path) -> int:
+    """What all volumes and snapshots of an image hold."""
+    filesystem = open_filesystem(FileDevice(path, writable=False), writable=False)
+    try:
+        return space_report(filesystem).tree_bytes
+    finally:
+        filesystem.close()

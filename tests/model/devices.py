@@ -1,0 +1,239 @@
+"""Devices in memory: one that loses what was not flushed, one that fails at a chosen call.
+
+`MemoryDevice` keeps what is *live* (read sees it) apart from what is *durable* (a crash leaves it), and
+asserts I3 at every write. `FaultDevice` puts an error in front of any other device.
+"""
+
+import errno
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from cowfs.errors import DeviceError
+from cowfs.storage.device import Buffer, Device
+from cowfs.storage.format import BLOCK_SIZE_BYTES, RING_SLOTS
+
+_ZEROS = bytes(BLOCK_SIZE_BYTES)
+
+
+@dataclass(slots=True)
+class Event:
+    """One call that changed the device: "write", "discard" or "flush"."""
+
+    kind: str
+    first_block: int = 0
+    block_count: int = 0
+
+
+class MemoryDevice:
+    """Bytes in memory, by blocks of 4 KiB.
+
+    Args:
+        total_blocks: of the device.
+        blocks: its content; what is not named is zero.
+
+    Attributes:
+        events: every write, discard and flush, in order.
+        protected: blocks whose write or discard is an error of the caller (I2).
+    """
+
+    def __init__(self, total_blocks: int, blocks: dict[int, bytes] | None = None) -> None:
+        self.name = "memory"
+        self.size_bytes = total_blocks * BLOCK_SIZE_BYTES
+        self.total_blocks = total_blocks
+        self.events: list[Event] = []
+        self.protected: frozenset[int] | set[int] = frozenset()
+        self.read_blocks = 0
+        self.closed = False
+        self._durable: dict[int, bytes] = {} if blocks is None else blocks
+        self._unflushed: dict[int, list[bytes]] = {}  # all versions since the last flush
+        self._written: set[int] = set()
+
+    # --- Device -------------------------------------------------------------------------------------
+
+    def read(self, offset: int, size: int) -> bytes:
+        self._require_inside(offset, size)
+        self.read_blocks += size // BLOCK_SIZE_BYTES
+        first, skip = divmod(offset, BLOCK_SIZE_BYTES)
+        stop = -(-(offset + size) // BLOCK_SIZE_BYTES)
+        whole = b"".join([self.block(number) for number in range(first, stop)])
+        return whole[skip : skip + size]
+
+    def read_cached(self, offset: int, size: int) -> bytes | None:
+        return self.read(offset, size)
+
+    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        data = b"".join(buffers)
+        assert not offset % BLOCK_SIZE_BYTES, "a write begins inside a block"
+        assert not len(data) % BLOCK_SIZE_BYTES, "a write ends inside a block"
+        self._require_inside(offset, len(data))
+        first, count = offset // BLOCK_SIZE_BYTES, len(data) // BLOCK_SIZE_BYTES
+        self.events.append(Event("write", first, count))
+        for index in range(count):
+            number = first + index
+            if not self._is_ring(number):
+                assert number not in self._written, f"I3: block {number} written twice"
+                assert number not in self.protected, f"I2: block {number} is in use and written"
+            self._written.add(number)
+            part = data[index * BLOCK_SIZE_BYTES : (index + 1) * BLOCK_SIZE_BYTES]
+            self._unflushed.setdefault(number, []).append(part)
+
+    def flush(self) -> None:
+        self.events.append(Event("flush"))
+        for number, versions in self._unflushed.items():
+            self._durable[number] = versions[-1]
+        self._unflushed.clear()
+        self._written.clear()
+
+    def discard(self, offset: int, size: int) -> None:
+        self._require_inside(offset, size)
+        first, count = offset // BLOCK_SIZE_BYTES, size // BLOCK_SIZE_BYTES
+        self.events.append(Event("discard", first, count))
+        for number in range(first, first + count):
+            assert not self._is_ring(number), f"block {number} of the ring is discarded"
+            assert number not in self.protected, f"I2: block {number} is in use and discarded"
+            if number in self._durable or number in self._unflushed:
+                self._unflushed.setdefault(number, []).append(_ZEROS)
+
+    def prefetch(self, offset: int, size: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+    # --- what only a test can do --------------------------------------------------------------------
+
+    def block(self, number: int) -> bytes:
+        """The live content of one block."""
+        versions = self._unflushed.get(number)
+        return versions[-1] if versions else self._durable.get(number, _ZEROS)
+
+    def crash(self, choice: random.Random | None = None) -> "MemoryDevice":
+        """A new device with what a power cut leaves.
+
+        Args:
+            choice: picks which unflushed blocks arrived all the same; None: not one.
+        """
+        blocks = dict(self._durable)
+        if choice is not None:
+            share = choice.random()
+            for number, versions in self._unflushed.items():
+                if choice.random() < share:
+                    blocks[number] = choice.choice(versions)
+        return MemoryDevice(self.total_blocks, blocks)
+
+    def copy(self) -> "MemoryDevice":
+        """A new device with the live content, all of it durable."""
+        blocks = dict(self._durable)
+        blocks.update({number: versions[-1] for number, versions in self._unflushed.items()})
+        return MemoryDevice(self.total_blocks, blocks)
+
+    def damage(self, number: int, at: int = 0, mask: int = 1) -> None:
+        """Flip bits of one byte, live and durable."""
+        data = bytearray(self.block(number))
+        data[at] ^= mask
+        self._unflushed.pop(number, None)
+        self._durable[number] = bytes(data)
+
+    def put(self, number: int, data: bytes) -> None:
+        """Replace one block, live and durable."""
+        assert len(data) == BLOCK_SIZE_BYTES
+        self._unflushed.pop(number, None)
+        self._durable[number] = data
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the durable content to a file, to look at it."""
+        with open(path, "wb") as file:
+            file.truncate(self.size_bytes)
+            for number, data in self._durable.items():
+                file.seek(number * BLOCK_SIZE_BYTES)
+                file.write(data)
+
+    def _is_ring(self, number: int) -> bool:
+        return number < RING_SLOTS or number >= self.total_blocks - RING_SLOTS
+
+    def _require_inside(self, offset: int, size: int) -> None:
+        if offset < 0 or size < 0 or offset + size > self.size_bytes:
+            raise DeviceError(f"cannot reach {self.name} at {offset}: outside the device")
+
+
+@dataclass(slots=True)
+class Fault:
+    """Which call fails, and how.
+
+    Attributes:
+        kind: "read", "write" or "flush".
+        after: so many calls of that kind succeed first.
+        number: errno of the failure.
+        short: of a failing write, the first half of the bytes arrives.
+        sticky: later calls of that kind fail too.
+    """
+
+    kind: str
+    after: int
+    number: int = errno.EIO
+    short: bool = False
+    sticky: bool = False
+    fired: int = field(default=0, init=False)
+
+
+class FaultDevice:
+    """Another device, but for one fault."""
+
+    def __init__(self, device: Device, fault: Fault | None = None) -> None:
+        self.device = device
+        self.name = device.name
+        self.size_bytes = device.size_bytes
+        self.fault = fault
+        self.calls = {"read": 0, "write": 0, "flush": 0}
+        self.before_write: Callable[[], None] | None = None
+
+    def _due(self, kind: str) -> bool:
+        self.calls[kind] += 1
+        fault = self.fault
+        if fault is None or fault.kind != kind or (fault.fired and not fault.sticky):
+            return False
+        if fault.after:
+            fault.after -= 1
+            return False
+        fault.fired += 1
+        return True
+
+    def _error(self, kind: str) -> DeviceError:
+        assert self.fault is not None
+        return DeviceError(f"cannot {kind} {self.name}: {os.strerror(self.fault.number)}")
+
+    def read(self, offset: int, size: int) -> bytes:
+        if self._due("read"):
+            raise self._error("read")
+        return self.device.read(offset, size)
+
+    def read_cached(self, offset: int, size: int) -> bytes | None:
+        return self.device.read_cached(offset, size)
+
+    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        if self.before_write is not None:
+            self.before_write()
+        if self._due("write"):
+            assert self.fault is not None
+            data = b"".join(buffers)
+            half = len(data) // 2 // BLOCK_SIZE_BYTES * BLOCK_SIZE_BYTES
+            if self.fault.short and half:
+                self.device.write(offset, [data[:half]])
+            raise self._error("write")
+        self.device.write(offset, buffers)
+
+    def flush(self) -> None:
+        if self._due("flush"):
+            raise self._error("flush")
+        self.device.flush()
+
+    def discard(self, offset: int, size: int) -> None:
+        self.device.discard(offset, size)
+
+    def prefetch(self, offset: int, size: int) -> None:
+        self.device.prefetch(offset, size)
+
+    def close(self) -> None:
+        self.device.close()

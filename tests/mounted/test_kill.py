@@ -1,0 +1,112 @@
+"""Promises that killing the daemon loses nothing that was acknowledged (C1, C2, C5 to C7).
+
+Several programs write, make durable, and note outside of the mount what was acknowledged; the
+daemon is killed under them again and again. The image must mount without repair, be clean and hold
+it all.
+"""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Mounted
+from tests.mounted.load_writer import read_log, verify
+
+pytestmark = [pytest.mark.mounted, pytest.mark.slow, pytest.mark.timeout(900)]
+
+ROUNDS = 20
+WORKERS = 3
+
+
+def test_kill_under_load_loses_nothing_that_was_acknowledged(
+    mount: Mounted, tmp_path: Path
+) -> None:
+    """Promise: after each of 20 kills everything made durable is there, with the right contents."""
+    folder = mount.path / "load"
+    folder.mkdir()
+    logs = [tmp_path / f"acknowledged {worker}" for worker in range(WORKERS)]
+    generator = random.Random(7)
+    acknowledged = 0
+
+    for round_number in range(ROUNDS):
+        writers = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    Path(__file__).with_name("load_writer.py"),
+                    folder,
+                    logs[worker],
+                    str(worker),
+                    str(round_number),
+                ],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for worker in range(WORKERS)
+        ]
+        try:
+            deadline = time.monotonic() + 30
+            while not all(log.exists() and log.stat().st_size for log in logs):
+                assert time.monotonic() < deadline, "the writers got nothing acknowledged"
+                time.sleep(0.01)
+            time.sleep(generator.uniform(0.2, 1.2))
+            mount.kill()
+        finally:
+            # On a mount each ends by itself: a program may not hang on a daemon that is gone.
+            for writer in writers:
+                if mount.plain:
+                    writer.kill()
+                _, message = writer.communicate(timeout=30)
+                assert writer.returncode == (-9 if mount.plain else 0), message
+
+        mount.check()
+        mount.remount()
+        for worker, log in enumerate(logs):
+            wrong = verify(folder, log, worker)
+            assert not wrong, f"round {round_number}:\n" + "\n".join(wrong)
+        total = sum(len(log.read_text(encoding="ascii").splitlines()) for log in logs)
+        assert total > acknowledged, f"round {round_number}: nothing was acknowledged"
+        acknowledged = total
+
+    names = {name.rpartition("-")[0] for log in logs for name in read_log(log)}
+    assert any("replaced" in name for name in names)
+    assert any("appended" in name for name in names)
+    assert any("overwritten" in name for name in names)
+
+
+@pytest.mark.needs_cowfs
+def test_kill_after_sync_keeps_what_was_written_without_fsync(mount: Mounted) -> None:
+    """Promise: `cowfs sync` makes everything durable that was written before, by anybody."""
+    for number in range(200):
+        (mount.path / f"file {number}").write_bytes(bytes([number]) * 5000)
+    assert mount.cowfs("sync", mount.path).returncode == 0
+    (mount.path / "after").write_bytes(b"may be lost")
+    mount.kill()
+    mount.check()
+    mount.remount()
+    for number in range(200):
+        assert (mount.path / f"file {number}").read_bytes() == bytes([number]) * 5000
+
+
+@pytest.mark.needs_cowfs
+def test_kill_keeps_snapshots_and_frees_files_without_a_name(mount: Mounted) -> None:
+    """Promise: a snapshot taken is durable (C6); a file unlinked while open is reclaimed (C7)."""
+    (mount.path / "kept").write_bytes(b"kept" * 1000)
+    with open(mount.path / "nameless", "wb") as nameless:
+        nameless.write(b"x" * (8 << 20))
+        nameless.flush()
+        (mount.path / "nameless").unlink()
+        assert mount.cowfs("sync", mount.path).returncode == 0
+        mount.snapshot("kept")
+        (mount.path / "kept").write_bytes(b"changed")
+        mount.kill()
+    mount.check()
+    mount.remount()
+    snapshot = mount.path / ".snapshots" / "kept"
+    assert (snapshot / "kept").read_bytes() == b"kept" * 1000
+    assert not (mount.path / "nameless").exists()
+    mount.delete_snapshot("kept")

@@ -1,0 +1,140 @@
+"""Promises that cowdu tells what deleting frees, to the byte (C11), and changes nothing."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from tests.image_files import change, history, make_image, require_clean, tree_bytes
+
+NAMES = ["one", "two", "three", "four"]
+
+
+def run(*words: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+    program = "from tools.cowdu import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(os.fspath, words)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def usage(*words: str | os.PathLike[str]) -> dict[str, Any]:
+    result = run(*words, "--json")
+    assert result.returncode == 0, result.stderr
+    answer = cast(dict[str, Any], json.loads(result.stdout))
+    assert answer.pop("output_version") == {"command": "cowdu", "vers_major": 0, "vers_minor": 1}
+    return answer
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["two copies", "one copy"])
+def original(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> bytes:
+    """An image with four snapshots that share data, as bytes."""
+    path = make_image(
+        tmp_path_factory.mktemp("original") / "disk.img", duplicate_metadata=request.param
+    )
+    change(path, *history(NAMES))
+    require_clean(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def image(tmp_path: Path, original: bytes) -> Iterator[Path]:
+    path = tmp_path / "disk.img"
+    path.write_bytes(original)
+    yield path
+    require_clean(path)
+
+
+SETS = [
+    names for count in range(1, 5) for names in itertools.combinations(NAMES, count)
+]  # all there are
+
+
+@pytest.mark.parametrize("names", SETS, ids="+".join)
+def test_cowdu_tells_what_deleting_a_set_frees(image: Path, names: tuple[str, ...]) -> None:
+    """Promise (C11): for every set of snapshots, to the byte."""
+    before = tree_bytes(image)
+    told = usage(image, *names)["reclaim"]
+    assert told["names"] == list(names)
+
+    def delete(filesystem: Any) -> None:
+        filesystem.apply(filesystem.delete_snapshots(names))
+        filesystem.work_drops()
+
+    change(image, delete)
+    assert before - tree_bytes(image) == told["reclaim_bytes"]
+
+
+def test_cowdu_rows_are_what_their_columns_say(image: Path) -> None:
+    """Promise: exclusive is what that one frees, together they free more, written is new in it."""
+    contents = image.read_bytes()
+    report = usage(image)
+    rows = {row["name"]: row for row in report["snapshots"]}
+    assert list(rows) == NAMES
+    for name, row in rows.items():
+        assert usage(image, name)["reclaim"]["reclaim_bytes"] == row["exclusive_bytes"] > 0
+        assert row["exclusive_bytes"] <= row["written_bytes"] <= row["referenced_bytes"]
+    assert rows["one"]["written_bytes"] == rows["one"]["referenced_bytes"]
+    assert rows["two"]["written_bytes"] < rows["two"]["referenced_bytes"]
+    together = report["reclaim"]["reclaim_bytes"]
+    assert together > sum(row["exclusive_bytes"] for row in rows.values())
+    assert image.read_bytes() == contents
+
+
+def test_cowdu_prints_tables_for_people_and_for_scripts(image: Path) -> None:
+    """Promise: with ranges; plain in a pipe; exact with -p; only rows with -H."""
+    text = run(image, "two%three").stdout
+    lines = text.splitlines()
+    assert lines[0].split() == ["NAME", "CREATED", "REFERENCED", "EXCLUSIVE", "WRITTEN"]
+    assert [line.split()[0] for line in lines[1:3]] == ["two", "three"]
+    assert lines[3].startswith("deleting these 2 snapshots would free ")
+    assert "\x1b" not in text
+    bare = [line.split("\t") for line in run(image, "-H", "-p").stdout.splitlines()]
+    rows = usage(image)["snapshots"]
+    assert bare == [
+        [
+            row["name"],
+            str(row["created_ns"] // 10**9),
+            str(row["referenced_bytes"]),
+            str(row["exclusive_bytes"]),
+            str(row["written_bytes"]),
+        ]
+        for row in rows
+    ]
+
+
+def test_cowdu_of_an_image_without_snapshots_is_an_empty_table(tmp_path: Path) -> None:
+    """Promise: nothing to show is no error."""
+    image = make_image(tmp_path / "disk.img")
+    report = usage(image)
+    assert report["snapshots"] == []
+    assert report["reclaim"] == {"names": [], "reclaim_bytes": 0}
+    assert run(image, "-H").stdout == ""
+
+
+def test_cowdu_refuses_in_one_line(tmp_path: Path, image: Path) -> None:
+    """Promise: the exit status tells what kind of mistake it was."""
+    for words, status, says in (
+        ([tmp_path / "no.img"], 10, "no.img"),
+        ([tmp_path], 1, "no cowfs is mounted"),
+        ([image, "nobody"], 1, "'nobody'"),
+        ([image, "four%one"], 1, "newer"),
+        ([image, "a%b%c"], 2, "range"),
+        ([], 2, "TARGET"),
+        ([image, "--frob"], 2, "--frob"),
+    ):
+        result = run(*words)
+        assert result.returncode == status, result
+        assert result.stdout == ""
+        assert result.stderr.count("\n") == 1, result
+        assert result.stderr.startswith("cowdu: ")
+        assert says in result.stderr

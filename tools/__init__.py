@@ -1,0 +1,1 @@
+"""Companion tools on top of the package cowfs; installed as the package cowfs_tools."""
