@@ -59,8 +59,8 @@ def _errno_of(error: BaseException) -> pyfuse3.FUSEError:
     return pyfuse3.FUSEError(errno.EIO)
 
 
-def answers(function: Callable[..., T]) -> Callable[..., Awaitable[T]]:
-    """A handler that never waits."""
+def answers(function: Callable[..., T]) -> Any:
+    """A handler that never waits. (Any: pyfuse3 wants coroutines where we write plain methods.)"""
 
     @functools.wraps(function)
     async def handler(*arguments: Any) -> T:
@@ -72,7 +72,7 @@ def answers(function: Callable[..., T]) -> Callable[..., Awaitable[T]]:
     return handler
 
 
-def waits(function: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+def waits(function: Callable[..., Awaitable[T]]) -> Any:
     """A handler that may wait."""
 
     @functools.wraps(function)
@@ -207,7 +207,7 @@ class Operations(pyfuse3.Operations):
         record = None
         if len(name) <= NAME_BYTES_MAX:
             record = self.filesystem.catalog.find(name.decode("utf-8", "surrogateescape"))
-        volume = record and self.filesystem.volume(record.root_id)
+        volume = None if record is None else self.filesystem.volume(record.root_id)
         if volume is None:
             raise posix_error(errno.ENOENT)
         entry = self._attributes(volume, volume.get(ROOT_INO))
@@ -539,16 +539,21 @@ class Operations(pyfuse3.Operations):
         if not start_id:
             volume.accessed(inode)
         reply = pyfuse3.readdir_reply
-        if start_id < COOKIE_DOT:
-            if not reply(token, b".", self._attributes(volume, inode), COOKIE_DOT):
-                return
+        if start_id < COOKIE_DOT and not reply(
+            token, b".", self._attributes(volume, inode), COOKIE_DOT
+        ):
+            return
         if start_id < COOKIE_DOT_DOT:
             parent = volume.get(inode.rdev) if inode.nlink else inode
             if not reply(token, b"..", self._attributes(volume, parent), COOKIE_DOT_DOT):
                 return
-        if start_id < COOKIE_SNAPSHOTS and node == pyfuse3.ROOT_INODE and self._snapshots_shown:
-            if not reply(token, SNAPSHOTS_NAME, self._snapshots_attributes(), COOKIE_SNAPSHOTS):
-                return
+        shown = node == pyfuse3.ROOT_INODE and self._snapshots_shown
+        if (
+            shown
+            and start_id < COOKIE_SNAPSHOTS
+            and not reply(token, SNAPSHOTS_NAME, self._snapshots_attributes(), COOKIE_SNAPSHOTS)
+        ):
+            return
         if not inode.nlink:
             return
         live = volume is self._live
@@ -567,9 +572,8 @@ class Operations(pyfuse3.Operations):
     def _list_snapshots(self, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         reply = pyfuse3.readdir_reply
         for cookie, name in ((COOKIE_DOT, b"."), (COOKIE_DOT_DOT, b"..")):
-            if start_id < cookie:
-                if not reply(token, name, self._snapshots_attributes(), cookie):
-                    return
+            if start_id < cookie and not reply(token, name, self._snapshots_attributes(), cookie):
+                return
         for record in self.filesystem.catalog.roots():
             cookie = record.root_id + COOKIE_SNAPSHOTS
             volume = self.filesystem.volume(record.root_id)

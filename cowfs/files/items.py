@@ -251,7 +251,7 @@ class Extent(NamedTuple):
     """
 
     block: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which means nothing here
     birth: int
     checksums: bytes
 

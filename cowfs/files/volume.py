@@ -440,7 +440,8 @@ class Volume:
         """
         self._admit(TIER_REMOVE)
         inode = self.get(ino)
-        assert not inode.nlink and ino in self.orphans, "a file with names is no orphan"
+        assert not inode.nlink, "a file with names is no orphan"
+        assert ino in self.orphans
         self.changed = True
         if not self.data.remove(inode, RECLAIM_LEAVES):
             self.inodes.touch(inode)

@@ -12,7 +12,9 @@ Keeps I5. Source: Rodeh 2008; FORMAT.md "Nodes".
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from typing import Any
 
+from cowfs.errors import CorruptError
 from cowfs.storage.format import (
     ENTRY_OVERHEAD_BYTES,
     NODE_CAPACITY_BYTES,
@@ -20,7 +22,6 @@ from cowfs.storage.format import (
     POINTER_BYTES,
     Pointer,
 )
-from cowfs.errors import CorruptError
 from cowfs.storage.node import Node
 from cowfs.storage.store import References, Store
 
@@ -32,7 +33,7 @@ APPEND_SHARE = 0.9
 Path = list[tuple[Node, int]]
 
 
-def no_references(keys: list[bytes], values: list) -> list[tuple[int, int]]:
+def no_references(keys: list[bytes], values: list[Any]) -> list[tuple[int, int]]:
     """For trees whose leaves point at no data."""
     return []
 
@@ -74,7 +75,7 @@ class Tree:
     def root_node(self) -> Node:
         root = self.root
         if root.__class__ is Pointer:
-            return self.store.load(root, None)  # type: ignore[arg-type]
+            return self.store.load(root, None)
         return root  # type: ignore[return-value]
 
     def _leaf(self, key: bytes) -> Node:
@@ -87,7 +88,7 @@ class Tree:
             node = child
         return node
 
-    def get(self, key: bytes):  # type: ignore[no-untyped-def]
+    def get(self, key: bytes) -> Any:
         """The value of `key`, or None."""
         node = self._leaf(key)
         keys = node.keys
@@ -115,7 +116,7 @@ class Tree:
             at = len(node.keys) - 1
         return node.keys[at], node.values[at]
 
-    def items(self, start: bytes, stop: bytes) -> Iterator[tuple[bytes, bytes]]:
+    def items(self, start: bytes, stop: bytes) -> Iterator[tuple[bytes, Any]]:
         """All entries with start <= key < stop, ascending."""
         for keys, values, first, last in self.leaf_slices(start, stop):
             for at in range(first, last):
@@ -123,7 +124,7 @@ class Tree:
 
     def leaf_slices(
         self, start: bytes, stop: bytes
-    ) -> Iterator[tuple[list[bytes], list, int, int]]:
+    ) -> Iterator[tuple[list[bytes], list[Any], int, int]]:
         """The same, one leaf at a time: its keys and values, and which part of them."""
         path: Path = []
         node = self._descend(start, path)
@@ -182,7 +183,7 @@ class Tree:
             node = child
         return node
 
-    def put(self, key: bytes, value) -> None:  # type: ignore[no-untyped-def]
+    def put(self, key: bytes, value: Any) -> None:
         """Insert, or replace the value of an existing key."""
         path: Path = []
         leaf = self._writable_leaf(key, path)

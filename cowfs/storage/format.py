@@ -7,7 +7,7 @@ are big-endian so that they sort as bytes. Reserved bytes are zero.
 
 import struct
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple, NewType
 
 import numpy as np
@@ -202,7 +202,7 @@ def decode_superblock(data: bytes) -> Superblock:
 
 
 def check_pointer(pointer: Pointer, total_blocks: int, birth: int, owner: str, at: int) -> None:
-    """Raise CorruptError unless `pointer` stays inside the image and is not newer than `birth` (I4, I5)."""
+    """Raise CorruptError unless `pointer` stays inside the image and is no newer than `birth`."""
     if not RING_SLOTS <= pointer.block < total_blocks - RING_SLOTS:
         raise CorruptError(owner, at, "pointer leaves the image", pointer.block)
     if pointer.twin and not RING_SLOTS <= pointer.twin < total_blocks - RING_SLOTS:
@@ -305,12 +305,12 @@ def decode_node(
     if lengths_bytes + sum(lengths) != used:
         raise CorruptError("node", at, "lengths do not add up", sum(lengths), used)
     cuts = list(accumulate(lengths, initial=NODE_HEADER_BYTES + lengths_bytes))
-    pieces = [data[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    pieces = [data[start:stop] for start, stop in pairwise(cuts)]
     keys = pieces[:count]
     values = pieces[count:]
     if count and (min(lengths[:count]) == 0 or max(lengths[:count]) > KEY_BYTES_MAX):
         raise CorruptError("node", at, "key length out of range")
-    for first, second in zip(keys, keys[1:], strict=False):
+    for first, second in pairwise(keys):
         if first >= second:
             raise CorruptError("node", at, "keys are not ascending", second.hex(), first.hex())
     if found_level:

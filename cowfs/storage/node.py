@@ -6,10 +6,10 @@ inner node's values are its children: the node itself while that is dirty, else 
 """
 
 from collections import OrderedDict
+from typing import Any
 
-from cowfs.storage.format import POINTER, POINTER_BYTES, NodeImage, Pointer
+from cowfs.storage.format import POINTER, NodeImage, Pointer
 
-Child = "Node | Pointer"
 CACHE_BYTES_DEFAULT = 128 << 20
 ENTRY_MEMORY_BYTES = 100  # two Python objects and two list slots beside the bytes themselves
 
@@ -33,7 +33,7 @@ class Node:
         self,
         level: int,
         keys: list[bytes],
-        values: list,
+        values: list[Any],
         used_bytes: int,
         generation: int,
         owner: int,
@@ -72,7 +72,7 @@ class Node:
 
 
 def node_from_image(image: NodeImage, pointer: Pointer) -> Node:
-    values: list = image.values
+    values: list[Any] = image.values
     if image.level:
         values = [Pointer._make(fields) for fields in POINTER.iter_unpack(b"".join(values))]
     node = Node(image.level, image.keys, values, image.used_bytes, image.birth, image.owner)
@@ -107,6 +107,3 @@ class NodeCache:
     def forget(self, block: int) -> None:
         if self._nodes.pop(block, None) is not None:
             self.size_bytes -= self._sizes.pop(block)
-
-
-assert POINTER_BYTES == POINTER.size

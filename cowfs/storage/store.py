@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from xxhash import xxh3_64_digest
 
@@ -52,7 +53,7 @@ RESERVE_BLOCKS_MAX = 32768
 # a quarter; a commit may use it all.
 TIER_ADD, TIER_REMOVE, TIER_DROP = 4, 2, 1
 
-References = Callable[[list[bytes], list], list[Run]]
+References = Callable[[list[bytes], list[Any]], list[Run]]
 
 
 class Store:
@@ -100,7 +101,7 @@ class Store:
             self._hold_retained()
 
     def _hold_retained(self) -> None:
-        """Leave the generations whole that the superblock promises to be: the next crash may need them."""
+        """Leave whole the generations that the superblock promises: the next crash may need them."""
         newest = self.superblock
         for generation in range(newest.generation - 1, newest.oldest_retained - 1, -1):
             if newest.generation - generation > RETAINED_GENERATIONS:
@@ -154,7 +155,9 @@ class Store:
         assert problem is not None
         raise problem
 
-    def new_node(self, level: int, keys: list[bytes], values: list, used: int, owner: int) -> Node:
+    def new_node(
+        self, level: int, keys: list[bytes], values: list[Any], used: int, owner: int
+    ) -> Node:
         """A node born in the open transaction."""
         self.dirty_nodes += 1
         return Node(level, keys, values, used, self.generation, owner)

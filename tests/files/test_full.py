@@ -278,7 +278,7 @@ def test_random_work_at_the_edge_of_full_fails_with_nothing_but_enospc() -> None
                 elif kind < 0.85:
                     ino = volume.lookup(ROOT, choice.choice(inos)).ino
                     volume.setattr(ino, Changes(size_bytes=choice.randrange(100_000)))
-                elif refused and choice.random() < 0.5 or kind > 0.97:
+                elif (refused and choice.random() < 0.5) or kind > 0.97:
                     name = inos.pop(choice.randrange(len(inos)))
                     try:
                         inode = volume.unlink(ROOT, name)

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from cowfs.care.check import check_image
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
 from cowfs.files.volume import RENAME_EXCHANGE, RENAME_NOREPLACE, Changes, Volume
-from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
+from cowfs.history.filesystem import make_filesystem, open_filesystem
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 from tests.model.recount import recount
 from tests.model.reference import BLOCK, ROOT, ReferenceFile, ReferenceFiles, ReferenceHistory

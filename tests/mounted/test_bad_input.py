@@ -302,12 +302,12 @@ def fill(file: Path) -> int:
             if written % (8 << 20) == 0:
                 os.fsync(descriptor)
     except OSError as error:
-        assert error.errno == errno.ENOSPC, error  # noqa: PT017  # the loop ends only here
+        assert error.errno == errno.ENOSPC, error  # the loop ends only here
     finally:
         try:
             os.close(descriptor)
         except OSError as error:
-            assert error.errno == errno.ENOSPC, error  # noqa: PT017
+            assert error.errno == errno.ENOSPC, error
     return written
 
 
@@ -327,7 +327,7 @@ def test_full_filesystem_says_so_and_can_always_delete(tmp_path: Path) -> None:
             try:
                 (mount.path / f"small {number}").write_bytes(os.urandom(4096))
             except OSError as error:
-                assert error.errno == errno.ENOSPC, error  # noqa: PT017  # either way goes on
+                assert error.errno == errno.ENOSPC, error  # either way goes on
                 break
         else:
             pytest.fail("a full filesystem took 10,000 files more")

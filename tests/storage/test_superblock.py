@@ -164,7 +164,7 @@ def test_every_byte_of_a_superblock_is_covered_by_its_checksum() -> None:
     """Promise: no flipped bit of a slot goes unnoticed."""
     disk = image(1)
     whole = disk.block(read_newest(disk).slot())
-    for at in [*range(0, 330), *range(330, BLOCK_SIZE_BYTES, 97), BLOCK_SIZE_BYTES - 1]:
+    for at in [*range(330), *range(330, BLOCK_SIZE_BYTES, 97), BLOCK_SIZE_BYTES - 1]:
         flipped = bytearray(whole)
         flipped[at] ^= 0x10
         with pytest.raises(CowfsError):
