@@ -9,6 +9,7 @@ invalidates them. Handlers that need not wait await nothing. Every exception bec
 one place; what is not a known error is logged and answered EIO, so that no bug ends the mount.
 """
 
+import copy
 import errno
 import functools
 import logging
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 INO_BITS = 40
+ROOT_NODE = 1  # FUSE_ROOT_ID
 SNAPSHOTS_NODE = 2  # the directory .snapshots; inode 2 of root 0, which is no root's id
 SNAPSHOTS_NAME = b".snapshots"
 TIMEOUT_S = 86400.0
@@ -107,7 +109,7 @@ class Operations(pyfuse3.Operations):
         self._snapshots_shown = options.snapshots == "visible"
         self._snapshots_served = options.snapshots != "disabled"
         self._xattrs = options.xattrs
-        self._lookups: Counter[int] = Counter()  # of the live volume's inodes
+        self._lookups: dict[int, int] = {}  # of the live volume's inodes
         self._writers: Counter[int] = Counter()  # open for writing, by node id
         self._reclaims: list[int] = []  # orphans too large for one turn
         self._set_live()
@@ -128,7 +130,7 @@ class Operations(pyfuse3.Operations):
         ino = node - self._live_base
         if 0 < ino <= INO_MAX:
             return self._live, ino
-        if node == pyfuse3.ROOT_INODE:
+        if node == ROOT_NODE:
             return self._live, ROOT_INO
         volume = self.filesystem.volume(node >> INO_BITS)
         if volume is None:
@@ -148,36 +150,42 @@ class Operations(pyfuse3.Operations):
         return record is None or record.automatic
 
     def _attributes(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
-        entry = pyfuse3.EntryAttributes()
+        entry: pyfuse3.EntryAttributes | None = inode.answer
+        if entry is not None:
+            return entry
+        entry = pyfuse3.EntryAttributes()  # with the type and the block size of a regular file
         ino, mode = inode.ino, inode.mode
+        file_type = mode & 0o170000
         if volume is self._live:
-            entry.st_ino = pyfuse3.InodeT(
-                self._live_base + ino if ino != ROOT_INO else pyfuse3.ROOT_INODE
-            )
+            entry.st_ino = self._live_base + ino if ino != ROOT_INO else ROOT_NODE
         else:
-            entry.st_ino = pyfuse3.InodeT(volume.tree.owner << INO_BITS | ino)
-            if stat.S_ISREG(mode):
+            entry.st_ino = volume.tree.owner << INO_BITS | ino
+            if file_type == stat.S_IFREG:
                 mode &= ~(stat.S_ISUID | stat.S_ISGID)  # what was fixed since must not come back
         entry.entry_timeout = TIMEOUT_S
         entry.attr_timeout = TIMEOUT_S
-        entry.st_mode = pyfuse3.ModeT(mode)
-        entry.st_nlink = inode.nlink
-        entry.st_uid = inode.uid
-        entry.st_gid = inode.gid
-        if stat.S_ISREG(mode):
+        entry.st_mode = mode
+        if inode.nlink != 1:
+            entry.st_nlink = inode.nlink
+        if inode.uid:
+            entry.st_uid = inode.uid
+        if inode.gid:
+            entry.st_gid = inode.gid
+        if file_type == stat.S_IFREG:
             entry.st_blocks = volume.stat_blocks(inode)
-        elif stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        elif file_type in (stat.S_IFCHR, stat.S_IFBLK):
             entry.st_rdev = inode.rdev
         entry.st_size = inode.size_bytes
         entry.st_atime_ns = inode.atime_ns
         entry.st_mtime_ns = inode.mtime_ns
         entry.st_ctime_ns = inode.ctime_ns
+        inode.answer = entry
         return entry
 
     def _found(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
         """The answer of a lookup: the kernel holds one more reference to the inode."""
         if volume is self._live:
-            self._lookups[inode.ino] += 1
+            self._lookups[inode.ino] = self._lookups.get(inode.ino, 0) + 1
         return self._attributes(volume, inode)
 
     def _changed(self) -> None:
@@ -199,7 +207,7 @@ class Operations(pyfuse3.Operations):
         return self._found(volume, inode)
 
     def _is_snapshots_parent(self, node: int) -> bool:
-        return node == pyfuse3.ROOT_INODE and self._snapshots_served
+        return node == ROOT_NODE and self._snapshots_served
 
     def _lookup_snapshot(self, name: bytes) -> pyfuse3.EntryAttributes:
         if name in (b".", b".."):
@@ -210,7 +218,7 @@ class Operations(pyfuse3.Operations):
         volume = None if record is None else self.filesystem.volume(record.root_id)
         if volume is None:
             raise posix_error(errno.ENOENT)
-        entry = self._attributes(volume, volume.get(ROOT_INO))
+        entry = copy.copy(self._attributes(volume, volume.get(ROOT_INO)))
         entry.entry_timeout = 0  # snapshots come and go by commands, not by requests
         return entry
 
@@ -235,11 +243,10 @@ class Operations(pyfuse3.Operations):
     async def forget(self, inode_list: list[tuple[int, int]]) -> None:
         for node, count in inode_list:
             ino = node - self._live_base
-            left = self._lookups[ino] - count
+            left = self._lookups.pop(ino, 0) - count
             if left > 0:
                 self._lookups[ino] = left
                 continue
-            del self._lookups[ino]
             if ino in self._live.orphans:
                 self._reclaim(ino)
 
@@ -547,7 +554,7 @@ class Operations(pyfuse3.Operations):
             parent = volume.get(inode.rdev) if inode.nlink else inode
             if not reply(token, b"..", self._attributes(volume, parent), COOKIE_DOT_DOT):
                 return
-        shown = node == pyfuse3.ROOT_INODE and self._snapshots_shown
+        shown = node == ROOT_NODE and self._snapshots_shown
         if (
             shown
             and start_id < COOKIE_SNAPSHOTS
@@ -567,7 +574,7 @@ class Operations(pyfuse3.Operations):
             if not reply(token, entry.name, attributes(volume, found), cookie):
                 return
             if live:
-                lookups[entry.ino] += 1
+                lookups[entry.ino] = lookups.get(entry.ino, 0) + 1
 
     def _list_snapshots(self, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         reply = pyfuse3.readdir_reply
@@ -579,7 +586,7 @@ class Operations(pyfuse3.Operations):
             volume = self.filesystem.volume(record.root_id)
             if cookie <= start_id or volume is None or volume is self._live:
                 continue
-            entry = self._attributes(volume, volume.get(ROOT_INO))
+            entry = copy.copy(self._attributes(volume, volume.get(ROOT_INO)))
             entry.entry_timeout = 0
             if not reply(token, record.name.encode(), entry, cookie):
                 return
@@ -598,7 +605,7 @@ class Operations(pyfuse3.Operations):
     def writers(self) -> list[int]:
         """Inode numbers of the live volume that are open for writing."""
         return [
-            node - self._live_base if node != pyfuse3.ROOT_INODE else ROOT_INO
+            node - self._live_base if node != ROOT_NODE else ROOT_INO
             for node in self._writers
             if 0 < node - self._live_base <= INO_MAX
         ]
@@ -606,6 +613,7 @@ class Operations(pyfuse3.Operations):
     def switch(self) -> list[bytes]:
         """The live volume was replaced. Returns the names in the root to invalidate."""
         old = self._live
+        old.inodes.forget_answers()
         self._set_live()
         self._lookups.clear()
         self._reclaims.clear()
@@ -618,8 +626,8 @@ def invalidate(names: list[bytes]) -> None:
     """Let the kernel forget what it knows of these names in the root. Call it from a thread."""
     for name in names:
         try:
-            pyfuse3.invalidate_entry(pyfuse3.InodeT(pyfuse3.ROOT_INODE), pyfuse3.FileNameT(name))
+            pyfuse3.invalidate_entry(pyfuse3.InodeT(ROOT_NODE), pyfuse3.FileNameT(name))
         except OSError as error:
             if error.errno != errno.ENOENT:  # the kernel did not know it
                 log.warning("cannot invalidate %r: %s", name, error)
-    pyfuse3.invalidate_inode(pyfuse3.InodeT(pyfuse3.ROOT_INODE))
+    pyfuse3.invalidate_inode(pyfuse3.InodeT(ROOT_NODE))

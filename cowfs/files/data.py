@@ -362,7 +362,7 @@ class Data:
     def _punch_some(self, inode: Inode, first: int, stop: int) -> bool:
         """The same for the extents of one leaf. Returns whether there was any."""
         ino, tree = inode.ino, self._tree
-        below = tree.floor(key(ino, TYPE_EXTENT, first))
+        below = tree.floor(key(ino, TYPE_EXTENT, first)) if first else None
         begin = first
         if below is not None:
             below_ino, below_type, start = split_key(below[0])

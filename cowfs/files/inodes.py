@@ -48,6 +48,7 @@ class Inodes:
 
     def touch(self, inode: Inode) -> None:
         """The inode was changed."""
+        inode.answer = None
         ino = inode.ino
         if ino not in self.dirty:
             self.dirty[ino] = inode
@@ -93,9 +94,11 @@ class Inodes:
         elif not self._tree.delete(inode_key(ino)):
             raise CorruptError(f"inode {ino}", ino, "missing from its tree")
 
-    def is_fresh(self, ino: int) -> bool:
-        """Whether nothing of the inode can be in the tree but what was put there since its birth."""
-        return ino in self._fresh
+    def forget_answers(self) -> None:
+        """What was made of the inodes holds no more."""
+        for inodes in (self.dirty, self._clean):
+            for inode in inodes.values():
+                inode.answer = None
 
     def flush(self) -> None:
         """Put every dirty inode into the tree."""

@@ -8,7 +8,7 @@ whose block is the inode number where no block is known.
 import stat
 import struct
 from dataclasses import dataclass
-from typing import NamedTuple, NewType
+from typing import Any, NamedTuple, NewType
 
 from xxhash import xxh3_64_intdigest
 
@@ -92,6 +92,7 @@ class Inode:
     btime_ns: int
     flags: int = 0
     xattr_count: int = 0
+    answer: Any = None  # what the daemon last made of it, until the inode is touched; not stored
 
     def encode(self) -> bytes:
         return INODE.pack(
@@ -120,7 +121,7 @@ def decode_inode(ino: int, value: bytes) -> Inode:
     if fields[14]:
         raise CorruptError(f"inode {ino}", ino, "reserved bytes are not zero", fields[14])
     inode = Inode(ino, *fields[:14])
-    if inode.mode & 0o170000 not in FILE_TYPES or inode.mode >> 16:
+    if inode.mode >> 12 not in _NAME_TYPES:
         raise CorruptError(f"inode {ino}", ino, "unknown file type", oct(inode.mode))
     if inode.flags & ~INODE_INLINE:
         raise CorruptError(f"inode {ino}", ino, "unknown flags", hex(inode.flags))
@@ -137,6 +138,10 @@ NAME_ENTRY = struct.Struct("<QBBB")  # inode, file type (mode >> 12), slot, leng
 NAME_ENTRY_BYTES = 11
 NAME_SLOTS = 16
 assert NAME_ENTRY.size == NAME_ENTRY_BYTES
+
+
+_NAME_TYPES = frozenset(mode >> 12 for mode in FILE_TYPES)
+_DOTS = (b".", b"..")
 
 
 class Name(NamedTuple):
@@ -157,7 +162,7 @@ def find_name(directory: int, value: bytes, name: bytes) -> Name | None:
     """The entry of that name in a name item; checked like the others only when it is not alone."""
     if value[NAME_ENTRY_BYTES:] == name and value[NAME_ENTRY_BYTES - 1] == len(name):
         ino, type_, slot, _ = NAME_ENTRY.unpack_from(value)
-        if type_ << 12 in FILE_TYPES and 0 < ino <= INO_MAX:
+        if type_ in _NAME_TYPES and 0 < ino <= INO_MAX:
             return Name(name, ino, type_, slot)
     return next((entry for entry in decode_names(directory, value) if entry.name == name), None)
 
@@ -171,6 +176,18 @@ def encode_names(names: list[Name]) -> bytes:
 
 def decode_names(directory: int, value: bytes) -> list[Name]:
     """The entries of one name item, in slot order; none repeats, each could be a file's name."""
+    if len(value) > NAME_ENTRY_BYTES == len(value) - value[NAME_ENTRY_BYTES - 1]:
+        name = value[NAME_ENTRY_BYTES:]  # alone, as nearly always
+        ino, type_, slot, _ = NAME_ENTRY.unpack_from(value)
+        if (
+            b"/" not in name
+            and b"\0" not in name
+            and name not in _DOTS
+            and slot < NAME_SLOTS
+            and type_ in _NAME_TYPES
+            and 0 < ino <= INO_MAX
+        ):
+            return [Name(name, ino, type_, slot)]
     names = []
     at = 0
     size = len(value)
@@ -183,11 +200,11 @@ def decode_names(directory: int, value: bytes) -> list[Name]:
         name = value[at - length : at]
         if len(name) != length or not length:
             raise CorruptError(f"directory {directory}", directory, "a name is cut short")
-        if b"/" in name or b"\0" in name or name in (b".", b".."):
+        if b"/" in name or b"\0" in name or name in _DOTS:
             raise CorruptError(f"directory {directory}", directory, "impossible name", name)
         if not last_slot < slot < NAME_SLOTS:
             raise CorruptError(f"directory {directory}", directory, "slots not ascending", slot)
-        if type_ << 12 not in FILE_TYPES or not 0 < ino <= INO_MAX:
+        if type_ not in _NAME_TYPES or not 0 < ino <= INO_MAX:
             raise CorruptError(f"directory {directory}", directory, "impossible entry", name)
         last_slot = slot
         names.append(Name(name, ino, type_, slot))

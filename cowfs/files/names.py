@@ -73,17 +73,16 @@ class Names:
         self._tree.put(item, encode_names(names))
 
     def is_empty(self, directory: int) -> bool:
-        return next(self._items(directory, 0), None) is None
-
-    def _items(self, directory: int, after: int) -> Iterator[tuple[bytes, bytes]]:
-        start = key(directory, TYPE_NAME, after & ~COOKIE_MASK)
-        return self._tree.items(start, key(directory, TYPE_NAME + 1, 0))
+        return next(self.listing(directory, 0), None) is None
 
     def listing(self, directory: int, after: int) -> Iterator[tuple[int, Name]]:
         """(cookie, entry) of each name whose cookie is above `after`; 0 begins at the start."""
-        for item, value in self._items(directory, after):
-            base = split_key(item)[2]
-            for entry in decode_names(directory, value):
-                cookie = base | entry.slot
-                if cookie > after:
-                    yield cookie, entry
+        start = key(directory, TYPE_NAME, after & ~COOKIE_MASK)
+        stop = key(directory, TYPE_NAME + 1, 0)
+        for keys, values, first, last in self._tree.leaf_slices(start, stop):
+            for at in range(first, last):
+                base = split_key(keys[at])[2]
+                for entry in decode_names(directory, values[at]):
+                    cookie = base | entry.slot
+                    if cookie > after:
+                        yield cookie, entry

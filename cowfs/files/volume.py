@@ -123,7 +123,7 @@ class Volume:
 
     def stat_blocks(self, inode: Inode) -> int:
         """st_blocks: 512-byte units that the file's data takes in the image."""
-        if stat.S_ISREG(inode.mode):
+        if inode.mode & 0o170000 == stat.S_IFREG:
             blocks = self.data.allocated_blocks(inode)
             if not blocks and inode.flags & INODE_INLINE:
                 return -(-inode.size_bytes // 512)

@@ -203,7 +203,17 @@ class Tree:
 
     def delete(self, key: bytes) -> bool:
         """Remove `key`. Returns whether it was there."""
-        return bool(self.pop_range(key, key + b"\0"))
+        path: Path = []
+        leaf = self._writable_leaf(key, path)
+        at = bisect_left(leaf.keys, key)
+        if at == len(leaf.keys) or leaf.keys[at] != key:
+            return False
+        leaf.used_bytes -= ENTRY_OVERHEAD_BYTES + len(key) + len(leaf.values[at])
+        del leaf.keys[at]
+        del leaf.values[at]
+        if leaf.used_bytes < MERGE_BELOW_BYTES and path:
+            self._join(leaf, path)
+        return True
 
     def pop_range(self, start: bytes, stop: bytes) -> list[tuple[bytes, bytes]]:
         """Remove and return entries with start <= key < stop: those of the first leaf that has any.

@@ -20,7 +20,7 @@ from cowfs.storage.spacemap import FrozenMap, Run
 from cowfs.storage.store import Store
 from cowfs.storage.superblock import write_slot
 
-DISCARD_BLOCKS_MIN = 16  # smaller holes cost the host more than they give back
+DISCARD_BLOCKS_MIN = 256  # 1 MiB: the host journals every hole, and small ones are soon used again
 
 
 @dataclass(slots=True)

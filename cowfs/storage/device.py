@@ -13,7 +13,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from cowfs.errors import DeviceError, ImageError, ImageMissingError, LockedError
@@ -24,6 +24,8 @@ _BLKGETSIZE64 = 0x80081272
 _BLKDISCARD = 0x1277
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
+# One call to the host: 1 MiB costs it 0.35 ms of CPU, 4 MiB at once six times as much a MiB.
+_WRITE_BYTES_MAX = 1 << 20
 _IOV_MAX = 1024
 _OFD_FLOCK = struct.Struct("hhqqi4x")
 
@@ -40,7 +42,7 @@ class Device(Protocol):
     def read(self, offset: int, size: int) -> bytes:
         """Exactly `size` bytes. Raises DeviceError, also at the end of the device."""
 
-    def read_cached(self, offset: int, size: int) -> bytes | None:
+    def read_cached(self, offset: int, size: int) -> Buffer | None:
         """The same if it needs no waiting for the disk, else None."""
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
@@ -130,11 +132,11 @@ class FileDevice:
             raise DeviceError(f"cannot read {self.name} at {offset}: {error.strerror}") from error
         return data
 
-    def read_cached(self, offset: int, size: int) -> bytes | None:
+    def read_cached(self, offset: int, size: int) -> Buffer | None:
         buffer = bytearray(size)
         try:
             if os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT) == size:
-                return bytes(buffer)
+                return buffer
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:  # the host cannot tell: read, and let it wait
                 return self.read(offset, size)
@@ -142,8 +144,7 @@ class FileDevice:
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         try:
-            for first in range(0, len(buffers), _IOV_MAX):
-                batch = list(buffers[first : first + _IOV_MAX])
+            for batch in _batches(buffers):
                 while batch:
                     written = os.pwritev(self._fd, batch, offset)
                     if not written:
@@ -175,6 +176,20 @@ class FileDevice:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _batches(buffers: Sequence[Buffer]) -> Iterator[list[Buffer]]:
+    """The buffers in the same order, as many at a time as one call should take."""
+    batch: list[Buffer] = []
+    size = 0
+    for buffer in buffers:
+        if batch and (size + len(buffer) > _WRITE_BYTES_MAX or len(batch) == _IOV_MAX):
+            yield batch
+            batch, size = [], 0
+        batch.append(buffer)
+        size += len(buffer)
+    if batch:
+        yield batch
 
 
 def _rest(batch: list[Buffer], written: int) -> list[Buffer]:

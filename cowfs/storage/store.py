@@ -53,6 +53,12 @@ RESERVE_BLOCKS_MAX = 32768
 # a quarter; a commit may use it all.
 TIER_ADD, TIER_REMOVE, TIER_DROP = 4, 2, 1
 
+# With plenty of room, so many operations of at most so many blocks go on without another look: what
+# they can need together was found to be there. A rename dirties a dozen nodes, two copies of each.
+PASSES = 256
+PASS_BLOCKS = 16
+PASS_NEED_BLOCKS = PASS_BLOCKS + 128
+
 References = Callable[[list[bytes], list[Any]], list[Run]]
 
 
@@ -88,6 +94,7 @@ class Store:
             self.map.open(superblock.space_map, superblock.used_blocks)
         self.allocator = Allocator(self.map)
         self.dirty_nodes = 0
+        self._passes = 0  # operations that need not ask for room
         self.promised_blocks = 0  # data in memory that will need a block at the next freeze
         self.promised_items = 0  # items in memory that will go into leaves at the next freeze
         self.pins: dict[object, int] = {}  # generations that readers outside hold
@@ -256,13 +263,14 @@ class Store:
         if not RING_SLOTS <= first <= self.superblock.total_blocks - RING_SLOTS - count:
             raise CorruptError(owner, first, "an extent leaves the image")
         offset, size = first * BLOCK_SIZE_BYTES, count * BLOCK_SIZE_BYTES
+        data: Buffer | None
         data = self.device.read(offset, size) if wait else self.device.read_cached(offset, size)
         if data is None:
             return None
         self._verify(data, first, checksums, owner)
         return data
 
-    def _verify(self, data: bytes, first: int, checksums: bytes, owner: str) -> None:
+    def _verify(self, data: Buffer, first: int, checksums: bytes, owner: str) -> None:
         seed = self.seed
         view = memoryview(data)
         found = b"".join(
@@ -320,7 +328,12 @@ class Store:
             raise self.failed
         if not self.writable:
             raise ReadOnlyError("the image is open read-only")
+        if self._passes and blocks <= PASS_BLOCKS:
+            self._passes -= 1
+            return
         if self._fits(blocks, tier):
+            if self._fits(blocks + PASSES * PASS_NEED_BLOCKS, TIER_ADD):
+                self._passes = PASSES
             return
         for _ in range(RETAINED_GENERATIONS + 2):
             if self.relieve is None or not self.relieve():

@@ -35,7 +35,8 @@ class MemoryDevice:
 
     Attributes:
         events: every write, discard and flush, in order.
-        protected: blocks whose write or discard is an error of the caller (I2).
+        protected: blocks whose write is an error of the caller (I2).
+        kept: the same for a discard, which comes after the commit point.
     """
 
     def __init__(self, total_blocks: int, blocks: dict[int, bytes] | None = None) -> None:
@@ -44,6 +45,7 @@ class MemoryDevice:
         self.total_blocks = total_blocks
         self.events: list[Event] = []
         self.protected: frozenset[int] | set[int] = frozenset()
+        self.kept: frozenset[int] | set[int] = frozenset()
         self.read_blocks = 0
         self.closed = False
         self._durable: dict[int, bytes] = {} if blocks is None else blocks
@@ -92,7 +94,7 @@ class MemoryDevice:
         self.events.append(Event("discard", first, count))
         for number in range(first, first + count):
             assert not self._is_ring(number), f"block {number} of the ring is discarded"
-            assert number not in self.protected, f"I2: block {number} is in use and discarded"
+            assert number not in self.kept, f"I2: block {number} is in use and discarded"
             if number in self._durable or number in self._unflushed:
                 self._unflushed.setdefault(number, []).append(_ZEROS)
 

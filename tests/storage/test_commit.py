@@ -55,9 +55,10 @@ def protect_what_is_retained(disk: MemoryDevice) -> None:
     """From here on the device refuses writes to what the retained generations show (I2)."""
     newest = read_newest(disk)
     blocks: set[int] = set()
-    for generation in range(newest.oldest_retained, newest.generation + 1):
-        if generation:
-            blocks |= recount(disk, generation).reachable
+    for generation in range(newest.generation, max(newest.oldest_retained, 1) - 1, -1):
+        blocks |= recount(disk, generation).reachable
+        if generation == newest.generation + 1 - RETAINED_GENERATIONS:
+            disk.kept = set(blocks)  # what the next commit retains, once it is durable
     disk.protected = blocks
 
 
@@ -186,13 +187,13 @@ def test_commit_written_in_a_thread_lets_the_next_transaction_go_on() -> None:
         volume.write(ino, 0, b"%04d" % number * (3000 if number % 5 == 0 else 100))
     for turn in range(6):
         gate = threading.Event()
-        device.before_write = gate.wait
+        device.before_write = lambda gate=gate: gate.wait(30) and None
         frozen = contents(filesystem)
         commit = filesystem.freeze()
-        thread = threading.Thread(target=commit.write)
+        thread = threading.Thread(target=commit.write, daemon=True)
         thread.start()
         assert contents(filesystem) == frozen, "nothing of it is on the disk yet"
-        for number in range(turn, 400, 7):
+        for number in range(turn, 390, 7):
             ino = volume.lookup(ROOT, names[number]).ino
             volume.write(ino, turn * 10, b"turn%d" % turn * 50)
         volume.unlink(ROOT, names[399 - turn])
@@ -227,11 +228,11 @@ def test_load_of_a_frozen_node_beats_an_older_node_of_that_place_in_the_cache() 
 
         def hold(reached: threading.Event = reached, gate: threading.Event = gate) -> None:
             reached.set()
-            gate.wait()
+            gate.wait(30)
 
         device.before_write = hold
         commit = filesystem.freeze()
-        thread = threading.Thread(target=commit.write)
+        thread = threading.Thread(target=commit.write, daemon=True)
         thread.start()
         try:
             assert reached.wait(20)  # the nodes are pointers now, their bytes not on the disk
