@@ -8,6 +8,7 @@ commits, marks the image clean and leaves no mount behind.
 import contextlib
 import ctypes
 import errno
+import io
 import logging
 import logging.handlers
 import os
@@ -63,15 +64,13 @@ def check_place(options: MountOptions) -> None:
             not there; the image would lie inside its own mount.
     """
     directory = options.mountpoint
+    _clear_dead_mount(directory)
     try:
         status = os.stat(directory)
     except FileNotFoundError:
         raise MountError(f"the mount point {directory} does not exist; mkdir it first") from None
     except OSError as error:
-        if error.errno != errno.ENOTCONN:
-            raise MountError(f"cannot use {directory}: {error.strerror}") from None
-        unmount(directory, lazy=True)  # the daemon that served it was killed
-        status = os.stat(directory)
+        raise MountError(f"cannot use {directory}: {error.strerror}") from None
     if not stat.S_ISDIR(status.st_mode):
         raise MountError(f"the mount point {directory} is not a directory")
     entry = places.find_mount(directory)
@@ -79,12 +78,12 @@ def check_place(options: MountOptions) -> None:
         raise MountError(f"{directory} is a mount point already, of {entry.image}")
     if os.getuid() and (status.st_uid != os.getuid() or not os.access(directory, os.W_OK)):
         raise MountError(f"the mount point {directory} does not belong to you")
-    with os.scandir(directory) as listing:
-        if next(listing, None) is not None:
-            raise MountError(f"the mount point {directory} is not empty")
     image = os.path.realpath(options.image)
     if os.path.commonpath([image, os.path.realpath(directory)]) == os.path.realpath(directory):
         raise MountError(f"the image {image} would lie inside its own mount {directory}")
+    with os.scandir(directory) as listing:
+        if next(listing, None) is not None:
+            raise MountError(f"the mount point {directory} is not empty")
     if not os.path.exists("/dev/fuse"):
         raise MountError(
             "there is no /dev/fuse here; load the kernel's fuse module (modprobe fuse)"
@@ -93,6 +92,15 @@ def check_place(options: MountOptions) -> None:
         raise MountError("you may not use /dev/fuse; ask for access to it")
     if os.getuid() and shutil.which("fusermount3") is None:
         raise MountError("fusermount3 is not installed; apt-get install fuse3")
+
+
+def _clear_dead_mount(directory: str) -> None:
+    """Unmount what a daemon that was killed left behind, if it did."""
+    try:
+        os.stat(directory)
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            unmount(directory, lazy=True)
 
 
 def unmount(directory: str, *, lazy: bool = False) -> None:
@@ -138,6 +146,7 @@ def mount(options: MountOptions) -> None:
         if answer == b"ready":
             return
         if not answer:
+            _clear_dead_mount(options.mountpoint)
             raise MountError("the daemon ended before the mount answered; try again with -f")
         failure = msgspec.json.decode(answer, type=_StartFailure)
         error = MountError(failure.message)
@@ -176,6 +185,32 @@ def _report_failure(writer: int, error: BaseException) -> None:
         os.write(writer, msgspec.json.encode(failure))
 
 
+class _LogFile(logging.FileHandler):
+    """A new file, made at its first message, and removed at the end unless somebody must act on it."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(path, mode="w", delay=True)
+        self._is_wanted = False
+
+    def _open(self) -> io.TextIOWrapper:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.baseFilename)  # of an earlier mount, which may still be ending
+        return super()._open()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._is_wanted |= record.levelno >= logging.WARNING
+        super().emit(record)
+
+    def close(self) -> None:
+        with self.lock or contextlib.nullcontext():
+            if self.stream is not None and not self._is_wanted:
+                with contextlib.suppress(FileNotFoundError):
+                    ours, found = os.fstat(self.stream.fileno()), os.stat(self.baseFilename)
+                    if os.path.samestat(ours, found):
+                        os.unlink(self.baseFilename)
+            super().close()
+
+
 def _set_up_log(options: MountOptions) -> None:
     handler: logging.Handler
     if options.log == "journald" and os.path.exists(JOURNAL_SOCKET):
@@ -186,7 +221,7 @@ def _set_up_log(options: MountOptions) -> None:
         handler.setFormatter(logging.Formatter("cowfs: %(levelname)s: %(message)s"))
     else:
         log_path = places.prepare_socket(options.image).with_suffix(".log")
-        handler = logging.FileHandler(log_path, mode="w", delay=True)
+        handler = _LogFile(log_path)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
@@ -215,11 +250,21 @@ def _serve(options: MountOptions, ready: int | None) -> None:
             filesystem.reclaim_orphans()
         _keep_memory()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        trio.run(
-            _Mount(filesystem, options, ready).run, restrict_keyboard_interrupt_to_checkpoints=True
-        )
+        serving = _Mount(filesystem, options, ready)
+        try:
+            trio.run(serving.run, restrict_keyboard_interrupt_to_checkpoints=True)
+        except BaseExceptionGroup as group:
+            raise _only_error(group) from None
     finally:
         filesystem.close()
+
+
+def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What a group of groups says, when it is one thing."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 class _Mount:
@@ -298,7 +343,8 @@ class _Mount:
     async def _report_ready(self) -> None:
         """When the mount answers, say so to the process that waits for it."""
         mountpoint = self._options.mountpoint
-        status = await trio.to_thread.run_sync(os.stat, mountpoint)
+        # Abandoned when serving ends first: then only the unmounting lets it return.
+        status = await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
         _raise_read_ahead(status.st_dev)
         log.info(
             "%s is mounted on %s, generation %d",
@@ -307,7 +353,10 @@ class _Mount:
             self._filesystem.store.superblock.generation,
         )
         if self._ready is not None:
-            os.write(self._ready, b"ready")
+            try:
+                os.write(self._ready, b"ready")
+            except BrokenPipeError:
+                raise MountError("nobody waits for the mount any more") from None
             os.close(self._ready)
             self._ready = None
 

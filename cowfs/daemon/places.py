@@ -224,7 +224,7 @@ def prepare_socket(image: str | os.PathLike[str]) -> Path:
             continue
         pid = _server_pid(directory / entry)
         if pid == 0:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # gone, or no socket: making ours tells
                 os.unlink(directory / entry)
         elif pid is not None and entry == name:
             raise LockedError(
