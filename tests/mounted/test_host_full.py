@@ -61,7 +61,7 @@ def fill_host(folder: Path) -> tuple[dict[Path, bytes], int]:
             os.write(descriptor, contents)
             os.fsync(descriptor)
         except OSError as error:
-            assert error.errno == errno.EIO, error  # noqa: PT017  # the loop ends only here
+            assert error.errno == errno.EIO, error  # the loop ends only here
             return acknowledged, descriptor
         os.close(descriptor)
         acknowledged[path] = contents
