@@ -571,7 +571,7 @@ class Operations(pyfuse3.Operations):
             except OSError as error:
                 log.error("name %r in inode %d cannot be shown: %s", entry.name, ino, error)
                 continue
-            if not reply(token, entry.name, attributes(volume, found), cookie):
+            if not reply(token, entry.name, found.answer or attributes(volume, found), cookie):
                 return
             if live:
                 lookups[entry.ino] = lookups.get(entry.ino, 0) + 1

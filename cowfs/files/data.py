@@ -7,7 +7,7 @@ Every block read from the device is verified against its extent's checksum (C9).
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from cowfs.errors import CorruptError, posix_error
@@ -292,48 +292,61 @@ class Data:
             self._punch_some(inode, 0, FILE_BLOCK_MAX + 1)
         return True
 
-    def flush(self, inode: Inode) -> bool:
-        """Allocate what is dirty of a file and put its extents into the tree.
+    def flush(self, inode_of: Callable[[int], Inode]) -> list[Inode]:
+        """Allocate all that is dirty, file after file, and put its extents into the trees.
 
-        Returns whether the inode changed.
+        Args:
+            inode_of: an inode number's inode.
+
+        Returns:
+            The inodes that changed.
         """
-        dirty = self._dirty.pop(inode.ino, None)
-        if dirty is None:
-            return False
-        self._promise(-len(dirty))
-        ino, size = inode.ino, inode.size_bytes
-        if size <= INLINE_BYTES_MAX and not inode.data_blocks:
-            if dirty:
-                self._tree.put(key(ino, TYPE_INLINE, 0), bytes(dirty[0][:size]))
-                inode.flags |= INODE_INLINE
-            elif inode.flags & INODE_INLINE:
+        changed: list[Inode] = []
+        owners: list[tuple[Inode, int]] = []  # file and index of each block to write
+        blocks: list[Buffer] = []
+        for ino in sorted(self._dirty):
+            inode = inode_of(ino)
+            dirty = self._dirty[ino]
+            self._promise(-len(dirty))
+            changed.append(inode)
+            if inode.size_bytes <= INLINE_BYTES_MAX and not inode.data_blocks:
+                if dirty:
+                    part = bytes(dirty[0][: inode.size_bytes])
+                    self._tree.put(key(ino, TYPE_INLINE, 0), part)
+                    inode.flags |= INODE_INLINE
+                elif inode.flags & INODE_INLINE:
+                    self._drop_inline(inode)
+                continue
+            if inode.flags & INODE_INLINE:
                 self._drop_inline(inode)
-            return True
-        if inode.flags & INODE_INLINE:
-            self._drop_inline(inode)
-        order = sorted(dirty)
-        blocks = [dirty[index] for index in order]
+            for index in sorted(dirty):
+                owners.append((inode, index))
+                blocks.append(dirty[index])
+        self._dirty.clear()
         at = 0
-        for first, count, checksums in self._store.write_data(blocks):
+        for first, count, checksums in self._store.write_data(blocks) if blocks else ():
             whole = Extent(first, count, self._store.generation, checksums)
-            stop = at + count
+            start_of_run, stop = at, at + count
             while at < stop:
-                start = order[at]
+                inode, start = owners[at]
                 length = 1
                 limit = min(stop - at, EXTENT_BLOCKS_MAX)
-                while length < limit and order[at + length] == start + length:
+                while length < limit:
+                    next_inode, index = owners[at + length]
+                    if index != start + length or next_inode is not inode:
+                        break
                     length += 1
-                if inode.data_blocks:
-                    self._punch(inode, start, start + length)
-                part = whole.part(at - (stop - count), length)
-                self._tree.put(key(ino, TYPE_EXTENT, start), part.encode())
-                inode.data_blocks += length
-                self.data_blocks += length
+                self._place(inode, start, whole.part(at - start_of_run, length))
                 at += length
-        return True
+        return changed
 
-    def dirty_inos(self) -> list[int]:
-        return sorted(self._dirty)
+    def _place(self, inode: Inode, start: int, extent: Extent) -> None:
+        """Let `extent` hold the file's blocks from `start`, whatever held them before."""
+        if inode.data_blocks:
+            self._punch(inode, start, start + extent.count)
+        self._tree.put(key(inode.ino, TYPE_EXTENT, start), extent.encode())
+        inode.data_blocks += extent.count
+        self.data_blocks += extent.count
 
     def _open(self, inode: Inode) -> dict[int, Buffer]:
         """The dirty blocks of a file, with its inline data among them."""

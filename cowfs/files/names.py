@@ -28,10 +28,17 @@ class Names:
     def __init__(self, tree: Tree, seed: int) -> None:
         self._tree = tree
         self._seed = seed
+        self._absent: bytes | None = None  # the item that was looked for last, and is not there
 
     def find(self, directory: int, name: bytes) -> Name | None:
-        value = self._tree.get(key(directory, TYPE_NAME, name_hash(name, self._seed)))
-        return None if value is None else find_name(directory, value, name)
+        item = key(directory, TYPE_NAME, name_hash(name, self._seed))
+        if item == self._absent:
+            return None
+        value = self._tree.get(item)
+        if value is None:
+            self._absent = item
+            return None
+        return find_name(directory, value, name)
 
     def add(self, directory: int, name: bytes, ino: int, type_: int) -> None:
         """Add a name that is not there yet.
@@ -40,8 +47,12 @@ class Names:
             NoSpaceError: sixteen names of one hash, which only their author can bring about.
         """
         item = key(directory, TYPE_NAME, name_hash(name, self._seed))
-        value = self._tree.get(item)
-        names = [] if value is None else decode_names(directory, value)
+        value = None if item == self._absent else self._tree.get(item)
+        self._absent = None
+        if value is None:
+            self._tree.put(item, encode_names([Name(name, ino, type_, 0)]))
+            return
+        names = decode_names(directory, value)
         taken = {entry.slot for entry in names}
         slot = next((slot for slot in range(NAME_SLOTS) if slot not in taken), None)
         if slot is None:

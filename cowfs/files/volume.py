@@ -457,10 +457,8 @@ class Volume:
 
     def flush(self) -> None:
         """Put all that is in memory into the tree. The store must have room: `admit` saw to it."""
-        for ino in self.data.dirty_inos():
-            inode = self.inodes.get(ino)
-            if self.data.flush(inode):
-                self.inodes.touch(inode)
+        for inode in self.data.flush(self.inodes.get):
+            self.inodes.touch(inode)
         for ino in self._marked - self.orphans:
             self.tree.delete(key(0, TYPE_ORPHAN, ino))
         for ino in self.orphans - self._marked:
