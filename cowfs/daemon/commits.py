@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from cowfs.errors import CowfsError
+from cowfs.errors import CowfsError, DeviceError
 from cowfs.history.filesystem import Edit, EditAction, Filesystem
 from cowfs.storage.commit import Commit
 from cowfs.storage.format import BLOCK_SIZE_BYTES
@@ -187,6 +187,12 @@ class Committer:
                 raise filesystem.store.failed
         except CowfsError as error:
             batch.error = filesystem.store.failed or error
+        except Exception as error:
+            # A fault of our own, somewhere in the middle: what is in memory may be anything by now.
+            log.error("unexpected error in a commit", exc_info=error)
+            if filesystem.store.failed is None:
+                filesystem.store.fail(DeviceError(f"internal error: {error!r}"))
+            batch.error = filesystem.store.failed
         finally:
             self._writing = None
             writing.set()

@@ -89,7 +89,9 @@ def check_place(options: MountOptions) -> None:
             "there is no /dev/fuse here; load the kernel's fuse module (modprobe fuse)"
         )
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        raise MountError("you may not use /dev/fuse; ask for access to it")
+        raise MountError(
+            "you may not open /dev/fuse; root can allow it to everybody: chmod 666 /dev/fuse"
+        )
     if os.getuid() and shutil.which("fusermount3") is None:
         raise MountError("fusermount3 is not installed; apt-get install fuse3")
 

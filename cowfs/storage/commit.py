@@ -46,6 +46,9 @@ class Commit:
             self._write()
         except (DeviceError, CorruptError) as error:
             self.error = error
+        except BaseException as error:  # a fault of our own: not durable either
+            self.error = DeviceError(f"internal error: {error!r}")
+            raise
         finally:
             self.done.set()
 
