@@ -99,7 +99,7 @@ def check_place(options: MountOptions) -> None:
 def _clear_dead_mount(directory: str) -> None:
     """Unmount what a daemon that was killed left behind, if it did."""
     try:
-        os.stat(directory)
+        os.statvfs(directory)  # stat would be answered from the kernel's cache
     except OSError as error:
         if error.errno == errno.ENOTCONN:
             unmount(directory, lazy=True)

@@ -109,6 +109,7 @@ class Operations(pyfuse3.Operations):
         self._snapshots_shown = options.snapshots == "visible"
         self._snapshots_served = options.snapshots != "disabled"
         self._xattrs = options.xattrs
+        self._access_times = options.access_times
         self._lookups: dict[int, int] = {}  # of the live volume's inodes
         self._writers: Counter[int] = Counter()  # open for writing, by node id
         self._reclaims: list[int] = []  # orphans too large for one turn
@@ -483,7 +484,8 @@ class Operations(pyfuse3.Operations):
         volume, ino = self._resolve(handle & HANDLE_NODE)
         inode = volume.get(ino)
         reading = volume.reading(ino, offset, size)
-        volume.accessed(inode)
+        if self._access_times:
+            volume.accessed(inode)
         data = reading.fetch(wait=False)
         if data is None:
             data = await self._read_waiting(volume, ino, offset, size)
@@ -543,7 +545,7 @@ class Operations(pyfuse3.Operations):
             return
         volume, ino = self._resolve(node)
         inode = volume.get(ino)
-        if not start_id:
+        if not start_id and self._access_times:
             volume.accessed(inode)
         reply = pyfuse3.readdir_reply
         if start_id < COOKIE_DOT and not reply(
@@ -616,7 +618,7 @@ class Operations(pyfuse3.Operations):
         old.inodes.forget_answers()
         self._set_live()
         self._lookups.clear()
-        self._reclaims.clear()
+        self._reclaims = list(self._live.orphans)  # open then, in a time that is not now
         names = {entry.name for _, entry in old.listing(ROOT_INO)}
         names |= {entry.name for _, entry in self._live.listing(ROOT_INO)}
         return sorted(names)

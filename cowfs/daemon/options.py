@@ -36,8 +36,6 @@ _TOLERATED = frozenset(
         "async",
         "nodiratime",
         "diratime",
-        "noatime",
-        "relatime",
         "norelatime",
         "strictatime",
         "nostrictatime",
@@ -72,6 +70,7 @@ class MountOptions:
         suid, dev, executable: what mount(8) calls suid, dev and exec.
         generation: an older generation to look at, read-only.
         xattrs: extended attributes are stored.
+        access_times: kept as relatime does; False is noatime.
     """
 
     image: str
@@ -90,9 +89,12 @@ class MountOptions:
     executable: bool = True
     generation: int | None = None
     xattrs: bool = True
+    access_times: bool = True
 
 
 _SWITCHES: dict[str, tuple[str, bool]] = {
+    "noatime": ("access_times", False),
+    "relatime": ("access_times", True),
     "ro": ("read_only", True),
     "rw": ("read_only", False),
     "allow_other": ("allow_other", True),

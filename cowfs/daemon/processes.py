@@ -8,17 +8,17 @@ def open_for_writing(mountpoint: str) -> list[str]:
 
     Processes of other users stay unseen unless we are root.
     """
-    found = []
+    found: dict[str, str] = {}  # the first process that has each
     for pid in filter(str.isdigit, os.listdir("/proc")):
         folder = f"/proc/{pid}/fd"
         try:
             for number in os.listdir(folder):
                 path = os.readlink(f"{folder}/{number}")
                 if path.startswith(mountpoint + "/") and _writes(pid, number):
-                    found.append(f"{path} (process {pid})")
+                    found.setdefault(path, pid)
         except OSError:
             continue  # it ended, or is not ours to see
-    return sorted(found)
+    return [f"{path} (process {pid})" for path, pid in sorted(found.items())]
 
 
 def _writes(pid: str, number: str) -> bool:

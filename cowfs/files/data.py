@@ -205,22 +205,24 @@ class Data:
                     first += 1
         else:
             view = memoryview(data)
+            changed: dict[int, Buffer] = {}  # reading a damaged block must leave the others alone
             at = 0
             for index in range(first, stop):
                 count = min(BLOCK_SIZE_BYTES - head, size - at)
                 part = view[at : at + count]
                 if count == BLOCK_SIZE_BYTES:
-                    dirty[index] = part
+                    changed[index] = part
                 elif index * BLOCK_SIZE_BYTES >= inode.size_bytes:  # nothing of it to keep
-                    dirty[index] = bytes(head) + part.tobytes().ljust(
+                    changed[index] = bytes(head) + part.tobytes().ljust(
                         BLOCK_SIZE_BYTES - head, b"\0"
                     )
                 else:
                     old = bytearray(self._block(inode, index))
                     old[head : head + count] = part
-                    dirty[index] = bytes(old)
+                    changed[index] = bytes(old)
                 at += count
                 head = 0
+            dirty.update(changed)
         self._promise(len(dirty) - before)
         if end > inode.size_bytes:
             inode.size_bytes = end

@@ -55,11 +55,15 @@ class Inodes:
             self._clean.pop(ino, None)
             self._tree.store.promised_items += 1
 
+    def free_ino(self) -> int:
+        """The number that `create` gives to the next inode. Raises NoSpaceError when none is left."""
+        if self.next_ino > INO_MAX:
+            raise NoSpaceError("no inode number is left")
+        return self.next_ino
+
     def create(self, mode: int, uid: int, gid: int, rdev: int) -> Inode:
         """A new inode with one link, dirty."""
-        ino = self.next_ino
-        if ino > INO_MAX:
-            raise NoSpaceError("no inode number is left")
+        ino = self.free_ino()
         self.next_ino += 1
         now_ns = time.time_ns()
         inode = Inode(

@@ -304,5 +304,5 @@ def references(keys: list[bytes], values: list[bytes]) -> list[tuple[int, int]]:
     return [
         EXTENT.unpack_from(value)[:2]
         for item_key, value in zip(keys, values, strict=True)
-        if item_key[8] == TYPE_EXTENT
+        if len(item_key) == KEY_BYTES and item_key[8] == TYPE_EXTENT and len(value) >= EXTENT_BYTES
     ]

@@ -175,11 +175,12 @@ class Volume:
                 mode |= stat.S_ISGID
         if is_directory and parent.nlink >= LINK_MAX:
             raise posix_error(errno.EMLINK)
+        # The name first: only it can be refused, and must then leave no inode behind.
+        self.names.add(directory, name, self.inodes.free_ino(), mode >> 12)
         inode = self.inodes.create(mode, uid, gid, directory if is_directory else rdev)
         if is_directory:
             inode.nlink = 2
             parent.nlink += 1
-        self.names.add(directory, name, inode.ino, mode >> 12)
         self._renamed(parent, len(name), inode.mtime_ns)
         return inode
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from cowfs.errors import CorruptError, SnapshotError
 from cowfs.history.records import (
+    ROOT_ID_MAX,
     DropRecord,
     RootKind,
     RootRecord,
@@ -30,6 +31,11 @@ class Catalog:
         self.next_root_id = next_root_id
 
     def take_root_id(self) -> int:
+        """A number that no root has had. Raises SnapshotError when there is none left."""
+        if self.next_root_id > ROOT_ID_MAX:
+            raise SnapshotError(
+                "the image has used up its eight million root ids; copy it to a new one"
+            )
         self.next_root_id += 1
         return self.next_root_id - 1
 

@@ -184,6 +184,9 @@ class Filesystem:
             catalog = filesystem.catalog
             records = [catalog.snapshot(name) for name in dict.fromkeys(names)]
             for record in records:
+                if record.created_generation == filesystem.store.generation:  # not written yet
+                    raise SnapshotError(f"snapshot {record.name!r} is being made; delete it then")
+            for record in records:
                 record = catalog.snapshot(record.name)  # its parent may have gone just now
                 catalog.remove(record)
                 filesystem._relink(record)
@@ -228,9 +231,10 @@ class Filesystem:
 
         def apply(filesystem: "Filesystem") -> RootRecord:
             target = filesystem.catalog.snapshot(name)
-            pointer = target.pointer
-            filesystem.store.add_reference(pointer.block, pointer.twin)
-            return filesystem._replace_live(target, target.root_id)
+            root = target.tree
+            filesystem.store.add_reference(root.block, root.twin)  # type: ignore[union-attr]
+            reason = f"the state before the rollback to {name}"
+            return filesystem._replace_live(target, target.root_id, reason)
 
         return apply
 
@@ -247,7 +251,8 @@ class Filesystem:
             filesystem.catalog.remove(target)  # the live volume takes over its reference
             filesystem._snapshot_volumes.pop(target.root_id, None)
             filesystem._relink(target)
-            return filesystem._replace_live(target, target.parent_id)
+            reason = "the state before a rollback was undone"
+            return filesystem._replace_live(target, target.parent_id, reason)
 
         return apply
 
@@ -259,7 +264,7 @@ class Filesystem:
             )
         return record
 
-    def _replace_live(self, target: RootRecord, parent_id: int) -> RootRecord:
+    def _replace_live(self, target: RootRecord, parent_id: int, reason: str) -> RootRecord:
         """The live volume becomes the tree of `target`, whose reference the caller has seen to."""
         old = self.record
         now_ns = time.time_ns()
@@ -273,7 +278,7 @@ class Filesystem:
             old,
             kind=RootKind.SNAPSHOT,
             name=name,
-            description=f"the state before the rollback to {target.name}",
+            description=reason,
             uuid=os.urandom(16),
             created_generation=self.store.generation,
             created_ns=now_ns,
@@ -368,7 +373,7 @@ class Filesystem:
                 clean=clean,
                 discard=self.discard,
             )
-        except OSError as error:
+        except Exception as error:  # whatever it was: half a transaction must never be written
             if store.failed is None:
                 store.fail(error)
             raise

@@ -20,6 +20,7 @@ from cowfs.storage.format import (
     decode_pointer,
 )
 
+ROOT_ID_MAX = (1 << 23) - 1  # with an inode number and a flag it fits into the kernel's 64-bit ids
 SNAPSHOT_NAME_BYTES_MAX = 255
 DESCRIPTION_BYTES_MAX = 1024
 MAIN_VOLUME = "main"
@@ -190,6 +191,8 @@ def decode_root(value: bytes) -> RootRecord:
         raise CorruptError(f"root record {root_id}", 0, "wrong length", len(value))
     if kind not in (1, 2) or not root_id:
         raise CorruptError(f"root record {root_id}", 0, "unknown kind", kind)
+    if fields[4] & ~FLAG_AUTOMATIC or description_length > DESCRIPTION_BYTES_MAX:
+        raise CorruptError(f"root record {root_id}", 0, "unknown flags, or too long a description")
     if any(fields[2:4]) or any(fields[16]) or fields[17] or any(fields[20:22]):
         raise CorruptError(f"root record {root_id}", 0, "reserved bytes are not zero")
     try:

@@ -189,6 +189,10 @@ def decode_superblock(data: bytes) -> Superblock:
         (fields[12] == NODE_SIZE_BYTES, "node size", fields[12]),
         (MIN_TOTAL_BLOCKS <= total <= MAX_TOTAL_BLOCKS, "block count", total),
         (superblock.generation > 0, "generation", superblock.generation),
+        (not superblock.flags & ~FLAG_CLEAN, "flags", superblock.flags),
+        (superblock.next_root_id > 0, "next root id", superblock.next_root_id),
+        (superblock.catalog_nodes <= total // NODE_BLOCKS, "nodes of the catalog", 0),
+        (not fields[23] and not any(data[SUPERBLOCK.size :]), "reserved bytes", 0),
         (superblock.oldest_retained <= superblock.generation, "oldest retained generation", 0),
         (superblock.used_blocks <= total, "used blocks", superblock.used_blocks),
         (superblock.system_blocks <= total, "system blocks", superblock.system_blocks),
@@ -196,17 +200,27 @@ def decode_superblock(data: bytes) -> Superblock:
     for good, what, found in checks:
         if not good:
             raise CorruptError("superblock", 0, f"{what} out of range", found)
-    for what, pointer in (("catalog", superblock.catalog), ("space map", superblock.space_map)):
-        check_pointer(pointer, total, superblock.generation, what, 0)
+    check_pointer(superblock.catalog, total, superblock.generation, "catalog", 0)
+    check_pointer(superblock.space_map, total, superblock.generation, "space map", 0, 1)
     return superblock
 
 
-def check_pointer(pointer: Pointer, total_blocks: int, birth: int, owner: str, at: int) -> None:
-    """Raise CorruptError unless `pointer` stays inside the image and is no newer than `birth`."""
-    if not RING_SLOTS <= pointer.block < total_blocks - RING_SLOTS:
+def check_pointer(
+    pointer: Pointer, total_blocks: int, birth: int, owner: str, at: int, blocks: int = NODE_BLOCKS
+) -> None:
+    """Raise CorruptError unless `pointer` stays inside the image and is no newer than `birth`.
+
+    Args:
+        blocks: that it points at: NODE_BLOCKS, or 1 for a page of the space map.
+    """
+    last = total_blocks - RING_SLOTS - blocks
+    if not RING_SLOTS <= pointer.block <= last:
         raise CorruptError(owner, at, "pointer leaves the image", pointer.block)
-    if pointer.twin and not RING_SLOTS <= pointer.twin < total_blocks - RING_SLOTS:
-        raise CorruptError(owner, at, "twin pointer leaves the image", pointer.twin)
+    if pointer.twin:
+        if not RING_SLOTS <= pointer.twin <= last:
+            raise CorruptError(owner, at, "twin pointer leaves the image", pointer.twin)
+        if abs(pointer.twin - pointer.block) < blocks:
+            raise CorruptError(owner, at, "twins overlap", pointer.twin)
     if not 0 < pointer.birth <= birth:
         raise CorruptError(owner, at, "pointer is newer than its parent", pointer.birth, birth)
 
@@ -304,6 +318,8 @@ def decode_node(
     lengths = struct.unpack_from(f"<{2 * count}H", data, NODE_HEADER_BYTES)
     if lengths_bytes + sum(lengths) != used:
         raise CorruptError("node", at, "lengths do not add up", sum(lengths), used)
+    if data.count(0, NODE_HEADER_BYTES + used) != NODE_CAPACITY_BYTES - used:
+        raise CorruptError("node", at, "bytes after the last entry are not zero")
     cuts = list(accumulate(lengths, initial=NODE_HEADER_BYTES + lengths_bytes))
     pieces = [data[start:stop] for start, stop in pairwise(cuts)]
     keys = pieces[:count]
@@ -390,7 +406,11 @@ def decode_index_page(
     expected = (INDEX_MAGIC, level, number, pointer.birth, pointer.block, image_id)
     if found != expected:
         raise CorruptError("space map index", at, "identity is wrong", found, expected)
-    return np.frombuffer(data, INDEX_ENTRY, INDEX_FANOUT, INDEX_HEADER_BYTES)
+    entries = np.frombuffer(data, INDEX_ENTRY, INDEX_FANOUT, INDEX_HEADER_BYTES)
+    end = INDEX_HEADER_BYTES + INDEX_FANOUT * INDEX_ENTRY_BYTES
+    if any(data[21:24] + data[56:64] + data[end:] + entries["reserved"].tobytes()):
+        raise CorruptError("space map index", at, "reserved bytes are not zero")
+    return entries
 
 
 # --- data -------------------------------------------------------------------------------------------

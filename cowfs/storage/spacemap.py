@@ -174,7 +174,7 @@ class SpaceMap:
             above = self._index[level]
             for number in np.flatnonzero(above["block"]).tolist():
                 pointer = self._pointer(level, number)
-                check_pointer(pointer, self.total_blocks, top.birth, "space map", 0)
+                check_pointer(pointer, self.total_blocks, top.birth, "space map", 0, 1)
                 entries = self._read_index_page(pointer, level, number)
                 first = number * INDEX_FANOUT
                 self._index[level - 1][first : first + INDEX_FANOUT] = entries
@@ -183,7 +183,7 @@ class SpaceMap:
         self.kinds = entries["kind"].copy()
         for group in np.flatnonzero(entries["block"]).tolist():
             pointer = self._pointer(0, group)
-            check_pointer(pointer, self.total_blocks, top.birth, "space map", 0)
+            check_pointer(pointer, self.total_blocks, top.birth, "space map", 0, 1)
             self._mark_own(pointer)
             free = int(entries["free"][group])
             if free > GROUP_BLOCKS:
@@ -215,7 +215,7 @@ class SpaceMap:
             now = self._index[level][number]
             if (int(now["block"]), int(now["birth"])) == (pointer.block, pointer.birth):
                 continue  # still the newest: so is all below it
-            check_pointer(pointer, self.total_blocks, generation, "space map", 0)
+            check_pointer(pointer, self.total_blocks, generation, "space map", 0, 1)
             for block in (pointer.block, pointer.twin):
                 group, at = divmod(block, GROUP_BLOCKS)
                 if block and not self.group(group).busy[at]:

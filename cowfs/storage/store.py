@@ -156,6 +156,10 @@ class Store:
             try:
                 data = self.device.read(block * BLOCK_SIZE_BYTES, NODE_SIZE_BYTES)
                 image = decode_node(data, pointer, self.superblock.image_id, self.seed, level)
+                if problem is not None:
+                    log.warning(
+                        "%s; read from its twin at block %d, run cowfs check", problem, block
+                    )
                 return node_from_image(image, pointer)
             except (CorruptError, DeviceError) as error:
                 problem = problem or error
@@ -403,7 +407,7 @@ class Store:
             for block in range(first, first + len(blocks)):
                 self.unwritten.pop(block, None)
 
-    def fail(self, error: OSError) -> None:
+    def fail(self, error: Exception) -> None:
         """End all writing for good: the open transaction is lost, the last generation stays (C8)."""
         log.error(
             "%s; the filesystem is read-only now, generation %d is intact",

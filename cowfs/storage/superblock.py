@@ -61,8 +61,12 @@ def read_newest(device: Device, generation: int | None = None) -> Superblock:
     else:
         found = read_ring(device, ring_blocks(total)[1])
     if not found:
-        magic = device.read(0, len(SUPERBLOCK_MAGIC))
-        if magic != SUPERBLOCK_MAGIC:
+        copies = [
+            device.read(first * BLOCK_SIZE_BYTES, _RING_BYTES) for first in ring_blocks(total)
+        ]
+        ring = b"".join(copies)
+        magics = {ring[at : at + 8] for at in range(0, len(ring), BLOCK_SIZE_BYTES)}
+        if SUPERBLOCK_MAGIC not in magics:
             raise ImageError(
                 f"{device.name} is not a cowfs image (no superblock found); cowfs mkfs makes one"
             )

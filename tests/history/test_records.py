@@ -61,7 +61,7 @@ ROOTS = st.builds(
     parent_id=U64,
     undo_id=U64,
     origin_uuid=UUIDS,
-    flags=U32,
+    flags=st.sampled_from([0, 1]),
     description=st.text(st.characters(codec="utf-8"), max_size=200),
 )
 
