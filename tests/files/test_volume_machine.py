@@ -6,7 +6,7 @@ from tests.model.files_machine import FilesMachine
 from tests.model.profiles import MACHINE_SECONDS_MAX, machine_settings
 
 TestVolumeMachine = FilesMachine.TestCase
-TestVolumeMachine.settings = machine_settings(examples=60, steps=50)
+TestVolumeMachine.settings = machine_settings(examples=140, steps=50)
 TestVolumeMachine.__doc__ = (
     "Promise: files are what was done to them, whatever is committed or lost."
 )

@@ -226,7 +226,7 @@ class HistoryMachine(FilesMachine):
 
 
 TestHistoryMachine = HistoryMachine.TestCase
-TestHistoryMachine.settings = machine_settings(examples=60, steps=60)
+TestHistoryMachine.settings = machine_settings(examples=140, steps=60)
 TestHistoryMachine.__doc__ = (
     "Promise: the past is what it was, and costs what cowfs says (C6, C11)."
 )

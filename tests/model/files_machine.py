@@ -14,10 +14,12 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import cowfs.storage.commit as commit_module
 from cowfs.care.check import check_image
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
 from cowfs.files.volume import RENAME_EXCHANGE, RENAME_NOREPLACE, Changes, Volume
 from cowfs.history.filesystem import make_filesystem, open_filesystem
+from cowfs.storage.commit import DISCARD_BLOCKS_MIN
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 from tests.model.recount import recount
 from tests.model.reference import BLOCK, ROOT, ReferenceFile, ReferenceFiles, ReferenceHistory
@@ -69,9 +71,13 @@ class FilesMachine(RuleBasedStateMachine):
         self.wait_for_data = True
 
     @initialize(
-        data=st.data(), copies=st.booleans(), cache_bytes=st.sampled_from([1, 100_000, 1 << 27])
+        data=st.data(),
+        copies=st.booleans(),
+        cache_bytes=st.sampled_from([1, 100_000, 1 << 27]),
+        discard_min=st.sampled_from([1, DISCARD_BLOCKS_MIN]),
     )
-    def make(self, data: st.DataObject, copies: bool, cache_bytes: int) -> None:
+    def make(self, data: st.DataObject, copies: bool, cache_bytes: int, discard_min: int) -> None:
+        commit_module.DISCARD_BLOCKS_MIN = discard_min
         total = data.draw(st.sampled_from(self.total_blocks_choices))
         self.cache_bytes = cache_bytes
         self.disk = MemoryDevice(total)
@@ -485,6 +491,7 @@ class FilesMachine(RuleBasedStateMachine):
         assert report.clean, "\n".join(map(str, report.findings[:20]))
 
     def teardown(self) -> None:
+        commit_module.DISCARD_BLOCKS_MIN = DISCARD_BLOCKS_MIN
         if not hasattr(self, "filesystem") or self.filesystem.store.failed is not None:
             return
         self.settle()

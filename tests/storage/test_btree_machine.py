@@ -365,7 +365,7 @@ class TreeMachine(RuleBasedStateMachine):
 
 
 TestTreeMachine = TreeMachine.TestCase
-TestTreeMachine.settings = machine_settings(examples=150, steps=50)
+TestTreeMachine.settings = machine_settings(examples=300, steps=50)
 TestTreeMachine.__doc__ = (
     "Promise: the tree is a sorted map, whatever is committed, shared or crashed."
 )

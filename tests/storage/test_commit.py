@@ -21,6 +21,11 @@ TOTAL_BLOCKS = 8192
 ROOT = 1
 
 
+@pytest.fixture(autouse=True)
+def _discard_small_holes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cowfs.storage.commit.DISCARD_BLOCKS_MIN", 1)
+
+
 def make() -> tuple[MemoryDevice, FaultDevice, Filesystem]:
     disk = MemoryDevice(TOTAL_BLOCKS)
     make_filesystem(disk)
@@ -231,6 +236,8 @@ def test_load_of_a_frozen_node_beats_an_older_node_of_that_place_in_the_cache() 
             gate.wait(30)
 
         device.before_write = hold
+        for kind in filesystem.store.allocator._cursors:  # places are used again at once
+            filesystem.store.allocator._cursors[kind] = -1
         commit = filesystem.freeze()
         thread = threading.Thread(target=commit.write, daemon=True)
         thread.start()

@@ -1,0 +1,178 @@
+"""Edits of the catalog, one case at a time: several in one commit, and what must be refused."""
+
+import stat
+
+import pytest
+
+from cowfs.care.check import check_image
+from cowfs.errors import SnapshotError, UsageError
+from cowfs.history.filesystem import Edit, Filesystem, make_filesystem, open_filesystem
+from cowfs.history.records import RootRecord
+from tests.model.devices import MemoryDevice
+from tests.model.recount import recount
+
+ROOT = 1
+
+
+def make() -> tuple[MemoryDevice, Filesystem]:
+    disk = MemoryDevice(8192)
+    make_filesystem(disk)
+    return disk, open_filesystem(disk, writable=True)
+
+
+def write(filesystem: Filesystem, name: bytes, data: bytes) -> None:
+    volume = filesystem.live
+    found = volume.find(ROOT, name)
+    ino = found.ino if found else volume.create(ROOT, name, stat.S_IFREG | 0o644, 0, 0).ino
+    volume.write(ino, 0, data)
+
+
+def names(filesystem: Filesystem) -> set[bytes]:
+    return {entry.name for _, entry in filesystem.live.listing(ROOT)}
+
+
+def late(filesystem: Filesystem, kind: str, *words: str) -> Edit:
+    """An edit that is made only when it runs, when those before it are done."""
+    return Edit(lambda fs: getattr(fs, kind)(*words)(fs))
+
+
+def require_clean(disk: MemoryDevice) -> None:
+    recount(disk).require_exact()
+    report = check_image(disk)
+    assert report.clean, "\n".join(map(str, report.findings[:9]))
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("second", ["delete", "rollback", "undo"])
+def test_edit_of_a_snapshot_of_the_same_commit_works(second: str, changed: bool) -> None:
+    """Promise C6: edits that share a commit behave as if each had its own."""
+    disk, filesystem = make()
+    write(filesystem, b"old", b"x" * 9000)
+    filesystem.commit()
+    if changed:
+        write(filesystem, b"new", b"y" * 9000)
+    create = Edit(filesystem.create_snapshot("s"))
+    edits = [create]
+    if second == "delete":
+        edits.append(Edit(lambda fs: fs.delete_snapshots(["s"])(fs)))
+    else:
+        edits.append(late(filesystem, "rollback", "s"))
+        if second == "undo":
+            edits.append(late(filesystem, "undo"))
+    if second == "delete":  # there is nothing to give back yet
+        with pytest.raises(SnapshotError, match="is being made"):
+            filesystem.commit(edits)
+        filesystem.apply(filesystem.delete_snapshots(["s"]))
+    else:
+        filesystem.commit(edits)
+        assert all(edit.error is None for edit in edits)
+    assert names(filesystem) == ({b"old", b"new"} if changed else {b"old"})
+    filesystem.work_drops()
+    require_clean(disk)
+    again = open_filesystem(disk.crash(), writable=True)
+    assert names(again) == names(filesystem)
+    write(again, b"later", b"z" * 9000)
+    again.commit()
+    require_clean(disk)
+
+
+def test_delete_of_several_is_all_or_nothing() -> None:
+    """Promise C6: a deletion that names one unknown snapshot deletes none."""
+    disk, filesystem = make()
+    for name in ("a", "b", "c"):
+        filesystem.apply(filesystem.create_snapshot(name))
+    with pytest.raises(SnapshotError, match="nope"):
+        filesystem.delete_snapshots(["a", "nope", "b"])
+    first = Edit(filesystem.delete_snapshots(["b"]))
+    second = Edit(filesystem.delete_snapshots(["a", "b"]))
+    with pytest.raises(SnapshotError):
+        filesystem.commit([first, second])
+    assert [record.name for record in filesystem.catalog.snapshots()] == ["a", "c"]
+    filesystem.apply(filesystem.delete_snapshots(["a", "a", "c"]))
+    filesystem.work_drops()
+    assert not filesystem.catalog.snapshots()
+    require_clean(disk)
+
+
+def test_orphan_in_a_snapshot_is_reclaimed_after_rollback() -> None:
+    """Promise C7: what was open and unlinked at the time of a snapshot is no leak after rollback."""
+    disk, filesystem = make()
+    write(filesystem, b"file", b"x" * 50_000)
+    orphan = filesystem.live.unlink(ROOT, b"file").ino
+    filesystem.apply(filesystem.create_snapshot("s"))
+    assert filesystem.live.reclaim(orphan)
+    filesystem.commit()
+    filesystem.apply(filesystem.rollback("s"))
+    assert filesystem.live.orphans == {orphan}
+    filesystem.reclaim_orphans()
+    filesystem.commit()
+    assert filesystem.live.inodes.count == 1
+    require_clean(disk)
+
+
+def test_undo_goes_back_and_forth() -> None:
+    """Promise: undo of an undo is a redo, as often as wanted."""
+    disk, filesystem = make()
+    write(filesystem, b"one", b"1")
+    filesystem.apply(filesystem.create_snapshot("s"))
+    write(filesystem, b"two", b"2")
+    filesystem.apply(filesystem.rollback("s"))
+    for turn in range(5):
+        assert names(filesystem) == ({b"one"} if turn % 2 == 0 else {b"one", b"two"})
+        filesystem.apply(filesystem.undo())
+        assert len(filesystem.catalog.snapshots()) == 2
+    kept = next(record for record in filesystem.catalog.snapshots() if record.automatic)
+    filesystem.apply(filesystem.delete_snapshots([kept.name]))
+    with pytest.raises(SnapshotError, match="no rollback to undo"):
+        filesystem.undo()
+    filesystem.work_drops()
+    require_clean(disk)
+
+
+def test_old_volume_after_rollback_can_be_read_and_not_written() -> None:
+    """Promise: stale handles of a live volume that was rolled back read what they read before."""
+    _, filesystem = make()
+    write(filesystem, b"file", b"before")
+    filesystem.apply(filesystem.create_snapshot("s"))
+    write(filesystem, b"file", b"after!")
+    old_root, old = filesystem.record.root_id, filesystem.live
+    ino = old.lookup(ROOT, b"file").ino
+    filesystem.apply(filesystem.rollback("s"))
+    assert filesystem.volume(old_root) is old
+    assert old.read(ino, 0, 10) == b"after!"
+    assert filesystem.live.read(ino, 0, 10) == b"before"
+    with pytest.raises(OSError, match="cannot be changed"):
+        old.write(ino, 0, b"x")
+    assert filesystem.record.root_id != old_root
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\0b", "a\nb", "x" * 256, "é" * 128, "-a"])
+def test_impossible_name_is_refused_before_anything_happens(name: str) -> None:
+    """Promise: a snapshot's name is always one path component that a terminal can show."""
+    _, filesystem = make()
+    with pytest.raises(UsageError):
+        filesystem.create_snapshot(name)
+
+
+def test_many_snapshots_and_drops_leave_nothing_behind() -> None:
+    """Promise I6: 300 snapshots come and go; the catalog and the image are as before."""
+    disk, filesystem = make()
+    write(filesystem, b"file", b"x" * 100_000)
+    filesystem.commit()
+    before = filesystem.space()
+    for number in range(300):
+        write(filesystem, b"file", b"%d" % number * 3000)
+        record = filesystem.apply(filesystem.create_snapshot(f"s{number:03}" + "n" * 200))
+        assert isinstance(record, RootRecord)
+    assert filesystem.catalog.tree.node_count > 3
+    assert filesystem.space().catalog > before.catalog
+    wanted = [record.name for record in filesystem.catalog.snapshots()]
+    filesystem.apply(filesystem.delete_snapshots(wanted))
+    assert len(filesystem.drops.progress()) == 300
+    filesystem = open_filesystem(disk.crash(), writable=True)
+    filesystem.work_drops()
+    filesystem.commit()
+    after = filesystem.space()
+    assert after.catalog == before.catalog
+    assert after.tree <= before.tree
+    require_clean(disk)

@@ -1,0 +1,182 @@
+"""The space map against an array of counters."""
+
+import random
+
+import numpy as np
+import pytest
+
+from cowfs.errors import CorruptError
+from cowfs.storage.allocator import Allocator
+from cowfs.storage.format import (
+    GROUP_BLOCKS,
+    KIND_DATA,
+    KIND_NODES,
+    NODE_BLOCKS,
+    REFCOUNT_MAX,
+    RING_SLOTS,
+)
+from cowfs.storage.spacemap import SpaceMap, merge_runs
+from tests.model.devices import MemoryDevice
+
+SEED, IMAGE = 7, 9
+
+
+def make(total: int = 5000) -> tuple[MemoryDevice, SpaceMap]:
+    disk = MemoryDevice(total)
+    return disk, SpaceMap(disk, total, IMAGE, SEED)
+
+
+def commit(disk: MemoryDevice, space_map: SpaceMap, generation: int, release: int) -> SpaceMap:
+    """Write the map as a commit does; returns what opening it again gives."""
+    allocator = Allocator(space_map)
+    places = [
+        (first, 0)
+        for first, count in allocator.allocate(
+            KIND_NODES, len(space_map.dirty_pages()), system=True
+        )
+        for first in range(first, first + count)
+    ]
+    frozen = space_map.freeze(generation, places)
+    for block, _, page in frozen.encode(IMAGE, SEED):
+        disk.write(block * 4096, [page])
+    disk.flush()
+    space_map.written(frozen)
+    space_map.release(release)
+    again = SpaceMap(disk, space_map.total_blocks, IMAGE, SEED)
+    again.open(frozen.top, space_map.used_blocks)
+    return again
+
+
+def counts(space_map: SpaceMap) -> list[int]:
+    return space_map.refcounts(0, space_map.total_blocks).tolist()
+
+
+@pytest.mark.parametrize("total", [4096, 5000, 200_000])
+@pytest.mark.parametrize("seed", range(4))
+def test_refcounts_equal_an_array_of_counters_over_commits(total: int, seed: int) -> None:
+    """Promise I1, I6: counts, free blocks and what is pending, live and as reopened."""
+    choice = random.Random(seed)
+    disk, space_map = make(total)
+    allocator = Allocator(space_map)
+    model: dict[int, int] = {}
+    pending: dict[int, int] = {}
+    generation = 1
+    for _ in range(400):
+        kind = choice.random()
+        if kind < 0.4:
+            for first, count in allocator.allocate(KIND_DATA, choice.randrange(1, 20)):
+                for block in range(first, first + count):
+                    assert block not in model
+                    assert block not in pending, "a pending block is handed out (I2)"
+                    model[block] = 1
+        elif kind < 0.9 and model:
+            first = choice.choice(sorted(model))
+            count = 1
+            while count < choice.randrange(1, 40) and first + count in model:
+                count += 1
+            if kind < 0.6:
+                space_map.add(first, count)
+                for block in range(first, first + count):
+                    model[block] += 1
+            else:
+                freed = space_map.drop(first, count, generation)
+                for block in range(first, first + count):
+                    model[block] -= 1
+                    if not model[block]:
+                        del model[block]
+                        pending[block] = generation
+                        freed -= 1
+                assert not freed
+        elif kind > 0.95 and space_map.dirty_groups:
+            again = commit(disk, space_map, generation, generation - 2)
+            pending = {block: born for block, born in pending.items() if born > generation - 2}
+            generation += 1
+            assert again.used_blocks == len(model)
+            assert again.system_blocks == space_map.system_blocks - space_map.pending_system_blocks
+            if total < 10_000:
+                assert counts(again) == [model.get(block, 0) for block in range(total)]
+            for number in range(again.group_count):
+                free_on_disk = int(again.free[number])
+                assert again.group(number).busy.count(0) == free_on_disk == int(again.free[number])
+        assert space_map.used_blocks == len(model)
+        assert space_map.pending_blocks == len(pending)
+        assert int(space_map.free.sum()) == space_map.free_blocks
+    for block in random.Random(seed).sample(sorted(model), min(50, len(model))):
+        assert space_map.refcount(block) == model[block]
+
+
+def test_count_of_zero_is_never_dropped_or_added_to() -> None:
+    """Promise: a refcount that is too low is damage, not a negative number."""
+    _, space_map = make()
+    space_map.take(100, 3, KIND_DATA)
+    for call in (lambda: space_map.add(101, 5), lambda: space_map.drop(102, 2, 1)):
+        with pytest.raises(CorruptError, match="refcount 0"):
+            call()
+    space_map.group(0).references[100] = REFCOUNT_MAX
+    with pytest.raises(CorruptError, match="overflows"):
+        space_map.add(100, 1)
+
+
+def test_runs_over_group_edges_are_counted_on_both_sides() -> None:
+    """Promise: a run may cross groups."""
+    _, space_map = make()
+    edge = GROUP_BLOCKS
+    space_map.take(edge - 2, 2, KIND_DATA)
+    space_map.take(edge, 3, KIND_DATA)
+    space_map.add(edge - 1, 3)
+    assert space_map.refcounts(edge - 3, 7).tolist() == [0, 1, 2, 2, 2, 1, 0]
+    assert space_map.drop(edge - 2, 5, 1) == 2
+    assert space_map.pending_runs(1) == [(edge - 2, 1), (edge + 2, 1)]
+    assert space_map.pending_upto(0) == 0
+    space_map.release(1)
+    assert space_map.pending_blocks == 0
+
+
+def test_node_places_count_only_blocks_that_lie_together() -> None:
+    """Promise C10: single free blocks are no room for nodes."""
+    _, space_map = make(4096)
+    everything = space_map.node_places(1 << 30)
+    assert everything == sum(
+        space_map.group(number).busy.count(bytes(NODE_BLOCKS)) for number in range(4)
+    )
+    for block in range(RING_SLOTS, 4096 - RING_SLOTS, 2):
+        space_map.take(block, 1, KIND_DATA)
+    assert space_map.free_blocks == (4096 - 2 * RING_SLOTS) // 2
+    assert space_map.node_places(1) == 0
+
+
+def test_damaged_page_is_read_from_its_twin_and_without_one_refused() -> None:
+    """Promise C9: a damaged page is found, and never taken for free space."""
+    disk, space_map = make()
+    for first, count in Allocator(space_map).allocate(KIND_DATA, 300):
+        assert count
+        assert first
+    places = [(2000 + 2 * index, 2001 + 2 * index) for index in range(len(space_map.dirty_pages()))]
+    for first, twin in places:
+        space_map.take_system(first, 1, KIND_NODES)
+        space_map.take_system(twin, 1, KIND_NODES)
+    frozen = space_map.freeze(1, places)
+    for block, twin, page in frozen.encode(IMAGE, SEED):
+        disk.write(block * 4096, [page])
+        disk.write(twin * 4096, [page])
+    disk.flush()
+    for first, _ in places:
+        disk.damage(first, 200)
+    again = SpaceMap(disk, 5000, IMAGE, SEED)
+    again.open(frozen.top, space_map.used_blocks)
+    assert counts(again) == counts(space_map)
+    disk.damage(places[0][1], 77)
+    lost = SpaceMap(disk, 5000, IMAGE, SEED)
+    lost.open(frozen.top, space_map.used_blocks)
+    with pytest.raises(CorruptError, match="space map page"):
+        counts(lost)
+    disk.damage(places[-1][1], 77)
+    with pytest.raises(CorruptError):
+        SpaceMap(disk, 5000, IMAGE, SEED).open(frozen.top, space_map.used_blocks)
+
+
+def test_merge_runs_joins_neighbours_only() -> None:
+    """Promise: discards are as long as they can be, and no longer."""
+    assert merge_runs([(1, 2), (3, 1), (5, 1), (6, 4)]) == [(1, 3), (5, 5)]
+    assert merge_runs([]) == []
+    assert np.uint32(REFCOUNT_MAX) == REFCOUNT_MAX
