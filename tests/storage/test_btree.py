@@ -1,5 +1,8 @@
 """Single cases of the B+tree that a random walk meets too seldom."""
 
+import random
+from collections.abc import Callable
+
 import pytest
 
 from cowfs.storage.btree import Tree
@@ -15,6 +18,22 @@ TOTAL_BLOCKS = 32768
 def tree() -> Tree:
     store = Store(MemoryDevice(TOTAL_BLOCKS), blank_superblock(TOTAL_BLOCKS), writable=True)
     return Tree.empty(store, 1)
+
+
+def makers(
+    tree: Tree,
+) -> tuple[Callable[..., Node], Callable[[int, list[bytes], list[Node]], Node]]:
+    """Functions that make a leaf with large values, and an inner node."""
+    store = tree.store
+
+    def leaf(*keys: bytes) -> Node:
+        used = sum(4004 + len(key) for key in keys)
+        return store.new_node(0, list(keys), [b"v" * 4000] * len(keys), used, 1)
+
+    def inner(level: int, keys: list[bytes], children: list[Node]) -> Node:
+        return store.new_node(level, keys, list(children), sum(44 + len(key) for key in keys), 1)
+
+    return leaf, inner
 
 
 def test_put_large_value_near_the_end_of_a_full_leaf_splits_into_nodes_that_fit(
@@ -35,16 +54,7 @@ def test_put_large_value_near_the_end_of_a_full_leaf_splits_into_nodes_that_fit(
 
 def test_split_below_a_lost_first_child_keeps_the_neighbour_reachable(tree: Tree) -> None:
     """Promise: keys of any lengths stay reachable, however the nodes above them split."""
-    store = tree.store
-
-    def leaf(*keys: bytes) -> Node:
-        return store.new_node(
-            0, list(keys), [b"v" * 4000] * len(keys), sum(4004 + len(key) for key in keys), 1
-        )
-
-    def inner(level: int, keys: list[bytes], children: list[Node]) -> Node:
-        return store.new_node(level, keys, list(children), sum(44 + len(key) for key in keys), 1)
-
+    leaf, inner = makers(tree)
     # The right inner node has lost its first child: its first key is above its bound "abcx".
     left = inner(1, [b"a", b"abcw"], [leaf(b"aa"), leaf(b"abcw", b"abcww")])
     many = [b"abf%03d" % number + b"z" * 275 for number in range(50)]
@@ -63,6 +73,26 @@ def test_split_below_a_lost_first_child_keeps_the_neighbour_reachable(tree: Tree
     assert tree.get(b"abcw") == b"v" * 4000
 
 
+def test_join_of_a_node_that_lost_its_first_child_keeps_what_came_after(tree: Tree) -> None:
+    """Promise: a joined node is bounded by its parent's key, not by its own first one."""
+    leaf, inner = makers(tree)
+    left = inner(1, [b"a", b"ab"], [leaf(b"a"), leaf(b"ab", b"abb")])
+    # It lost the child before "m"; then "c" came, and went to the child that is first now.
+    right = inner(1, [b"m", b"n"], [leaf(b"c", b"mm"), leaf(b"n")])
+    far = inner(1, [b"p"], [leaf(b"p", b"pp")])
+    tree.root = inner(2, [b"a", b"b", b"p"], [left, right, far])
+    tree.node_count = 9
+    require_sound(tree)
+    assert tree.delete(b"n")
+    require_sound(tree)
+    assert tree.node_count < 8, "nothing was joined"
+    assert tree.get(b"c") is not None
+    assert [key for key, _ in tree.items(b"a", b"z")] == [
+        *(b"a", b"ab", b"abb", b"c"),
+        *(b"mm", b"p", b"pp"),
+    ]
+
+
 def test_emptied_tree_is_one_leaf_again(tree: Tree) -> None:
     """Promise: a tree without entries is a leaf without entries, of whatever height it was."""
     for number in range(5000):
@@ -74,3 +104,38 @@ def test_emptied_tree_is_one_leaf_again(tree: Tree) -> None:
     assert tree.root_node().level == 0
     assert tree.node_count == 1
     assert tree.store.dirty_nodes == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tall_tree_survives_whatever_is_cut_out_of_it(tree: Tree, seed: int) -> None:
+    """Promise I5: inner nodes split, join and vanish without losing the way to a key."""
+    choice = random.Random(seed)
+    model: dict[bytes, bytes] = {}
+    tallest = 0
+    for turn in range(12):
+        prefix = b"%d" % choice.randrange(10)
+        for _ in range(3000 if turn == 0 else 1000):
+            key = prefix * choice.randrange(1, 4) + choice.randbytes(5)
+            key += b"k" * choice.randrange(150, 280)
+            model[key] = b"v" * choice.randrange(40)
+            tree.put(key, model[key])
+        tallest = max(tallest, tree.root_node().level)
+        require_sound(tree)
+        for _ in range(3):  # cut ranges of all lengths, so that nodes lose their first children
+            known = sorted(model)
+            first = choice.randrange(len(known))
+            count = choice.choice([1, 30, 60, 200, 1000])
+            stop = known[min(len(known) - 1, first + count)]
+            while removed := tree.pop_range(known[first], stop):
+                for key, _ in removed:
+                    del model[key]
+            require_sound(tree)
+        for key in choice.sample(sorted(model), len(model) // 3):
+            assert tree.delete(key)
+            del model[key]
+        require_sound(tree)
+        assert dict(tree.items(b"", b"\xff")) == model
+        for key in choice.sample(sorted(model), min(len(model), 200)):
+            assert tree.get(key) == model[key]
+            assert tree.floor(key + b"\0") == (key, model[key])
+    assert tallest >= 2
