@@ -93,7 +93,7 @@ class Committer:
         """Start a commit soon if a lot is in memory."""
         store = self.filesystem.store
         if (
-            store.promised_blocks > self._dirty_blocks_max // 4
+            store.promised_blocks > self._dirty_blocks_max // 16
             or store.dirty_nodes > DIRTY_NODES_MAX
             or store.promised_items - store.promised_blocks > DIRTY_ITEMS_MAX
         ):
