@@ -193,6 +193,9 @@ class Data:
         first, head = divmod(offset, BLOCK_SIZE_BYTES)
         stop = -(-end // BLOCK_SIZE_BYTES)
         self._store.admit(stop - first, TIER_ADD)
+        if inode.data_blocks:  # what cannot be read must refuse the write, not fail its commit (C9)
+            for _ in self._extents(inode.ino, first, stop):
+                pass
         dirty = self._open(inode)
         before = len(dirty)
         if not head and not size % BLOCK_SIZE_BYTES:

@@ -20,6 +20,7 @@ from cowfs.files.items import (
 )
 from cowfs.files.volume import Changes, Volume
 from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
+from cowfs.storage.format import Pointer
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 from tests.model.recount import recount
 
@@ -269,3 +270,35 @@ def test_reads_while_a_commit_is_written_see_what_was_written() -> None:
     filesystem.finish(commit)
     assert reading.fetch(wait=True) == content(300 * BLOCK)
     assert not filesystem.store.unwritten
+
+
+def test_write_where_the_extents_cannot_be_read_is_refused_and_nothing_else_is_lost() -> None:
+    """Promise C9: damage costs the file that has it, not the next commit of everything."""
+    disk = MemoryDevice(16384)
+    make_filesystem(disk, duplicate_metadata=False)
+    filesystem = open_filesystem(disk, writable=True)
+    live = filesystem.live
+    ino = live.create(ROOT, b"large", stat.S_IFREG | 0o644, 0, 0).ino
+    for megabyte in range(24):  # enough extents for leaves of their own
+        live.write(ino, megabyte << 20, content(1 << 20, megabyte))
+    filesystem.commit()
+    leaves = live.tree.root_node().values
+    middle = leaves[len(leaves) // 2]  # of extents alone
+    pointer = middle if isinstance(middle, Pointer) else middle.pointer()
+    disk.write(pointer.block * BLOCK, [bytes(BLOCK)])
+    disk.flush()
+
+    filesystem = open_filesystem(disk, writable=True)
+    live = filesystem.live
+    refused = 0
+    for megabyte in range(24):
+        try:
+            live.write(ino, megabyte << 20, content(BLOCK, 99))
+        except CorruptError:
+            refused += 1
+    other = live.create(ROOT, b"other", stat.S_IFREG | 0o644, 0, 0).ino
+    live.write(other, 0, b"still works")
+    filesystem.commit()
+    assert 0 < refused < 24
+    assert filesystem.store.failed is None
+    assert open_filesystem(disk, writable=False).live.read(other, 0, 100) == b"still works"
