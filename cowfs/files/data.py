@@ -267,9 +267,6 @@ class Data:
             self._open(inode)
         inode.size_bytes = size
 
-    def is_dirty(self, ino: int) -> bool:
-        return ino in self._dirty
-
     def allocated_blocks(self, inode: Inode) -> int:
         """Blocks that the file takes, or will take when it is written back."""
         dirty = self._dirty.get(inode.ino)
