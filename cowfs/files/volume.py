@@ -139,21 +139,6 @@ class Volume:
             raise CorruptError(f"symlink {ino}", ino, "target is missing")
         return target  # type: ignore[no-any-return]
 
-    def path_of(self, ino: int) -> str | None:
-        """The path of a directory, from the root; None where it is not to be found."""
-        parts: list[str] = []
-        while ino != ROOT_INO:
-            try:
-                parent = self._directory(ino).rdev
-                name = next(
-                    entry.name for _, entry in self.names.listing(parent, 0) if entry.ino == ino
-                )
-            except (OSError, StopIteration):
-                return None
-            parts.append(name.decode("utf-8", "backslashreplace"))
-            ino = parent
-        return "/" + "/".join(reversed(parts))
-
     # --- making and unmaking ------------------------------------------------------------------------
 
     def create(
