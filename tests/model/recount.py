@@ -26,6 +26,7 @@ from cowfs.storage.format import (
     decode_pointer,
     index_shape,
 )
+from cowfs.storage.store import References
 from cowfs.storage.superblock import read_newest
 
 
@@ -71,24 +72,30 @@ class Recount:
         assert self.superblock.system_blocks == len(self.system), "I6: system blocks"
 
 
-def recount(device: Device, generation: int | None = None) -> Recount:
-    """Count the newest generation of an image, or another one that its ring still names."""
+def recount(
+    device: Device, generation: int | None = None, data_runs: References = references
+) -> Recount:
+    """Count the newest generation of an image, or another one that its ring still names.
+
+    Args:
+        data_runs: the runs of data blocks that a leaf points at; of trees of files unless told.
+    """
     superblock = read_newest(device, generation)
     counted = Recount(superblock)
     _walk_map(device, counted)
     visited: set[int] = set()
-    catalog = _nodes(device, counted, superblock.catalog, visited)
+    catalog = _nodes(device, counted, superblock.catalog, visited, lambda keys, values: [])
     for image in catalog:
         for key, value in zip(image.keys, image.values, strict=True):
             if image.level:
                 continue
             if key[:1] == b"R":
-                _nodes(device, counted, decode_root(value).pointer, visited)
+                _nodes(device, counted, decode_root(value).pointer, visited, data_runs)
             elif key[:1] == b"D":
                 steps = decode_drop(value).path
                 # A half-dropped node no longer refers to its first `done` children.
                 skip = {step.pointer.block: step.done for step in steps}
-                _nodes(device, counted, steps[0].pointer, visited, skip)
+                _nodes(device, counted, steps[0].pointer, visited, data_runs, skip)
     return counted
 
 
@@ -97,6 +104,7 @@ def _nodes(
     counted: Recount,
     root: Pointer,
     visited: set[int],
+    data_runs: References,
     skip: dict[int, int] | None = None,
 ) -> list[NodeImage]:
     superblock = counted.superblock
@@ -116,8 +124,9 @@ def _nodes(
         done = (skip or {}).get(pointer.block, 0)
         if image.level:
             waiting += [decode_pointer(value) for value in image.values[done:]]
-        elif len(image.keys) and len(image.keys[0]) == 17:
-            for first, count in references(image.keys, image.values):
+        else:
+            for first, count in data_runs(image.keys, image.values):
+                assert 0 <= first <= first + count <= superblock.total_blocks, "outside the image"
                 counted.expected.update(range(first, first + count))
     return found
 
