@@ -163,5 +163,5 @@ def _walk_map(device: Device, counted: Recount) -> None:
 def reachable_from(device: Device, root: Pointer) -> set[int]:
     """All blocks below one root of the newest generation, twins included."""
     counted = Recount(read_newest(device))
-    _nodes(device, counted, root, set())
+    _nodes(device, counted, root, set(), references)
     return set(counted.expected)
