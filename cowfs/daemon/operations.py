@@ -16,7 +16,6 @@ import logging
 import os
 import stat
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
@@ -111,7 +110,7 @@ class Operations(pyfuse3.Operations):
         self._xattrs = options.xattrs
         self._access_times = options.access_times
         self._lookups: dict[int, int] = {}  # of the live volume's inodes
-        self._writers: Counter[int] = Counter()  # open for writing, by node id
+        self._writers: dict[int, int] = {}  # handles open for writing, by node id
         self._reclaims: list[int] = []  # orphans too large for one turn
         self._set_live()
         self._absent = pyfuse3.EntryAttributes()
@@ -422,6 +421,8 @@ class Operations(pyfuse3.Operations):
         if node == SNAPSHOTS_NODE:
             raise posix_error(errno.ENODATA)
         volume, ino = self._resolve(node)
+        if not volume.get(ino).xattr_count:  # the kernel asks before every write to a file
+            raise pyfuse3.FUSEError(errno.ENODATA)
         return volume.getxattr(ino, name)
 
     @answers
@@ -461,7 +462,7 @@ class Operations(pyfuse3.Operations):
             if flags & os.O_TRUNC:
                 volume.setattr(ino, Changes(size_bytes=0))
                 self._changed()
-            self._writers[node] += 1
+            self._writers[node] = self._writers.get(node, 0) + 1
             handle |= WRITER_BIT
         else:
             volume, ino = self._resolve(node)
@@ -477,7 +478,11 @@ class Operations(pyfuse3.Operations):
         inode = volume.create(directory, name, stat.S_IFREG | mode & 0o7777, ctx.uid, ctx.gid)
         self._changed()
         entry = self._found(volume, inode)
-        return self._open(entry.st_ino, flags & ~os.O_TRUNC), entry
+        node = entry.st_ino
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(node), keep_cache=True), entry
+        self._writers[node] = 1
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(node | WRITER_BIT), keep_cache=True), entry
 
     @waits
     async def read(self, handle: int, offset: int, size: int) -> Any:
@@ -519,9 +524,9 @@ class Operations(pyfuse3.Operations):
     def release(self, handle: int) -> None:
         if handle & WRITER_BIT:
             node = handle & HANDLE_NODE
-            self._writers[node] -= 1
-            if self._writers[node] <= 0:
-                del self._writers[node]
+            left = self._writers.pop(node, 0) - 1
+            if left > 0:
+                self._writers[node] = left
 
     @waits
     async def fsync(self, handle: int, datasync: bool) -> None:

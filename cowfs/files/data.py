@@ -294,6 +294,16 @@ class Data:
             self._punch_some(inode, 0, FILE_BLOCK_MAX + 1)
         return True
 
+    def forget(self, inode: Inode, extents: list[Extent]) -> None:
+        """A file is gone, and the items of these extents, all that it had, with it."""
+        dirty = self._dirty.pop(inode.ino, None)
+        if dirty is not None:
+            self._promise(-len(dirty))
+        drop, generation = self._store.map.drop, self._store.generation
+        for extent in extents:
+            drop(extent.block, extent.count, generation)
+            self.data_blocks -= extent.count
+
     def flush(self, inode_of: Callable[[int], Inode]) -> list[Inode]:
         """Allocate all that is dirty, file after file, and put its extents into the trees.
 

@@ -167,11 +167,12 @@ def find_name(directory: int, value: bytes, name: bytes) -> Name | None:
     return next((entry for entry in decode_names(directory, value) if entry.name == name), None)
 
 
+def encode_name(name: bytes, ino: int, type_: int, slot: int) -> bytes:
+    return NAME_ENTRY.pack(ino, type_, slot, len(name)) + name
+
+
 def encode_names(names: list[Name]) -> bytes:
-    return b"".join(
-        NAME_ENTRY.pack(entry.ino, entry.type, entry.slot, len(entry.name)) + entry.name
-        for entry in names
-    )
+    return b"".join([encode_name(*entry) for entry in names])
 
 
 def decode_names(directory: int, value: bytes) -> list[Name]:

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 from cowfs.errors import NoSpaceError
 from cowfs.files.items import (
+    NAME_ENTRY_BYTES,
     NAME_SLOTS,
     TYPE_NAME,
     Name,
     decode_names,
+    encode_name,
     encode_names,
     find_name,
     key,
@@ -28,17 +30,26 @@ class Names:
     def __init__(self, tree: Tree, seed: int) -> None:
         self._tree = tree
         self._seed = seed
-        self._absent: bytes | None = None  # the item that was looked for last, and is not there
+        # The name looked for last, its item's key and value: a name is nearly always looked up by the
+        # kernel right before it is made or removed.
+        self._last: tuple[int, bytes] | None = None
+        self._last_item = b""
+        self._last_value: bytes | None = None
+
+    def _item(self, directory: int, name: bytes) -> bytes | None:
+        """The value of the item where the name belongs; its key is in `_last_item`."""
+        wanted = (directory, name)
+        if wanted == self._last:
+            return self._last_value
+        item = key(directory, TYPE_NAME, name_hash(name, self._seed))
+        self._last = None  # nothing is remembered of a search that fails
+        value: bytes | None = self._tree.get(item)
+        self._last, self._last_item, self._last_value = wanted, item, value
+        return value
 
     def find(self, directory: int, name: bytes) -> Name | None:
-        item = key(directory, TYPE_NAME, name_hash(name, self._seed))
-        if item == self._absent:
-            return None
-        value = self._tree.get(item)
-        if value is None:
-            self._absent = item
-            return None
-        return find_name(directory, value, name)
+        value = self._item(directory, name)
+        return None if value is None else find_name(directory, value, name)
 
     def add(self, directory: int, name: bytes, ino: int, type_: int) -> None:
         """Add a name that is not there yet.
@@ -46,11 +57,10 @@ class Names:
         Raises:
             NoSpaceError: sixteen names of one hash, which only their author can bring about.
         """
-        item = key(directory, TYPE_NAME, name_hash(name, self._seed))
-        value = None if item == self._absent else self._tree.get(item)
-        self._absent = None
+        value = self._item(directory, name)
+        item, self._last = self._last_item, None
         if value is None:
-            self._tree.put(item, encode_names([Name(name, ino, type_, 0)]))
+            self._tree.put(item, encode_name(name, ino, type_, 0))
             return
         names = decode_names(directory, value)
         taken = {entry.slot for entry in names}
@@ -62,8 +72,8 @@ class Names:
 
     def change(self, directory: int, name: bytes, ino: int, type_: int) -> None:
         """Let an existing name mean another inode; its cookie stays."""
-        item = key(directory, TYPE_NAME, name_hash(name, self._seed))
-        names = decode_names(directory, self._tree.get(item))
+        names = decode_names(directory, self._item(directory, name) or b"")
+        item, self._last = self._last_item, None
         self._tree.put(
             item,
             encode_names(
@@ -75,10 +85,11 @@ class Names:
         )
 
     def remove(self, directory: int, name: bytes) -> None:
-        item = key(directory, TYPE_NAME, name_hash(name, self._seed))
-        value = self._tree.get(item)
-        if find_name(directory, value, name) is not None and len(value) == len(name) + 11:
-            self._tree.delete(item)
+        """Remove a name that is there."""
+        value = self._item(directory, name) or b""
+        item, self._last = self._last_item, None
+        if len(value) == NAME_ENTRY_BYTES + len(name) and value.endswith(name):
+            self._tree.delete(item)  # alone in its item, as nearly always
             return
         names = [entry for entry in decode_names(directory, value) if entry.name != name]
         self._tree.put(item, encode_names(names))

@@ -23,10 +23,13 @@ from cowfs.files.items import (
     NAME_BYTES_MAX,
     ROOT_INO,
     SYMLINK_BYTES_MAX,
+    TYPE_EXTENT,
     TYPE_ORPHAN,
     TYPE_SYMLINK,
     Inode,
     Name,
+    decode_extent,
+    inode_key,
     key,
     split_key,
 )
@@ -429,14 +432,23 @@ class Volume:
         assert not inode.nlink, "a file with names is no orphan"
         assert ino in self.orphans
         self.changed = True
-        if not self.data.remove(inode, RECLAIM_LEAVES):
-            self.inodes.touch(inode)
-            return False
-        self.xattrs.remove_all(inode)
-        if stat.S_ISLNK(inode.mode):
-            self.tree.delete(key(ino, TYPE_SYMLINK, 0))
+        start, stop = inode_key(ino), inode_key(ino + 1)
+        items = self.tree.one_leaf(start, stop)
+        if items is not None:  # a file of few items goes in one piece
+            extents = [decode_extent(ino, value) for item, value in items if item[8] == TYPE_EXTENT]
+            if items:
+                self.tree.pop_from(items[0][0], stop)
+            self.data.forget(inode, extents)
+            self.inodes.forget(inode)
+        else:
+            if not self.data.remove(inode, RECLAIM_LEAVES):
+                self.inodes.touch(inode)
+                return False
+            self.xattrs.remove_all(inode)
+            if stat.S_ISLNK(inode.mode):
+                self.tree.delete(key(ino, TYPE_SYMLINK, 0))
+            self.inodes.remove(inode)
         self.orphans.discard(ino)
-        self.inodes.remove(inode)
         return True
 
     # --- freezing -----------------------------------------------------------------------------------

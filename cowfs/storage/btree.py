@@ -147,6 +147,20 @@ class Tree:
                 node = self._child(node, 0)
             first = 0
 
+    def one_leaf(self, start: bytes, stop: bytes) -> list[tuple[bytes, Any]] | None:
+        """The entries with start <= key < stop if one leaf holds all of them, else None."""
+        leaf = self._leaf(start)
+        keys = leaf.keys
+        first = bisect_left(keys, start)
+        last = bisect_left(keys, stop, first)
+        if last == len(keys):  # the range may go on, unless this is the last leaf of all
+            path: Path = []
+            self._descend(start, path)
+            for node, at in path:
+                if at + 1 < len(node.keys):
+                    return None
+        return list(zip(keys[first:last], leaf.values[first:last], strict=True))
+
     def _descend(self, key: bytes, path: Path) -> Node:
         node = self.root_node()
         while node.level:
@@ -215,15 +229,26 @@ class Tree:
             self._join(leaf, path)
         return True
 
-    def pop_range(self, start: bytes, stop: bytes) -> list[tuple[bytes, bytes]]:
+    def pop_range(self, start: bytes, stop: bytes) -> list[tuple[bytes, Any]]:
         """Remove and return entries with start <= key < stop: those of the first leaf that has any.
 
         An empty answer says that none is left; what is left untouched is not shadowed.
         """
-        found = next(self.leaf_slices(start, stop), None)
-        if found is None:
-            return []
-        start = found[0][found[2]]
+        keys = self._leaf(start).keys
+        at = bisect_left(keys, start)
+        if at < len(keys):
+            if keys[at] >= stop:
+                return []
+            start = keys[at]
+        else:  # between this leaf's last entry and the next one's first
+            found = next(self.leaf_slices(start, stop), None)
+            if found is None:
+                return []
+            start = found[0][found[2]]
+        return self.pop_from(start, stop)
+
+    def pop_from(self, start: bytes, stop: bytes) -> list[tuple[bytes, Any]]:
+        """The same where `start` is known to be an entry's key."""
         path: Path = []
         leaf = self._writable_leaf(start, path)
         first = bisect_left(leaf.keys, start)
@@ -231,9 +256,8 @@ class Tree:
         removed = list(zip(leaf.keys[first:last], leaf.values[first:last], strict=True))
         del leaf.keys[first:last]
         del leaf.values[first:last]
-        leaf.used_bytes -= sum(
-            ENTRY_OVERHEAD_BYTES + len(key) + len(value) for key, value in removed
-        )
+        for key, value in removed:
+            leaf.used_bytes -= ENTRY_OVERHEAD_BYTES + len(key) + len(value)
         if leaf.used_bytes < MERGE_BELOW_BYTES and path:
             self._join(leaf, path)
         return removed

@@ -399,6 +399,12 @@ class SpaceMap:
         freed = 0
         for number, at, here in _split(first, count):
             group = self._dirty_group(number)
+            if here == 1 and group.references[at] == 1:  # a small file's only block, as often
+                group.references[at] = 0
+                self._pending.setdefault(generation, []).append((number * GROUP_BLOCKS + at, 1))
+                group.holds += 1
+                freed += 1
+                continue
             part = group.references[at : at + here]
             if not part.all():
                 raise CorruptError("space map", first, "a block in use has refcount 0")

@@ -139,3 +139,20 @@ def test_tall_tree_survives_whatever_is_cut_out_of_it(tree: Tree, seed: int) -> 
             assert tree.get(key) == model[key]
             assert tree.floor(key + b"\0") == (key, model[key])
     assert tallest >= 2
+
+
+def test_one_leaf_answers_only_for_ranges_that_no_other_leaf_continues(tree: Tree) -> None:
+    """Promise: what `one_leaf` gives is the whole range, also at the edges of leaves."""
+    entries = {b"%04d" % number: b"x" * 400 for number in range(200)}
+    for key, value in entries.items():
+        tree.put(key, value)
+    assert tree.root_node().level, "one leaf is no test"
+    whole = 0
+    for number in range(199):
+        start, stop = b"%04d" % number, b"%04d" % (number + 2)
+        expected = [(key, value) for key, value in entries.items() if start <= key < stop]
+        found = tree.one_leaf(start, stop)
+        assert found is None or found == expected
+        whole += found is not None
+    assert 100 < whole < 199, "some ranges cross an edge, most do not"
+    assert tree.one_leaf(b"0199", b"1") == [(b"0199", entries[b"0199"])], "the last leaf of all"
