@@ -314,6 +314,9 @@ class Data:
             The inodes that changed.
         """
         changed: list[Inode] = []
+        old: set[int] = set()  # files that may have extents where new ones go
+        inline: list[tuple[bytes, bytes]] = []
+        extents: list[tuple[bytes, bytes]] = []
         owners: list[tuple[Inode, int]] = []  # file and index of each block to write
         blocks: list[Buffer] = []
         for ino in sorted(self._dirty):
@@ -324,13 +327,15 @@ class Data:
             if inode.size_bytes <= INLINE_BYTES_MAX and not inode.data_blocks:
                 if dirty:
                     part = bytes(dirty[0][: inode.size_bytes])
-                    self._tree.put(key(ino, TYPE_INLINE, 0), part)
+                    inline.append((key(ino, TYPE_INLINE, 0), part))
                     inode.flags |= INODE_INLINE
                 elif inode.flags & INODE_INLINE:
                     self._drop_inline(inode)
                 continue
             if inode.flags & INODE_INLINE:
                 self._drop_inline(inode)
+            if inode.data_blocks:
+                old.add(ino)
             for index in sorted(dirty):
                 owners.append((inode, index))
                 blocks.append(dirty[index])
@@ -348,17 +353,16 @@ class Data:
                     if index != start + length or next_inode is not inode:
                         break
                     length += 1
-                self._place(inode, start, whole.part(at - start_of_run, length))
+                if inode.ino in old:
+                    self._punch(inode, start, start + length)
+                extent = whole.part(at - start_of_run, length)
+                extents.append((key(inode.ino, TYPE_EXTENT, start), extent.encode()))
+                inode.data_blocks += length
+                self.data_blocks += length
                 at += length
+        self._tree.put_ascending(inline)
+        self._tree.put_ascending(extents)
         return changed
-
-    def _place(self, inode: Inode, start: int, extent: Extent) -> None:
-        """Let `extent` hold the file's blocks from `start`, whatever held them before."""
-        if inode.data_blocks:
-            self._punch(inode, start, start + extent.count)
-        self._tree.put(key(inode.ino, TYPE_EXTENT, start), extent.encode())
-        inode.data_blocks += extent.count
-        self.data_blocks += extent.count
 
     def _open(self, inode: Inode) -> dict[int, Buffer]:
         """The dirty blocks of a file, with its inline data among them."""

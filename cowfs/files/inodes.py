@@ -98,9 +98,8 @@ class Inodes:
 
     def flush(self) -> None:
         """Put every dirty inode into the tree."""
-        put = self._tree.put
-        for ino in sorted(self.dirty):
-            put(inode_key(ino), self.dirty[ino].encode())
+        dirty = self.dirty
+        self._tree.put_ascending([(inode_key(ino), dirty[ino].encode()) for ino in sorted(dirty)])
         self._tree.store.promised_items -= len(self.dirty)
         self._clean.update(self.dirty)
         self.dirty.clear()

@@ -11,7 +11,7 @@ Keeps I5. Source: Rodeh 2008; FORMAT.md "Nodes".
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cowfs.errors import CorruptError
@@ -156,9 +156,8 @@ class Tree:
         if last == len(keys):  # the range may go on, unless this is the last leaf of all
             path: Path = []
             self._descend(start, path)
-            for node, at in path:
-                if at + 1 < len(node.keys):
-                    return None
+            if _upper_bound(path) is not None:
+                return None
         return list(zip(keys[first:last], leaf.values[first:last], strict=True))
 
     def _descend(self, key: bytes, path: Path) -> Node:
@@ -200,7 +199,22 @@ class Tree:
     def put(self, key: bytes, value: Any) -> None:
         """Insert, or replace the value of an existing key."""
         path: Path = []
-        leaf = self._writable_leaf(key, path)
+        self._put_into(self._writable_leaf(key, path), key, value, path)
+
+    def put_ascending(self, entries: Iterable[tuple[bytes, Any]]) -> None:
+        """Put entries whose keys ascend; those of one leaf cost one descent."""
+        leaf: Node | None = None
+        high: bytes | None = None
+        for key, value in entries:
+            if leaf is None or (high is not None and key >= high):
+                path: Path = []
+                leaf = self._writable_leaf(key, path)
+                high = _upper_bound(path)
+            if self._put_into(leaf, key, value, path):
+                leaf = None
+
+    def _put_into(self, leaf: Node, key: bytes, value: Any, path: Path) -> bool:
+        """Put an entry into its writable leaf. Returns whether that changed the nodes above it."""
         keys = leaf.keys
         at = bisect_left(keys, key)
         if at < len(keys) and keys[at] == key:
@@ -212,8 +226,11 @@ class Tree:
             leaf.used_bytes += ENTRY_OVERHEAD_BYTES + len(key) + len(value)
         if leaf.used_bytes > NODE_CAPACITY_BYTES:
             self._split(leaf, at, path)
-        elif leaf.used_bytes < MERGE_BELOW_BYTES and path:
+            return True
+        if leaf.used_bytes < MERGE_BELOW_BYTES and path:
             self._join(leaf, path)  # a replaced value may have shrunk
+            return True
+        return False
 
     def delete(self, key: bytes) -> bool:
         """Remove `key`. Returns whether it was there."""
@@ -362,6 +379,14 @@ class Tree:
         parent.used_bytes -= ENTRY_OVERHEAD_BYTES + len(parent.keys[at]) + POINTER_BYTES
         del parent.keys[at]
         del parent.values[at]
+
+
+def _upper_bound(path: Path) -> bytes | None:
+    """The key below which all keys of the leaf at the end of `path` are; None for the last leaf."""
+    for node, at in reversed(path):
+        if at + 1 < len(node.keys):
+            return node.keys[at + 1]
+    return None
 
 
 def _half(sizes: list[int]) -> int:
