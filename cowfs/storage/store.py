@@ -40,7 +40,7 @@ from cowfs.storage.format import (
 )
 from cowfs.storage.node import CACHE_BYTES_DEFAULT, Node, NodeCache, node_from_image
 from cowfs.storage.spacemap import Run, SpaceMap
-from cowfs.storage.superblock import read_newest
+from cowfs.storage.superblock import next_generation, read_newest
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,9 @@ class Store:
         self.superblock = superblock
         self.writable = writable
         self.failed: DeviceError | None = None
-        self.generation = superblock.generation + 1
+        self.generation = (
+            next_generation(device, superblock) if writable else superblock.generation + 1
+        )
         self.oldest_held = superblock.generation  # no block of it or a newer one was reused
         self.cache = NodeCache(cache_bytes)
         self.copies = 2 if superblock.duplicates_metadata else 1
@@ -106,6 +108,8 @@ class Store:
         self.reserve_blocks = max(RESERVE_BLOCKS_MIN, min(RESERVE_BLOCKS_MAX, total // 32))
         if writable:
             self._hold_retained()
+            if self.generation > superblock.generation + 1:  # a promise reaches over no gap
+                self.oldest_held = self.generation
 
     def _hold_retained(self) -> None:
         """Leave whole the generations that the superblock promises: the next crash may need them."""

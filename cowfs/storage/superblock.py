@@ -31,12 +31,13 @@ def read_ring(device: Device, first_block: int) -> list[Superblock]:
         return []
     found = []
     for slot in range(RING_SLOTS):
+        start = slot * BLOCK_SIZE_BYTES
+        if not data.startswith(SUPERBLOCK_MAGIC, start):
+            continue  # empty, as most slots of a young image
         try:
-            superblock = decode_superblock(
-                data[slot * BLOCK_SIZE_BYTES : (slot + 1) * BLOCK_SIZE_BYTES]
-            )
+            superblock = decode_superblock(data[start : start + BLOCK_SIZE_BYTES])
         except CorruptError:
-            continue  # an empty or torn slot: another one is newest
+            continue  # a torn slot: another one is newest
         if superblock.slot() == slot:
             found.append(superblock)
     return found
@@ -82,6 +83,30 @@ def read_newest(device: Device, generation: int | None = None) -> Superblock:
             f"{newest.total_blocks * BLOCK_SIZE_BYTES}; restore its size from a copy"
         )
     return newest
+
+
+def next_generation(device: Device, newest: Superblock) -> int:
+    """The number of the commit after `newest`: the next one whose slot is not torn.
+
+    A torn slot holds most of a superblock that never counted, and its nodes are about to be
+    overwritten. Written again and torn again, the two could make one that is whole and points at them.
+    So it is left alone until the ring comes round to it and that superblock is an old one.
+    """
+    for generation in range(newest.generation + 1, newest.generation + RING_SLOTS // 2):
+        slot = generation % RING_SLOTS
+        if not any(_is_torn(device, first + slot) for first in ring_blocks(newest.total_blocks)):
+            return generation
+    return newest.generation + 1  # damage all over the ring, not a few crashes
+
+
+def _is_torn(device: Device, block: int) -> bool:
+    try:
+        data = device.read(block * BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES)
+        if data != bytes(BLOCK_SIZE_BYTES):
+            decode_superblock(data)
+    except (CorruptError, DeviceError):
+        return True
+    return False
 
 
 def write_slot(device: Device, superblock: Superblock) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from xxhash import xxh3_128_digest
 
+from cowfs.care.check import check_image
 from cowfs.errors import CowfsError, ImageError
 from cowfs.history.filesystem import make_filesystem, open_filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES, RING_SLOTS, decode_superblock
@@ -167,3 +168,27 @@ def test_every_byte_of_a_superblock_is_covered_by_its_checksum() -> None:
         flipped[at] ^= 0x10
         with pytest.raises(CowfsError):
             decode_superblock(bytes(flipped))
+
+
+def test_torn_slot_is_not_written_again_before_its_superblock_is_old() -> None:
+    """Promise C1: what was torn twice is not a superblock that never counted."""
+    disk = image()
+    newest = read_newest(disk)
+    at = (newest.generation + 1) % RING_SLOTS
+    lost = replace(newest, generation=newest.generation + 1).encode()
+    torn = lost[:-512] + b"\xff" * 512
+    disk.put(SECOND + at, torn)
+    filesystem = open_filesystem(disk, writable=True)
+    filesystem.live.create(1, b"after", 0o100644, 0, 0)
+    filesystem.commit()
+    assert disk.block(SECOND + at) == torn
+    after = read_newest(disk)
+    assert after.generation == newest.generation + 2
+    assert after.oldest_retained == after.generation, "what is promised has no gap"
+    disk.put(SECOND + at, torn[:-512] + bytes(512))  # what a second tear could make of it
+    assert read_newest(disk) == after
+    for number in range(RING_SLOTS):
+        filesystem.live.create(1, b"%d more" % number, 0o100644, 0, 0)
+        filesystem.commit()
+    assert disk.block(SECOND + at) != torn
+    assert check_image(disk).clean
