@@ -38,6 +38,7 @@ Report = Callable[[str, str, int], None]
 """Called with an invariant, what is wrong, and the block."""
 
 EMPTY = "empty"
+_EMPTY_SLOT = bytes(BLOCK_SIZE_BYTES)
 
 _T = TypeVar("_T")
 
@@ -120,9 +121,12 @@ def _read_copy(device: Device, copy: int, start: int) -> list[Slot]:
         superblock = None
         problem = ""
         try:
-            superblock = decode_superblock(piece)
+            if piece == _EMPTY_SLOT:
+                problem = EMPTY
+            else:
+                superblock = decode_superblock(piece)
         except CorruptError as error:
-            problem = EMPTY if not any(piece) else error.reason
+            problem = error.reason
         if superblock is not None:
             if superblock.slot() != number:
                 problem = f"generation {superblock.generation} does not belong in this slot"

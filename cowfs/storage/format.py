@@ -138,6 +138,9 @@ class Superblock:
         return body[:8] + xxh3_128_digest(body[24:]) + body[24:]
 
 
+_AFTER_SUPERBLOCK = bytes(BLOCK_SIZE_BYTES - SUPERBLOCK.size)
+
+
 def decode_superblock(data: bytes) -> Superblock:
     """The superblock in one slot.
 
@@ -192,7 +195,7 @@ def decode_superblock(data: bytes) -> Superblock:
         (not superblock.flags & ~FLAG_CLEAN, "flags", superblock.flags),
         (superblock.next_root_id > 0, "next root id", superblock.next_root_id),
         (superblock.catalog_nodes <= total // NODE_BLOCKS, "nodes of the catalog", 0),
-        (not fields[23] and not any(data[SUPERBLOCK.size :]), "reserved bytes", 0),
+        (not fields[23] and data.endswith(_AFTER_SUPERBLOCK), "reserved bytes", 0),
         (superblock.oldest_retained <= superblock.generation, "oldest retained generation", 0),
         (superblock.used_blocks <= total, "used blocks", superblock.used_blocks),
         (superblock.system_blocks <= total, "system blocks", superblock.system_blocks),
