@@ -1,0 +1,385 @@
+"""Faults that are put into the engine, one at a time, to see that the lab finds them.
+
+A fault replaces a line of one function by another while it is applied; whoever calls the function,
+by whatever name, gets the faulty one. A fault whose line is not in the function any more is an
+error: it must be kept true.
+"""
+
+import importlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType
+
+from tests.crash.bases import BASES, base
+from tests.crash.lab import Lab, LabFailureError
+from tests.crash.workloads import Workload, parse
+
+SEED = 1
+STATES_MAX = 150  # of each workload
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        name: what is wrong, in words.
+        function: where, as module:qualified name.
+        line: that is replaced; it occurs once in the function.
+        instead: of it, at the same indentation; further lines carry their own in addition.
+    """
+
+    name: str
+    function: str
+    line: str
+    instead: str
+
+
+_COMMIT = "cowfs.storage.commit:Commit._write"
+_STORE = "cowfs.storage.store:Store"
+_MAP = "cowfs.storage.spacemap:SpaceMap"
+_HISTORY = "cowfs.history.filesystem:Filesystem"
+_DROPS = "cowfs.history.drops:DropQueue"
+_VOLUME = "cowfs.files.volume:Volume"
+
+FAULTS = (
+    # the order of a commit
+    Fault(
+        "no flush before the superblock",
+        _COMMIT,
+        "device.flush()\n# All that this",
+        "# All that this",
+    ),
+    Fault(
+        "no flush after the superblock",
+        _COMMIT,
+        "device.flush()\n# This is the commit point",
+        "# This is the commit point",
+    ),
+    Fault(
+        "superblock before what it points at",
+        _COMMIT,
+        "for first, buffers in _gather(writes):",
+        "write_slot(device, superblock)\ndevice.flush()\nfor first, buffers in _gather(writes):",
+    ),
+    Fault(
+        "the last write of a commit is left out",
+        _COMMIT,
+        "_gather(writes):",
+        "_gather(writes)[:-1]:",
+    ),
+    Fault(
+        "a commit is acknowledged and not written",
+        f"{_HISTORY}.commit",
+        "self._wait()",
+        "self._wait()\nif not edits and not clean: return",
+    ),
+    Fault(
+        "superblock in one copy only",
+        "cowfs.storage.superblock:write_slot",
+        "(superblock.total_blocks):",
+        "(superblock.total_blocks)[:1]:",
+    ),
+    Fault(
+        "every generation in one slot",
+        "cowfs.storage.format:Superblock.slot",
+        "% RING_SLOTS",
+        "* 0",
+    ),
+    Fault(
+        "two slots for all generations",
+        "cowfs.storage.format:Superblock.slot",
+        "% RING_SLOTS",
+        "% 2",
+    ),
+    Fault(
+        "the old space map in the new superblock",
+        _COMMIT,
+        "space_map=self.map.top",
+        "space_map=self.superblock.space_map",
+    ),
+    Fault(
+        "wrong count of used blocks",
+        "cowfs.storage.commit:begin",
+        "used_blocks=store.map.used_blocks,",
+        "used_blocks=store.map.used_blocks + 1,",
+    ),
+    # twins and checksums
+    Fault("twin of a node not written", _COMMIT, "if node.twin:", "if False:"),
+    Fault("twin of a map page not written", _COMMIT, "if twin:", "if False:"),
+    Fault(
+        "twin of a node not read",
+        f"{_STORE}._read",
+        "(pointer.block, pointer.twin)",
+        "(pointer.block,)",
+    ),
+    Fault(
+        "second copy of the ring not read",
+        "cowfs.storage.superblock:read_newest",
+        "found += read_ring(device, ring_blocks(expected.total_blocks)[1])",
+        "pass",
+    ),
+    Fault(
+        "checksum of data not looked at", f"{_STORE}._verify", "if found != checksums:", "if False:"
+    ),
+    Fault("wrong birth in a node", _COMMIT, "node.generation,", "node.generation - 1,"),
+    Fault(
+        "wrong birth in a pointer",
+        "cowfs.storage.node:Node.pointer",
+        "self.generation,",
+        "self.generation + 1,",
+    ),
+    Fault(
+        "wrong birth in the space map",
+        f"{_MAP}.freeze",
+        "below[number] = (block, twin, generation,",
+        "below[number] = (block, twin, generation - 1,",
+    ),
+    # what may be overwritten
+    Fault(
+        "pending blocks released at once",
+        f"{_STORE}.release_limit",
+        "self.generation - RETAINED_GENERATIONS",
+        "self.generation",
+    ),
+    Fault(
+        "pending blocks released one generation early",
+        f"{_STORE}.release_limit",
+        "self.generation - RETAINED_GENERATIONS",
+        "self.generation - RETAINED_GENERATIONS + 1",
+    ),
+    Fault(
+        "a block that was freed is used in the same transaction",
+        f"{_MAP}.drop",
+        "group.holds += len(runs)",
+        "group.holds += len(runs)\n"
+        "for place, size in runs:\n"
+        "    group.busy[place % GROUP_BLOCKS : place % GROUP_BLOCKS + size] = bytes(size)",
+    ),
+    Fault(
+        "place of a map page used again at once",
+        f"{_MAP}._drop_system",
+        "self.pending_system_blocks += 1",
+        "self.pending_system_blocks += 1\n"
+        "self._pending_system[0] = self._pending_system.pop(generation)\n"
+        "self.release(0)",
+    ),
+    Fault(
+        "retained generations forgotten at the mount",
+        f"{_STORE}._hold_retained",
+        "self.map.hold(earlier.space_map, generation)",
+        "pass",
+    ),
+    Fault(
+        "more generations promised than are kept",
+        f"{_STORE}.oldest_retained",
+        "max(self.oldest_held, self.generation - RETAINED_GENERATIONS)",
+        "max(1, self.generation - RETAINED_GENERATIONS - 2)",
+    ),
+    Fault(
+        "discard of blocks that are still shown",
+        "cowfs.storage.commit:begin",
+        "store.map.pending_runs(limit)",
+        "store.map.pending_runs(limit + 2)",
+    ),
+    # refcounts
+    Fault(
+        "refcount one too high",
+        f"{_MAP}.take",
+        "group.references[at : at + count] = 1",
+        "group.references[at : at + count] = 2",
+    ),
+    Fault("a reference that is not counted", f"{_MAP}.add", "part += 1", "pass"),
+    Fault(
+        "a reference that is not given back",
+        f"{_STORE}.shadow",
+        "self.drop_reference(node.block, node.twin)",
+        "pass",
+    ),
+    Fault("the twin's reference not counted", f"{_STORE}.add_reference", "if twin:", "if False:"),
+    Fault(
+        "counts of children not raised on shadow",
+        f"{_STORE}.shadow",
+        "self.add_reference(child.block, child.twin)",
+        "pass",
+    ),
+    Fault(
+        "counts of data not raised on shadow",
+        f"{_STORE}.shadow",
+        "self.map.add(first, count)",
+        "pass",
+    ),
+    Fault(
+        "snapshot without a reference",
+        f"{_HISTORY}.create_snapshot",
+        "filesystem.store.add_reference(root.block, root.twin)",
+        "pass",
+    ),
+    Fault(
+        "rollback without a reference",
+        f"{_HISTORY}.rollback",
+        "filesystem.store.add_reference(root.block, root.twin)",
+        "pass",
+    ),
+    Fault(
+        "undo keeps the record whose reference it takes",
+        f"{_HISTORY}.undo",
+        "filesystem.catalog.remove(target)",
+        "pass",
+    ),
+    # orphans and the drop queue
+    Fault(
+        "orphan mark missing",
+        f"{_VOLUME}.flush",
+        'self.tree.put(key(0, TYPE_ORPHAN, ino), b"")',
+        "pass",
+    ),
+    Fault(
+        "orphan mark not taken away",
+        f"{_VOLUME}.flush",
+        "self.tree.delete(key(0, TYPE_ORPHAN, ino))",
+        "pass",
+    ),
+    Fault(
+        "orphans not looked for at the mount",
+        f"{_VOLUME}.load_orphans",
+        "self.orphans |= found",
+        "pass",
+    ),
+    Fault(
+        "drop queue not durable", f"{_DROPS}.save", "self._catalog.put_drop(drop.record)", "pass"
+    ),
+    Fault(
+        "deleted snapshot not in the drop queue",
+        f"{_DROPS}.add",
+        "self._catalog.put_drop(record)",
+        "pass",
+    ),
+    Fault(
+        "drop queue walks into what others share",
+        f"{_DROPS}._visit",
+        "store.map.refcount(step.pointer.block) == 1",
+        "True",
+    ),
+    Fault(
+        "finished drop stays in the queue",
+        f"{_DROPS}.save",
+        "self._catalog.remove_drop(number)",
+        "pass",
+    ),
+    # atomicity
+    Fault("changed inodes left out of a commit", f"{_VOLUME}.flush", "self.inodes.flush()", "pass"),
+    Fault(
+        "a commit between the halves of a rename",
+        f"{_VOLUME}.rename",
+        "self.names.remove(old_directory, old_name)",
+        "self.store.relieve()\nself.names.remove(old_directory, old_name)",
+    ),
+    Fault(
+        "a snapshot is taken before what was written",
+        f"{_HISTORY}.freeze",
+        "self._set_live(self.current_record())",
+        "self._set_live(self.current_record() if not edits else self.record)",
+    ),
+    Fault(
+        "rollback keeps the old tree",
+        f"{_HISTORY}._replace_live",
+        "self._set_live(record)",
+        "self._set_live(replace(record, tree=old.tree))",
+    ),
+)
+
+# Short histories that come by every line above; each fault is looked for in these until one shows it.
+WORKLOADS = (
+    parse(
+        "flat: write A/foo 4096 9000; fsync; chmod B/bar 600; fsync; write A/foo 0 5000; fsync; end"
+    ),
+    parse("deep: rename A/foo B/bar; fsync; rename A/sub B/empty; fsync; unlink C/3; fsync; end"),
+    parse(
+        "flat: unlink-open A/foo; fsync; chmod A 700; fsync; remount; create A/new; fsync; end",
+    ),
+    parse(
+        "deep: snapshot new; write C/3 0 1500; fsync; delete old,middle; drop 2; fsync; drop-all; "
+        "end"
+    ),
+    parse(
+        "turned: undo; write A/foo 0 9000; fsync; rollback old; write B/bar 0 9000; fsync; end",
+    ),
+    parse(
+        "busy: drop 2; fsync; remount; drop-all; fsync; write A/foo 0 9000; fsync; "
+        "write A/foo 0 9000; end"
+    ),
+    parse(
+        "flat: write A/foo 0 900; freeze; snapshot new; rollback new; write A/foo 1 9; undo; "
+        "fsync; end"
+    ),
+    parse("single: write C/1 0 9000; fsync; unlink C/1; fsync; write C/2 0 9000; fsync; end"),
+)
+
+
+@contextmanager
+def applied(fault: Fault) -> Iterator[None]:
+    """Let the engine have this fault."""
+    module_name, _, qualified = fault.function.partition(":")
+    found = importlib.import_module(module_name)
+    for name in qualified.split("."):
+        found = getattr(found, name)
+    assert isinstance(found, FunctionType)
+    function = found
+    source = textwrap.dedent(inspect.getsource(function))
+    namespace = dict(function.__globals__)
+    exec(compile(_replaced(source, fault), f"<{fault.name}>", "exec"), namespace)
+    faulty = namespace[function.__name__]
+    whole = function.__code__
+    function.__code__ = faulty.__code__
+    try:
+        yield
+    finally:
+        function.__code__ = whole
+
+
+def _replaced(source: str, fault: Fault) -> str:
+    """The source with the line replaced; of its second line the indentation does not matter."""
+    first, _, rest = fault.line.partition("\n")
+    lines = source.split("\n")
+    at = [
+        number
+        for number, line in enumerate(lines)
+        if first in line and (not rest or lines[number + 1].lstrip().startswith(rest))
+    ]
+    assert len(at) == 1, f"{fault.name}: {fault.line!r} is {len(at)} times in {fault.function}"
+    number = at[0]
+    line = lines[number]
+    indent = line[: len(line) - len(line.lstrip())]
+    if rest:
+        del lines[number]  # the line itself goes; what follows it only says which one is meant
+    else:
+        lines[number] = line.replace(first, fault.instead.replace("\n", f"\n{indent}"))
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Caught:
+    """How a fault was found: by which judgement, with which words, after how many states."""
+
+    judgement: str
+    what: str
+    states: int
+    workload: Workload
+
+
+def hunt(fault: Fault) -> Caught | None:
+    """Look for a fault; None when no workload shows it."""
+    for name in BASES:
+        base(name, SEED)  # made by the engine as it should be
+    lab = Lab(SEED, states_max=STATES_MAX, nested_every=25)
+    with applied(fault):
+        for workload in WORKLOADS:
+            try:
+                lab.run(workload)
+            except LabFailureError as failure:
+                return Caught(failure.judgement, failure.what, lab.tally.unique, workload)
+    return None

@@ -1,0 +1,154 @@
+"""A device in memory that remembers everything that was done to it, in order, with marks in
+between.
+
+It asserts I3 at every write (as `MemoryDevice` does) and I2 by itself: after each commit point it
+counts what the newest generation and those that its superblock promises to keep really reach, and
+refuses every write and discard there. Nothing of this is asked of the code under test.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cowfs.errors import ImageError
+from cowfs.storage.device import Buffer
+from cowfs.storage.format import BLOCK_SIZE_BYTES, RING_SLOTS
+from cowfs.storage.superblock import read_newest
+from tests.model.devices import MemoryDevice
+from tests.model.recount import recount
+
+Blocks = dict[int, bytes]
+ZERO_BLOCK = bytes(BLOCK_SIZE_BYTES)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Write:
+    """One write call, as the device got it."""
+
+    first_block: int
+    data: bytes
+    pieces: list[bytes] = field(init=False, repr=False)  # cut once, so that states share them
+
+    def __post_init__(self) -> None:
+        cuts = range(0, len(self.data), BLOCK_SIZE_BYTES)
+        pieces = [self.data[at : at + BLOCK_SIZE_BYTES] for at in cuts]
+        object.__setattr__(self, "pieces", pieces)
+
+    @property
+    def block_count(self) -> int:
+        return len(self.pieces)
+
+    @property
+    def blocks(self) -> range:
+        return range(self.first_block, self.first_block + len(self.pieces))
+
+    def apply(self, content: Blocks) -> None:
+        content.update(zip(self.blocks, self.pieces, strict=True))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Discard:
+    """One discard; where it takes effect, the blocks read as zeros."""
+
+    first_block: int
+    block_count: int
+
+    @property
+    def blocks(self) -> range:
+        return range(self.first_block, self.first_block + self.block_count)
+
+    def apply(self, content: Blocks) -> None:
+        for number in self.blocks:
+            content.pop(number, None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resize:
+    """The device got another size; what a smaller one cuts off is gone."""
+
+    total_blocks: int
+    first_block = RING_SLOTS
+    block_count = 0
+    blocks = range(0)
+
+    def apply(self, content: Blocks) -> None:
+        for number in [number for number in content if number >= self.total_blocks]:
+            del content[number]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flush:
+    """All before it lasts."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mark:
+    """What the history says: operation `number` was started, or is acknowledged as durable."""
+
+    kind: Literal["started", "durable"]
+    number: int
+
+
+Entry = Write | Discard | Resize | Flush | Mark
+
+
+class RecordingDevice(MemoryDevice):
+    """Args: the size; the content at the beginning, which is not changed.
+
+    Attributes:
+        log: everything since then.
+    """
+
+    def __init__(self, total_blocks: int, blocks: Blocks) -> None:
+        super().__init__(total_blocks, dict(blocks))
+        self.log: list[Entry] = []
+        self._shown: dict[int, set[int]] = {}  # by generation
+        self._ring_is_dirty = False
+        if blocks:
+            self._guard()
+
+    def mark(self, kind: Literal["started", "durable"], number: int) -> None:
+        self.log.append(Mark(kind, number))
+
+    def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        data = b"".join(buffers)
+        super().write(offset, [data])
+        first_block = offset // BLOCK_SIZE_BYTES
+        self.log.append(Write(first_block, data))
+        self._ring_is_dirty |= self._is_ring(first_block)
+
+    def flush(self) -> None:
+        super().flush()
+        self.log.append(Flush())
+        if self._ring_is_dirty:
+            self._ring_is_dirty = False
+            self._guard()
+
+    def discard(self, offset: int, size: int) -> None:
+        super().discard(offset, size)
+        self.log.append(Discard(offset // BLOCK_SIZE_BYTES, size // BLOCK_SIZE_BYTES))
+
+    def resize(self, total_blocks: int) -> None:
+        """Give the device another size, as `ftruncate` does."""
+        for number in [number for number in self._durable if number >= total_blocks]:
+            del self._durable[number]
+        self.total_blocks = total_blocks
+        self.size_bytes = total_blocks * BLOCK_SIZE_BYTES
+        self.log.append(Resize(total_blocks))
+
+    def durable_content(self) -> Blocks:
+        """A copy of what a power cut leaves for sure."""
+        return dict(self._durable)
+
+    def _guard(self) -> None:
+        """From here on nothing may touch what the promised generations show (I2)."""
+        try:
+            newest = read_newest(self)
+        except ImageError:
+            return  # an image that is being made
+        promised = range(max(1, newest.oldest_retained), newest.generation + 1)
+        self._shown = {
+            generation: self._shown.get(generation) or recount(self, generation).reachable
+            for generation in promised
+        }
+        self.protected = self.kept = set().union(*self._shown.values())
