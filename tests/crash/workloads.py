@@ -116,10 +116,11 @@ def with_mode(base: str, operations: Sequence[str], mode: str) -> Workload:
     return Workload(base, (*parts, "end"))
 
 
-def single_operations(bases: Sequence[str]) -> Iterator[Workload]:
-    """Every operation alone, on one base after the other, with an fsync."""
+def single_operations(seed: int, bases: Sequence[str]) -> Iterator[Workload]:
+    """Every operation alone, on one base after the other; the seed gives the mode."""
+    mode = MODES[seed % len(MODES)]
     for number, operation in enumerate(OPERATIONS):
-        yield with_mode(bases[number % len(bases)], [operation], "last")
+        yield with_mode(bases[number % len(bases)], [operation], mode)
 
 
 def pairs(seed: int, bases: Sequence[str]) -> Iterator[Workload]:

@@ -1,0 +1,85 @@
+"""Many workloads in a row: every operation alone, then pairs and long histories without end.
+
+A failure is made as short as it will go and saved: the text that repeats it, and the image.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.crash.bases import BASES
+from tests.crash.lab import Lab, LabFailureError, Tally
+from tests.crash.workloads import Workload, pairs, single_operations, walks
+
+STATES_OF_WORKLOAD = 40
+STATES_OF_MINIMUM = 400  # judged of each workload while a failure is made shorter
+PAIRS_OF_WALK = 4  # so many pairs of operations, then one long history
+NESTED_EVERY = 40
+
+
+def plan(seed: int) -> Iterator[Workload]:
+    """All single operations first, and then without end."""
+    bases = tuple(BASES)
+    turn = seed % len(bases)
+    bases = bases[turn:] + bases[:turn]
+    yield from single_operations(seed, bases)
+    long_histories = walks(seed, bases)
+    for round_number in itertools.count():
+        for number, pair in enumerate(pairs(seed + round_number, bases)):
+            yield pair
+            if number % PAIRS_OF_WALK == PAIRS_OF_WALK - 1:
+                yield next(long_histories)
+
+
+def run_campaign(
+    seed: int, states: int, progress: Callable[[Tally, Workload], None] | None = None
+) -> Tally:
+    """Judge so many unique states, in any case those of all single operations.
+
+    Raises:
+        LabFailureError: the first promise that is broken.
+    """
+    lab = Lab(seed, states_max=STATES_OF_WORKLOAD, nested_every=NESTED_EVERY)
+    singles = sum(1 for _ in single_operations(seed, tuple(BASES)))
+    for number, workload in enumerate(plan(seed)):
+        if number >= singles and lab.tally.unique >= states:
+            break
+        lab.run(workload)
+        if progress is not None:
+            progress(lab.tally, workload)
+    return lab.tally
+
+
+def shortened(failure: LabFailureError) -> LabFailureError:
+    """The same kind of failure after fewer operations, if leaving some out still shows it."""
+    assert failure.workload is not None
+    operations = failure.workload.operations
+    at = 0
+    while at < len(operations):
+        fewer = Workload(failure.workload.base, operations[:at] + operations[at + 1 :])
+        found = _failure_of(failure, fewer)
+        if found is None:
+            at += 1
+        else:
+            failure, operations = found, fewer.operations
+    return failure
+
+
+def _failure_of(failure: LabFailureError, workload: Workload) -> LabFailureError | None:
+    nested_every = 5 if failure.is_nested else 0
+    lab = Lab(failure.seed, states_max=STATES_OF_MINIMUM, nested_every=nested_every)
+    try:
+        lab.run(workload)
+    except LabFailureError as found:
+        return found if found.judgement == failure.judgement else None
+    return None
+
+
+def save(failure: LabFailureError, folder: Path) -> Path:
+    """Keep what repeats a failure. Returns the file that says how; the image lies beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = folder / "crash-failure.txt"
+    text.write_text(f"{failure}\n")
+    if failure.device is not None:
+        failure.device.save(folder / "crash-failure.img")
+    return text
