@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_64_digest, xxh3_128_digest
 
 from cowfs.errors import CowfsError
 from cowfs.files.volume import Volume
@@ -80,7 +80,7 @@ def _facts_of_model(file: ReferenceFile) -> Facts:
         file.size,
         file.parent if file.is_directory else file.rdev,
         xxh3_128_digest(content),
-        tuple(sorted(file.xattrs.items())),
+        tuple((name, xxh3_64_digest(value)) for name, value in sorted(file.xattrs.items())),
     )
 
 
@@ -140,7 +140,7 @@ class _Camera:
         xattrs: tuple[tuple[bytes, bytes], ...] = ()
         if inode.xattr_count:
             names = sorted(volume.listxattr(ino))
-            xattrs = tuple((name, volume.getxattr(ino, name)) for name in names)
+            xattrs = tuple((name, xxh3_64_digest(volume.getxattr(ino, name))) for name in names)
         self._tree[path] = (
             ino,
             mode,

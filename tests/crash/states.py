@@ -318,9 +318,10 @@ def _broken_promises(
     Args:
         part: the epoch of the write.
         commit: the epoch of the superblock of the same commit.
-        durable: the operation that is acknowledged behind it.
+        durable: the operation that is acknowledged behind it; the commit may hold later ones too.
     """
     after = commit.after()
+    newest = max(durable, *(started for _, started in commit.pending))
     used = sorted(after)
     total_blocks = commit.total_blocks
     for index, (write, _) in enumerate(part.pending):
@@ -359,7 +360,7 @@ def _broken_promises(
 
                 kind: Kind = "lost" if target is None else "misdirected"
                 name = f"epoch {part.number} {kind} {what} {target_name}".rstrip()
-                yield CrashState(kind, name, durable, durable, build, total_blocks, victim)
+                yield CrashState(kind, name, durable, newest, build, total_blocks, victim)
 
 
 def _other_sizes(epoch: Epoch) -> Iterator[CrashState]:
@@ -371,7 +372,7 @@ def _other_sizes(epoch: Epoch) -> Iterator[CrashState]:
             return {number: data for number, data in epoch.before.items() if number < size}
 
         name = f"epoch {epoch.number} size {size}"
-        yield CrashState("size", name, epoch.durable, epoch.durable, build, size)
+        yield CrashState("size", name, *_legal(epoch, []), build, size)
 
 
 # --- telling states apart ------------------------------------------------------------------------

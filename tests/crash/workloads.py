@@ -365,7 +365,9 @@ class Session:
     def _do_drop_all(self) -> bool:
         self._land()
         self.filesystem.work_drops()
-        return False
+        if self.filesystem.changed:
+            self.filesystem.commit()
+        return True
 
     # --- files --------------------------------------------------------------------------------------
 
