@@ -40,7 +40,7 @@ from cowfs.storage.format import (
 )
 from cowfs.storage.node import CACHE_BYTES_DEFAULT, Node, NodeCache, node_from_image
 from cowfs.storage.spacemap import Run, SpaceMap
-from cowfs.storage.superblock import next_generation, read_newest
+from cowfs.storage.superblock import next_generation, read_earlier
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +118,8 @@ class Store:
             if newest.generation - generation > RETAINED_GENERATIONS:
                 return
             try:
-                earlier = read_newest(self.device, generation)
-                if earlier.uuid != newest.uuid:
+                earlier = read_earlier(self.device, newest, generation)
+                if earlier is None:
                     return
                 self.map.hold(earlier.space_map, generation)
             except (CorruptError, DeviceError, ImageError):

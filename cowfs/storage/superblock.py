@@ -85,6 +85,25 @@ def read_newest(device: Device, generation: int | None = None) -> Superblock:
     return newest
 
 
+def read_earlier(device: Device, newest: Superblock, generation: int) -> Superblock | None:
+    """The superblock of an earlier generation of the same image, read from its slot alone.
+
+    Returns:
+        None if neither copy of the slot holds it, whole.
+    """
+    slot = generation % RING_SLOTS
+    for first in ring_blocks(newest.total_blocks):
+        try:
+            found = decode_superblock(
+                device.read((first + slot) * BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES)
+            )
+        except (CorruptError, DeviceError):
+            continue
+        if found.generation == generation and found.uuid == newest.uuid:
+            return found
+    return None
+
+
 def next_generation(device: Device, newest: Superblock) -> int:
     """The number of the commit after `newest`: the next one whose slot is not torn.
 
