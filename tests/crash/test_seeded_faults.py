@@ -2,11 +2,15 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.crash.bases import base
+from tests.crash.campaign import save, shortened
 from tests.crash.faults import FAULTS, WORKLOADS, Fault, applied, hunt, table
-from tests.crash.lab import Lab
+from tests.crash.lab import Lab, LabFailureError
+from tests.crash.workloads import parse
 
 FAULTS_MIN = 25
 
@@ -41,3 +45,20 @@ def test_engine_without_fault_is_not_accused() -> None:
     for workload in WORKLOADS:
         lab.run(workload)
     assert lab.tally.unique > len(WORKLOADS) * 20
+
+
+def test_failure_is_made_shorter_saved_and_repeated(tmp_path: Path) -> None:
+    """Promise: what a failure prints is enough to see it again, without what does not matter."""
+    fault = next(fault for fault in FAULTS if "halves of a rename" in fault.name)
+    base("deep", 3)
+    long_history = parse("deep: chmod A 700; rename A/foo B/bar; fsync")
+    with applied(fault):
+        with pytest.raises(LabFailureError) as first:
+            Lab(3, states_max=40).run(long_history)
+        short = shortened(first.value)
+        assert short.workload == parse("deep: rename A/foo B/bar")
+        assert str(short.workload) in save(short, tmp_path).read_text()
+        assert (tmp_path / "crash-failure.img").exists()
+        with pytest.raises(LabFailureError) as again:
+            Lab(3).run(short.workload, only=short.state)
+        assert again.value.state == short.state
