@@ -352,10 +352,15 @@ class Volume:
         return inode
 
     def accessed(self, inode: Inode) -> None:
-        """The file was read: relatime, as the kernel's own filesystems keep it by default."""
+        """The file was read: relatime, as the kernel's own filesystems keep it by default.
+
+        Where there is no room the time stays: reading must not eat what deleting will need (C10).
+        """
         now_ns = time.time_ns()
         stale = inode.atime_ns < inode.mtime_ns or inode.atime_ns < inode.ctime_ns
-        if self.writable and (stale or now_ns - inode.atime_ns > RELATIME_NS):
+        if not self.writable or not (stale or now_ns - inode.atime_ns > RELATIME_NS):
+            return
+        if self.store.would_admit():
             inode.atime_ns = now_ns
             self._touch(inode)
 

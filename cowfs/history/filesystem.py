@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cowfs.errors import CowfsError, ImageError, SnapshotError, UsageError
+from cowfs.errors import (
+    CorruptError,
+    CowfsError,
+    DeviceError,
+    ImageError,
+    SnapshotError,
+    UsageError,
+)
 from cowfs.files.items import ROOT_INO, references
 from cowfs.files.volume import Volume
 from cowfs.history.catalog import Catalog
@@ -41,6 +48,7 @@ from cowfs.storage.node import CACHE_BYTES_DEFAULT
 from cowfs.storage.store import Store, blank_superblock
 from cowfs.storage.superblock import read_newest
 
+SHARED_READS_MAX = 256  # nodes read to learn what snapshots share: some ten milliseconds
 SNAPSHOT_VOLUMES_MAX = 64  # open trees of snapshots; each holds little, its nodes are in the cache
 EditAction = Callable[["Filesystem"], object]
 
@@ -90,9 +98,13 @@ class Filesystem:
         self.inflight: Commit | None = None
         self.discard = discard
         self._snapshot_volumes: dict[int, Volume] = {}
+        self._shared_is_stale = False
         if store.writable:
             store.relieve = self._relieve
             self.live.load_orphans()
+            store.share(self.record.node_count, superblock.generation)
+            self._shared_is_stale = True
+            self._count_shared()
 
     # --- roots --------------------------------------------------------------------------------------
 
@@ -142,15 +154,18 @@ class Filesystem:
         Raises:
             UsageError: the name or the description cannot be.
             SnapshotError: the name is taken (here, or when the edit runs).
+            NoSpaceError: there would be no room to delete what it holds (C10).
         """
         check_snapshot_name(name)
         if len(description.encode()) > DESCRIPTION_BYTES_MAX or "\0" in description:
             raise UsageError(f"the description is longer than {DESCRIPTION_BYTES_MAX} bytes")
         self._require_unused(name)
+        self.store.admit_snapshot(self.live.tree.node_count, relieve=True)
 
         def apply(filesystem: "Filesystem") -> RootRecord:
             filesystem._require_unused(name)
             live = filesystem.record
+            filesystem.store.admit_snapshot(live.node_count, relieve=False)
             snapshot = replace(
                 live,
                 root_id=filesystem.catalog.take_root_id(),
@@ -167,6 +182,7 @@ class Filesystem:
             filesystem.store.add_reference(root.block, root.twin)  # type: ignore[union-attr]
             filesystem._put_new(snapshot)
             filesystem._set_live(replace(live, parent_id=snapshot.root_id))
+            filesystem.store.share(live.node_count, filesystem.store.generation)
             return snapshot
 
         return apply
@@ -202,6 +218,7 @@ class Filesystem:
                         referenced_blocks=record.referenced_blocks(filesystem.store.copies),
                     )
                 )
+            filesystem._shared_is_stale = True
             return records
 
         return apply
@@ -306,6 +323,7 @@ class Filesystem:
         self._set_live(record)
         self.live = self._volume(record, writable=True)
         self.live.load_orphans()
+        self.store.share(record.node_count, self.store.generation)
         return kept
 
     def _require_unused(self, name: str) -> None:
@@ -337,6 +355,25 @@ class Filesystem:
                 )
             )
 
+    def _count_shared(self) -> None:
+        """Find out anew what the live tree shares with snapshots, once deleted ones are given back."""
+        if not self._shared_is_stale:
+            return
+        tree, store = self.live.tree, self.store
+        if self.drops.progress():
+            return  # they share as long as they hold
+        self._shared_is_stale = False
+        snapshots = self.catalog.snapshots()
+        if not snapshots:
+            store.share(0, 0)
+            return
+        newest = max(record.created_generation for record in snapshots)
+        try:
+            newer = tree.count_newer(newest, SHARED_READS_MAX)
+        except (CorruptError, DeviceError):
+            newer = 0  # more than is shared: the safe side
+        store.share(tree.node_count - newer, newest)
+
     # --- commit -------------------------------------------------------------------------------------
 
     @property
@@ -364,6 +401,7 @@ class Filesystem:
                 except CowfsError as error:
                     edit.error = error
             self.drops.save()
+            self._count_shared()
             nodes += store.place(self.catalog.tree.root)
             self.inflight = begin(
                 store,
@@ -455,7 +493,7 @@ class Filesystem:
             pending=space_map.pending_blocks,
             free=space_map.free_blocks,
             promised=store.promised_blocks,
-            reserved=store.reserve_blocks,
+            reserved=store.held_blocks(),
             available=max(0, store.available_blocks()),
         )
 

@@ -174,6 +174,32 @@ class Tree:
             child = self.store.load(child, node.level - 1)
         return child  # type: ignore[no-any-return]
 
+    def count_newer(self, generation: int, reads: int) -> int:
+        """How many nodes were born after `generation`; fewer are counted if that reads too many.
+
+        A node is not older than those below it, so only newer inner nodes are looked into.
+
+        Args:
+            reads: inner nodes to look into, at the most.
+        """
+        root = self.root
+        birth = root.birth if root.__class__ is Pointer else root.generation  # type: ignore[union-attr]
+        if birth <= generation:
+            return 0
+        count = 1
+        waiting = [self.root_node()]
+        while waiting and reads:
+            node = waiting.pop()
+            reads -= 1
+            for at in range(len(node.values) if node.level else 0):
+                child = node.values[at]
+                birth = child.birth if child.__class__ is Pointer else child.generation
+                if birth > generation:
+                    count += 1
+                    if node.level > 1:
+                        waiting.append(self._child(node, at))
+        return count
+
     # --- changing -----------------------------------------------------------------------------------
 
     def _writable_leaf(self, key: bytes, path: Path) -> Node:

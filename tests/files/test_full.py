@@ -11,12 +11,15 @@ import stat
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cowfs.care.check import check_image
 from cowfs.errors import NoSpaceError
 from cowfs.files.volume import Changes, Volume
 from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
 from tests.model.devices import MemoryDevice
+from tests.model.profiles import machine_settings
 from tests.model.recount import recount
 
 ROOT = 1
@@ -159,39 +162,298 @@ def test_fill_to_the_end_keeps_everything_and_can_delete_all(
     require_clean(filesystem)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_full_with_snapshots_can_delete_snapshots_and_then_files(
-    way: Callable[[Volume], int],
+ORDERS = ["listing", "shuffled"]  # of deletion: that of the tree, and one that copies every node
+
+
+def delete_in_order(filesystem: Filesystem, order: str, *, crash_every: int = 0) -> Filesystem:
+    """Remove and reclaim every file, whatever snapshots hold; a refusal is an error."""
+    names = [entry.name for _, entry in filesystem.live.listing(ROOT)]
+    if order == "shuffled":
+        random.Random(len(names)).shuffle(names)
+    for number, name in enumerate(names):
+        if crash_every and number % crash_every == crash_every // 2:
+            filesystem.commit()
+            filesystem = crashed(filesystem)
+            filesystem.reclaim_orphans()
+        volume = filesystem.live
+        inode = volume.unlink(ROOT, name)
+        while not volume.reclaim(inode.ino):
+            pass
+    return filesystem
+
+
+def try_snapshot(filesystem: Filesystem, name: str) -> bool:
+    """Make a snapshot, or see it refused for want of space, with nothing changed."""
+    try:
+        filesystem.apply(filesystem.create_snapshot(name))
+    except NoSpaceError as error:
+        assert "snapshot" in str(error)
+        assert filesystem.catalog.find(name) is None
+        assert filesystem.store.failed is None
+        return False
+    return True
+
+
+def delete_snapshots_one_by_one(filesystem: Filesystem) -> None:
+    while filesystem.catalog.snapshots():
+        kept = filesystem.catalog.snapshots()
+        filesystem.apply(filesystem.delete_snapshots([kept[0].name]))
+        filesystem.work_drops()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("way", "total_blocks", "copies"),
+    [(way, 4800, True) for way in WAYS]
+    + [(way, 4500, False) for way in WAYS if way is not fill_names],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_full_with_snapshots_deletes_every_file_and_every_snapshot(
+    way: Callable[[Volume], int], total_blocks: int, copies: bool, order: str
 ) -> None:
-    """Promise C10: snapshots can be deleted at 100 %, whatever they hold, and that frees."""
-    filesystem = make(6000)
+    """Promise C10: at 100 % every removal works, though snapshots hold all and nothing comes free.
+
+    Also after crashes on the way.
+    """
+    filesystem = make(total_blocks, copies=copies)
     empty = filesystem.space().used
     volume = filesystem.live
     ino = create(volume, b"first")
     for number in range(40):
         volume.write(ino, number * 65536, block_of(number) * 16)
-    filesystem.apply(filesystem.create_snapshot("one"))
-    way(volume)
-    filesystem.apply(filesystem.create_snapshot("two"))
-    filesystem.apply(filesystem.create_snapshot("three"))
-
-    # Deleting frees nothing now, as the snapshots hold it, and costs metadata: it may be refused at
-    # some point, but never by anything else than ENOSPC, and never for good.
-    with contextlib.suppress(NoSpaceError):
-        delete_everything(filesystem)
-    require_clean(filesystem)
+    assert try_snapshot(filesystem, "one")
+    assert way(volume) > 10
+    for name in ("two", "three"):  # there may be no room to delete what they would hold
+        try_snapshot(filesystem, name)
     with contextlib.suppress(NoSpaceError):
         fill_large(volume)
+    require_clean(filesystem)
 
+    count = sum(1 for _ in volume.listing(ROOT))
+    filesystem = crashed(filesystem)
+    filesystem = delete_in_order(filesystem, order, crash_every=max(2, count // 3))
+    require_clean(filesystem)
     for names in (["two"], ["one", "three"]):
-        filesystem.apply(filesystem.delete_snapshots(names))
+        there = {record.name for record in filesystem.catalog.snapshots()}
+        filesystem.apply(filesystem.delete_snapshots([name for name in names if name in there]))
         filesystem = crashed(filesystem)
         filesystem.work_drops()
         require_clean(filesystem)
-    filesystem.reclaim_orphans()
-    delete_everything(filesystem)
+    assert filesystem.space().used <= empty + 8
+
+
+@pytest.mark.parametrize("way", [fill_names, fill_inline, fill_xattrs, fill_blocks])
+def test_snapshot_of_a_filesystem_full_of_metadata_waits_until_deleting_would_fit(
+    way: Callable[[Volume], int],
+) -> None:
+    """Promise C10: a snapshot that no file could be deleted under is refused, with a reason.
+
+    Deleting makes room for it; from then on every other file can be deleted under it.
+    """
+    filesystem = make(4096)
+    way(filesystem.live)
+    assert not try_snapshot(filesystem, "late")
+    names = [entry.name for _, entry in filesystem.live.listing(ROOT)]
+    while not try_snapshot(filesystem, "late"):
+        for name in [names.pop() for _ in range(min(25, len(names)))]:
+            inode = filesystem.live.unlink(ROOT, name)
+            while not filesystem.live.reclaim(inode.ino):
+                pass
+    assert names, "the snapshot came too late"
+    with contextlib.suppress(NoSpaceError):
+        fill_large(filesystem.live)
+    filesystem = crashed(filesystem)
+    filesystem = delete_in_order(filesystem, "shuffled")
+    require_clean(filesystem)
+    delete_snapshots_one_by_one(filesystem)
+    require_clean(filesystem)
+
+
+def test_room_to_delete_under_a_snapshot_is_known_after_a_remount() -> None:
+    """Promise C10: what snapshots share is counted anew at each mount, and none of it is spent."""
+    filesystem = make(6000)
+    fill_names_some(filesystem.live, 4000)
+    assert try_snapshot(filesystem, "one")
+    fill_names_some(filesystem.live, 5000)
+    filesystem.commit()
+    held = filesystem.store.held_blocks()
+    assert held > filesystem.store.reserve_blocks
+    filesystem = crashed(filesystem)
+    assert filesystem.store.held_blocks() == held
+    filesystem.apply(filesystem.delete_snapshots(["one"]))
+    filesystem = crashed(filesystem)
+    assert filesystem.store.held_blocks() >= held, "a dropped snapshot still shares"
+    filesystem.work_drops()
+    filesystem.commit()
+    assert filesystem.store.held_blocks() == filesystem.store.reserve_blocks
+
+
+def fill_names_some(volume: Volume, stop: int) -> None:
+    for number in range(stop):
+        if volume.find(ROOT, b"some%d" % number) is None:
+            create(volume, b"some%d" % number)
+
+
+@pytest.mark.parametrize("copies", [True, False], ids=["twins", "one-copy"])
+@pytest.mark.parametrize(
+    ("way", "total_blocks"),
+    [
+        (fill_large, 16384),
+        (fill_blocks, 16384),
+        (fill_xattrs, 16384),
+        (fill_large, 65536),
+        (fill_xattrs, 65536),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_larger_images_fill_and_empty_under_a_snapshot(
+    way: Callable[[Volume], int], total_blocks: int, copies: bool
+) -> None:
+    """Promise C10: the reserve grows with the image as its need does."""
+    filesystem = make(total_blocks, copies=copies)
+    assert try_snapshot(filesystem, "zero")
+    way(filesystem.live)
+    filesystem = crashed(filesystem)
+    filesystem = delete_in_order(filesystem, "shuffled" if total_blocks < 20_000 else "listing")
+    delete_snapshots_one_by_one(filesystem)
+    require_clean(filesystem)
+
+
+@given(
+    total_blocks=st.integers(4096, 9000),
+    copies=st.booleans(),
+    order=st.sampled_from(ORDERS),
+    seed=st.integers(0, 1 << 32),
+    snapshot_every=st.sampled_from([50, 400, 3000]),
+)
+@machine_settings(examples=12, steps=1)
+def test_any_mixture_fills_and_empties(
+    total_blocks: int, copies: bool, order: str, seed: int, snapshot_every: int
+) -> None:
+    """Promise C10, for mixtures of everything that takes space, with snapshots on the way."""
+    choice = random.Random(seed)
+    weights = [choice.random() for _ in range(6)]
+    filesystem = make(total_blocks, copies=copies)
+    empty = filesystem.space().used
+    refused = 0
+    number = 0
+    names: list[bytes] = []
+    while refused < 12:
+        number += 1
+        volume = filesystem.live
+        kind = choice.choices(range(6), weights)[0]
+        name = b"%d" % number + b"n" * choice.choice([0, 0, 220])
+        try:
+            if kind == 5 and names:
+                volume.rename(ROOT, names[-1], ROOT, name)
+                names[-1] = name
+                continue
+            if kind == 4:
+                volume.symlink(ROOT, name, b"t" * choice.randrange(1, 4000), 0, 0)
+                names.append(name)
+                continue
+            ino = create(volume, name)
+            names.append(name)
+            if kind == 1:
+                volume.write(ino, choice.randrange(100_000), bytes(choice.randrange(200_000)))
+            elif kind == 2:
+                volume.write(ino, 0, bytes(choice.randrange(1, 2048)))
+            elif kind == 3:
+                volume.setxattr(ino, b"user.x", bytes(choice.randrange(20_000)))
+        except NoSpaceError:
+            refused += 1
+        if number % snapshot_every == 0 and len(filesystem.catalog.snapshots()) < 30:
+            try_snapshot(filesystem, f"s{number}")
+        if choice.random() < 0.002:
+            filesystem.commit()
+            filesystem = crashed(filesystem)
+    assert filesystem.store.failed is None
+    require_clean(filesystem)
+    for _, entry in list(filesystem.live.listing(ROOT))[::7]:
+        inode = filesystem.live.get(entry.ino)
+        if stat.S_ISREG(inode.mode):
+            filesystem.live.setattr(entry.ino, Changes(size_bytes=0))
+    filesystem = crashed(filesystem)
+    filesystem = delete_in_order(filesystem, order, crash_every=choice.choice([0, 200]))
+    require_clean(filesystem)
+    delete_snapshots_one_by_one(filesystem)
     require_clean(filesystem)
     assert filesystem.space().used <= empty + 8
+
+
+def test_truncating_every_file_works_when_full_and_all_pinned() -> None:
+    """Promise C10: truncating to nothing is deleting, also of what a snapshot holds."""
+    filesystem = make(6000)
+    assert try_snapshot(filesystem, "zero")
+    fill_blocks(filesystem.live)
+    filesystem.commit()
+    try_snapshot(filesystem, "late")
+    for _, entry in list(filesystem.live.listing(ROOT)):
+        filesystem.live.setattr(entry.ino, Changes(size_bytes=0))
+    require_clean(filesystem)
+    delete_in_order(filesystem, "listing")
+    require_clean(filesystem)
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_reading_every_file_of_a_full_filesystem_does_not_eat_the_reserve(pinned: bool) -> None:
+    """Promise C8 and C10: access times are left as they are where there is no room to keep them."""
+    filesystem = make(4096)
+    volume = filesystem.live
+    if pinned:
+        assert try_snapshot(filesystem, "zero")
+    fill_inline(volume)
+    filesystem.commit()
+    for _, entry in list(volume.listing(ROOT)):
+        inode = volume.get(entry.ino)
+        inode.atime_ns = 0
+        volume.accessed(inode)
+    require_clean(filesystem)
+    assert filesystem.store.failed is None
+    delete_in_order(filesystem, "shuffled")
+    require_clean(filesystem)
+
+
+@pytest.mark.parametrize("blocks", [1, 16, 256])
+def test_refusing_writes_of_a_full_filesystem_costs_next_to_no_commits(blocks: int) -> None:
+    """ENOSPC is cheap: commits are tried where they can help, and not again where they did not."""
+    filesystem = make(6000)
+    fill_large(filesystem.live)
+    ino = create_or_find(filesystem.live, b"large")
+    before = filesystem.store.generation
+    refused = 0
+    for number in range(300):
+        try:
+            filesystem.live.write(ino, (1 << 30) + number * (1 << 20), bytes(blocks * BLOCK))
+        except NoSpaceError:
+            refused += 1
+    assert refused > 250
+    assert filesystem.store.generation - before <= 8
+    require_clean(filesystem)
+    # What was refused is let in as soon as there is room, without waiting for a commit.
+    filesystem.live.setattr(ino, Changes(size_bytes=1 << 20))
+    filesystem.live.write(ino, 1 << 30, bytes(blocks * BLOCK))
+    require_clean(filesystem)
+
+
+def create_or_find(volume: Volume, name: bytes) -> int:
+    found = volume.find(ROOT, name)
+    return create(volume, name) if found is None else found.ino
+
+
+def test_first_refusal_is_told_once_and_again_after_room_came_back() -> None:
+    """Somebody can be told that the filesystem is full: at the start of it, not at every call."""
+    filesystem = make(16384)
+    told: list[int] = []
+    filesystem.store.full = lambda: told.append(1)
+    for round_number in (1, 2):
+        fill_large(filesystem.live)
+        fill_names(filesystem.live)
+        assert len(told) == round_number
+        delete_everything(filesystem)
+        require_clean(filesystem)
+        create(filesystem.live, b"fits")
+        delete_everything(filesystem)
 
 
 def test_truncate_in_a_full_filesystem_frees_space() -> None:
