@@ -245,6 +245,9 @@ class Data:
             stop, tail = divmod(size, BLOCK_SIZE_BYTES)
             if tail:
                 self._store.admit(1, TIER_REMOVE)
+            if inode.data_blocks:  # what cannot be read must refuse all of it, not end it halfway
+                for _ in self._extents(inode.ino, stop, FILE_BLOCK_MAX + 1):
+                    pass
             if inode.flags & INODE_INLINE:
                 self._open(inode)
             dirty = self._dirty.get(inode.ino)
@@ -399,6 +402,15 @@ class Data:
                 extent = decode_extent(ino, below[1])
                 if start + extent.count > first:
                     begin = start
+        here = next(
+            tree.leaf_slices(key(ino, TYPE_EXTENT, begin), key(ino, TYPE_EXTENT, stop)), None
+        )
+        if here is None:
+            return False
+        _, values, at, last = here
+        for value in values[at:last]:
+            extent = decode_extent(ino, value)
+            self._store.map.require(extent.block, extent.count)
         removed = tree.pop_range(key(ino, TYPE_EXTENT, begin), key(ino, TYPE_EXTENT, stop))
         for item, value in removed:
             start = split_key(item)[2]

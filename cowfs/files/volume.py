@@ -441,6 +441,8 @@ class Volume:
         items = self.tree.one_leaf(start, stop)
         if items is not None:  # a file of few items goes in one piece
             extents = [decode_extent(ino, value) for item, value in items if item[8] == TYPE_EXTENT]
+            for extent in extents:
+                self.store.map.require(extent.block, extent.count)
             if items:
                 self.tree.pop_from(items[0][0], stop)
             self.data.forget(inode, extents)

@@ -105,7 +105,8 @@ class Xattrs:
         return None, free
 
     def _clear(self, inode: Inode, offset: int) -> None:
-        while self._tree.pop_range(
-            self._key(inode, offset), self._key(inode, offset + XATTR_CHUNKS)
-        ):
+        start, stop = self._key(inode, offset), self._key(inode, offset + XATTR_CHUNKS)
+        for _ in self._tree.leaf_slices(start, stop):
+            pass  # what cannot be read must refuse all of it, not end it halfway
+        while self._tree.pop_range(start, stop):
             pass

@@ -13,7 +13,7 @@ from cowfs.errors import CorruptError
 from cowfs.files.items import references
 from cowfs.history.catalog import Catalog
 from cowfs.history.records import DropRecord, DropStep
-from cowfs.storage.format import Pointer
+from cowfs.storage.format import NODE_BLOCKS, Pointer
 from cowfs.storage.store import TIER_DROP, Store
 
 log = logging.getLogger(__name__)
@@ -125,8 +125,15 @@ class DropQueue:
                 path.append(_Step(node.values[step.done], node.level - 1, 0))
                 return 0
             if not node.level:
-                for first, count in references(node.keys, node.values):
+                runs = references(node.keys, node.values)
+                for first, count in runs:  # all or none: this leaf is visited again if it fails
+                    store.map.require(first, count)
+                if step.pointer.twin:
+                    store.map.require(step.pointer.twin, NODE_BLOCKS)
+                for first, count in runs:
                     freed += store.map.drop(first, count, store.generation)
+        elif step.pointer.twin:
+            store.map.require(step.pointer.twin, NODE_BLOCKS)
         freed += store.drop_reference(step.pointer.block, step.pointer.twin)
         path.pop()
         if path:

@@ -4,6 +4,7 @@ Snapshot, delete, rename, rollback and undo are *edits* of the catalog. They are
 when every tree is whole, and become durable with that commit: each is atomic (C6) and O(1).
 """
 
+import errno
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -248,11 +249,13 @@ class Filesystem:
 
         def apply(filesystem: "Filesystem") -> RootRecord:
             target = filesystem.catalog.snapshot(name)
+            record, volume = filesystem._successor(target, target.root_id)
             root = target.tree
             filesystem.store.add_reference(root.block, root.twin)  # type: ignore[union-attr]
             reason = f"the state before the rollback to {name}"
-            return filesystem._replace_live(target, target.root_id, reason)
+            return filesystem._replace_live(record, volume, reason)
 
+        self._successor(self.catalog.snapshot(name), 0)  # damage is to be found before the freeze
         return apply
 
     def undo(self) -> EditAction:
@@ -265,12 +268,14 @@ class Filesystem:
 
         def apply(filesystem: "Filesystem") -> RootRecord:
             target = filesystem._undo_target()
+            record, volume = filesystem._successor(target, target.parent_id)
             filesystem.catalog.remove(target)  # the live volume takes over its reference
             filesystem._snapshot_volumes.pop(target.root_id, None)
             filesystem._relink(target)
             reason = "the state before a rollback was undone"
-            return filesystem._replace_live(target, target.parent_id, reason)
+            return filesystem._replace_live(record, volume, reason)
 
+        self._successor(self._undo_target(), 0)
         return apply
 
     def _undo_target(self) -> RootRecord:
@@ -281,10 +286,43 @@ class Filesystem:
             )
         return record
 
-    def _replace_live(self, target: RootRecord, parent_id: int, reason: str) -> RootRecord:
-        """The live volume becomes the tree of `target`, whose reference the caller has seen to."""
+    def _successor(self, target: RootRecord, parent_id: int) -> tuple[RootRecord, Volume]:
+        """What the live volume would be with the tree of `target`. Changes nothing.
+
+        Raises:
+            SnapshotError: the tree cannot be read; a freeze goes on without the edit.
+        """
+        record = replace(
+            target,
+            root_id=self.catalog.next_root_id,
+            kind=RootKind.VOLUME,
+            name=MAIN_VOLUME,
+            description="",
+            uuid=self.record.uuid,
+            origin_uuid=target.uuid,
+            created_generation=self.store.generation,
+            created_ns=time.time_ns(),
+            parent_id=parent_id,
+            undo_id=self.record.root_id,
+            flags=0,
+        )
+        volume = self._volume(record, writable=True)
+        try:
+            volume.load_orphans()
+        except (CorruptError, DeviceError) as error:
+            refusal = SnapshotError(f"snapshot {target.name!r} cannot be read: {error}")
+            refusal.errno = errno.EIO
+            raise refusal from error
+        return record, volume
+
+    def _replace_live(self, record: RootRecord, volume: Volume, reason: str) -> RootRecord:
+        """The live volume becomes that of `_successor`; the caller has seen to its tree's reference.
+
+        Returns:
+            The automatic snapshot of what was live.
+        """
         old = self.record
-        now_ns = time.time_ns()
+        now_ns = record.created_ns
         stamp = time.strftime("%Y-%m-%dT%H.%M.%S", time.localtime(now_ns // 10**9))
         name = f"before-rollback-{stamp}"
         number = 1
@@ -303,26 +341,13 @@ class Filesystem:
             flags=FLAG_AUTOMATIC,
         )
         self._put_new(kept)
-        record = replace(
-            target,
-            root_id=self.catalog.take_root_id(),
-            kind=RootKind.VOLUME,
-            name=MAIN_VOLUME,
-            description="",
-            uuid=old.uuid,
-            origin_uuid=target.uuid,
-            created_generation=self.store.generation,
-            created_ns=now_ns,
-            parent_id=parent_id,
-            undo_id=kept.root_id,
-            flags=0,
-        )
+        root_id = self.catalog.take_root_id()
+        assert root_id == record.root_id, "another edit came between"
         self.live.writable = False
         self._snapshot_volumes[old.root_id] = self.live
         self.catalog.put_name(record)
         self._set_live(record)
-        self.live = self._volume(record, writable=True)
-        self.live.load_orphans()
+        self.live = volume
         self.store.share(record.node_count, self.store.generation)
         return kept
 
@@ -398,6 +423,8 @@ class Filesystem:
             for edit in edits:
                 try:
                     edit.result = edit.action(self)
+                except (CorruptError, DeviceError):
+                    raise  # half of the edit may be done
                 except CowfsError as error:
                     edit.error = error
             self.drops.save()

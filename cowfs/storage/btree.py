@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from cowfs.errors import CorruptError
+from cowfs.errors import CorruptError, DeviceError
 from cowfs.storage.format import (
     ENTRY_OVERHEAD_BYTES,
     NODE_CAPACITY_BYTES,
@@ -365,10 +365,13 @@ class Tree:
                     other_at = left if left < at else at + 1
                     if not 0 <= other_at < len(parent.keys):
                         continue
-                    other = self._child(parent, other_at)
-                    if other.used_bytes + node.used_bytes > MERGED_BYTES_MAX:
-                        continue
-                    other = store.shadow(other, self.owner, self.references)
+                    try:
+                        other = self._child(parent, other_at)
+                        if other.used_bytes + node.used_bytes > MERGED_BYTES_MAX:
+                            continue
+                        other = store.shadow(other, self.owner, self.references)
+                    except (CorruptError, DeviceError):
+                        continue  # joining is a favour; what was asked for is done already
                     parent.values[other_at] = other
                     first, second = (other, node) if left < at else (node, other)
                     if node.level:  # its first key bounds nothing; the parent's does

@@ -353,6 +353,24 @@ class SpaceMap:
         ]
         return np.concatenate(parts)
 
+    def require(self, first: int, count: int) -> None:
+        """See that a coming `add` or `drop` of the run will not fail.
+
+        Whoever changes several runs, or a tree with them, asks for all of them first: half of the
+        counts would be wrong for ever.
+
+        Raises:
+            CorruptError: a page is damaged in both copies, or a refcount is zero.
+            DeviceError: a page cannot be read.
+        """
+        number, at = divmod(first, GROUP_BLOCKS)
+        while count > 0:
+            here = min(count, GROUP_BLOCKS - at)
+            if not self.group(number).references[at : at + here].all():
+                raise CorruptError("space map", first, "a block in use has refcount 0")
+            count -= here
+            number, at = number + 1, 0
+
     def _forget_node_places(self) -> None:
         self._node_places = 0
         self._node_places_exact = False

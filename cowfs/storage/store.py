@@ -211,16 +211,22 @@ class Store:
         generation = self.generation
         if node.generation == generation:
             return node
+        if node.twin:
+            self.map.require(node.twin, NODE_BLOCKS)
+        if self.map.refcount(node.block) > 1:
+            runs: list[Run]
+            if node.level:
+                places = [place for child in node.values for place in (child.block, child.twin)]
+                runs = [(place, NODE_BLOCKS) for place in places if place]
+            else:
+                runs = references(node.keys, node.values)
+            for first, count in runs:
+                self.map.require(first, count)
+            for first, count in runs:
+                self.map.add(first, count)
+        self.drop_reference(node.block, node.twin)
         if owner and node.generation <= self._shared_until:
             self.shared_nodes -= 1
-        if self.map.refcount(node.block) > 1:
-            if node.level:
-                for child in node.values:
-                    self.add_reference(child.block, child.twin)
-            else:
-                for first, count in references(node.keys, node.values):
-                    self.map.add(first, count)
-        self.drop_reference(node.block, node.twin)
         self.dirty_nodes += 1
         return Node(
             node.level, node.keys.copy(), node.values.copy(), node.used_bytes, generation, owner

@@ -1,0 +1,119 @@
+"""The k-th call of the device fails, for every k: reads, writes and flushes, once and for good (C8).
+
+The default run takes every third call of each part of the workload. `COWFS_FAULTS=all` takes
+every call of every range of parts, more than 20,000 faults. Each test prints its number (`-s`).
+"""
+
+import errno
+import functools
+import os
+
+import pytest
+
+from tests.faults.workload import PARTS, Base, Step, Workload, crash_seeds, make_bases
+from tests.model.devices import Fault, FaultDevice, MemoryDevice
+
+ALL = os.environ.get("COWFS_FAULTS") == "all"
+STRIDES = dict.fromkeys(("read", "write", "flush"), 1 if ALL else 3)
+RANGES = [
+    (first, stop)
+    for first in range(len(PARTS))
+    for stop in range(first + 1, len(PARTS) + 1 if ALL else first + 2)
+]
+
+KINDS = [
+    ("read", errno.EIO, False),
+    ("write", errno.EIO, False),
+    ("write", errno.EIO, True),
+    ("write", errno.ENOSPC, False),
+    ("write", errno.ENOSPC, True),
+    ("flush", errno.EIO, False),
+    ("flush", errno.ENOSPC, False),
+]
+
+
+LAYOUTS = ["twins", "one-copy"]
+
+
+@functools.cache
+def bases(layout: str) -> list[Base]:
+    return make_bases(copies=layout == "twins")
+
+
+def start(layout: str, parts: tuple[int, int], fault: Fault | None) -> tuple[Workload, FaultDevice]:
+    base = bases(layout)[parts[0]]
+    device = FaultDevice(base.disk.copy(), fault)
+    return Workload(device, base.model.copy()), device
+
+
+@functools.cache
+def call_count(layout: str, parts: tuple[int, int], kind: str) -> int:
+    """How often a call is made by a run in which nothing fails; that run must be perfect."""
+    work, device = start(layout, parts, None)
+    work.run(script_of(parts))
+    assert not work.failures
+    assert work.filesystem is None
+    work.end(disk_of(device).copy())
+    return device.calls[kind]
+
+
+def script_of(parts: tuple[int, int]) -> list[Step]:
+    return [step for part in PARTS[slice(*parts)] for step in part]
+
+
+def disk_of(device: FaultDevice) -> MemoryDevice:
+    assert isinstance(device.device, MemoryDevice)
+    return device.device
+
+
+def inject(
+    layout: str,
+    parts: tuple[int, int],
+    kind: str,
+    after: int,
+    number: int,
+    *,
+    short: bool,
+    sticky: bool,
+) -> None:
+    """One run with one fault, and its judgement."""
+    fault = Fault(kind, after, number, short=short, sticky=sticky)
+    work, device = start(layout, parts, fault)
+    work.run(script_of(parts))
+    assert fault.fired, "the fault was never met"
+    if kind == "read":
+        if not sticky and work.filesystem is not None and work.opened.store.failed is None:
+            work.require_whole()
+    else:
+        assert work.filesystem is not None, "unmounted in order, although a call failed"
+        work.require_failed_for_good()
+    device.fault = None
+    for choice in crash_seeds(after):
+        work.end(disk_of(device).crash(choice))
+
+
+@pytest.mark.parametrize("sticky", [False, True], ids=["once", "sticky"])
+@pytest.mark.parametrize(
+    ("kind", "number", "short"),
+    KINDS,
+    ids=[f"{kind}-{errno.errorcode[number]}{'-half' * short}" for kind, number, short in KINDS],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.timeout(3600)
+def test_failing_call_leaves_no_false_success_and_no_half_operation(
+    layout: str, kind: str, number: int, short: bool, sticky: bool
+) -> None:
+    """Promises C1 and C8: EIO is said, the past stays, and the image mounts clean afterwards."""
+    stride = STRIDES[kind]
+    injected = 0
+    for parts in RANGES:
+        for after in range(parts[0] % stride, call_count(layout, parts, kind), stride):
+            try:
+                inject(layout, parts, kind, after, number, short=short, sticky=sticky)
+            except BaseException:
+                print(f"parts {parts}, {kind} number {after}, {errno.errorcode[number]}, ", end="")
+                print(f"{layout}, {short=}, {sticky=}")
+                raise
+            injected += 1
+    assert injected
+    print(f"{injected} faults injected")
