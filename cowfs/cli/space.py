@@ -14,8 +14,12 @@ from cowfs.cli.output import (
     print_table,
 )
 from cowfs.cli.snapshots import target_argument
-from cowfs.cli.target import open_target
-from cowfs.history.reports import InfoReport, SpaceReport
+from cowfs.cli.target import Target, open_target
+from cowfs.history.reports import InfoReport, ReclaimReport, SpaceReport, reclaim_report
+
+NEARLY_FULL_SHARE = 20  # when less than a twentieth of the image is available
+SNAPSHOTS_LOOKED_AT = 64  # the oldest; cowdu looks at all
+SNAPSHOTS_NAMED = 3
 
 _SPACE = {
     "TOTAL": "total_bytes",
@@ -37,6 +41,8 @@ _SPACE = {
 def df(target: str, as_json: bool, bare: bool, exact: bool) -> None:
     """Show where the space is. Which snapshot holds it: cowdu TARGET.
 
+    When little is available, also which snapshots' deletion frees most.
+
     \b
     USED       TREE (files of all volumes and snapshots) and CATALOG (their records)
     SYSTEM     superblocks and the space map
@@ -51,14 +57,37 @@ def df(target: str, as_json: bool, bare: bool, exact: bool) -> None:
     """
     with open_target(target) as filesystem:
         space = filesystem.space()
+        largest = _largest(filesystem, space)
     if as_json:
-        print_json("cowfs df", as_fields(space))
+        fields = {**as_fields(space), "largest_snapshots": [as_fields(each) for each in largest]}
+        print_json("cowfs df", fields)
         return
     numbers = Numbers(exact)
     row = [numbers.size(getattr(space, field)) for field in _SPACE.values()]
     print_table([Column(title, right=True) for title in _SPACE], [row], bare=bare)
     if not bare:
         _print_drops(space, numbers)
+        for each in largest:
+            names = ",".join(map(printable, each.names))
+            click.echo(f"nearly full: deleting {names} frees {numbers.size(each.reclaim_bytes)}")
+
+
+def _largest(filesystem: Target, space: SpaceReport) -> list[ReclaimReport]:
+    """Of a nearly full filesystem: which snapshots' deletion frees most, each alone and all together.
+
+    Read here, not by the daemon, from a generation that it keeps meanwhile.
+    """
+    if space.available_bytes * NEARLY_FULL_SHARE > space.total_bytes:
+        return []
+    # Those that grew the most since the snapshot before are seldom the newest.
+    names = [each.name for each in filesystem.snapshots()][:SNAPSHOTS_LOOKED_AT]
+    if not names:
+        return []
+    with filesystem.reading() as opened:
+        alone = [reclaim_report(opened, [name]) for name in names]
+        together = [reclaim_report(opened, names)] if len(names) > 1 else []
+    alone.sort(key=lambda report: report.reclaim_bytes, reverse=True)
+    return [*alone[:SNAPSHOTS_NAMED], *together]
 
 
 def _print_drops(space: SpaceReport, numbers: Numbers) -> None:

@@ -5,6 +5,7 @@ when every tree is whole, and become durable with that commit: each is atomic (C
 """
 
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -48,6 +49,8 @@ from cowfs.storage.format import (
 from cowfs.storage.node import CACHE_BYTES_DEFAULT
 from cowfs.storage.store import Store, blank_superblock
 from cowfs.storage.superblock import read_newest
+
+log = logging.getLogger(__name__)
 
 SHARED_READS_MAX = 256  # nodes read to learn what snapshots share: some ten milliseconds
 SNAPSHOT_VOLUMES_MAX = 64  # open trees of snapshots; each holds little, its nodes are in the cache
@@ -102,6 +105,7 @@ class Filesystem:
         self._shared_is_stale = False
         if store.writable:
             store.relieve = self._relieve
+            store.full = self._say_full
             self.live.load_orphans()
             store.share(self.record.node_count, superblock.generation)
             self._shared_is_stale = True
@@ -479,6 +483,22 @@ class Filesystem:
             store.pins.clear()  # a reader must not keep the filesystem full
         self.commit()
         return True
+
+    def _say_full(self) -> None:
+        """Log what may help; what each deletion frees is for `cowfs df` to find out, not the loop."""
+        snapshots = self.catalog.snapshots()
+        if not snapshots:
+            log.warning("the filesystem is full, and no snapshot holds anything; delete files")
+            return
+        copies = self.store.copies
+        largest = max(snapshots, key=lambda record: record.referenced_blocks(copies))
+        log.warning(
+            "the filesystem is full; of %d snapshots %r is the oldest and %r the largest; cowfs df "
+            "names those whose deletion frees most",
+            len(snapshots),
+            snapshots[0].name,
+            largest.name,
+        )
 
     def close(self) -> None:
         """Commit what is left, mark the image clean, and close the device."""
