@@ -75,6 +75,7 @@ TYPE_WORDS = {
     TYPE_EXTENT: "extent",
 }
 PREVIEW_BYTES = 32
+DAMAGE_LINES_MAX = 1000
 PIPE_WIDTH = 1000  # nobody wants a line broken that goes to another program
 
 Record = dict[str, Any]
@@ -100,7 +101,8 @@ class Dump:
         self._reader = MetadataReader(device, self.superblock)
 
     def _tell(self, _invariant: str, what: str, block: int) -> None:
-        self.damage.append(f"block {block}: {what}")
+        if len(self.damage) < DAMAGE_LINES_MAX:
+            self.damage.append(f"block {block}: {what}")
 
     # --- views ----------------------------------------------------------------------------------
 
@@ -210,6 +212,10 @@ class Dump:
             if only_group is not None and group != only_group:
                 continue
             pointer = index_pointer(entry)
+            fault = pointer_fault(pointer, 1, superblock.generation, superblock)
+            if fault is not None:
+                self._tell(*fault, pointer.block)
+                continue
             page = self._reader.refcounts(pointer, self._tell)
             if page is None:
                 continue
@@ -250,8 +256,13 @@ class Dump:
     ) -> Iterator[tuple[NodeImage, Pointer]]:
         """The nodes of a tree, parents first; only those that may hold keys of a range."""
         waiting: list[tuple[Pointer, int | None]] = [(root, None)]
+        met = set()
         while waiting:
             pointer, level = waiting.pop()
+            if pointer.block in met:
+                self._tell("I5", "two ways lead to this node; it is shown once", pointer.block)
+                continue
+            met.add(pointer.block)
             superblock = self.superblock
             fault = pointer_fault(pointer, NODE_BLOCKS, superblock.generation, superblock)
             if fault is not None:

@@ -558,7 +558,11 @@ class Operations(pyfuse3.Operations):
         ):
             return
         if start_id < COOKIE_DOT_DOT:
-            parent = volume.get(inode.rdev) if inode.nlink else inode
+            try:
+                parent = volume.get(inode.rdev) if inode.nlink else inode
+            except OSError as error:
+                log.error("the parent of directory %d cannot be shown: %s", ino, error)
+                parent = inode
             if not reply(token, b"..", self._attributes(volume, parent), COOKIE_DOT_DOT):
                 return
         shown = node == ROOT_NODE and self._snapshots_shown
@@ -593,7 +597,11 @@ class Operations(pyfuse3.Operations):
             volume = self.filesystem.volume(record.root_id)
             if cookie <= start_id or volume is None or volume is self._live:
                 continue
-            entry = copy.copy(self._attributes(volume, volume.get(ROOT_INO)))
+            try:
+                entry = copy.copy(self._attributes(volume, volume.get(ROOT_INO)))
+            except OSError as error:
+                log.error("snapshot %s cannot be shown: %s", record.name, error)
+                continue
             entry.entry_timeout = 0
             if not reply(token, record.name.encode(), entry, cookie):
                 return

@@ -290,11 +290,11 @@ class Data:
         if inode.flags & INODE_INLINE:
             self._tree.delete(key(inode.ino, TYPE_INLINE, 0))
             inode.flags &= ~INODE_INLINE
-        while inode.data_blocks:
-            if not budget:
-                return False
-            budget -= 1
-            self._punch_some(inode, 0, FILE_BLOCK_MAX + 1)
+        if inode.data_blocks:
+            while self._punch_some(inode, 0, FILE_BLOCK_MAX + 1):
+                if not budget:
+                    return False
+                budget -= 1
         return True
 
     def forget(self, inode: Inode, extents: list[Extent]) -> None:
@@ -305,7 +305,7 @@ class Data:
         drop, generation = self._store.map.drop, self._store.generation
         for extent in extents:
             drop(extent.block, extent.count, generation)
-            self.data_blocks -= extent.count
+            self.data_blocks = max(0, self.data_blocks - extent.count)
 
     def flush(self, inode_of: Callable[[int], Inode]) -> list[Inode]:
         """Allocate all that is dirty, file after file, and put its extents into the trees.
@@ -389,7 +389,7 @@ class Data:
     def _punch(self, inode: Inode, first: int, stop: int) -> None:
         """Let the blocks [first, stop) of the file hold nothing; extents at the edges are cut."""
         while inode.data_blocks and self._punch_some(inode, first, stop):
-            pass
+            pass  # the number only saves a search where there is nothing
 
     def _punch_some(self, inode: Inode, first: int, stop: int) -> bool:
         """The same for the extents of one leaf. Returns whether there was any."""
@@ -425,8 +425,8 @@ class Data:
                 tree.put(key(ino, TYPE_EXTENT, cut_stop), right.encode())
             gone = cut_stop - cut_first
             self._store.map.drop(extent.block + cut_first - start, gone, self._store.generation)
-            inode.data_blocks -= gone
-            self.data_blocks -= gone
+            inode.data_blocks = max(0, inode.data_blocks - gone)  # the image may say any number
+            self.data_blocks = max(0, self.data_blocks - gone)
         return bool(removed)
 
 

@@ -31,12 +31,19 @@ class Inodes:
         Raises:
             OSError: ESTALE, there is none.
         """
+        inode = self.dirty.get(ino) or self._clean.get(ino) or self.find(ino)
+        if inode is None:
+            raise posix_error(errno.ESTALE)
+        return inode
+
+    def find(self, ino: int) -> Inode | None:
+        """The same; None when there is none."""
         inode = self.dirty.get(ino) or self._clean.get(ino)
         if inode is not None:
             return inode
-        value = self._tree.get(inode_key(ino))
+        value = self._tree.get(inode_key(ino)) if 0 < ino <= INO_MAX else None
         if value is None:
-            raise posix_error(errno.ESTALE)
+            return None
         inode = decode_inode(ino, value)
         if inode.birth > self._tree.store.generation:
             raise CorruptError(f"inode {ino}", ino, "born in the future", inode.birth)
@@ -88,7 +95,7 @@ class Inodes:
             self._tree.store.promised_items -= 1
         self._clean.pop(ino, None)
         self._fresh.discard(ino)
-        self.count -= 1
+        self.count = max(0, self.count - 1)  # the image may say any number
 
     def forget_answers(self) -> None:
         """What was made of the inodes holds no more."""

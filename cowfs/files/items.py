@@ -40,7 +40,13 @@ TYPE_EXTENT = 6
 TYPES = frozenset(range(7))
 
 key = KEY.pack
-split_key = KEY.unpack
+
+
+def split_key(item: bytes) -> tuple[int, int, int]:
+    """Inode, type and offset of an item's key."""
+    if len(item) != KEY_BYTES:
+        raise CorruptError("item", 0, "its key has the wrong length", len(item), KEY_BYTES)
+    return KEY.unpack(item)
 
 
 def inode_key(ino: int) -> bytes:
@@ -301,9 +307,17 @@ def decode_extent(ino: int, value: bytes) -> Extent:
 
 
 def references(keys: list[bytes], values: list[bytes]) -> list[tuple[int, int]]:
-    """The runs of data blocks (first, count) that a leaf's items point at, one per extent (I1)."""
-    return [
+    """The runs of data blocks (first, count) that a leaf's items point at, one per extent (I1).
+
+    Raises:
+        CorruptError: an extent has an impossible length.
+    """
+    runs = [
         EXTENT.unpack_from(value)[:2]
         for item_key, value in zip(keys, values, strict=True)
         if len(item_key) == KEY_BYTES and item_key[8] == TYPE_EXTENT and len(value) >= EXTENT_BYTES
     ]
+    for first, count in runs:
+        if not 0 < count <= EXTENT_BLOCKS_MAX:
+            raise CorruptError("extent", first, "length out of range", count)
+    return runs

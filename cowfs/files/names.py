@@ -3,9 +3,10 @@
 The hash and the entry's slot make the readdir cookie, which stays valid while other names come and go.
 """
 
+import logging
 from collections.abc import Iterator
 
-from cowfs.errors import NoSpaceError
+from cowfs.errors import CorruptError, NoSpaceError
 from cowfs.files.items import (
     NAME_ENTRY_BYTES,
     NAME_SLOTS,
@@ -22,6 +23,8 @@ from cowfs.files.items import (
 from cowfs.storage.btree import Tree
 
 COOKIE_MASK = NAME_SLOTS - 1
+
+log = logging.getLogger(__name__)
 
 
 class Names:
@@ -95,16 +98,25 @@ class Names:
         self._tree.put(item, encode_names(names))
 
     def is_empty(self, directory: int) -> bool:
-        return next(self.listing(directory, 0), None) is None
+        start, stop = key(directory, TYPE_NAME, 0), key(directory, TYPE_NAME + 1, 0)
+        return next(self._tree.leaf_slices(start, stop), None) is None
 
     def listing(self, directory: int, after: int) -> Iterator[tuple[int, Name]]:
-        """(cookie, entry) of each name whose cookie is above `after`; 0 begins at the start."""
+        """(cookie, entry) of each name whose cookie is above `after`; 0 begins at the start.
+
+        An item that is damaged is logged and left out: the other names are still shown.
+        """
         start = key(directory, TYPE_NAME, after & ~COOKIE_MASK)
         stop = key(directory, TYPE_NAME + 1, 0)
         for keys, values, first, last in self._tree.leaf_slices(start, stop):
             for at in range(first, last):
-                base = split_key(keys[at])[2]
-                for entry in decode_names(directory, values[at]):
+                try:
+                    base = split_key(keys[at])[2]
+                    names = decode_names(directory, values[at])
+                except CorruptError as error:
+                    log.error("%s; it is left out of the listing, run cowfs check", error)
+                    continue
+                for entry in names:
                     cookie = base | entry.slot
                     if cookie > after:
                         yield cookie, entry

@@ -18,6 +18,7 @@ from cowfs.errors import CorruptError, ReadOnlyError, posix_error
 from cowfs.files.data import Data, Reading
 from cowfs.files.inodes import Inodes
 from cowfs.files.items import (
+    FILE_SIZE_MAX,
     INODE_INLINE,
     LINK_MAX,
     NAME_BYTES_MAX,
@@ -214,6 +215,7 @@ class Volume:
         inode = self.lookup(directory, name)
         if stat.S_ISDIR(inode.mode):
             raise posix_error(errno.EISDIR)
+        self._require_linked(inode)
         now_ns = time.time_ns()
         self.names.remove(directory, name)
         self._renamed(parent, -len(name), now_ns)
@@ -228,9 +230,10 @@ class Volume:
         parent = self._directory(directory)
         inode = self.lookup(directory, name)
         self._require_empty(inode)
+        self._require_linked(inode)
         now_ns = time.time_ns()
         self.names.remove(directory, name)
-        parent.nlink -= 1
+        self._count_link(parent, -1)
         self._renamed(parent, -len(name), now_ns)
         self._unlinked(inode, now_ns)
         return inode
@@ -283,9 +286,11 @@ class Volume:
         else:
             if stat.S_ISDIR(moving.mode):
                 self._require_empty(target)
-                parent.nlink -= 1
+                self._require_linked(target)
+                self._count_link(parent, -1)
             elif stat.S_ISDIR(target.mode):
                 raise posix_error(errno.EISDIR)
+            self._require_linked(target)
             self.names.change(directory, name, moving.ino, moving.mode >> 12)
             self._renamed(parent, 0, now_ns)
             self._unlinked(target, now_ns)
@@ -314,8 +319,8 @@ class Volume:
     def _moved(self, inode: Inode, old_parent: Inode, parent: Inode, now_ns: int) -> None:
         if stat.S_ISDIR(inode.mode) and old_parent is not parent:
             inode.rdev = parent.ino
-            old_parent.nlink -= 1
-            parent.nlink += 1
+            self._count_link(old_parent, -1)
+            self._count_link(parent, 1)
         inode.ctime_ns = now_ns
         self.inodes.touch(inode)
 
@@ -433,14 +438,22 @@ class Volume:
             Whether it is gone; otherwise call again.
         """
         self._admit(TIER_REMOVE)
-        inode = self.get(ino)
-        assert not inode.nlink, "a file with names is no orphan"
         assert ino in self.orphans
+        inode = self.inodes.find(ino)
         self.changed = True
+        if inode is None:  # a mark in the image for nothing: it goes with the next flush
+            self.orphans.discard(ino)
+            return True
+        if inode.nlink:
+            raise CorruptError(f"inode {ino}", ino, "an orphan mark, but names", inode.nlink)
         start, stop = inode_key(ino), inode_key(ino + 1)
         items = self.tree.one_leaf(start, stop)
         if items is not None:  # a file of few items goes in one piece
-            extents = [decode_extent(ino, value) for item, value in items if item[8] == TYPE_EXTENT]
+            extents = [
+                decode_extent(ino, value)
+                for item, value in items
+                if split_key(item)[1] == TYPE_EXTENT
+            ]
             for extent in extents:
                 self.store.map.require(extent.block, extent.count)
             if items:
@@ -525,7 +538,7 @@ class Volume:
             raise posix_error(errno.EEXIST)
 
     def _renamed(self, directory: Inode, bytes_more: int, now_ns: int) -> None:
-        directory.size_bytes += bytes_more
+        directory.size_bytes = max(0, min(FILE_SIZE_MAX, directory.size_bytes + bytes_more))
         directory.mtime_ns = directory.ctime_ns = now_ns
         self._touch(directory)
 
@@ -535,6 +548,15 @@ class Volume:
         self.inodes.touch(inode)
         if not inode.nlink:
             self.orphans.add(inode.ino)
+
+    def _require_linked(self, inode: Inode) -> None:
+        """A file that a name leads to has links; the image may say something else."""
+        if not inode.nlink or inode.ino == ROOT_INO:
+            raise CorruptError(f"inode {inode.ino}", inode.ino, "a name, but nlink", inode.nlink)
+
+    def _count_link(self, directory: Inode, links: int) -> None:
+        """A subdirectory came or went; a number that was wrong in the image stays one."""
+        directory.nlink = max(1, min(LINK_MAX, directory.nlink + links))
 
     def _require_empty(self, inode: Inode) -> None:
         if not stat.S_ISDIR(inode.mode):

@@ -24,6 +24,7 @@ ROOT_ID_MAX = (1 << 23) - 1  # with an inode number and a flag it fits into the 
 SNAPSHOT_NAME_BYTES_MAX = 255
 DESCRIPTION_BYTES_MAX = 1024
 MAIN_VOLUME = "main"
+COUNTER_MAX = 1 << 56  # no image holds so many of anything: counting on never leaves 64 bits
 
 _ID = struct.Struct(">Q")
 
@@ -195,6 +196,8 @@ def decode_root(value: bytes) -> RootRecord:
         raise CorruptError(f"root record {root_id}", 0, "unknown flags, or too long a description")
     if any(fields[2:4]) or any(fields[16]) or fields[17] or any(fields[20:22]):
         raise CorruptError(f"root record {root_id}", 0, "reserved bytes are not zero")
+    if max(fields[12:16]) > COUNTER_MAX:
+        raise CorruptError(f"root record {root_id}", 0, "a number out of range", max(fields[12:16]))
     try:
         name = value[ROOT_BYTES : ROOT_BYTES + name_length].decode()
         description = value[ROOT_BYTES + name_length :].decode()
@@ -286,6 +289,8 @@ def decode_drop(value: bytes) -> DropRecord:
     start = DROP_BYTES + name_length
     if len(value) != start + steps * DROP_STEP.size or reserved:
         raise CorruptError(f"drop record {number}", 0, "wrong length", len(value))
+    if max(number, freed, referenced) > COUNTER_MAX:
+        raise CorruptError(f"drop record {number}", 0, "a number out of range")
     if not 0 < steps <= NODE_LEVEL_MAX + 1:
         raise CorruptError(f"drop record {number}", 0, "path length out of range", steps)
     try:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from cowfs.errors import CorruptError
-from cowfs.files.items import EXTENT, TYPE_EXTENT, references
+from cowfs.files.items import KEY_BYTES, TYPE_EXTENT, decode_extent, references, split_key
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import RootRecord
 from cowfs.storage.format import GROUP_BLOCKS, NODE_BLOCKS, Pointer
@@ -104,19 +104,21 @@ def written_blocks(filesystem: Filesystem, record: RootRecord) -> int:
     store = filesystem.store
     total = 0
     stack: list[Entry] = [(record.pointer, None)]
+    met = set()  # only a tree that lies leads to a node twice
     while stack:
         pointer, level = stack.pop()
-        if pointer.birth <= since:
+        if pointer.birth <= since or pointer.block in met:
             continue
+        met.add(pointer.block)
         node = store.load(pointer, level)
         total += NODE_BLOCKS * (2 if pointer.twin else 1)
         if node.level:
             stack.extend((_pointer(child), node.level - 1) for child in node.values)
         else:
             for key, value in zip(node.keys, node.values, strict=True):
-                if key[8] == TYPE_EXTENT:
-                    _, count, birth = EXTENT.unpack_from(value)[:3]
-                    total += count if birth > since else 0
+                if len(key) == KEY_BYTES and key[8] == TYPE_EXTENT:
+                    extent = decode_extent(split_key(key)[0], value)
+                    total += extent.count if extent.birth > since else 0
     return total
 
 

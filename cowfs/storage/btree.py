@@ -113,6 +113,8 @@ class Tree:
             while node.level:
                 path.append((node, len(node.keys) - 1))
                 node = self._child(node, len(node.keys) - 1)
+            if not node.keys:
+                raise CorruptError("node", node.block, "a leaf below the root is empty")
             at = len(node.keys) - 1
         return node.keys[at], node.values[at]
 
@@ -141,10 +143,13 @@ class Tree:
                 return
             parent, index = path.pop()
             path.append((parent, index + 1))
+            before = node.keys[-1] if node.keys else stop
             node = self._child(parent, index + 1)
             while node.level:
                 path.append((node, 0))
                 node = self._child(node, 0)
+            if not node.keys or node.keys[0] <= before:  # else one leaf could be met for ever
+                raise CorruptError("node", node.block, "its keys are not above those before it")
             first = 0
 
     def one_leaf(self, start: bytes, stop: bytes) -> list[tuple[bytes, Any]] | None:

@@ -14,7 +14,13 @@ from dataclasses import dataclass, field, replace
 
 from cowfs.errors import CorruptError, DeviceError
 from cowfs.storage.device import Buffer
-from cowfs.storage.format import BLOCK_SIZE_BYTES, FLAG_CLEAN, Superblock, encode_node
+from cowfs.storage.format import (
+    BLOCK_SIZE_BYTES,
+    FLAG_CLEAN,
+    NODE_BLOCKS,
+    Superblock,
+    encode_node,
+)
 from cowfs.storage.node import Node
 from cowfs.storage.spacemap import FrozenMap, Run
 from cowfs.storage.store import Store
@@ -118,8 +124,9 @@ def begin(
         flags=FLAG_CLEAN if clean else 0,
         committed_ns=time.time_ns(),
         oldest_retained=store.oldest_retained(),
-        used_blocks=store.map.used_blocks,
-        catalog_nodes=catalog_nodes,
+        # Where an image told wrong numbers they stay wrong, but what is written can be read.
+        used_blocks=max(0, min(store.map.used_blocks, store.map.total_blocks)),
+        catalog_nodes=max(1, min(catalog_nodes, store.map.total_blocks // NODE_BLOCKS)),
         system_blocks=store.map.system_blocks - store.map.pending_system_blocks,
         next_root_id=next_root_id,
     )

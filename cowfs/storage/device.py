@@ -131,6 +131,8 @@ class FileDevice:
                 data += more
         except DeviceError:
             raise
+        except OverflowError:
+            raise DeviceError(f"cannot read {self.name} at {offset}: no file is so long") from None
         except OSError as error:
             raise DeviceError(f"cannot read {self.name} at {offset}: {error.strerror}") from error
         return data

@@ -177,6 +177,7 @@ class SpaceMap:
                 check_pointer(pointer, self.total_blocks, top.birth, "space map", 0, 1)
                 entries = self._read_index_page(pointer, level, number)
                 first = number * INDEX_FANOUT
+                self._require_empty_rest(entries, level - 1, first, pointer.block)
                 self._index[level - 1][first : first + INDEX_FANOUT] = entries
                 self._mark_own(pointer)
         entries = self._index[0][: self.group_count]
@@ -197,6 +198,15 @@ class SpaceMap:
                 raise CorruptError(
                     "space map", group, "more system blocks than free ones", sum(system)
                 )
+
+    def _require_empty_rest(self, entries: np.ndarray, level: int, first: int, at: int) -> None:
+        """Entries that name no page hold nothing else, and none stands beyond the last page."""
+        count = -(-self.group_count // INDEX_FANOUT**level)
+        named = entries["block"] != 0
+        if entries[~named].tobytes().count(0) != entries[~named].nbytes:
+            raise CorruptError("space map index", at, "an entry without a page is not empty")
+        if named[max(0, count - first) :].any():
+            raise CorruptError("space map index", at, "an entry beyond the last page")
 
     def hold(self, top: Pointer, generation: int) -> None:
         """Keep what an earlier generation shows from being allocated: it becomes pending, as it was
@@ -341,7 +351,19 @@ class SpaceMap:
 
     # --- refcounts ----------------------------------------------------------------------------------
 
+    def _parts(self, first: int, count: int) -> list[tuple[int, int, int]]:
+        """A run that an item names, cut at group boundaries.
+
+        Raises:
+            CorruptError: it leaves the image.
+        """
+        if not (first > 0 and 0 < count <= self.total_blocks - first):
+            raise CorruptError("space map", first, "a run leaves the image", count)
+        return _split(first, count)
+
     def refcount(self, block: int) -> int:
+        if not 0 < block < self.total_blocks:
+            raise CorruptError("space map", block, "a block beyond the end of the image")
         number, at = divmod(block, GROUP_BLOCKS)
         return int(self.group(number).references[at])
 
@@ -349,7 +371,7 @@ class SpaceMap:
         """The refcounts of a run, as a copy."""
         parts = [
             self.group(number).references[at : at + here]
-            for number, at, here in _split(first, count)
+            for number, at, here in self._parts(first, count)
         ]
         return np.concatenate(parts)
 
@@ -394,7 +416,7 @@ class SpaceMap:
 
     def add(self, first: int, count: int) -> None:
         """One more parent points at each block of the run (all of them referenced already)."""
-        for number, at, here in _split(first, count):
+        for number, at, here in self._parts(first, count):
             part = self._dirty_group(number).references[at : at + here]
             if not part.all():
                 raise CorruptError("space map", first, "a block in use has refcount 0")
@@ -415,7 +437,7 @@ class SpaceMap:
             CorruptError: a refcount was zero already.
         """
         freed = 0
-        for number, at, here in _split(first, count):
+        for number, at, here in self._parts(first, count):
             group = self._dirty_group(number)
             if here == 1 and group.references[at] == 1:  # a small file's only block, as often
                 group.references[at] = 0
