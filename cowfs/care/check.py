@@ -9,6 +9,7 @@ The image must not be written meanwhile, unless its writer retains the generatio
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +27,11 @@ from cowfs.care.references import References, SpaceMapCheck, index_pointer, poin
 from cowfs.care.report import CheckProgress, CheckReport, Finding, Findings
 from cowfs.care.walk import CatalogEntry, NodeFacts, Walk
 from cowfs.errors import CorruptError
-from cowfs.files.items import KEY_BYTES, TYPE_EXTENT, decode_extent, split_key
+from cowfs.files.items import INO_MAX, KEY_BYTES, TYPE_EXTENT, decode_extent, split_key
 from cowfs.history.records import (
+    COUNTER_MAX,
     MAIN_VOLUME,
+    ROOT_ID_MAX,
     DropRecord,
     RootKind,
     RootRecord,
@@ -76,6 +79,41 @@ def check_image(
         ImageError: not an image, of a newer format, or without that generation.
         DeviceError: neither copy of the superblock ring can be read.
     """
+    return inspect_image(device, generation=generation, progress=progress, data=data).report
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A report, and what was counted on the way to it, for a repair.
+
+    Attributes:
+        corrections: root records with their numbers set right, by root id.
+        next_root_id: above every root id that was met.
+        catalog_nodes: of the catalog, counted; 0 where it could not be read.
+        sound: no node or data lies where another does, no key or level is impossible.
+    """
+
+    report: CheckReport
+    slots: list[Slot]
+    superblock: Superblock
+    reader: MetadataReader
+    references: References
+    walk: Walk
+    space_map: SpaceMapCheck
+    corrections: dict[int, RootRecord]
+    next_root_id: int
+    catalog_nodes: int
+    sound: bool
+
+
+def inspect_image(
+    device: Device,
+    *,
+    generation: int | None = None,
+    progress: Callable[[CheckProgress], None] | None = None,
+    data: bool = True,
+) -> Inspection:
+    """The same as `check_image`, with what it counted."""
     slots = read_ring(device)
     superblock = choose_superblock(device, slots, generation)
     findings = Findings()
@@ -92,6 +130,9 @@ def check_image(
     roots = _Roots(reader, superblock, walk, contents, findings)
     roots.run()
 
+    sound = not any(
+        finding.invariant == "I5" and not finding.repairable for finding in findings.all()
+    )
     findings.root = "space map"
     space_map = SpaceMapCheck(reader, superblock, references, findings, incomplete=walk.incomplete)
     system_blocks = space_map.run()
@@ -103,7 +144,7 @@ def check_image(
             findings.root = f"generation {earlier.generation}"
             retained_check.run(earlier)
             retained.append(earlier.generation)
-    return CheckReport(
+    report = CheckReport(
         generation=superblock.generation,
         findings=findings.all(),
         findings_left_off=findings.left_off,
@@ -115,6 +156,19 @@ def check_image(
         system_blocks=system_blocks,
         verified_blocks=contents.verified_blocks,
         retained_generations=tuple(retained),
+    )
+    return Inspection(
+        report=report,
+        slots=slots,
+        superblock=superblock,
+        reader=reader,
+        references=references,
+        walk=walk,
+        space_map=space_map,
+        corrections=roots.corrections,
+        next_root_id=roots.next_root_id,
+        catalog_nodes=roots.catalog_nodes,
+        sound=sound,
     )
 
 
@@ -154,6 +208,9 @@ class _Roots:
         findings: Findings,
     ) -> None:
         self.count = 0
+        self.corrections: dict[int, RootRecord] = {}
+        self.next_root_id = superblock.next_root_id
+        self.catalog_nodes = 0
         self._reader = reader
         self._superblock = superblock
         self._walk = walk
@@ -168,12 +225,15 @@ class _Roots:
         top = walk.root(superblock.catalog, superblock.generation, catalog=True)
         if top is None or top.broken:
             findings.error("C9", "the catalog cannot be read in full")
-        elif top.nodes != superblock.catalog_nodes:
-            findings.error(
-                "I6",
-                f"the superblock counts {superblock.catalog_nodes} catalog nodes, "
-                f"expected {top.nodes}",
-            )
+        else:
+            self.catalog_nodes = top.nodes
+            if top.nodes != superblock.catalog_nodes:
+                findings.error(
+                    "I6",
+                    f"the superblock counts {superblock.catalog_nodes} catalog nodes, "
+                    f"expected {top.nodes}",
+                    repairable=True,
+                )
         self._read_catalog(complete=top is not None and not top.broken)
         for drop, _ in self._drops:
             walk.expect_drop(drop)
@@ -247,10 +307,14 @@ class _Roots:
         next_root_id = self._superblock.next_root_id
         for what, root_id in (("root id", record.root_id), ("parent", record.parent_id)):
             if root_id >= next_root_id:
+                mendable = root_id <= ROOT_ID_MAX
+                if mendable:
+                    self.next_root_id = max(self.next_root_id, root_id + 1)
                 findings.error(
                     "I7",
                     f"{what} is {root_id}, but the next root id is {next_root_id}",
                     block=entry.block,
+                    repairable=mendable,
                 )
         if record.created_generation > self._superblock.generation:
             findings.error(
@@ -290,20 +354,39 @@ class _Roots:
                     "I7",
                     f"the root record counts {found} {what}, expected {expected}",
                     block=entry.block,
+                    repairable=True,
                 )
         last = split_key(top.last_key)[0] if len(top.last_key) == KEY_BYTES else 0
-        if record.next_ino <= last:
+        next_ino = record.next_ino
+        if next_ino <= last:
+            mendable = last <= INO_MAX
+            if mendable:
+                next_ino = last + 1
             self._findings.error(
                 "I7",
                 f"next inode number is {record.next_ino}, but {last} exists",
                 block=entry.block,
+                repairable=mendable,
             )
+        right = replace(
+            record,
+            node_count=top.nodes,
+            data_blocks=part.data_blocks,
+            inode_count=part.inodes,
+            next_ino=next_ino,
+        )
+        if right != record and max(top.nodes, part.data_blocks) <= COUNTER_MAX:
+            self.corrections[record.root_id] = right
 
     def _leaves(self, pointer: Pointer) -> Iterator[NodeImage]:
-        """The leaves of a tree in key order, as far as they can be read."""
+        """The leaves of a tree in key order, as far as they can be read, each once."""
         waiting: list[tuple[Pointer, int | None]] = [(pointer, None)]
+        met = set()
         while waiting:
             here, level = waiting.pop()
+            if here.block in met:
+                continue  # only a tree that lies leads to a node twice
+            met.add(here.block)
             if pointer_fault(here, NODE_BLOCKS, self._superblock.generation, self._superblock):
                 continue  # the walk told
             image = self._reader.node(here, level, _ignore)
@@ -320,8 +403,12 @@ class _Roots:
 def _edges(top: NodeFacts) -> Iterator[npt.NDArray[np.uint64]]:
     """The directory edges of all leaves below a node."""
     waiting = [top]
+    met = set()
     while waiting:
         facts = waiting.pop()
+        if facts.pointer.block in met:
+            continue
+        met.add(facts.pointer.block)
         waiting += facts.children
         if facts.part is not None and facts.part.edges is not None:
             yield facts.part.edges
@@ -384,7 +471,10 @@ class _RetainedCheck:
         self._space_map(reader, superblock)
 
     def _damaged(self, _invariant: str, what: str, block: int) -> None:
-        self._findings.error("I2", f"a retained generation is not whole: {what}", block=block)
+        # A repair makes a commit that promises no earlier one.
+        self._findings.error(
+            "I2", f"a retained generation is not whole: {what}", block=block, repairable=True
+        )
 
     def _may_follow(self, pointer: Pointer, blocks: int, superblock: Superblock) -> bool:
         if pointer in self._met or self._walk.has_met(pointer):

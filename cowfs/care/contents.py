@@ -370,6 +370,7 @@ class Contents:
                     f"{reason}, at byte {at} of the file",
                     block=extent.block + number,
                     ino=ino,
+                    repairable=invariant == "I2",  # a repair promises no earlier generation
                 )
         self.verified_blocks += len(pending)
 

@@ -39,6 +39,7 @@ Report = Callable[[str, str, int], None]
 
 EMPTY = "empty"
 _EMPTY_SLOT = bytes(BLOCK_SIZE_BYTES)
+INTACT = "; the other copy is intact"  # ends what is said of one of two copies
 
 _T = TypeVar("_T")
 
@@ -146,6 +147,7 @@ class MetadataReader:
 
     def __init__(self, device: Device, superblock: Superblock) -> None:
         self.device = device
+        self.bad_nodes: dict[int, int] = {}  # damaged copy of a node, and where the good one is
         self._image_id = superblock.image_id
         self._seed = superblock.seed
 
@@ -198,6 +200,7 @@ class MetadataReader:
     ) -> _T | None:
         good: _T | None = None
         good_data = b""
+        good_block = 0
         problems: list[tuple[str, str, int]] = []
         blocks = (pointer.block, pointer.twin) if pointer.twin else (pointer.block,)
         for block in blocks:
@@ -211,11 +214,13 @@ class MetadataReader:
             except CorruptError as error:
                 problems.append((_invariant(error), f"{owner}: {_reason(error)}", block))
             else:
-                good, good_data = value, data
+                good, good_data, good_block = value, data, block
         for invariant, what, block in problems:
             rest = ""
             if good is not None:
-                rest = "; the other copy is intact"
+                rest = INTACT
+                if size_bytes == NODE_SIZE_BYTES:
+                    self.bad_nodes[block] = good_block
             elif len(blocks) == 2:
                 rest = "; neither copy is intact"
             report(invariant, what + rest, block)

@@ -78,6 +78,11 @@ class References:
         counts = self._counts.get(group)
         return np.zeros(GROUP_BLOCKS, np.uint32) if counts is None else counts
 
+    def holds(self, group: int, role: int) -> bool:
+        """Whether any block of a group has that role."""
+        roles = self._roles.get(group)
+        return roles is not None and bool((roles & np.uint8(role)).any())
+
     def count_of(self, block: int) -> int:
         return int(self.counts(block // GROUP_BLOCKS)[block % GROUP_BLOCKS])
 
@@ -171,6 +176,10 @@ class SpaceMapCheck:
         self._system: list[int] = []
         self._used_in_map = 0
         self._unclaimed_blocks = 0
+        self.faults = 0
+        self.system = References()  # blocks of the map's own pages
+        self.kinds: dict[int, int] = {}
+        self.unclaimed: dict[int, npt.NDArray[np.uint32]] = {}  # refcounts of what may be lost
 
     def run(self) -> int:
         """Check everything, and return the number of system blocks."""
@@ -191,11 +200,11 @@ class SpaceMapCheck:
             return system_blocks
         used = self._used_in_map
         if superblock.used_blocks != used:
-            findings.error(
+            self._error(
                 "I6", f"the superblock counts {superblock.used_blocks} used blocks, expected {used}"
             )
         if superblock.system_blocks != system_blocks:
-            findings.error(
+            self._error(
                 "I6",
                 f"the superblock counts {superblock.system_blocks} system blocks, "
                 f"expected {system_blocks}",
@@ -216,17 +225,24 @@ class SpaceMapCheck:
         """Whether a page can be read; its blocks are system blocks from now on."""
         fault = pointer_fault(pointer, 1, birth, self._superblock)
         if fault is not None:
-            self._findings.error(*fault, block=at)
+            self._error(*fault, block=at)
             if fault[0] != "I4":
                 self._unread_groups.update(groups)
                 return False
         self._system.append(pointer.block)
         if pointer.twin:
             self._system.append(pointer.twin)
+        for block in filter(None, (pointer.block, pointer.twin)):
+            self.system.add(block, 1)
         return True
 
     def _report(self, invariant: str, what: str, block: int) -> None:
-        self._findings.error(invariant, what, block=block)
+        self._error(invariant, what, block=block)
+
+    def _error(self, invariant: str, what: str, *, block: int | None = None) -> None:
+        """Whatever is wrong with the map, it can be written anew."""
+        self.faults += 1
+        self._findings.error(invariant, what, block=block, repairable=True)
 
     def _index(self, pointer: Pointer, level: int, number: int, birth: int) -> int | None:
         """Check an index page and all below; the sum of its free counts, None if unreadable."""
@@ -246,27 +262,24 @@ class SpaceMapCheck:
             free = int(entry["free"])
             name = f"entry {position} of the index page"
             if bytes(entry["reserved"]) != bytes(3) or entry["kind"] > KIND_TWINS:
-                self._findings.error(
-                    "I5", f"{name} has an unknown kind or reserved bytes", block=at
-                )
+                self._error("I5", f"{name} has an unknown kind or reserved bytes", block=at)
             if not child.block:
                 if child.twin or child.birth or any(child.checksum) or free or entry["kind"]:
-                    self._findings.error(
-                        "I5", f"{name} names no page, and is not all zero", block=at
-                    )
+                    self._error("I5", f"{name} names no page, and is not all zero", block=at)
                 continue
             expected: int | None = None
             if not below:
-                self._findings.error("I5", f"{name} lies beyond the last group", block=at)
+                self._error("I5", f"{name} lies beyond the last group", block=at)
                 continue
             if level > 1:
                 expected = self._index(child, level - 1, child_number, pointer.birth)
             else:
+                self.kinds[child_number] = int(entry["kind"])
                 expected = self._group(child, child_number, pointer.birth, at)
             if expected is not None and free != expected % (1 << 32):
                 text = f"{name} counts {free} free blocks, expected {expected % (1 << 32)}"
                 if level == 1:
-                    self._findings.error("I6", text, block=at)
+                    self._error("I6", text, block=at)
                 else:
                     self._findings.warning("I6", text, block=at)
         return int(entries["free"].sum(dtype=np.uint64))
@@ -281,6 +294,8 @@ class SpaceMapCheck:
             return None
         self._seen_groups.add(group)
         self._compare(group, page)
+        if self._incomplete:
+            self.unclaimed[group] = page
         inside = self._blocks_inside(range(group, group + 1))
         used = int(np.count_nonzero(page[:inside]))
         self._used_in_map += used
@@ -322,17 +337,13 @@ class SpaceMapCheck:
             if found > expected and self._incomplete:
                 self._unclaimed_blocks += count
                 return
-        self._findings.error("I1", what, block=block)
+        self._error("I1", what, block=block)
 
     def _check_system_blocks(self) -> None:
         """The space map's own pages stand apart from each other and from nodes and data."""
         blocks, times = np.unique(np.array(self._system, np.uint64), return_counts=True)
         for block, count in zip(blocks.tolist(), times.tolist(), strict=True):
             if count > 1:
-                self._findings.error(
-                    "I5", f"{count} pages of the space map are at one block", block=block
-                )
+                self._error("I5", f"{count} pages of the space map are at one block", block=block)
             if self._references.count_of(block):
-                self._findings.error(
-                    "I6", "a page of the space map lies on a node or on data", block=block
-                )
+                self._error("I6", "a page of the space map lies on a node or on data", block=block)

@@ -5,7 +5,7 @@ was written), where, and what is wrong in one line. An image is clean when no fi
 The number of findings kept is bounded; those left off are counted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Severity = Literal["error", "warning"]
@@ -26,6 +26,7 @@ class Finding:
         path: of the file, from the root directory of that root, where one is known, else "".
         ino: of the file, 0 where it is no matter of one file.
         block: the first block concerned, None where there is none.
+        repairable: `repair_image` can mend it, from what is intact elsewhere in the image.
     """
 
     severity: Severity
@@ -35,6 +36,7 @@ class Finding:
     path: str = ""
     ino: int = 0
     block: int | None = None
+    repairable: bool = False
 
     def __str__(self) -> str:
         places = [self.root] if self.root else []
@@ -123,9 +125,16 @@ class Findings:
         self._found.append(finding)
 
     def error(
-        self, invariant: str, what: str, *, block: int | None = None, ino: int = 0, path: str = ""
+        self,
+        invariant: str,
+        what: str,
+        *,
+        block: int | None = None,
+        ino: int = 0,
+        path: str = "",
+        repairable: bool = False,
     ) -> None:
-        self.add(Finding("error", invariant, what, self.root, path, ino, block))
+        self.add(Finding("error", invariant, what, self.root, path, ino, block, repairable))
 
     def warning(self, invariant: str, what: str, *, block: int | None = None) -> None:
         self.add(Finding("warning", invariant, what, self.root, block=block))
@@ -139,15 +148,7 @@ class Findings:
         for number in range(first, len(self._found)):
             found = self._found[number]
             if found.ino in paths and not found.path:
-                self._found[number] = Finding(
-                    found.severity,
-                    found.invariant,
-                    found.what,
-                    found.root,
-                    paths[found.ino],
-                    found.ino,
-                    found.block,
-                )
+                self._found[number] = replace(found, path=paths[found.ino])
 
     def all(self) -> tuple[Finding, ...]:
         return tuple(self._found)

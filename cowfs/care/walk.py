@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cowfs.care.contents import Contents, TreePart
-from cowfs.care.reader import MetadataReader
+from cowfs.care.reader import INTACT, MetadataReader
 from cowfs.care.references import ROLE_NODE, References, pointer_fault
 from cowfs.care.report import CheckProgress, Findings
 from cowfs.history.records import DropRecord
@@ -305,7 +305,7 @@ class Walk:
         self._tell()
 
     def _damage(self, invariant: str, what: str, block: int) -> None:
-        self._findings.error(invariant, what, block=block)
+        self._findings.error(invariant, what, block=block, repairable=what.endswith(INTACT))
 
     def _tell(self, *, force: bool = False) -> None:
         if self._progress is None:

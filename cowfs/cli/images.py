@@ -16,7 +16,7 @@ import click
 
 from cowfs.cli.entry import printable, warn
 from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
-from cowfs.cli.target import connect, open_target
+from cowfs.cli.target import confirm, connect, offline_device, open_target, yes_option
 from cowfs.errors import EXIT_ERROR, ImageError, LockedError, UsageError
 
 if TYPE_CHECKING:
@@ -209,18 +209,50 @@ def _warn_of_small_host(device: "FileDevice") -> None:
 @click.command()
 @click.argument("target", metavar="TARGET", type=click.Path())
 @click.option("--no-data", is_flag=True, help="Leave out the checksums of file data: faster.")
+@click.option("--repair", is_flag=True, help="Write anew what can be counted; not while mounted.")
+@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="With --repair: only tell.")
+@click.option(
+    "--accept-loss", is_flag=True, help="With --repair: go on though nodes are lost for good."
+)
+@yes_option
 @json_option
 @click.pass_context
-def check(context: click.Context, target: str, no_data: bool, as_json: bool) -> None:
-    """Check an image, or a mount while it is used, and change nothing.
+def check(
+    context: click.Context,
+    target: str,
+    no_data: bool,
+    repair: bool,
+    dry_run: bool,
+    accept_loss: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Check an image, or a mount while it is used. Without --repair nothing is changed.
 
     Every node and every block in use is read and compared with its checksum; every refcount, link
     count and number of free blocks is counted anew. Exit status: 0 clean, 1 not.
 
+    --repair writes the space map and the counters anew from what the files and snapshots reach, and
+    bad copies of metadata from the good ones. It overwrites nothing in use, and checks again.
+
     \b
     cowfs check disk.img
     cowfs check ~/data --no-data
+    cowfs check disk.img --repair -n       what would it do?
     """
+    if repair:
+        _repair(
+            context,
+            target,
+            data=not no_data,
+            dry_run=dry_run,
+            accept_loss=accept_loss,
+            yes=yes,
+            as_json=as_json,
+        )
+        return
+    if dry_run or accept_loss or yes:
+        raise UsageError("-n, --yes and --accept-loss belong to --repair")
     from cowfs.care.check import check_image
 
     with (
@@ -242,6 +274,54 @@ def check(context: click.Context, target: str, no_data: bool, as_json: bool) -> 
     context.exit(0 if report.clean else EXIT_ERROR)
 
 
+def _repair(
+    context: click.Context,
+    image: str,
+    *,
+    data: bool,
+    dry_run: bool,
+    accept_loss: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Tell what a repair would do, ask, do it, and check again."""
+    from cowfs.care.check import check_image
+    from cowfs.care.repair import repair_image
+
+    with (
+        offline_device(image, writable=not dry_run) as device,
+        progress_bar("reading") as bar,
+    ):
+
+        def show(progress: "CheckProgress") -> None:
+            if bar is not None:
+                bar(progress.stage, progress.done_blocks, progress.total_blocks)
+
+        plan = repair_image(device, dry_run=True, accept_loss=accept_loss, data=data, progress=show)
+    if not as_json:
+        for words in plan.changes:
+            click.echo(f"would {printable(words)}")
+        for finding in plan.remaining:
+            click.echo(printable(f"not mended: {finding}"))
+    done, clean = plan, not plan.changes and not plan.remaining
+    if plan.changes and not dry_run:
+        with offline_device(image, writable=True) as device:
+            confirm(f"repair {device.name}?", yes=yes)
+            done = repair_image(device, accept_loss=accept_loss)
+            clean = check_image(device, data=data).clean
+    if as_json:
+        fields = {"image": os.path.abspath(image), "dry_run": dry_run, "clean": clean}
+        repaired = {"generation": done.generation, "changes": list(plan.changes)}
+        remaining = [as_fields(asdict(finding)) for finding in plan.remaining]
+        print_json("cowfs check", fields | repaired | {"remaining": remaining})
+    elif done.generation is not None:
+        state = "clean" if clean else "NOT CLEAN"
+        click.echo(f"repaired {printable(image)}: generation {done.generation}, which is {state}")
+    elif not plan.changes:
+        click.echo(f"{printable(image)}: nothing to repair")
+    context.exit(0 if clean else EXIT_ERROR)
+
+
 def _check_fields(report: "CheckReport") -> dict[str, object]:
     return {"clean": report.clean, **as_fields(asdict(report))}
 
@@ -259,3 +339,6 @@ def _print_check(image: str, report: "CheckReport") -> None:
     sys.stdout.flush()
     state = "clean" if report.clean else f"NOT CLEAN, {errors} error{'s' if errors != 1 else ''}"
     click.echo(f"{printable(image)} is {state}: {counts}")
+    mendable = sum(finding.repairable for finding in report.errors)
+    if mendable:
+        click.echo(f"cowfs check --repair -n tells what can be mended: {mendable} of the errors")

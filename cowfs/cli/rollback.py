@@ -3,10 +3,10 @@
 import click
 
 from cowfs.cli.entry import printable
-from cowfs.cli.output import Numbers, as_fields, json_option, print_json
+from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
 from cowfs.cli.snapshots import complete_name, target_argument
-from cowfs.cli.target import open_target
-from cowfs.errors import UsageError
+from cowfs.cli.target import confirm, offline_device, open_target, yes_option
+from cowfs.errors import ImageError, UsageError
 from cowfs.history.selection import select
 
 force_option = click.option(
@@ -16,19 +16,47 @@ force_option = click.option(
 
 @click.command()
 @target_argument
-@click.argument("name", metavar="NAME", shell_complete=complete_name)
+@click.argument("name", metavar="[NAME]", required=False, shell_complete=complete_name)
+@click.option("--generation", type=click.IntRange(min=1), help="An earlier commit; for rescue.")
 @force_option
 @click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only tell what would happen.")
+@yes_option
 @json_option
-def rollback(target: str, name: str, force: bool, dry_run: bool, as_json: bool) -> None:
+def rollback(
+    target: str,
+    name: str | None,
+    generation: int | None,
+    force: bool,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
     """Set the filesystem back to a snapshot, also while it is mounted.
 
     The state of now is kept as an automatic snapshot, and every other snapshot stays, newer ones
     too. `cowfs undo` takes it back.
 
+    With --generation an image that is not mounted goes back to an earlier commit, all of it: files
+    and snapshots made since are gone. It is checked first; with --force it may be damaged. `cowfs
+    info --generations` lists them.
+
     \b
     cowfs rollback ~/data before-upgrade
+    cowfs rollback disk.img --generation 41 -n
     """
+    if (name is None) == (generation is None):
+        raise UsageError("name a snapshot, or give --generation")
+    if generation is not None:
+        restored = _go_back(target, generation, force=force, dry_run=dry_run, yes=yes)
+        if as_json:
+            moved = {"generation": generation, "dry_run": dry_run, "new_generation": restored}
+            print_json("cowfs rollback", moved)
+        elif restored is None:
+            click.echo(f"would go back to generation {generation}; all later commits would be gone")
+        else:
+            click.echo(f"went back to generation {generation}, which is now generation {restored}")
+        return
+    assert name is not None
     with open_target(target) as filesystem:
         if dry_run:
             chosen = select([name], filesystem.snapshots())
@@ -47,6 +75,33 @@ def rollback(target: str, name: str, force: bool, dry_run: bool, as_json: bool) 
         click.echo(
             f"rolled back to {printable(name)}; the state before is kept as {printable(kept.name)}"
         )
+
+
+def _go_back(target: str, generation: int, *, force: bool, dry_run: bool, yes: bool) -> int | None:
+    """Let an earlier commit of an image be the newest; its new number, None if it was not done."""
+    from cowfs.care.check import check_image
+    from cowfs.history.filesystem import restore_generation
+
+    with offline_device(target, writable=not dry_run) as device, progress_bar("checking") as bar:
+        report = check_image(
+            device,
+            generation=generation,
+            progress=None
+            if bar is None
+            else lambda now: bar(now.stage, now.done_blocks, now.total_blocks),
+        )
+        if not report.clean and not force:
+            raise ImageError(
+                f"generation {generation} is not whole any more ({report.errors[0]}); "
+                "look at it with -o generation, or go back to it all the same with --force"
+            )
+        if dry_run:
+            return None
+    with offline_device(target, writable=True) as device:
+        confirm(
+            f"go back to generation {generation}? All later commits of {device.name} go", yes=yes
+        )
+        return restore_generation(device, generation).generation
 
 
 @click.command()

@@ -12,6 +12,7 @@ from cowfs.cli.output import (
     print_facts,
     print_json,
     print_table,
+    progress_bar,
 )
 from cowfs.cli.snapshots import target_argument
 from cowfs.cli.target import Target, open_target
@@ -101,20 +102,73 @@ def _print_drops(space: SpaceReport, numbers: Numbers) -> None:
 
 @click.command()
 @target_argument
-@json_option
-def info(target: str, as_json: bool) -> None:
+@click.option(
+    "--generations", is_flag=True, help="The commits that the image still has, the newest first."
+)
+@list_options
+def info(target: str, generations: bool, as_json: bool, bare: bool, exact: bool) -> None:
     """Show what an image is, and how it is mounted.
+
+    With --generations the commits that the image still has. The KEPT ones are promised to be whole;
+    of the others some blocks may have been used anew. STATE is what a look at the roots shows.
 
     \b
     cowfs info disk.img
     cowfs info ~/data --json
+    cowfs info disk.img --generations
+    cowfs mount disk.img ~/look -o generation=41      look at one, read-only
+    cowfs rollback disk.img --generation 41           go back to it for good
     """
+    if generations:
+        _show_generations(target, Numbers(exact), as_json=as_json, bare=bare)
+        return
     with open_target(target) as filesystem:
         report = filesystem.info()
     if as_json:
         print_json("cowfs info", as_fields(report))
     else:
         print_facts(_facts(report))
+
+
+def _show_generations(target: str, numbers: Numbers, *, as_json: bool, bare: bool) -> None:
+    from dataclasses import asdict
+
+    from cowfs.care.generations import generation_reports
+
+    with (
+        open_target(target) as filesystem,
+        progress_bar("looking") as bar,
+        filesystem.device() as (device, _),
+    ):
+        reports = generation_reports(
+            device, None if bar is None else lambda done, total: bar("looking", done, total)
+        )
+    if as_json:
+        fields = {"image": filesystem.image, "generations": [asdict(found) for found in reports]}
+        print_json("cowfs info", fields)
+        return
+    print_table(
+        [
+            Column("GENERATION", right=True),
+            Column("COMMITTED"),
+            Column("KEPT"),
+            Column("SNAPSHOTS", right=True),
+            Column("USED", right=True),
+            Column("STATE"),
+        ],
+        [
+            [
+                str(found.generation),
+                numbers.time(found.committed_ns),
+                "newest" if found.newest else "yes" if found.retained else "no",
+                "-" if found.snapshot_count is None else str(found.snapshot_count),
+                numbers.size(found.used_bytes),
+                found.problem or "readable",
+            ]
+            for found in reports
+        ],
+        bare=bare,
+    )
 
 
 def _facts(report: InfoReport) -> list[tuple[str, str]]:

@@ -9,13 +9,26 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol, cast
 
+import click
+
+from cowfs.cli.entry import printable
 from cowfs.daemon import places
 from cowfs.daemon.control import Client, ShowProgress
-from cowfs.errors import BusyError, CorruptError, DeviceError, MountError, ReadOnlyError
+from cowfs.errors import (
+    BusyError,
+    CorruptError,
+    DeviceError,
+    ImageError,
+    LockedError,
+    MountError,
+    ReadOnlyError,
+    UsageError,
+)
 from cowfs.history.reports import (
     DropReport,
     InfoReport,
@@ -117,6 +130,46 @@ def _find(path: str) -> Target:
             "clears it away, then mount it again"
         )
     return DaemonTarget(client, mount.image)
+
+
+@contextmanager
+def offline_device(image: str, *, writable: bool) -> Iterator[FileDevice]:
+    """The image itself, which must not be mounted; locked while the block runs if `writable`.
+
+    Raises:
+        LockedError: it is mounted, or in use by another process.
+        ImageError: a mount point or a directory, where an image is wanted.
+    """
+    from cowfs.storage.device import FileDevice
+
+    if os.path.isdir(image):
+        raise ImageError(f"{image} is a directory; unmount it, and name the image")
+    client = connect(image)  # a daemon that only reads holds no lock
+    if client is not None:
+        client.close()
+        raise LockedError(f"{image} is mounted (process {client.daemon_pid}); unmount it first")
+    device = FileDevice(image, writable=writable)
+    try:
+        yield device
+    finally:
+        device.close()
+
+
+yes_option = click.option("--yes", is_flag=True, help="Do not ask first.")
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask before what cannot be taken back; without a terminal --yes is the answer.
+
+    Raises:
+        UsageError: nobody can be asked.
+        click.Abort: the answer is no.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError("this cannot be taken back: look with -n first, then say --yes")
+    click.confirm(printable(question), abort=True, err=True)
 
 
 def connect(image: str) -> Client | None:

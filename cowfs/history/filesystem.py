@@ -146,7 +146,7 @@ class Filesystem:
             self.record,
             tree=live.tree.root,
             next_ino=live.inodes.next_ino,
-            node_count=live.tree.node_count,
+            node_count=max(1, live.tree.node_count),  # the image may have said any number
             data_blocks=live.data.data_blocks,
             inode_count=live.inodes.count,
         )
@@ -511,10 +511,16 @@ class Filesystem:
             self.store.device.close()
 
     def reclaim_orphans(self) -> None:
-        """Give back every orphan. Only while nobody has one open: at the start."""
+        """Give back every orphan. Only while nobody has one open: at the start.
+
+        One that is damaged keeps what it holds, and the others go.
+        """
         for ino in list(self.live.orphans):
-            while not self.live.reclaim(ino):
-                pass
+            try:
+                while not self.live.reclaim(ino):
+                    pass
+            except CorruptError as error:
+                log.error("orphan %d keeps its space: %s; run cowfs check", ino, error)
 
     def work_drops(self) -> None:
         """Empty the drop queue, committing as it goes."""
@@ -570,6 +576,51 @@ def open_filesystem(
         )
     store = Store(device, superblock, writable=writable, cache_bytes=cache_bytes)
     return Filesystem(store, discard=discard)
+
+
+def restore_generation(device: Device, generation: int, *, discard: bool = True) -> Superblock:
+    """Let an earlier commit be the newest again, for good, in one commit.
+
+    Its trees are taken as they are; see `check_image(generation=...)` first. The new commit has a
+    number above every one in the ring, so newest-wins stays true, and nothing that the abandoned
+    commits show is overwritten by it or by the next one.
+
+    Args:
+        device: of the image, locked.
+
+    Returns:
+        The new superblock.
+
+    Raises:
+        ImageError: the ring does not name that generation, or it is the newest.
+        CorruptError: its space map or its catalog cannot be read.
+    """
+    newest, target = read_newest(device), read_newest(device, generation)
+    if newest.generation == target.generation:
+        raise ImageError(f"generation {generation} is the newest already")
+    if newest.uuid != target.uuid:
+        raise ImageError(f"generation {generation} is of another image that was here before")
+    # The trees of the one under the number of the other; numbers of roots are never used twice.
+    base = replace(
+        target,
+        generation=newest.generation,
+        oldest_retained=newest.generation,
+        next_root_id=max(newest.next_root_id, target.next_root_id),
+        flags=0,
+    )
+    store = Store(device, base, writable=True)
+    others = [newest]
+    for number in range(newest.generation - 1, newest.oldest_retained - 1, -1):
+        if number == generation:
+            continue
+        try:
+            others.append(read_newest(device, number))
+        except ImageError:
+            continue
+    store.continue_after(others)
+    filesystem = Filesystem(store, discard=discard)
+    filesystem.commit(clean=True)
+    return store.superblock
 
 
 def make_filesystem(

@@ -141,6 +141,23 @@ class Store:
                 return  # it is lost already; nothing older can be promised either
             self.oldest_held = generation
 
+    def continue_after(self, others: Sequence[Superblock]) -> None:
+        """Let the next commits be made from this superblock, though the ring names newer ones.
+
+        What the others show is not allocated before the second commit from now is durable, as far as
+        their space maps can be read. None of them is promised to be whole any more.
+
+        Args:
+            others: the other superblocks of the image that may be whole, newest first; the store was
+                opened with the number of the newest.
+        """
+        for other in others:
+            try:
+                self.map.hold(other.space_map, self.superblock.generation)
+            except (CorruptError, DeviceError) as error:
+                log.warning("generation %d cannot be kept: %s", other.generation, error)
+        self.oldest_held = self.generation
+
     # --- nodes --------------------------------------------------------------------------------------
 
     def load(self, pointer: Pointer, level: int | None) -> Node:
@@ -554,9 +571,11 @@ def blank_superblock(
 ) -> Superblock:
     """The superblock of generation 0, before the first commit of a new image: it is never written."""
     now_ns = time.time_ns()
+    uuid = os.urandom(16)
     return Superblock(
-        uuid=os.urandom(16),
-        seed=int.from_bytes(os.urandom(8), "little"),
+        uuid=uuid,
+        # Every node carries it as its image id: known also when both rings are lost (care/scan.py).
+        seed=int.from_bytes(uuid[:8], "little"),
         name_seed=int.from_bytes(os.urandom(8), "little"),
         generation=0,
         total_blocks=total_blocks,

@@ -1,0 +1,201 @@
+"""The commits that the ring still names, and what of them is left.
+
+Each is looked at, not checked: its catalog is read in full, of every volume and snapshot the root
+node, of the space map the pages of the index. `check_image(generation=...)` proves one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cowfs.care.reader import (
+    MetadataReader,
+    Report,
+    choose_superblock,
+    read_ring,
+    size_is_impossible,
+)
+from cowfs.care.references import index_pointer, pointer_fault
+from cowfs.errors import CorruptError
+from cowfs.history.records import RootKind, decode_drop, decode_root
+from cowfs.storage.device import Device
+from cowfs.storage.format import (
+    BLOCK_SIZE_BYTES,
+    FLAG_CLEAN,
+    INDEX_FANOUT,
+    NODE_BLOCKS,
+    NodeImage,
+    Pointer,
+    Superblock,
+    decode_pointer,
+    index_shape,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationReport:
+    """One commit of the ring.
+
+    Attributes:
+        newest: it is the state of the image.
+        retained: no block of it was reused: promised to be whole.
+        problem: what of it cannot be read any more, "" if nothing was found.
+        snapshot_count, used_bytes: as it records them; no count where its catalog is not readable.
+    """
+
+    generation: int
+    committed_ns: int
+    newest: bool
+    retained: bool
+    clean: bool
+    problem: str
+    snapshot_count: int | None
+    used_bytes: int
+
+
+def superblocks(device: Device) -> dict[int, Superblock]:
+    """The valid superblocks of the image by generation, the newest first.
+
+    Raises:
+        ImageError: there is none.
+    """
+    slots = read_ring(device)
+    newest = choose_superblock(device, slots)
+    found = {
+        slot.superblock.generation: slot.superblock
+        for slot in slots
+        if slot.superblock is not None and slot.superblock.uuid == newest.uuid
+    }
+    return {generation: found[generation] for generation in sorted(found, reverse=True)}
+
+
+def generation_reports(
+    device: Device, progress: Callable[[int, int], None] | None = None
+) -> tuple[GenerationReport, ...]:
+    """All commits that the ring names, the newest first. The image is only read.
+
+    Args:
+        progress: called with how many of them were looked at, and how many there are.
+
+    Raises:
+        ImageError: not an image.
+        DeviceError: neither copy of the ring can be read.
+    """
+    found = list(superblocks(device).values())
+    newest = found[0]
+    reports = []
+    known: dict[Pointer, str] = {}
+    for number, superblock in enumerate(found):
+        glance = _Glance(device, superblock, known)
+        glance.run()
+        reports.append(
+            GenerationReport(
+                generation=superblock.generation,
+                committed_ns=superblock.committed_ns,
+                newest=superblock is newest,
+                retained=superblock.generation >= newest.oldest_retained,
+                clean=bool(superblock.flags & FLAG_CLEAN),
+                problem=glance.problem,
+                snapshot_count=glance.snapshot_count,
+                used_bytes=superblock.used_blocks * BLOCK_SIZE_BYTES,
+            )
+        )
+        if progress is not None:
+            progress(number + 1, len(found))
+    return tuple(reports)
+
+
+class _Glance:
+    """One look at one commit. `known` has what was found at pointers met before, for all of them."""
+
+    def __init__(self, device: Device, superblock: Superblock, known: dict[Pointer, str]) -> None:
+        self.problem = size_is_impossible(device, superblock)
+        self.snapshot_count: int | None = 0
+        self._reader = MetadataReader(device, superblock)
+        self._superblock = superblock
+        self._known = known
+
+    def run(self) -> None:
+        if self.problem:
+            self.snapshot_count = None
+            return
+        self._index()
+        for pointer in self._catalog():
+            if self._may_read(pointer, NODE_BLOCKS) and pointer not in self._known:
+                self._node(pointer, None)
+            self._note(self._known.get(pointer, ""))
+
+    def _note(self, problem: str) -> None:
+        self.problem = self.problem or problem
+
+    def _may_read(self, pointer: Pointer, blocks: int) -> bool:
+        fault = pointer_fault(pointer, blocks, self._superblock.generation, self._superblock)
+        if fault is not None:
+            self._known[pointer] = fault[1]
+        return fault is None
+
+    def _node(self, pointer: Pointer, level: int | None) -> NodeImage | None:
+        told: list[str] = []
+        image = self._reader.node(pointer, level, _teller(told))
+        self._known[pointer] = "" if image is not None else told[0]
+        return image
+
+    def _catalog(self) -> list[Pointer]:
+        """The root nodes that the catalog names."""
+        roots: list[Pointer] = []
+        snapshots = 0
+        waiting: list[tuple[Pointer, int | None]] = [(self._superblock.catalog, None)]
+        met = set()
+        while waiting:
+            pointer, level = waiting.pop()
+            if pointer.block in met:
+                continue
+            met.add(pointer.block)
+            image = self._node(pointer, level) if self._may_read(pointer, NODE_BLOCKS) else None
+            if image is None:
+                self._note(f"catalog, {self._known[pointer]}")
+                self.snapshot_count = None
+                continue
+            if image.level:
+                waiting += [(decode_pointer(value), image.level - 1) for value in image.values]
+                continue
+            for key, value in zip(image.keys, image.values, strict=True):
+                try:
+                    if key[:1] == b"R":
+                        record = decode_root(value)
+                        roots.append(record.pointer)
+                        snapshots += record.kind is RootKind.SNAPSHOT
+                    elif key[:1] == b"D":
+                        roots.append(decode_drop(value).path[0].pointer)
+                except CorruptError as error:
+                    self._note(str(error))
+        if self.snapshot_count is not None:
+            self.snapshot_count = snapshots
+        return roots
+
+    def _index(self) -> None:
+        waiting = [(self._superblock.space_map, len(index_shape(self._superblock.total_blocks)), 0)]
+        while waiting:
+            pointer, level, number = waiting.pop()
+            if pointer in self._known:
+                self._note(self._known[pointer])
+                continue
+            told: list[str] = []
+            entries = None
+            if self._may_read(pointer, 1):
+                entries = self._reader.index_page(pointer, level, number, _teller(told))
+                self._known[pointer] = "" if entries is not None else told[0]
+            self._note(self._known[pointer])
+            if entries is not None and level > 1:
+                waiting += [
+                    (index_pointer(entries[at]), level - 1, number * INDEX_FANOUT + at)
+                    for at in np.flatnonzero(entries["block"]).tolist()
+                ]
+
+
+def _teller(told: list[str]) -> Report:
+    def tell(_invariant: str, what: str, block: int) -> None:
+        told.append(f"block {block}: {what}")
+
+    return tell
