@@ -24,6 +24,7 @@ _COMMANDS = {
     "info": ("cowfs.cli.space:info", "Show what an image is, how it is mounted."),
     "sync": ("cowfs.cli.space:sync", "Make everything durable."),
     "check": ("cowfs.cli.images:check", "Check every byte in use against every promise."),
+    "salvage": ("cowfs.cli.salvage:salvage", "Copy files out of a damaged image."),
     "completion": ("cowfs.cli.completion:completion", "Print a shell's completion script."),
 }
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cowfs.errors import CorruptError, UsageError
 from cowfs.history.records import (
+    COUNTER_MAX,
     DROP_BYTES,
     ROOT_BYTES,
     DropRecord,
@@ -31,6 +32,7 @@ from cowfs.storage.format import NODE_BLOCKS, NODE_LEVEL_MAX, Pointer
 
 U32 = st.integers(0, (1 << 32) - 1)
 U64 = st.integers(0, (1 << 64) - 1)
+COUNTER = st.integers(0, COUNTER_MAX)
 I64 = st.integers(-(1 << 63), (1 << 63) - 1)
 UUIDS = st.binary(min_size=16, max_size=16)
 POINTERS = st.builds(Pointer, U64, U64, U64, UUIDS)
@@ -54,10 +56,10 @@ ROOTS = st.builds(
     tree=POINTERS,
     created_generation=U64,
     created_ns=I64,
-    next_ino=U64,
-    node_count=U64,
-    data_blocks=U64,
-    inode_count=U64,
+    next_ino=COUNTER,
+    node_count=COUNTER,
+    data_blocks=COUNTER,
+    inode_count=COUNTER,
     parent_id=U64,
     undo_id=U64,
     origin_uuid=UUIDS,
@@ -94,6 +96,14 @@ def root(**changes: object) -> RootRecord:
         description="x",
     )
     return replace(record, **changes)
+
+
+@pytest.mark.parametrize("member", ["next_ino", "node_count", "data_blocks", "inode_count"])
+def test_root_counter_out_of_range_is_refused(member: str) -> None:
+    """Promise: counting on from what an image says never leaves 64 bits."""
+    decode_root(root(**{member: COUNTER_MAX}).encode())
+    with pytest.raises(CorruptError, match="out of range"):
+        decode_root(root(**{member: COUNTER_MAX + 1}).encode())
 
 
 def test_referenced_blocks_count_nodes_with_their_twins() -> None:
@@ -202,13 +212,13 @@ def test_root_id_of_a_wrong_length_is_refused() -> None:
 
 
 @given(
-    U64,
+    COUNTER,
     U64,
     st.text(st.characters(codec="utf-8"), max_size=60),
     I64,
-    U64,
+    COUNTER,
     st.lists(st.builds(DropStep, POINTERS, U32), min_size=1, max_size=NODE_LEVEL_MAX + 1),
-    U64,
+    COUNTER,
 )
 def test_drop_round_trip(
     number: int,
@@ -230,6 +240,14 @@ def test_drop_round_trip(
 
 STEP = DropStep(Pointer(64, 68, 3, bytes(16)), 2)
 DROP = DropRecord(1, 5, "gone", 4, 0, (STEP, STEP))
+
+
+@pytest.mark.parametrize("member", ["number", "freed_blocks", "referenced_blocks"])
+def test_drop_counter_out_of_range_is_refused(member: str) -> None:
+    """Promise: the same for what is being deleted."""
+    decode_drop(replace(DROP, **{member: COUNTER_MAX}).encode())
+    with pytest.raises(CorruptError, match="out of range"):
+        decode_drop(replace(DROP, **{member: COUNTER_MAX + 1}).encode())
 
 
 def test_drop_with_another_path_keeps_the_rest() -> None:

@@ -1,0 +1,185 @@
+"""Finds what an image was when its roots are gone: reads every block, and knows a node by itself.
+
+A node carries its magic, the id of the image, its own block, level, birth, owner and checksum. The id
+that most nodes carry is that of the image. The seed of the checksums is in any slot of the ring, torn
+ones too, and equals the image id in every image that cowfs made; what verifies most nodes is right.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from xxhash import xxh3_128_digest
+
+from cowfs.errors import CorruptError, DeviceError, ImageError
+from cowfs.storage.device import Device
+from cowfs.storage.format import (
+    BLOCK_SIZE_BYTES,
+    NODE_BLOCKS,
+    NODE_CAPACITY_BYTES,
+    NODE_HEADER,
+    NODE_LEVEL_MAX,
+    NODE_MAGIC,
+    NODE_SIZE_BYTES,
+    NULL_POINTER,
+    RING_SLOTS,
+    SUPERBLOCK,
+    SUPERBLOCK_MAGIC,
+    Pointer,
+    Superblock,
+    decode_node,
+)
+
+CHUNK_BLOCKS = 1024
+_MAGIC_WORD = 4  # the magic is the fifth 32-bit word of a node
+_VOTERS_MAX = 200  # nodes that decide on the seed
+
+
+@dataclass(slots=True)
+class FoundNode:
+    """A whole node, by its own word. `pointer` leads to it: to the original, the twin, or both."""
+
+    pointer: Pointer
+    level: int
+    owner: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What a scan found: whole nodes, and a superblock that has the identity of the image only."""
+
+    identity: Superblock
+    nodes: list[FoundNode]
+
+
+def scan_image(
+    device: Device,
+    known: Superblock | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scan:
+    """Read all of the device, and collect the nodes of one image.
+
+    Args:
+        known: any superblock of it, when there is one.
+        progress: called with blocks read and blocks in all.
+
+    Raises:
+        ImageError: there is no node whose checksum can be verified.
+    """
+    places: list[tuple[int, int]] = []
+    total = device.size_bytes // BLOCK_SIZE_BYTES
+    for first, data in _chunks(device, total):
+        words = np.frombuffer(data, "<u4").reshape(-1, BLOCK_SIZE_BYTES // 4)
+        for at in np.flatnonzero(words[:, _MAGIC_WORD] == NODE_MAGIC).tolist():
+            header = NODE_HEADER.unpack_from(data, at * BLOCK_SIZE_BYTES)
+            level, used, image_id = header[2], header[6], header[10]
+            if level <= NODE_LEVEL_MAX and used <= NODE_CAPACITY_BYTES:
+                places.append((first + at, image_id))
+        if progress is not None:
+            progress(min(first + CHUNK_BLOCKS, total), total)
+    if known is None:
+        known = _identify(device, places, total)
+    found: dict[tuple[int, int, bytes], FoundNode] = {}
+    for place, image_id in places:
+        if image_id == known.image_id:
+            _add(device, place, known, found)
+    return Scan(known, list(found.values()))
+
+
+def _chunks(device: Device, total: int) -> Iterator[tuple[int, bytes]]:
+    for first in range(0, total, CHUNK_BLOCKS):
+        count = min(CHUNK_BLOCKS, total - first)
+        try:
+            yield first, device.read(first * BLOCK_SIZE_BYTES, count * BLOCK_SIZE_BYTES)
+        except DeviceError:
+            for block in range(first, first + count):
+                try:
+                    yield block, device.read(block * BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES)
+                except DeviceError:
+                    continue  # a bad sector holds nothing that could be found
+
+
+def _identify(device: Device, places: list[tuple[int, int]], total: int) -> Superblock:
+    """The id that most nodes carry, and the seed that verifies most of them."""
+    if not places:
+        raise ImageError(
+            f"{device.name} holds no node of a cowfs image; there is nothing to salvage"
+        )
+    image_id = Counter(found for _, found in places).most_common(1)[0][0]
+    voters = [place for place, found in places if found == image_id][:_VOTERS_MAX]
+    seeds = dict.fromkeys([image_id, *_seeds_in_rings(device, total)])
+    votes = {seed: sum(_verifies(device, place, seed) for place in voters) for seed in seeds}
+    seed = max(votes, key=votes.__getitem__)
+    if not votes[seed]:
+        raise ImageError(
+            f"{device.name}: no node can be verified: the rings are lost, and with them the seed "
+            "of the checksums"
+        )
+    return Superblock(
+        uuid=image_id.to_bytes(8, "little") + bytes(8),
+        seed=seed,
+        name_seed=0,
+        generation=1,
+        total_blocks=total,
+        flags=0,
+        committed_ns=0,
+        created_ns=0,
+        oldest_retained=0,
+        catalog=NULL_POINTER,
+        space_map=NULL_POINTER,
+        used_blocks=0,
+        catalog_nodes=0,
+        system_blocks=0,
+        next_root_id=1,
+        label="",
+    )
+
+
+def _seeds_in_rings(device: Device, total: int) -> Iterator[int]:
+    """What torn slots of either ring say."""
+    for block in (*range(min(RING_SLOTS, total)), *range(max(0, total - RING_SLOTS), total)):
+        try:
+            data = device.read(block * BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES)
+        except DeviceError:
+            continue
+        if data[:8] == SUPERBLOCK_MAGIC:
+            yield SUPERBLOCK.unpack_from(data)[8]
+
+
+def _read(device: Device, place: int) -> bytes:
+    try:
+        return device.read(place * BLOCK_SIZE_BYTES, NODE_SIZE_BYTES)
+    except DeviceError:
+        return b""
+
+
+def _verifies(device: Device, place: int, seed: int) -> bool:
+    data = _read(device, place)
+    return len(data) == NODE_SIZE_BYTES and xxh3_128_digest(data[16:], seed) == data[:16]
+
+
+def _add(
+    device: Device,
+    place: int,
+    known: Superblock,
+    found: dict[tuple[int, int, bytes], FoundNode],
+) -> None:
+    data = _read(device, place)
+    if len(data) != NODE_SIZE_BYTES:
+        return
+    header = NODE_HEADER.unpack_from(data)
+    checksum, birth, block = header[0], header[7], header[8]
+    identity = (block, birth, checksum)
+    before = found.get(identity)
+    if before is not None:
+        if place != block and not before.pointer.twin:
+            before.pointer = before.pointer._replace(twin=place)
+        return
+    pointer = Pointer(block, 0 if place == block else place, birth, checksum)
+    try:
+        image = decode_node(data, pointer, known.image_id, known.seed, None)
+    except CorruptError:
+        return
+    if block + NODE_BLOCKS <= device.size_bytes // BLOCK_SIZE_BYTES and birth:
+        found[identity] = FoundNode(pointer, image.level, image.owner)

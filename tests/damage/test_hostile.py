@@ -1,0 +1,110 @@
+"""Promises about images that lie: an answer or an error of ours, in bounded time and memory.
+
+The default run makes some hundred images from fixed seeds and replays the kept ones. The long run,
+`pytest tests/damage --hypothesis-profile=long`, makes tens of thousands, or as many as
+COWFS_HOSTILE_IMAGES says, from COWFS_HOSTILE_SEED on. A failure prints its recipe: kept.json takes it.
+"""
+
+import json
+import logging
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cowfs.care.check import check_image
+from tests.damage.exercise import exercise
+from tests.damage.hostile import KINDS, Mutation, build, recipe_of
+from tests.model.profiles import machine_settings
+
+KEPT = json.loads((Path(__file__).parent / "kept.json").read_text())
+IMAGES = int(os.environ.get("COWFS_HOSTILE_IMAGES", "0"))
+FIRST_SEED = int(os.environ.get("COWFS_HOSTILE_SEED", "0"))
+SEEDS_DEFAULT = 160
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Damage is logged, and here there is nothing else."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def recipe_of_seed(seed: int) -> list[Mutation]:
+    """One to three lies of any kind."""
+    choice = random.Random(seed)
+    return [
+        Mutation(
+            choice.choice(KINDS),
+            choice.randrange(128),
+            choice.randrange(64),
+            choice.randrange(1000),
+            choice.randrange(1000),
+        )
+        for _ in range(choice.choice((1, 1, 1, 2, 3)))
+    ]
+
+
+def test_image_without_lies_is_clean() -> None:
+    """Promise: what the lies are told to is sound, so that each of them is the only fault."""
+    assert check_image(build([])).findings == ()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_lie_changes_images(kind: str) -> None:
+    """Promise: no kind of mutation is without effect."""
+    sound = build([]).blocks
+    changed = 0
+    for seed in range(60):
+        choice = random.Random(seed)
+        numbers = [choice.randrange(1000) for _ in range(4)]
+        changed += build([Mutation(kind, *numbers)]).blocks != sound
+    assert changed > 3
+
+
+@pytest.mark.parametrize("name", sorted(KEPT))
+def test_kept_image_is_answered(name: str, tmp_path: Path) -> None:
+    """Promise: what once was a fault stays mended."""
+    exercise(build(recipe_of(KEPT[name])), tmp_path)
+
+
+@pytest.mark.timeout(36000)
+@pytest.mark.parametrize("part", range(8))
+def test_images_of_seeds_are_answered(part: int, tmp_path: Path) -> None:
+    """Promise: no uncaught exception, no step beyond two seconds, bounded memory, no way out."""
+    count = IMAGES or round(SEEDS_DEFAULT * settings().max_examples / 100)
+    for seed in range(FIRST_SEED + part, FIRST_SEED + count, 8):
+        recipe = recipe_of_seed(seed)
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        try:
+            exercise(build(recipe), folder)
+        except BaseException as error:
+            words = json.dumps([mutation.to_list() for mutation in recipe])
+            error.add_note(f"seed {seed}: {words}")
+            raise
+
+
+MUTATIONS = st.builds(
+    Mutation,
+    st.sampled_from(KINDS),
+    st.integers(0, 127),
+    st.integers(0, 63),
+    st.integers(0, 999),
+    st.integers(0, 999),
+)
+
+
+@given(recipe=st.lists(MUTATIONS, min_size=1, max_size=4))
+@settings(machine_settings(40, 1), database=None)
+@pytest.mark.timeout(36000)
+def test_images_that_hypothesis_makes_are_answered(
+    recipe: list[Mutation], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Promise: the same, and a failure is shrunk to the lie that matters."""
+    exercise(build(recipe), tmp_path_factory.mktemp("hostile"))
