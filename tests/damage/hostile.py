@@ -442,7 +442,7 @@ def _change_items(
         return entries
     ino, type_, offset = split_key(item)
     changes: dict[str, Callable[[], tuple[bytes, bytes]]] = {
-        "name": lambda: _named(ino, value, mutation),
+        "name": lambda: _named(item, value, mutation),
         "target": lambda: (item, struct.pack("<Q", number) + value[8:]),
         "extent": lambda: (item, _with_member(value, [(0, 8), (8, 4), (12, 8), (20, 1)], mutation)),
         "inode": lambda: (item, _with_member(value, list(_INODE_MEMBERS.values()), mutation)),
@@ -461,12 +461,14 @@ def _change_items(
     return sorted([*kept, changed])
 
 
-def _named(directory: int, value: bytes, mutation: Mutation) -> tuple[bytes, bytes]:
+def _named(item: bytes, value: bytes, mutation: Mutation) -> tuple[bytes, bytes]:
     """Another name for the same inode, filed under its right hash or under the old one."""
     name = NAMES[mutation.what % len(NAMES)]
     length = len(name) if mutation.value % 5 else mutation.value % 256
     entry = value[:10] + bytes([length & 0xFF]) + name
-    return key(directory, TYPE_NAME, name_hash(name, NAME_SEED)), entry
+    if mutation.value % 3 == 2:
+        return item, entry
+    return key(split_key(item)[0], TYPE_NAME, name_hash(name, NAME_SEED)), entry
 
 
 def _with_member(value: bytes, members: list[tuple[int, int]], mutation: Mutation) -> bytes:
