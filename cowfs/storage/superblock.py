@@ -69,9 +69,13 @@ def read_newest(device: Device, generation: int | None = None) -> Superblock:
         magics = {ring[at : at + 8] for at in range(0, len(ring), BLOCK_SIZE_BYTES)}
         if SUPERBLOCK_MAGIC not in magics:
             raise ImageError(
-                f"{device.name} is not a cowfs image (no superblock found); cowfs mkfs makes one"
+                f"{device.name} is not a cowfs image (no superblock found); if it was one, "
+                "cowfs salvage copies out what is left"
             )
-        raise ImageError(f"{device.name} has no superblock that is whole: both rings are damaged")
+        raise ImageError(
+            f"{device.name} has no superblock that is whole: both rings are damaged; "
+            "cowfs salvage copies out what is left"
+        )
     if generation is not None:
         found = [superblock for superblock in found if superblock.generation == generation]
         if not found:

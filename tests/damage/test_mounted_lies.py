@@ -17,7 +17,7 @@ MOUNTED = (
     "name with a slash",
     "name that leads up",
     "name with a zero byte",
-    "directory that names itself",
+    "name that leads to the root directory",
     "file of eight exbibytes",
     "directory key too long",
     "orphan mark on a live file",
