@@ -1,5 +1,6 @@
 """Promises of `info --generations` and `rollback --generation`: back to an earlier commit."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from cowfs.errors import ImageError
 from cowfs.files.items import ROOT_INO
 from cowfs.history.filesystem import Filesystem, open_filesystem, restore_generation
 from cowfs.storage.device import FileDevice
-from cowfs.storage.format import BLOCK_SIZE_BYTES
+from cowfs.storage.format import BLOCK_SIZE_BYTES, KIND_DATA
+from cowfs.storage.store import Store
 from cowfs.storage.superblock import read_newest
 from tests.cli.test_commands import ERROR, USAGE, assert_refused, fields, run
 from tests.image_files import change, make_image, require_clean, snapshot, write
@@ -101,6 +103,21 @@ def test_restored_generation_is_the_newest_again_and_harms_no_other(image: Path)
     change(image, write("again", 200_000), snapshot("after"))
     require_clean(image)
     assert b"again" in names_in(image)
+
+
+def test_blocks_of_abandoned_generations_cannot_be_allocated(image: Path) -> None:
+    """Promise: whatever is written right after going back, what the others show stays as it is."""
+    device = FileDevice(image, writable=True)
+    newest_one = read_newest(device)
+    target = read_newest(device, newest_one.generation - 2)
+    shown = recount(device, newest_one.generation).reachable
+    base = replace(target, generation=newest_one.generation, oldest_retained=newest_one.generation)
+    store = Store(device, base, writable=True)
+    assert shown & {block for block in range(64, 4096) if not store.map.refcount(block)}
+    store.continue_after([newest_one])
+    runs = store.allocator.allocate(KIND_DATA, store.map.free_blocks)
+    assert not shown & {block for first, count in runs for block in range(first, first + count)}
+    device.close()
 
 
 def test_restore_helps_when_the_newest_commit_is_damaged(image: Path) -> None:

@@ -110,6 +110,24 @@ def build(recipe: Sequence[Mutation], *, per_node: int = 3) -> MemoryDevice:
     return builder.finish(per_node=3, **builder.superblock_changes())
 
 
+def build_braid(levels: int = 5, ways: int = 250) -> MemoryDevice:
+    """A tree whose one leaf is reached in `ways` to the power of `levels` ways."""
+    builder = HostileBuilder([])
+    volume = VolumeItems()
+    volume.directory(1)
+    volume.inode(2, 0o100644, 1, 0)
+    volume.name(1, b"file", 2)
+    pointer = builder.node(0, volume.entries())
+    nodes = 1
+    for level in range(1, levels + 1):
+        keys = [key(1, TYPE_NAME, number << 50 | level) for number in range(ways)]
+        pointer = builder.node(level, [(item, pointer.encode()) for item in keys])
+        nodes += 1
+    builder.add_root(volume, tree=(pointer, nodes))
+    builder.add_root(volume, "monday", RootKind.SNAPSHOT, tree=(pointer, nodes))
+    return builder.finish()
+
+
 def write_image(device: MemoryDevice, path: Path) -> None:
     """The image as a sparse file."""
     with open(path, "wb") as file:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from cowfs.care.check import check_image
 from tests.damage.exercise import exercise
-from tests.damage.hostile import KINDS, Mutation, build, recipe_of
+from tests.damage.hostile import KINDS, Mutation, build, build_braid, recipe_of
 from tests.model.profiles import machine_settings
 
 KEPT = json.loads((Path(__file__).parent / "kept.json").read_text())
@@ -71,6 +71,11 @@ def test_every_kind_of_lie_changes_images(kind: str) -> None:
 def test_kept_image_is_answered(name: str, tmp_path: Path) -> None:
     """Promise: what once was a fault stays mended."""
     exercise(build(recipe_of(KEPT[name])), tmp_path)
+
+
+def test_leaf_that_is_reached_in_a_million_ways_is_read_once(tmp_path: Path) -> None:
+    """Promise: no walk of any part takes longer because a node is pointed at again and again."""
+    exercise(build_braid(), tmp_path)
 
 
 @pytest.mark.timeout(36000)
