@@ -167,9 +167,9 @@ def test_lost_node_is_refused_and_with_consent_its_blocks_stay_allocated() -> No
     """Promise: nothing is given up silently, and salvage can still find what was lost."""
 
     def lose(builder: ImageBuilder) -> None:
-        pointer = builder.node_pointers[1]
-        builder.device.damage(pointer.block)
-        builder.device.damage(pointer.twin)
+        for pointer in builder.node_pointers[1:6]:  # those of the extents among them
+            builder.device.damage(pointer.block)
+            builder.device.damage(pointer.twin)
 
     device = broken(too_low, after=lose)
     with pytest.raises(RepairRefusedError, match="accept-loss"):

@@ -117,7 +117,8 @@ def build_braid(levels: int = 5, ways: int = 250) -> MemoryDevice:
     volume.directory(1)
     volume.inode(2, 0o100644, 1, 0)
     volume.name(1, b"file", 2)
-    pointer = builder.node(0, volume.entries())
+    # Only items of inode 1: a listing of it does not end in this leaf.
+    pointer = builder.node(0, [entry for entry in volume.entries() if split_key(entry[0])[0] == 1])
     nodes = 1
     for level in range(1, levels + 1):
         keys = [key(1, TYPE_NAME, number << 50 | level) for number in range(ways)]
