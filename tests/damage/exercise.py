@@ -1,8 +1,9 @@
 """Uses an image that may lie in every way a user could, and holds each step to its bounds.
 
 Allowed are answers and `OSError` (a `CowfsError` is one). Anything else, a step of more than
-STEP_SECONDS_MAX, or memory beyond MEMORY_BYTES_MAX more than before, is a fault of cowfs. The walk
-itself follows no directory twice, as no program on a mount could.
+STEP_SECONDS_MAX (of CPU: the device is in memory, and a busy machine is no fault), or memory
+beyond MEMORY_BYTES_MAX more than before, is a fault of cowfs. The walk itself follows no directory
+twice, as no program on a mount could.
 """
 
 import contextlib
@@ -62,19 +63,19 @@ def bounded(name: str) -> Iterator[None]:
     def expire(_number: int, _frame: types.FrameType | None) -> None:
         raise TooSlow(f"{name} took more than {STEP_SECONDS_MAX} s")
 
-    before = signal.signal(signal.SIGALRM, expire)
+    before = signal.signal(signal.SIGPROF, expire)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     bound = pages * resource.getpagesize() + MEMORY_BYTES_MAX
     if limits[1] != resource.RLIM_INFINITY:
         bound = min(bound, limits[1])
     resource.setrlimit(resource.RLIMIT_AS, (bound, limits[1]))
-    signal.setitimer(signal.ITIMER_REAL, STEP_SECONDS_MAX)
+    signal.setitimer(signal.ITIMER_PROF, STEP_SECONDS_MAX)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
