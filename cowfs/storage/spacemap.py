@@ -357,7 +357,7 @@ class SpaceMap:
         Raises:
             CorruptError: it leaves the image.
         """
-        if not (first > 0 and 0 < count <= self.total_blocks - first):
+        if not (first >= 0 and 0 < count <= self.total_blocks - first):
             raise CorruptError("space map", first, "a run leaves the image", count)
         return _split(first, count)
 

@@ -70,7 +70,7 @@ def read_newest(device: Device, generation: int | None = None) -> Superblock:
         if SUPERBLOCK_MAGIC not in magics:
             raise ImageError(
                 f"{device.name} is not a cowfs image (no superblock found); if it was one, "
-                "cowfs salvage copies out what is left"
+                "cowfs salvage copies out what is left, else cowfs mkfs makes one"
             )
         raise ImageError(
             f"{device.name} has no superblock that is whole: both rings are damaged; "
