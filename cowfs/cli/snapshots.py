@@ -22,7 +22,7 @@ from cowfs.cli.output import (
     progress_bar,
 )
 from cowfs.cli.target import open_target
-from cowfs.daemon.control import Progress
+from cowfs.daemon.messages import Progress
 from cowfs.errors import CowfsError
 from cowfs.history.selection import select
 

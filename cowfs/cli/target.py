@@ -18,7 +18,7 @@ import click
 
 from cowfs.cli.entry import printable
 from cowfs.daemon import places
-from cowfs.daemon.control import Client, ShowProgress
+from cowfs.daemon.client import Client, ShowProgress
 from cowfs.errors import (
     BusyError,
     CorruptError,

@@ -24,7 +24,7 @@ import pyfuse3
 import trio
 
 from cowfs import errors
-from cowfs.daemon import control, places
+from cowfs.daemon import places, server
 from cowfs.daemon.commits import Committer
 from cowfs.daemon.loop import install_burst_loop
 from cowfs.daemon.operations import READ_AHEAD_BYTES, Operations
@@ -296,7 +296,7 @@ class _Mount:
                 if self._committer is not None:
                     nursery.start_soon(self._committer.run)
                     nursery.start_soon(self._reclaim)
-                await nursery.start(control.serve, self._socket_path, self._service)
+                await nursery.start(server.serve, self._socket_path, self._service)
                 nursery.start_soon(self._report_ready)
                 await pyfuse3.main(WORKERS_IDLE_MAX, WORKERS_MAX)
                 self._service.ended.set()

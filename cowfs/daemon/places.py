@@ -209,7 +209,7 @@ def make_directory() -> Path:
 def prepare_socket(image: str | os.PathLike[str]) -> Path:
     """The path at which the daemon of an image is to serve. Stale sockets around it are removed.
 
-    A daemon's socket listens from the moment it has its name (control.py), so one that refuses is
+    A daemon's socket listens from the moment it has its name (server.py), so one that refuses is
     of a daemon that is gone.
 
     Raises:

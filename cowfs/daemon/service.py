@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from cowfs.daemon import control
+from cowfs.daemon import messages, server
 from cowfs.daemon.commits import Committer
 from cowfs.daemon.operations import Operations, invalidate
 from cowfs.daemon.options import MountOptions
@@ -19,12 +19,12 @@ from cowfs.history import reports
 from cowfs.history.filesystem import EditAction, Filesystem
 from cowfs.history.records import RootRecord
 
-ProgressCall = Callable[[control.Progress], Awaitable[None]]
+ProgressCall = Callable[[messages.Progress], Awaitable[None]]
 NAMED_MAX = 5  # open files named in a refusal
 
 
 class MountService:
-    """The service of one mount (control.Service).
+    """The service of one mount (server.Service).
 
     Args:
         committer: None when the mount is read-only.
@@ -50,50 +50,50 @@ class MountService:
 
     # --- pins ---------------------------------------------------------------------------------------
 
-    def pin(self) -> control.Pin:
+    def pin(self) -> server.Pin:
         store = self._filesystem.store
-        pin = control.Pin(store.superblock.generation)
+        pin = server.Pin(store.superblock.generation)
         store.pins[pin] = pin.generation
         return pin
 
-    def unpin(self, pin: control.Pin) -> None:
+    def unpin(self, pin: server.Pin) -> None:
         self._filesystem.store.pins.pop(pin, None)
 
-    def holds(self, pin: control.Pin) -> bool:
+    def holds(self, pin: server.Pin) -> bool:
         return pin in self._filesystem.store.pins
 
     # --- requests -----------------------------------------------------------------------------------
 
-    async def handle(self, request: control.Request, progress: ProgressCall) -> control.Reply:
+    async def handle(self, request: messages.Request, progress: ProgressCall) -> messages.Reply:
         filesystem = self._filesystem
         match request:
-            case control.Info():
-                return control.InfoReply(info=self._info())
-            case control.Space():
-                return control.SpaceReply(space=reports.space_report(filesystem))
-            case control.Snapshots():
-                return control.SnapshotsReply(snapshots=reports.snapshot_reports(filesystem))
-            case control.Drops():
-                return control.DropsReply(drops=reports.drop_reports(filesystem))
-            case control.CreateSnapshot(name=name, description=description):
+            case messages.Info():
+                return messages.InfoReply(info=self._info())
+            case messages.Space():
+                return messages.SpaceReply(space=reports.space_report(filesystem))
+            case messages.Snapshots():
+                return messages.SnapshotsReply(snapshots=reports.snapshot_reports(filesystem))
+            case messages.Drops():
+                return messages.DropsReply(drops=reports.drop_reports(filesystem))
+            case messages.CreateSnapshot(name=name, description=description):
                 return await self._edit(filesystem.create_snapshot(name, description))
-            case control.RenameSnapshot(old=old, new=new):
+            case messages.RenameSnapshot(old=old, new=new):
                 return await self._edit(filesystem.rename_snapshot(old, new))
-            case control.DeleteSnapshots(names=names, wait=wait):
+            case messages.DeleteSnapshots(names=names, wait=wait):
                 return await self._delete(names, progress if wait else None)
-            case control.Rollback(name=name, force=force):
+            case messages.Rollback(name=name, force=force):
                 return await self._replace_live(filesystem.rollback(name), force=force)
-            case control.Undo(force=force):
+            case messages.Undo(force=force):
                 return await self._replace_live(filesystem.undo(), force=force)
-            case control.Sync():
+            case messages.Sync():
                 if self._committer is not None:
                     await self._committer.sync()
-                return control.Done(generation=filesystem.store.superblock.generation)
-            case control.Stop():
+                return messages.Done(generation=filesystem.store.superblock.generation)
+            case messages.Stop():
                 await trio.to_thread.run_sync(self._unmount, self._mountpoint)
                 with trio.CancelScope(shield=True):
                     await self.ended.wait()
-                return control.Done(generation=filesystem.store.superblock.generation)
+                return messages.Done(generation=filesystem.store.superblock.generation)
             case _:
                 raise CowfsError(f"the daemon does not know the request {type(request).__name__}")
 
@@ -123,13 +123,13 @@ class MountService:
         assert isinstance(record, RootRecord)
         return record
 
-    async def _edit(self, action: EditAction) -> control.SnapshotReply:
+    async def _edit(self, action: EditAction) -> messages.SnapshotReply:
         record = await self._apply(action)
-        return control.SnapshotReply(snapshot=reports.snapshot_report(self._filesystem, record))
+        return messages.SnapshotReply(snapshot=reports.snapshot_report(self._filesystem, record))
 
     async def _delete(
         self, names: tuple[str, ...], progress: ProgressCall | None
-    ) -> control.SnapshotsReply:
+    ) -> messages.SnapshotsReply:
         committer = self._writer()
         records = await committer.apply(self._filesystem.delete_snapshots(names))
         assert isinstance(records, list)
@@ -139,7 +139,7 @@ class MountService:
                 nursery.start_soon(self._show_drops, progress)
                 await committer.wait_drops()
                 nursery.cancel_scope.cancel()
-        return control.SnapshotsReply(
+        return messages.SnapshotsReply(
             snapshots=tuple(reports.snapshot_report(self._filesystem, each) for each in records)
         )
 
@@ -148,14 +148,14 @@ class MountService:
             await trio.sleep(0.2)
             drops = reports.drop_reports(self._filesystem)
             await progress(
-                control.Progress(
+                messages.Progress(
                     what="giving back blocks",
                     done_bytes=sum(drop.freed_bytes for drop in drops),
                     total_bytes=sum(drop.referenced_bytes for drop in drops),
                 )
             )
 
-    async def _replace_live(self, action: EditAction, *, force: bool) -> control.SnapshotReply:
+    async def _replace_live(self, action: EditAction, *, force: bool) -> messages.SnapshotReply:
         self._writer()
         writers = self._operations.writers()
         if writers and not force:
@@ -169,7 +169,7 @@ class MountService:
             )
         record = await self._apply(self._switching(action))
         await trio.to_thread.run_sync(invalidate, self._stale_names)
-        return control.SnapshotReply(snapshot=reports.snapshot_report(self._filesystem, record))
+        return messages.SnapshotReply(snapshot=reports.snapshot_report(self._filesystem, record))
 
     def _switching(self, action: EditAction) -> EditAction:
         """The edit, and the switch of the operations to the new volume in the same step."""

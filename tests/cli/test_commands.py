@@ -617,7 +617,7 @@ def test_short_commands_import_no_numpy_and_no_trio(tmp_path: Path) -> None:
     program = (
         "import sys, runpy\n"
         "import cowfs.cli.snapshots, cowfs.cli.space, cowfs.cli.rollback, cowfs.cli.mounting\n"
-        "import cowfs.cli.images, cowfs.cli.main, cowfs.cli.target, cowfs.daemon.control\n"
+        "import cowfs.cli.images, cowfs.cli.main, cowfs.cli.target, cowfs.daemon.client\n"
         "print([name for name in ('numpy', 'trio', 'rich', 'pyfuse3') if name in sys.modules])"
     )
     result = subprocess.run(

@@ -22,8 +22,9 @@ import pytest
 import trio
 
 from cowfs import errors
-from cowfs.daemon import control, places
-from cowfs.daemon.control import Client, Progress, Reply, Request
+from cowfs.daemon import messages, places, server
+from cowfs.daemon.client import Client
+from cowfs.daemon.messages import Progress, Reply, Request
 from cowfs.errors import (
     BusyError,
     CorruptError,
@@ -95,7 +96,7 @@ class FakeService:
 
     error: Exception | None = None
     requests: list[Request] = field(default_factory=list)
-    pins: list[control.Pin] = field(default_factory=list)
+    pins: list[server.Pin] = field(default_factory=list)
     released: int = 0
     many: int = 2
     steps: int = 3
@@ -110,16 +111,16 @@ class FakeService:
         if self.error is not None:
             raise self.error
         match request:
-            case control.Info():
-                return control.InfoReply(info=AN_INFO)
-            case control.Space():
-                return control.SpaceReply(space=A_SPACE)
-            case control.Snapshots():
+            case messages.Info():
+                return messages.InfoReply(info=AN_INFO)
+            case messages.Space():
+                return messages.SpaceReply(space=A_SPACE)
+            case messages.Snapshots():
                 snapshots = tuple(a_snapshot(f"ü {n}", "x" * 500) for n in range(self.many))
-                return control.SnapshotsReply(snapshots=snapshots)
-            case control.Drops():
-                return control.DropsReply(drops=A_SPACE.drops)
-            case control.DeleteSnapshots(names=names):
+                return messages.SnapshotsReply(snapshots=snapshots)
+            case messages.Drops():
+                return messages.DropsReply(drops=A_SPACE.drops)
+            case messages.DeleteSnapshots(names=names):
                 try:
                     for step in range(self.steps):
                         told = Progress(what="drop", done_bytes=step, total_bytes=self.steps)
@@ -128,28 +129,28 @@ class FakeService:
                 except trio.BrokenResourceError:
                     self.progress_broke.set()
                     raise
-                return control.SnapshotsReply(snapshots=tuple(map(a_snapshot, names)))
-            case control.Sync() | control.Stop():
-                return control.Done(generation=9)
-            case control.Undo():
-                return control.SnapshotReply(snapshot=a_snapshot("kept"))
-            case control.CreateSnapshot(name=name) | control.Rollback(name=name):
-                return control.SnapshotReply(snapshot=a_snapshot(name))
-            case control.RenameSnapshot(new=name):
-                return control.SnapshotReply(snapshot=a_snapshot(name))
+                return messages.SnapshotsReply(snapshots=tuple(map(a_snapshot, names)))
+            case messages.Sync() | messages.Stop():
+                return messages.Done(generation=9)
+            case messages.Undo():
+                return messages.SnapshotReply(snapshot=a_snapshot("kept"))
+            case messages.CreateSnapshot(name=name) | messages.Rollback(name=name):
+                return messages.SnapshotReply(snapshot=a_snapshot(name))
+            case messages.RenameSnapshot(new=name):
+                return messages.SnapshotReply(snapshot=a_snapshot(name))
         raise AssertionError(request)
 
-    def pin(self) -> control.Pin:
-        pin = control.Pin(41)
+    def pin(self) -> server.Pin:
+        pin = server.Pin(41)
         self.pins.append(pin)
         return pin
 
-    def unpin(self, pin: control.Pin) -> None:
+    def unpin(self, pin: server.Pin) -> None:
         if pin in self.pins:
             self.pins.remove(pin)
         self.released += 1
 
-    def holds(self, pin: control.Pin) -> bool:
+    def holds(self, pin: server.Pin) -> bool:
         return pin in self.pins
 
 
@@ -162,7 +163,7 @@ def serving(path: Path, service: FakeService) -> Iterator[Callable[[], None]]:
     async def run() -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(
-                lambda task_status: control.serve(path, service, task_status=task_status)
+                lambda task_status: server.serve(path, service, task_status=task_status)
             )
             tools.extend((trio.lowlevel.current_trio_token(), nursery.cancel_scope))
             ready.set()
@@ -196,7 +197,7 @@ def service() -> FakeService:
 
 
 @pytest.fixture
-def server(path: Path, service: FakeService) -> Iterator[Callable[[], None]]:
+def served(path: Path, service: FakeService) -> Iterator[Callable[[], None]]:
     with serving(path, service) as end:
         yield end
 
@@ -227,14 +228,14 @@ def read_frame(connection: socket.socket) -> tuple[bytes, bytes] | None:
     return bytes([kind]), payload
 
 
-def request_frame(request: object, version: int = control.PROTOCOL_VERSION) -> bytes:
+def request_frame(request: object, version: int = messages.PROTOCOL_VERSION) -> bytes:
     return frame(b"Q", json.dumps({"version": version, "request": request}).encode())
 
 
 # --- answers --------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_every_request_arrives_and_is_answered(path: Path, service: FakeService) -> None:
     """Promise: what the client asks is what the service gets, and the other way round."""
     with Client(path) as client:
@@ -250,20 +251,20 @@ def test_every_request_arrives_and_is_answered(path: Path, service: FakeService)
         assert client.sync() == 9
         client.stop()
     assert service.requests == [
-        control.Info(),
-        control.Space(),
-        control.Drops(),
-        control.Snapshots(),
-        control.CreateSnapshot(name="日本", description="text"),
-        control.RenameSnapshot(old="a", new="b"),
-        control.Rollback(name="r", force=True),
-        control.Undo(force=False),
-        control.Sync(),
-        control.Stop(),
+        messages.Info(),
+        messages.Space(),
+        messages.Drops(),
+        messages.Snapshots(),
+        messages.CreateSnapshot(name="日本", description="text"),
+        messages.RenameSnapshot(old="a", new="b"),
+        messages.Rollback(name="r", force=True),
+        messages.Undo(force=False),
+        messages.Sync(),
+        messages.Stop(),
     ]
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_long_list_comes_in_frames_of_bounded_size(path: Path, service: FakeService) -> None:
     """Promise: an answer may be long, no frame is longer than the limit, nothing is missing."""
     service.many = 3000
@@ -275,13 +276,13 @@ def test_long_list_comes_in_frames_of_bounded_size(path: Path, service: FakeServ
         while not kinds or kinds[-1] != b"R":
             found = read_frame(connection)
             assert found is not None
-            assert HEADER.size + len(found[1]) <= control.FRAME_BYTES_MAX + HEADER.size
+            assert HEADER.size + len(found[1]) <= messages.FRAME_BYTES_MAX + HEADER.size
             kinds.append(found[0])
     assert len(kinds) > 20
     assert set(kinds) == {b"C", b"R"}
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_progress_is_told_before_the_answer(path: Path) -> None:
     """Promise: long work shows how far it is."""
     told: list[Progress] = []
@@ -290,7 +291,7 @@ def test_progress_is_told_before_the_answer(path: Path) -> None:
     assert [progress.done_bytes for progress in told] == [0, 1, 2]
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_many_names_are_deleted_in_several_requests(path: Path, service: FakeService) -> None:
     """Promise: a list that is longer than a request is no error, and only the last one waits."""
     names = [f"{number:0250}" for number in range(1000)]
@@ -298,18 +299,18 @@ def test_many_names_are_deleted_in_several_requests(path: Path, service: FakeSer
         deleted = client.delete_snapshots(names, wait=True)
     assert [found.name for found in deleted] == names
     asked = [
-        request for request in service.requests if isinstance(request, control.DeleteSnapshots)
+        request for request in service.requests if isinstance(request, messages.DeleteSnapshots)
     ]
     assert len(asked) > 3
     assert [request.wait for request in asked] == [False] * (len(asked) - 1) + [True]
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_request_that_is_too_long_is_refused_by_the_client(path: Path) -> None:
     """Promise: the limit holds at both ends, and the connection goes on."""
     with Client(path) as client:
         with pytest.raises(UsageError, match="too long"):
-            client.create_snapshot("x" * control.FRAME_BYTES_MAX)
+            client.create_snapshot("x" * messages.FRAME_BYTES_MAX)
         assert client.sync() == 9
 
 
@@ -336,13 +337,13 @@ def test_life_is_shown_while_work_takes_long(
     path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Promise: a client waits for long work, however short its patience with silence."""
-    monkeypatch.setattr(control, "LIFE_SIGN_INTERVAL_S", 0.1)
+    monkeypatch.setattr(server, "LIFE_SIGN_INTERVAL_S", 0.1)
     service.delay_s = 1.5
     with serving(path, service), Client(path, silence_s_max=0.6) as client:
         assert client.sync() == 9
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_silent_daemon_is_given_up(path: Path, service: FakeService) -> None:
     """Promise: a daemon that hangs does not hang the command; the message names its process."""
     service.delay_s = 2
@@ -370,7 +371,7 @@ def test_silent_daemon_is_given_up(path: Path, service: FakeService) -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_error_travels_with_kind_words_errno_and_exit_code(
     path: Path, service: FakeService, error: CowfsError
 ) -> None:
@@ -386,7 +387,7 @@ def test_error_travels_with_kind_words_errno_and_exit_code(
             assert caught.value.exit_code == error.exit_code
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_every_kind_of_error_can_travel(path: Path, service: FakeService) -> None:
     """Promise: a kind that is added to errors.py needs nothing here."""
     kinds = [
@@ -403,7 +404,7 @@ def test_every_kind_of_error_can_travel(path: Path, service: FakeService) -> Non
             assert type(caught.value) is kind
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_error_of_its_own_exit_code_keeps_it(path: Path, service: FakeService) -> None:
     """Promise: the exit code is that of the error, not of its kind."""
     service.error = MountError("words")
@@ -414,7 +415,7 @@ def test_error_of_its_own_exit_code_keeps_it(path: Path, service: FakeService) -
     assert MountError.exit_code == errors.EXIT_ERROR
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_unforeseen_exception_is_logged_and_told_without_its_inside(
     path: Path, service: FakeService, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -434,7 +435,7 @@ def test_unforeseen_exception_is_logged_and_told_without_its_inside(
 # --- who may, and what is a request ---------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_socket_is_for_its_owner_alone(path: Path) -> None:
     """Promise: 0600, in a directory of 0700."""
     assert stat.S_IMODE(path.lstat().st_mode) == 0o600
@@ -451,7 +452,7 @@ def test_directory_that_others_can_enter_is_refused_at_both_ends(path: Path, mod
         path.parent.chmod(0o700)
     path.parent.chmod(mode)
     with pytest.raises(MountError, match="can be entered by others"):
-        trio.run(control.serve, path, FakeService())
+        trio.run(server.serve, path, FakeService())
 
 
 def test_link_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
@@ -462,7 +463,7 @@ def test_link_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
         Client(tmp_path / "link" / "x.sock")
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_another_user_is_refused(
     path: Path,
     service: FakeService,
@@ -483,7 +484,7 @@ def test_another_user_is_refused(
         Client(path)
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_other_version_is_refused_in_words(path: Path, service: FakeService) -> None:
     """Promise: a command of another cowfs says why it does not work."""
     with raw_connection(path) as connection:
@@ -507,14 +508,14 @@ def test_other_version_is_refused_in_words(path: Path, service: FakeService) -> 
         request_frame({"type": "create-snapshot", "name": 7}),
         request_frame({"type": "sync", "more": 1}),
         frame(b"R", b"{}"),
-        HEADER.pack(control.FRAME_BYTES_MAX + 1, b"Q"[0]),
+        HEADER.pack(messages.FRAME_BYTES_MAX + 1, b"Q"[0]),
         HEADER.pack(0, b"Q"[0]),
         b"GET / HTTP/1.1\r\n\r\n",
         b"\xff" * 4096,
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_what_is_no_request_is_refused_and_harms_nobody(
     path: Path, service: FakeService, data: bytes
 ) -> None:
@@ -536,7 +537,7 @@ def test_half_a_request_ends_by_a_timeout(
     path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Promise: who connects and says nothing, or half of it, is shown the door."""
-    monkeypatch.setattr(control, "REQUEST_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.3)
     with serving(path, service):
         for data in (b"", b"\0\0", request_frame({"type": "sync"})[:-3]):
             with raw_connection(path) as connection:
@@ -551,7 +552,7 @@ def test_clients_are_counted(
     path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Promise: connections are bounded; one too many is told so, and a place comes free again."""
-    monkeypatch.setattr(control, "CLIENTS_MAX", 3)
+    monkeypatch.setattr(server, "CLIENTS_MAX", 3)
     with serving(path, service):
         with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(Client(path)) for _ in range(3)]
@@ -569,7 +570,7 @@ def test_clients_are_counted(
                 time.sleep(0.05)
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_client_that_leaves_ends_only_the_telling(path: Path, service: FakeService) -> None:
     """Promise: a request whose client is gone harms nobody, and its progress says so."""
     service.steps = 100_000_000
@@ -586,7 +587,7 @@ def test_client_that_leaves_ends_only_the_telling(path: Path, service: FakeServi
 # --- pins and names -------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("server")
+@pytest.mark.usefixtures("served")
 def test_pin_lives_as_long_as_its_connection(path: Path, service: FakeService) -> None:
     """Promise: a reader that is killed does not keep space forever."""
     with Client(path) as client:
@@ -605,7 +606,7 @@ def test_quiet_pin_outlives_the_timeout_of_requests(
     path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Promise: a long read under a pin is not cut short."""
-    monkeypatch.setattr(control, "REQUEST_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.2)
     with serving(path, service), Client(path) as client:
         client.pin()
         time.sleep(0.8)

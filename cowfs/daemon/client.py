@@ -1,0 +1,265 @@
+"""A command's end of the control socket: one call for each request.
+
+Made of plain blocking calls, so that commands start without an event loop. A client checks who serves,
+as the server checks who asks.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from cowfs.daemon import places
+from cowfs.daemon.messages import (
+    ERROR,
+    FRAME_BYTES_MAX,
+    HEADER,
+    LIFE,
+    PART,
+    PROGRESS,
+    PROTOCOL_VERSION,
+    REQUEST,
+    RESULT,
+    CreateSnapshot,
+    DeleteSnapshots,
+    Done,
+    Drops,
+    DropsReply,
+    Envelope,
+    ErrorMessage,
+    Info,
+    InfoReply,
+    PinGeneration,
+    PinReply,
+    Progress,
+    RenameSnapshot,
+    Reply,
+    Request,
+    Rollback,
+    SnapshotReply,
+    Snapshots,
+    SnapshotsReply,
+    Space,
+    SpaceReply,
+    Stop,
+    Sync,
+    Undo,
+    error_of,
+    frame,
+)
+from cowfs.errors import MountError, UsageError
+from cowfs.history.reports import DropReport, InfoReport, SnapshotReport, SpaceReport
+
+ANSWER_BYTES_MAX = 256 << 20  # of all frames of one answer: 200,000 snapshots
+SILENCE_S_MAX = (
+    120.0  # without a frame, then the client gives up: the daemon's loop never stops so long
+)
+
+ReplyType = TypeVar("ReplyType")
+ShowProgress = Callable[[Progress], None]
+
+
+class Client:
+    """A connection to a daemon. One request at a time; close it, or use it in `with`.
+
+    Args:
+        socket_path: from `places.find_sockets`.
+        silence_s_max: how long to wait for a sign of life.
+
+    Raises:
+        ConnectionRefusedError, FileNotFoundError: nobody serves there.
+        MountError: it cannot be trusted, or does not answer.
+    """
+
+    def __init__(self, socket_path: Path, *, silence_s_max: float = SILENCE_S_MAX) -> None:
+        self._path = socket_path
+        directory, owner = places.open_directory(socket_path.parent)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            self._socket.settimeout(silence_s_max)
+            self._socket.connect(places.socket_address(directory, socket_path.name))
+            self.daemon_pid, user_id = places.peer(self._socket)
+            if user_id != owner:
+                raise MountError(f"user {user_id} serves at {socket_path}, expected user {owner}")
+        except TimeoutError:
+            self._socket.close()
+            raise MountError(f"the daemon at {socket_path} does not accept connections") from None
+        except BaseException:
+            self._socket.close()
+            raise
+        finally:
+            os.close(directory)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    # --- requests
+
+    def info(self) -> InfoReport:
+        return self._ask(Info(), InfoReply).info
+
+    def space(self) -> SpaceReport:
+        return self._ask(Space(), SpaceReply).space
+
+    def snapshots(self) -> tuple[SnapshotReport, ...]:
+        return self._ask(Snapshots(), SnapshotsReply).snapshots
+
+    def drops(self) -> tuple[DropReport, ...]:
+        return self._ask(Drops(), DropsReply).drops
+
+    def create_snapshot(self, name: str, description: str = "") -> SnapshotReport:
+        request = CreateSnapshot(name=name, description=description)
+        return self._ask(request, SnapshotReply).snapshot
+
+    def delete_snapshots(
+        self, names: Sequence[str], *, wait: bool = False, progress: ShowProgress | None = None
+    ) -> tuple[SnapshotReport, ...]:
+        """Delete them, all or none; more names than fit in one request go in several, in order."""
+        deleted: tuple[SnapshotReport, ...] = ()
+        batches = list(_batches(names))
+        for number, batch in enumerate(batches):
+            is_last = number == len(batches) - 1
+            request = DeleteSnapshots(names=batch, wait=wait and is_last)
+            deleted += self._ask(request, SnapshotsReply, progress).snapshots
+        return deleted
+
+    def rename_snapshot(self, old: str, new: str) -> SnapshotReport:
+        return self._ask(RenameSnapshot(old=old, new=new), SnapshotReply).snapshot
+
+    def rollback(self, name: str, *, force: bool = False) -> SnapshotReport:
+        return self._ask(Rollback(name=name, force=force), SnapshotReply).snapshot
+
+    def undo(self, *, force: bool = False) -> SnapshotReport:
+        return self._ask(Undo(force=force), SnapshotReply).snapshot
+
+    def sync(self) -> int:
+        """Returns the newest durable generation."""
+        return self._ask(Sync(), Done).generation
+
+    def pin(self) -> tuple[int, bool]:
+        """The generation kept whole until this client is closed, and whether it (still) is."""
+        reply = self._ask(PinGeneration(), PinReply)
+        return reply.generation, reply.holds
+
+    def stop(self) -> None:
+        """Unmount cleanly. Returns when the last commit is durable.
+
+        Raises:
+            BusyError: files are open.
+            ConnectionAbortedError: the daemon ended without telling.
+        """
+        try:
+            self._ask(Stop(), Done)
+        except _EndedError as error:
+            raise ConnectionAbortedError(str(error)) from None
+
+    # --- frames
+
+    def _ask(
+        self,
+        request: Request,
+        expected: type[ReplyType],
+        progress: ShowProgress | None = None,
+    ) -> ReplyType:
+        try:
+            self._send(request)
+            payload = self._receive(progress)
+        except TimeoutError:
+            raise MountError(
+                f"the daemon (process {self.daemon_pid}) does not answer; is it stopped?"
+            ) from None
+        except (ConnectionError, EOFError):
+            raise _EndedError(
+                f"the daemon (process {self.daemon_pid}) ended the connection; its log may tell why"
+            ) from None
+        try:
+            reply = msgspec.json.decode(payload, type=Reply)
+        except msgspec.MsgspecError as error:
+            raise MountError(f"the daemon's answer cannot be read: {error}") from None
+        if not isinstance(reply, expected):
+            raise MountError(f"the daemon answered with {type(reply).__name__}")
+        return reply
+
+    def _send(self, request: Request) -> None:
+        envelope = Envelope(
+            version=PROTOCOL_VERSION, request=msgspec.Raw(msgspec.json.encode(request))
+        )
+        whole = frame(REQUEST, msgspec.json.encode(envelope))
+        if len(whole) > FRAME_BYTES_MAX:
+            raise UsageError(f"a request of {len(whole)} bytes is too long for the daemon")
+        try:
+            self._socket.sendall(whole)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it may have said why before it closed
+
+    def _receive(self, progress: ShowProgress | None) -> bytes:
+        parts: list[bytes] = []
+        total = 0
+        while True:
+            size, kind = HEADER.unpack(self._exactly(HEADER.size))
+            if not 1 <= size <= FRAME_BYTES_MAX:
+                raise MountError("the daemon's answer cannot be read: a frame is too long")
+            payload = self._exactly(size - 1)
+            if kind == LIFE:
+                continue
+            if kind == PROGRESS:
+                if progress is not None:
+                    progress(_decode(payload, Progress))
+                continue
+            if kind == ERROR:
+                raise error_of(_decode(payload, ErrorMessage))
+            if kind not in (PART, RESULT):
+                raise MountError("the daemon's answer cannot be read: a frame of unknown kind")
+            total += len(payload)
+            if total > ANSWER_BYTES_MAX:
+                raise MountError("the daemon's answer is too long")
+            parts.append(payload)
+            if kind == RESULT:
+                return b"".join(parts)
+
+    def _exactly(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            part = self._socket.recv(size - len(data))
+            if not part:
+                raise EOFError
+            data += part
+        return bytes(data)
+
+
+class _EndedError(MountError):
+    """The daemon closed the connection before it answered."""
+
+
+def _decode(payload: bytes, kind: type[ReplyType]) -> ReplyType:
+    try:
+        return msgspec.json.decode(payload, type=kind)
+    except msgspec.MsgspecError as error:
+        raise MountError(f"the daemon's answer cannot be read: {error}") from None
+
+
+def _batches(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The names in groups of which each fits in one request."""
+    room = FRAME_BYTES_MAX - 1024
+    batch: list[str] = []
+    used = 0
+    for name in names:
+        size = len(msgspec.json.encode(name)) + 1
+        if batch and used + size > room:
+            yield tuple(batch)
+            batch, used = [], 0
+        batch.append(name)
+        used += size
+    if batch or not names:
+        yield tuple(batch)

@@ -1,0 +1,314 @@
+"""The daemon's end of the control socket: typed requests in, answers out.
+
+Promises:
+- Only the daemon's own user and root are served: the socket is 0600 in a 0700 directory, and the
+  kernel tells who connects (SO_PEERCRED).
+- Nobody can keep the daemon busy: clients are counted, a request that does not arrive and an
+  answer that is not taken end by a timeout, and `accept` backs off when descriptors run out.
+- An exception that is no `CowfsError` is logged here and arrives as one generic line.
+- A pin lives exactly as long as its connection.
+
+While a request is worked on, the server sends a sign of life every few seconds, so a client can
+tell a long commit from a daemon that hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import trio
+
+from cowfs.daemon import places
+from cowfs.daemon.messages import (
+    ERROR,
+    FRAME_BYTES_MAX,
+    HEADER,
+    LIFE,
+    PROGRESS,
+    PROTOCOL_VERSION,
+    REQUEST,
+    Envelope,
+    PinGeneration,
+    PinReply,
+    Progress,
+    Reply,
+    Request,
+    frame,
+    message_of,
+    result_frames,
+)
+from cowfs.errors import BusyError, CowfsError, MountError, UsageError
+
+log = logging.getLogger(__name__)
+
+CLIENTS_MAX = 32
+REQUEST_TIMEOUT_S = 10.0  # from one answer to the next whole request
+ANSWER_TIMEOUT_S = 30.0  # for the client to take a frame
+LIFE_SIGN_INTERVAL_S = 5.0
+
+
+class Pin:
+    """A generation that somebody outside reads. Each is itself: usable as a key of `Store.pins`."""
+
+    __slots__ = ("generation",)
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+
+
+class Service(Protocol):
+    """What the daemon does for its clients."""
+
+    async def handle(
+        self, request: Request, progress: Callable[[Progress], Awaitable[None]]
+    ) -> Reply:
+        """Answer any request but PinGeneration. Several may be under way at a time.
+
+        `progress` raises trio.BrokenResourceError when the client is gone: let it pass, once what
+        was asked for is safe.
+
+        Raises:
+            CowfsError: travels to the client.
+        """
+
+    def pin(self) -> Pin:
+        """Keep the newest durable generation whole."""
+
+    def unpin(self, pin: Pin) -> None:
+        """Let it go; one that no longer holds is no error."""
+
+    def holds(self, pin: Pin) -> bool:
+        """Whether the generation is still kept: a full filesystem lets go of pins."""
+
+
+async def serve(
+    socket_path: Path,
+    service: Service,
+    *,
+    task_status: trio.TaskStatus[None] | None = None,
+) -> None:
+    """Serve until cancelled. `started` is called when clients can connect.
+
+    An answer that is ready when the cancellation comes is still sent.
+
+    Args:
+        socket_path: from `places.prepare_socket`.
+
+    Raises:
+        MountError: the socket cannot be made.
+    """
+    server = _Server(service)
+    listener, remove = _listen(socket_path)
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(
+                lambda task_status=trio.TASK_STATUS_IGNORED: trio.serve_listeners(
+                    server.serve_client,
+                    [trio.SocketListener(trio.socket.from_stdlib_socket(listener))],
+                    task_status=task_status,
+                )
+            )
+            if task_status is not None:
+                task_status.started()
+    finally:
+        remove()
+
+
+def _listen(path: Path) -> tuple[socket.socket, Callable[[], None]]:
+    """A listening socket that has its name only once it listens; and how to remove that name."""
+    directory, owner = places.open_directory(path.parent)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    temporary = f".{path.name}.{os.getpid()}"
+    try:
+        if owner != os.geteuid():
+            raise MountError(f"the directory {path.parent} belongs to user {owner}")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=directory)
+        listener.bind(places.socket_address(directory, temporary))
+        os.chmod(temporary, 0o600, dir_fd=directory)
+        listener.listen(CLIENTS_MAX)
+        listener.setblocking(False)
+        os.rename(temporary, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+        inode = os.stat(path.name, dir_fd=directory, follow_symlinks=False).st_ino
+    except OSError as error:
+        listener.close()
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=directory)
+        os.close(directory)
+        if isinstance(error, CowfsError):
+            raise
+        raise MountError(f"cannot make the control socket {path}: {error.strerror}") from None
+
+    def remove() -> None:
+        with contextlib.suppress(OSError):  # somebody removed it, or made another: not ours
+            found = os.stat(path.name, dir_fd=directory, follow_symlinks=False)
+            if found.st_ino == inode:
+                os.unlink(path.name, dir_fd=directory)
+        os.close(directory)
+
+    return listener, remove
+
+
+class _ClientGoneError(Exception):
+    """The client closed its end, or does not take or send what it should."""
+
+
+class _Server:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._clients = 0
+
+    async def serve_client(self, stream: trio.SocketStream) -> None:
+        """One connection, from its first request to its end. Never raises but Cancelled."""
+        self._clients += 1
+        try:
+            await _Connection(self._service, stream).serve(crowded=self._clients > CLIENTS_MAX)
+        except (_ClientGoneError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # its own business
+        except Exception:
+            log.exception("a connection to the control socket failed")
+        finally:
+            self._clients -= 1
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                await stream.aclose()
+
+
+class _Connection:
+    def __init__(self, service: Service, stream: trio.SocketStream) -> None:
+        self._service = service
+        self._stream = stream
+        self._sending = trio.Lock()
+        self._pin: Pin | None = None
+
+    async def serve(self, *, crowded: bool) -> None:
+        _, user_id = places.peer(self._stream.socket)
+        if user_id not in (os.geteuid(), 0):
+            log.warning("refused a connection of user %d to the control socket", user_id)
+            await self._fail(MountError(f"user {user_id} may not control this mount"))
+            return
+        if crowded:
+            await self._fail(BusyError(f"the daemon has {CLIENTS_MAX} clients already; try again"))
+            return
+        try:
+            while (payload := await self._read()) is not None:
+                await self._answer(payload)
+        finally:
+            if self._pin is not None:
+                self._service.unpin(self._pin)
+
+    async def _read(self) -> bytes | None:
+        """The next request's bytes; None at the end of the connection."""
+        # A pin is held by keeping quiet.
+        seconds = float("inf") if self._pin is not None else REQUEST_TIMEOUT_S
+        with trio.move_on_after(seconds) as first_wait:
+            first = await self._stream.receive_some(HEADER.size)
+        if first_wait.cancelled_caught:
+            return None
+        if not first:
+            return None
+        with trio.move_on_after(REQUEST_TIMEOUT_S):
+            header = bytes(first) + await self._exactly(HEADER.size - len(first))
+            size, kind = HEADER.unpack(header)
+            if kind != REQUEST or not 1 <= size <= FRAME_BYTES_MAX:
+                await self._fail(UsageError("the control socket got something that is no request"))
+                raise _ClientGoneError
+            return await self._exactly(size - 1)
+        raise _ClientGoneError
+
+    async def _exactly(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            part = await self._stream.receive_some(size - len(data))
+            if not part:
+                raise _ClientGoneError
+            data += part
+        return bytes(data)
+
+    async def _answer(self, payload: bytes) -> None:
+        try:
+            request = _decode_request(payload)
+        except CowfsError as error:
+            await self._fail(error)
+            raise _ClientGoneError from None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._show_life)
+            error_answer: CowfsError | None = None
+            try:
+                reply = await self._handle(request)
+            except CowfsError as error:
+                error_answer = error
+            except (trio.BrokenResourceError, _ClientGoneError):
+                nursery.cancel_scope.cancel()
+                return
+            except Exception:
+                log.exception("the request %s failed", type(request).__name__)
+                error_answer = CowfsError(
+                    f"the daemon (process {os.getpid()}) met an internal error; its log has more"
+                )
+            if error_answer is not None:
+                await self._fail(error_answer)
+            else:
+                for part in result_frames(reply):
+                    await self._send(part)
+            nursery.cancel_scope.cancel()
+
+    async def _handle(self, request: Request) -> Reply:
+        if not isinstance(request, PinGeneration):
+            return await self._service.handle(request, self._tell)
+        if self._pin is None:
+            self._pin = self._service.pin()
+        return PinReply(generation=self._pin.generation, holds=self._service.holds(self._pin))
+
+    async def _tell(self, progress: Progress) -> None:
+        try:
+            await self._send(frame(PROGRESS, msgspec.json.encode(progress)))
+        except _ClientGoneError:
+            raise trio.BrokenResourceError("the client is gone") from None
+
+    async def _show_life(self) -> None:
+        while True:
+            await trio.sleep(LIFE_SIGN_INTERVAL_S)
+            try:
+                await self._send(frame(LIFE, b""))
+            except (trio.BrokenResourceError, trio.ClosedResourceError, _ClientGoneError):
+                return  # whoever sends the answer finds out
+
+    async def _fail(self, error: CowfsError) -> None:
+        message = message_of(error)
+        answer = frame(ERROR, msgspec.json.encode(message))
+        if len(answer) > FRAME_BYTES_MAX:
+            shorter = msgspec.structs.replace(message, message=message.message[:4096] + "...")
+            answer = frame(ERROR, msgspec.json.encode(shorter))
+        await self._send(answer)
+
+    async def _send(self, whole: bytes) -> None:
+        """One frame, whole or not at all, also while everything around is being cancelled."""
+        with trio.move_on_after(ANSWER_TIMEOUT_S, shield=True) as scope:
+            async with self._sending:
+                await self._stream.send_all(whole)
+        if scope.cancelled_caught:
+            raise _ClientGoneError
+
+
+def _decode_request(payload: bytes) -> Request:
+    try:
+        envelope = msgspec.json.decode(payload, type=Envelope)
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"the control socket got a request that cannot be read: {error}") from None
+    if envelope.version != PROTOCOL_VERSION:
+        raise UsageError(
+            f"the daemon speaks version {PROTOCOL_VERSION} of the control protocol, the command "
+            f"{envelope.version}; unmount and mount again with the cowfs that is installed now"
+        )
+    try:
+        request: Request = msgspec.json.decode(envelope.request, type=Request)
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"the control socket got a request that cannot be read: {error}") from None
+    return request
