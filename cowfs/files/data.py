@@ -22,6 +22,7 @@ from cowfs.files.items import (
     Extent,
     Inode,
     decode_extent,
+    inode_key,
     key,
     split_key,
 )
@@ -193,9 +194,7 @@ class Data:
         first, head = divmod(offset, BLOCK_SIZE_BYTES)
         stop = -(-end // BLOCK_SIZE_BYTES)
         self._store.admit(stop - first, TIER_ADD)
-        if inode.data_blocks:  # what cannot be read must refuse the write, not fail its commit (C9)
-            for _ in self._extents(inode.ino, first, stop):
-                pass
+        self._reach(inode, first, stop)
         dirty = self._open(inode)
         before = len(dirty)
         if not head and not size % BLOCK_SIZE_BYTES:
@@ -245,7 +244,8 @@ class Data:
             stop, tail = divmod(size, BLOCK_SIZE_BYTES)
             if tail:
                 self._store.admit(1, TIER_REMOVE)
-            if inode.data_blocks:  # what cannot be read must refuse all of it, not end it halfway
+            self._reach(inode, stop, stop + 1)
+            if inode.data_blocks:  # damage must stop us before anything is cut off
                 for _ in self._extents(inode.ino, stop, FILE_BLOCK_MAX + 1):
                     pass
             if inode.flags & INODE_INLINE:
@@ -267,7 +267,10 @@ class Data:
                 self._punch(inode, stop, FILE_BLOCK_MAX + 1)
         elif inode.flags & INODE_INLINE:
             self._store.admit(1, TIER_ADD)
+            self._reach(inode, 0, 1)
             self._open(inode)
+        else:
+            self._tree.reach(inode_key(inode.ino))
         inode.size_bytes = size
 
     def allocated_blocks(self, inode: Inode) -> int:
@@ -378,6 +381,22 @@ class Data:
             self._dirty[inode.ino] = dirty
         return dirty
 
+    def _reach(self, inode: Inode, first: int, stop: int) -> None:
+        """See to it that new data in [first, stop), and the inode, can be put into the tree (C9).
+
+        Raises:
+            CorruptError, DeviceError: it cannot be, and nothing was changed.
+        """
+        ino, tree = inode.ino, self._tree
+        if ino not in self._dirty:
+            tree.reach_range(inode_key(ino), key(ino, TYPE_INLINE, 0))
+        begin = first
+        if inode.data_blocks:
+            for start, extent in self._extents(ino, first, stop):
+                begin = min(begin, start)
+                self._store.map.require(extent.block, extent.count)
+        tree.reach_range(key(ino, TYPE_EXTENT, begin), key(ino, TYPE_EXTENT, stop))
+
     def _promise(self, blocks: int) -> None:
         self._store.promised_blocks += blocks
         self._store.promised_items += blocks
@@ -394,24 +413,21 @@ class Data:
     def _punch_some(self, inode: Inode, first: int, stop: int) -> bool:
         """The same for the extents of one leaf. Returns whether there was any."""
         ino, tree = inode.ino, self._tree
-        below = tree.floor(key(ino, TYPE_EXTENT, first)) if first else None
         begin = first
-        if below is not None:
-            below_ino, below_type, start = split_key(below[0])
-            if (below_ino, below_type) == (ino, TYPE_EXTENT):
-                extent = decode_extent(ino, below[1])
-                if start + extent.count > first:
-                    begin = start
-        here = next(
-            tree.leaf_slices(key(ino, TYPE_EXTENT, begin), key(ino, TYPE_EXTENT, stop)), None
-        )
-        if here is None:
+        if first:
+            for start, _ in self._extents(ino, first, first + 1):
+                begin = min(begin, start)
+        start_key, stop_key = key(ino, TYPE_EXTENT, begin), key(ino, TYPE_EXTENT, stop)
+        found = next(tree.leaf_slices(start_key, stop_key), None)
+        if found is None:
             return False
-        _, values, at, last = here
-        for value in values[at:last]:
+        _, values, at, last = found
+        for value in values[
+            at:last
+        ]:  # what cannot be read must stop us before anything is taken out
             extent = decode_extent(ino, value)
             self._store.map.require(extent.block, extent.count)
-        removed = tree.pop_range(key(ino, TYPE_EXTENT, begin), key(ino, TYPE_EXTENT, stop))
+        removed = tree.pop_range(start_key, stop_key)
         for item, value in removed:
             start = split_key(item)[2]
             extent = decode_extent(ino, value)
@@ -427,7 +443,7 @@ class Data:
             self._store.map.drop(extent.block + cut_first - start, gone, self._store.generation)
             inode.data_blocks = max(0, inode.data_blocks - gone)  # the image may say any number
             self.data_blocks = max(0, self.data_blocks - gone)
-        return bool(removed)
+        return True
 
 
 assert EXTENT_BLOCKS_MAX * DATA_CHECKSUM_BYTES <= 2048

@@ -53,8 +53,17 @@ class Inodes:
         self._clean[ino] = inode
         return inode
 
+    def reach(self, inode: Inode) -> None:
+        """See to it that a change of the inode can be put into the tree, before it is made (C9).
+
+        Raises:
+            CorruptError, DeviceError: its leaf cannot be read.
+        """
+        if inode.ino not in self.dirty:
+            self._tree.reach(inode_key(inode.ino))
+
     def touch(self, inode: Inode) -> None:
-        """The inode was changed."""
+        """The inode, which was reached in this transaction, was changed."""
         inode.answer = None
         ino = inode.ino
         if ino not in self.dirty:
@@ -63,9 +72,16 @@ class Inodes:
             self._tree.store.promised_items += 1
 
     def free_ino(self) -> int:
-        """The number that `create` gives to the next inode. Raises NoSpaceError when none is left."""
+        """The number that `create` gives to the next inode; its place is reached.
+
+        Raises:
+            NoSpaceError: none is left.
+        """
         if self.next_ino > INO_MAX:
             raise NoSpaceError("no inode number is left")
+        tree = self._tree
+        if tree.end_reached != tree.store.generation:
+            tree.reach_end(inode_key(self.next_ino))
         return self.next_ino
 
     def create(self, mode: int, uid: int, gid: int, rdev: int) -> Inode:

@@ -73,6 +73,10 @@ class Names:
         names.append(Name(name, ino, type_, slot))
         self._tree.put(item, encode_names(sorted(names, key=lambda entry: entry.slot)))
 
+    def reach(self, directory: int, name: bytes) -> None:
+        """See to it that a change of the name cannot fail. Raises CorruptError, DeviceError."""
+        self._tree.reach(key(directory, TYPE_NAME, name_hash(name, self._seed)))
+
     def change(self, directory: int, name: bytes, ino: int, type_: int) -> None:
         """Let an existing name mean another inode; its cookie stays."""
         names = decode_names(directory, self._item(directory, name) or b"")

@@ -1,6 +1,8 @@
 """What a POSIX program meets: files and directories of one tree, without FUSE and without snapshots.
 
-Every method is one operation of the history: it happens whole or not at all, and never suspends. POSIX
+Every method is one operation of the history: it happens whole or not at all, and never suspends. What
+it will change is *reached* first (btree.py), so that damage refuses the operation, and neither half of
+it nor the commit meets it (C9). POSIX
 answers are `OSError`; permissions are the kernel's business (default_permissions), ownership is given
 by the caller. Changes stay in memory until `flush` puts them into the tree, at a commit's freeze.
 
@@ -9,12 +11,13 @@ next mount reclaim it after a crash (C7).
 """
 
 import errno
+import logging
 import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cowfs.errors import CorruptError, ReadOnlyError, posix_error
+from cowfs.errors import CorruptError, DeviceError, ReadOnlyError, posix_error
 from cowfs.files.data import Data, Reading
 from cowfs.files.inodes import Inodes
 from cowfs.files.items import (
@@ -40,6 +43,8 @@ from cowfs.storage.btree import Tree
 from cowfs.storage.device import Buffer
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 from cowfs.storage.store import TIER_ADD, TIER_REMOVE
+
+log = logging.getLogger(__name__)
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -164,6 +169,7 @@ class Volume:
                 mode |= stat.S_ISGID
         if is_directory and parent.nlink >= LINK_MAX:
             raise posix_error(errno.EMLINK)
+        self.inodes.reach(parent)
         # The name first: only it can be refused, and must then leave no inode behind.
         self.names.add(directory, name, self.inodes.free_ino(), mode >> 12)
         inode = self.inodes.create(mode, uid, gid, directory if is_directory else rdev)
@@ -197,6 +203,8 @@ class Volume:
             raise posix_error(errno.ENOENT)
         self._free_name(directory, name)
         now_ns = time.time_ns()
+        self.inodes.reach(parent)
+        self.inodes.reach(inode)
         self.names.add(directory, name, ino, inode.mode >> 12)
         inode.nlink += 1
         inode.ctime_ns = now_ns
@@ -217,6 +225,8 @@ class Volume:
             raise posix_error(errno.EISDIR)
         self._require_linked(inode)
         now_ns = time.time_ns()
+        self.inodes.reach(parent)
+        self._reach_unlinked(inode)
         self.names.remove(directory, name)
         self._renamed(parent, -len(name), now_ns)
         self._unlinked(inode, now_ns)
@@ -232,6 +242,8 @@ class Volume:
         self._require_empty(inode)
         self._require_linked(inode)
         now_ns = time.time_ns()
+        self.inodes.reach(parent)
+        self._reach_unlinked(inode)
         self.names.remove(directory, name)
         self._count_link(parent, -1)
         self._renamed(parent, -len(name), now_ns)
@@ -275,22 +287,25 @@ class Volume:
             assert target is not None
             if stat.S_ISDIR(target.mode):
                 self._require_outside(target.ino, old_directory)
+            self._reach_renamed(old_parent, old_name, moving, parent, name, target)
             self._exchange(old_parent, old_name, moving, parent, name, target)
             return None
         now_ns = time.time_ns()
         if target is None:
             if stat.S_ISDIR(moving.mode) and parent is not old_parent and parent.nlink >= LINK_MAX:
                 raise posix_error(errno.EMLINK)
+            self._reach_renamed(old_parent, old_name, moving, parent, name, target)
             self.names.add(directory, name, moving.ino, moving.mode >> 12)
             self._renamed(parent, len(name), now_ns)
         else:
             if stat.S_ISDIR(moving.mode):
                 self._require_empty(target)
-                self._require_linked(target)
-                self._count_link(parent, -1)
             elif stat.S_ISDIR(target.mode):
                 raise posix_error(errno.EISDIR)
             self._require_linked(target)
+            self._reach_renamed(old_parent, old_name, moving, parent, name, target)
+            if stat.S_ISDIR(moving.mode):
+                self._count_link(parent, -1)
             self.names.change(directory, name, moving.ino, moving.mode >> 12)
             self._renamed(parent, 0, now_ns)
             self._unlinked(target, now_ns)
@@ -298,6 +313,22 @@ class Volume:
         self._renamed(old_parent, -len(old_name), now_ns)
         self._moved(moving, old_parent, parent, now_ns)
         return target
+
+    def _reach_renamed(
+        self,
+        old_parent: Inode,
+        old_name: bytes,
+        moving: Inode,
+        parent: Inode,
+        name: bytes,
+        target: Inode | None,
+    ) -> None:
+        self.names.reach(old_parent.ino, old_name)
+        self.names.reach(parent.ino, name)
+        for inode in (old_parent, parent, moving):
+            self.inodes.reach(inode)
+        if target is not None:
+            self._reach_unlinked(target)
 
     def _exchange(
         self,
@@ -341,6 +372,8 @@ class Volume:
             if not stat.S_ISREG(inode.mode) or changes.size_bytes < 0:
                 raise posix_error(errno.EINVAL)
             self.data.truncate(inode, changes.size_bytes)
+        self.inodes.reach(inode)
+        if changes.size_bytes is not None:
             inode.mtime_ns = now_ns
         if changes.mode is not None:
             inode.mode = stat.S_IFMT(inode.mode) | changes.mode & 0o7777
@@ -366,6 +399,10 @@ class Volume:
         if not self.writable or not (stale or now_ns - inode.atime_ns > RELATIME_NS):
             return
         if self.store.would_admit():
+            try:
+                self.inodes.reach(inode)
+            except (CorruptError, DeviceError):
+                return  # what was read is good all the same
             inode.atime_ns = now_ns
             self._touch(inode)
 
@@ -383,6 +420,7 @@ class Volume:
         """Raises OSError ERANGE, E2BIG, ENOSPC."""
         self._admit(TIER_ADD)
         inode = self.get(ino)
+        self.inodes.reach(inode)
         self.xattrs.set(inode, name, value)
         inode.ctime_ns = time.time_ns()
         self._touch(inode)
@@ -391,6 +429,7 @@ class Volume:
         """Raises OSError ENODATA."""
         self._admit(TIER_REMOVE)
         inode = self.get(ino)
+        self.inodes.reach(inode)
         if not self.xattrs.remove(inode, name):
             raise posix_error(errno.ENODATA)
         inode.ctime_ns = time.time_ns()
@@ -427,7 +466,11 @@ class Volume:
     def load_orphans(self) -> None:
         """Find the orphans that a crash left behind; `reclaim` them."""
         start, stop = key(0, TYPE_ORPHAN, 0), key(0, TYPE_ORPHAN + 1, 0)
-        found = {split_key(item)[2] for item, _ in self.tree.items(start, stop)}
+        try:
+            found = {split_key(item)[2] for item, _ in self.tree.items(start, stop)}
+        except (CorruptError, DeviceError) as error:
+            log.error("deleted files that were open keep their space: %s; run cowfs check", error)
+            return
         self.orphans |= found
         self._marked |= found
 
@@ -446,6 +489,7 @@ class Volume:
             return True
         if inode.nlink:
             raise CorruptError(f"inode {ino}", ino, "an orphan mark, but names", inode.nlink)
+        self._reach_unlinked(inode)
         start, stop = inode_key(ino), inode_key(ino + 1)
         items = self.tree.one_leaf(start, stop)
         if items is not None:  # a file of few items goes in one piece
@@ -557,6 +601,12 @@ class Volume:
     def _count_link(self, directory: Inode, links: int) -> None:
         """A subdirectory came or went; a number that was wrong in the image stays one."""
         directory.nlink = max(1, min(LINK_MAX, directory.nlink + links))
+
+    def _reach_unlinked(self, inode: Inode) -> None:
+        """Reach an inode, and the mark that it has or will have if this is its last name."""
+        self.inodes.reach(inode)
+        if inode.nlink <= 1 or stat.S_ISDIR(inode.mode):
+            self.tree.reach(key(0, TYPE_ORPHAN, inode.ino))
 
     def _require_empty(self, inode: Inode) -> None:
         if not stat.S_ISDIR(inode.mode):

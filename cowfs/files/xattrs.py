@@ -52,11 +52,13 @@ class Xattrs:
         if len(value) > XATTR_VALUE_BYTES_MAX:
             raise posix_error(errno.E2BIG)
         found, free = self._find(inode, name) if inode.xattr_count else (None, self._hash(name))
+        if found is None and (free is None or inode.xattr_count == XATTR_COUNT_MAX):
+            raise posix_error(errno.ENOSPC)
+        self._reach(inode, free if found is None else found)  # type: ignore[arg-type]
         if found is not None:
             self._clear(inode, found)
-        elif free is None or inode.xattr_count == XATTR_COUNT_MAX:
-            raise posix_error(errno.ENOSPC)
         else:
+            assert free is not None
             found = free
             inode.xattr_count += 1
         for chunk, part in enumerate(encode_xattr(name, value)):
@@ -66,6 +68,7 @@ class Xattrs:
         found = self._find(inode, name)[0] if inode.xattr_count else None
         if found is None:
             return False
+        self._reach(inode, found)
         self._clear(inode, found)
         inode.xattr_count -= 1
         return True
@@ -103,6 +106,11 @@ class Xattrs:
             elif decode_xattr_first(inode.ino, value)[0] == name:
                 return offset, free
         return None, free
+
+    def _reach(self, inode: Inode, offset: int) -> None:
+        """See to it that the chunks of an attribute are changed all or none."""
+        last = self._key(inode, offset + XATTR_CHUNKS - 1)
+        self._tree.reach_range(self._key(inode, offset), last)
 
     def _clear(self, inode: Inode, offset: int) -> None:
         start, stop = self._key(inode, offset), self._key(inode, offset + XATTR_CHUNKS)

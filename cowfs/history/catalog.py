@@ -30,6 +30,11 @@ class Catalog:
         self.tree = tree
         self.next_root_id = next_root_id
 
+    def load(self) -> None:
+        """Read all of it. Raises CorruptError, DeviceError when some of it cannot be read."""
+        for _ in self.tree.leaf_slices(b"", b"\xff"):
+            pass
+
     def take_root_id(self) -> int:
         """A number that no root has had. Raises SnapshotError when there is none left."""
         if self.next_root_id > ROOT_ID_MAX:

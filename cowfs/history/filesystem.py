@@ -422,10 +422,11 @@ class Filesystem:
         store.require_writable()
         try:
             self.live.flush()
-            nodes = store.place(self.live.tree.root)
+            nodes = self.live.tree.place()
             self._set_live(self.current_record())
             for edit in edits:
                 try:
+                    self.catalog.load()  # damage must stop an edit before its first half
                     edit.result = edit.action(self)
                 except (CorruptError, DeviceError):
                     raise  # half of the edit may be done
@@ -433,7 +434,7 @@ class Filesystem:
                     edit.error = error
             self.drops.save()
             self._count_shared()
-            nodes += store.place(self.catalog.tree.root)
+            nodes += self.catalog.tree.place()
             self.inflight = begin(
                 store,
                 nodes,
@@ -519,7 +520,7 @@ class Filesystem:
             try:
                 while not self.live.reclaim(ino):
                     pass
-            except CorruptError as error:
+            except (CorruptError, DeviceError) as error:
                 log.error("orphan %d keeps its space: %s; run cowfs check", ino, error)
 
     def work_drops(self) -> None:
@@ -659,7 +660,7 @@ def make_filesystem(
     )
     volume.make_root(mode, uid, gid)
     volume.flush()
-    nodes = store.place(tree.root)
+    nodes = tree.place()
     record = RootRecord(
         root_id=root_id,
         kind=RootKind.VOLUME,
@@ -675,7 +676,7 @@ def make_filesystem(
     )
     catalog.put(record)
     catalog.put_name(record)
-    nodes += store.place(catalog.tree.root)
+    nodes += catalog.tree.place()
     commit = begin(
         store,
         nodes,

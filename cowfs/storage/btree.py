@@ -7,6 +7,10 @@ written (a record that points at a tree of the same commit).
 In an inner node every key but the first bounds its child from below; the first bounds nothing.
 Nodes split when they overflow; a node below a quarter joins a neighbour when both fit. Iterators hold
 no lock: a tree must not change while one of its iterators is used.
+
+Each change happens whole or not at all, also where it meets damage. What a change must not meet is
+*reached* first: the leaf is shadowed then, and until the next freeze every change of a key in its range
+finds all that it needs in memory, whatever becomes of the leaf (C9).
 Keeps I5. Source: Rodeh 2008; FORMAT.md "Nodes".
 """
 
@@ -31,6 +35,7 @@ MERGED_BYTES_MAX = NODE_CAPACITY_BYTES * 3 // 4
 APPEND_SHARE = 0.9
 
 Path = list[tuple[Node, int]]
+DAMAGE = (CorruptError, DeviceError)
 
 
 def no_references(keys: list[bytes], values: list[Any]) -> list[tuple[int, int]]:
@@ -49,7 +54,19 @@ class Tree:
         references: the data runs that a leaf's items point at.
     """
 
-    __slots__ = ("node_count", "owner", "references", "root", "store")
+    __slots__ = (
+        "_emptied",
+        "_reached_from",
+        "_reached_generation",
+        "_reached_to",
+        "_tail_from",
+        "end_reached",
+        "node_count",
+        "owner",
+        "references",
+        "root",
+        "store",
+    )
 
     def __init__(
         self,
@@ -64,6 +81,13 @@ class Tree:
         self.owner = owner
         self.node_count = node_count
         self.references = references
+        self._emptied: list[bytes] = []  # keys of the leaves without entries, until the freeze
+        # The ranges of the leaf that was reached last, and of the tree's last leaf when it was.
+        self._reached_generation = 0
+        self._reached_from = b""
+        self._reached_to: bytes | None = b""
+        self._tail_from: bytes | None = None
+        self.end_reached = 0  # the generation in which `reach_end` has nothing more to do
 
     @classmethod
     def empty(cls, store: Store, owner: int, references: References = no_references) -> "Tree":
@@ -227,6 +251,88 @@ class Tree:
             node = child
         return node
 
+    def reach(self, key: bytes) -> None:
+        """See to it that changes of `key` meet no damage until the next freeze.
+
+        Raises:
+            CorruptError, DeviceError: its leaf cannot be read (EIO); nothing was changed.
+        """
+        if self._reached_generation != self.store.generation:
+            self._reached_generation = self.store.generation
+            self._reached_to, self._tail_from = b"", None
+        if self._is_reached(key):
+            return
+        path: Path = []
+        self._writable_leaf(key, path)
+        start, stop = b"", None
+        for node, at in path:
+            if at:
+                start = node.keys[at]
+            if at + 1 < len(node.keys):
+                stop = node.keys[at + 1]
+        self._reached_from, self._reached_to = start, stop
+        if stop is None:
+            self._tail_from = start
+            self.end_reached = self._reached_generation
+
+    def _is_reached(self, key: bytes) -> bool:
+        tail, stop = self._tail_from, self._reached_to
+        if tail is not None and key >= tail:
+            return True
+        return self._reached_from <= key and (stop is None or key < stop)
+
+    def reach_range(self, first: bytes, last: bytes) -> None:
+        """The same for all keys with first <= key <= last."""
+        at: bytes | None = first
+        while at is not None and at <= last:
+            self.reach(at)
+            if self._tail_from is not None and at >= self._tail_from:
+                return
+            at = self._reached_to
+
+    def reach_end(self, key: bytes) -> None:
+        """The same for a key above all that the tree has ever held.
+
+        A last leaf that cannot be read is left as it is: the key gets a new one behind it.
+        """
+        if self.end_reached == self.store.generation:
+            return
+        try:
+            self.reach(key)
+        except DAMAGE:
+            self._append_leaf(key)
+            self.reach(key)
+
+    def _append_leaf(self, key: bytes) -> None:
+        store = self.store
+        node = store.shadow(self.root_node(), self.owner, self.references)
+        self.root = node
+        path: Path = []
+        while node.level:
+            at = len(node.keys) - 1
+            try:
+                child = self._child(node, at)
+            except DAMAGE:
+                if node.keys[at] >= key:
+                    raise
+                break
+            child = store.shadow(child, self.owner, self.references)
+            node.values[at] = child
+            path.append((node, at))
+            node = child
+        else:
+            return  # it can be read now
+        fresh = store.new_node(0, [], [], 0, self.owner)
+        for level in range(1, node.level):
+            used = ENTRY_OVERHEAD_BYTES + len(key) + POINTER_BYTES
+            fresh = store.new_node(level, [key], [fresh], used, self.owner)
+        self.node_count += max(1, node.level)
+        node.keys.append(key)
+        node.values.append(fresh)
+        node.used_bytes += ENTRY_OVERHEAD_BYTES + len(key) + POINTER_BYTES
+        self._emptied.append(key)
+        self._split(node, len(node.keys) - 1, path)
+
     def put(self, key: bytes, value: Any) -> None:
         """Insert, or replace the value of an existing key."""
         path: Path = []
@@ -259,7 +365,7 @@ class Tree:
             self._split(leaf, at, path)
             return True
         if leaf.used_bytes < MERGE_BELOW_BYTES and path:
-            self._join(leaf, path)  # a replaced value may have shrunk
+            self._join(leaf, path, key)  # a replaced value may have shrunk
             return True
         return False
 
@@ -274,7 +380,7 @@ class Tree:
         del leaf.keys[at]
         del leaf.values[at]
         if leaf.used_bytes < MERGE_BELOW_BYTES and path:
-            self._join(leaf, path)
+            self._join(leaf, path, key)
         return True
 
     def pop_range(self, start: bytes, stop: bytes) -> list[tuple[bytes, Any]]:
@@ -307,7 +413,7 @@ class Tree:
         for key, value in removed:
             leaf.used_bytes -= ENTRY_OVERHEAD_BYTES + len(key) + len(value)
         if leaf.used_bytes < MERGE_BELOW_BYTES and path:
-            self._join(leaf, path)
+            self._join(leaf, path, start)
         return removed
 
     def _split(self, node: Node, at: int, path: Path) -> None:
@@ -356,12 +462,56 @@ class Tree:
             for key, value in zip(node.keys, node.values, strict=True)
         ]
 
-    def _join(self, node: Node, path: Path) -> None:
-        """Join an underfull node with a neighbour if both fit; drop it when empty; lower the root."""
+    def place(self) -> list[Node]:
+        """Give every dirty node its address, for a commit. Returns them, children before parents."""
+        for key in self._emptied:
+            path: Path = []
+            leaf = self._writable_leaf(key, path)
+            if not leaf.keys and path:
+                self._join(leaf, path, key, last=True)
+        self._emptied.clear()
+        return self.store.place(self.root)
+
+    def _reach_heir(self, path: Path) -> bool:
+        """Reach the leaf that takes over the range of the one at the end of `path`, which is to go.
+
+        Returns:
+            Whether it can be read; where no other leaf is left, nothing need be.
+        """
+        store = self.store
+        for parent, at in reversed(path):
+            if len(parent.keys) == 1:
+                continue
+            node, index = parent, at - 1 if at else 1
+            try:
+                while node.level:
+                    child = self._child(node, index)
+                    child = store.shadow(child, self.owner, self.references)
+                    node.values[index] = child
+                    node = child
+                    index = len(node.keys) - 1 if at else 0
+            except DAMAGE:
+                return False
+            return True
+        return True
+
+    def _join(self, node: Node, path: Path, key: bytes, *, last: bool = False) -> None:
+        """Join an underfull node with a neighbour if both fit; drop it when empty; lower the root.
+
+        Neighbours that cannot be read are left alone, and an empty leaf stays until the freeze if it
+        is one of them that would take over its range.
+
+        Args:
+            key: in the range of `node`.
+            last: nothing will be put into the range any more.
+        """
         store = self.store
         while path and node.used_bytes < MERGE_BELOW_BYTES:
             parent, at = path.pop()
             if not node.keys:
+                if not (node.level or last or self._reach_heir([*path, (parent, at)])):
+                    self._emptied.append(key)
+                    return
                 self._remove_child(parent, at)
                 store.forget(node)
                 self.node_count -= 1
@@ -375,7 +525,7 @@ class Tree:
                         if other.used_bytes + node.used_bytes > MERGED_BYTES_MAX:
                             continue
                         other = store.shadow(other, self.owner, self.references)
-                    except (CorruptError, DeviceError):
+                    except DAMAGE:
                         continue  # joining is a favour; what was asked for is done already
                     parent.values[other_at] = other
                     first, second = (other, node) if left < at else (node, other)

@@ -231,6 +231,7 @@ class Store:
         if node.twin:
             self.map.require(node.twin, NODE_BLOCKS)
         if self.map.refcount(node.block) > 1:
+            # What cannot be read must stop us before the first count is raised.
             runs: list[Run]
             if node.level:
                 places = [place for child in node.values for place in (child.block, child.twin)]

@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
+from cowfs.errors import CorruptError
 from cowfs.storage.btree import Tree
+from cowfs.storage.commit import begin, finish
 from cowfs.storage.node import Node
 from cowfs.storage.store import Store, blank_superblock
 from tests.model.devices import MemoryDevice
@@ -156,3 +158,42 @@ def test_one_leaf_answers_only_for_ranges_that_no_other_leaf_continues(tree: Tre
         whole += found is not None
     assert 100 < whole < 199, "some ranges cross an edge, most do not"
     assert tree.one_leaf(b"0199", b"1") == [(b"0199", entries[b"0199"])], "the last leaf of all"
+
+
+@pytest.mark.parametrize("place", [0, 1, 5, -1])
+def test_range_that_was_reached_takes_keys_though_its_neighbours_are_lost(place: int) -> None:
+    """Promise C9: what was reached needs no other leaf, even after it was emptied."""
+    device = MemoryDevice(TOTAL_BLOCKS)
+    store = Store(device, blank_superblock(TOTAL_BLOCKS, duplicate_metadata=False), writable=True)
+    tree = Tree.empty(store, 1)
+    expected = {b"%03d" % number: b"v" * 900 for number in range(200)}
+    for key, value in expected.items():
+        tree.put(key, value)
+    commit = begin(store, tree.place(), catalog_nodes=1, next_root_id=2, clean=False, discard=False)
+    commit.write()
+    finish(commit)
+    children = list(tree.root_node().values)
+    at = place % len(children)
+    around = [children[index] for index in (at - 1, at + 1) if 0 <= index < len(children)]
+    kept = {pointer.block: device.block(pointer.block) for pointer in around}
+    for block in kept:
+        device.damage(block)
+        store.cache.forget(block)
+    store.cache.forget(tree.root_node().block)
+    tree.root = tree.root_node().pointer()
+
+    inside = list(store.load(children[at], 0).keys)
+    middle = inside[len(inside) // 2]
+    tree.reach(middle)
+    with pytest.raises(CorruptError):
+        tree.reach_range(b"", b"\xff")
+    assert len(tree.pop_range(inside[0], inside[-1] + b"x")) == len(inside)
+    tree.put(middle, b"again")
+    assert tree.get(middle) == b"again"
+    assert tree.delete(middle)
+    for block, data in kept.items():
+        device.put(block, data)
+    tree.place()
+    require_sound(tree)
+    left = {key: value for key, value in expected.items() if key not in inside}
+    assert dict(tree.items(b"", b"\xff")) == left

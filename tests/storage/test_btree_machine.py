@@ -220,7 +220,7 @@ class TreeMachine(RuleBasedStateMachine):
     def freeze(self, keep: str | None = None) -> None:
         self.settle()
         store = self.store
-        nodes = store.place(self.tree.root)
+        nodes = self.tree.place()
         if keep is not None:
             root = self.tree.root
             store.add_reference(root.block, root.twin)
@@ -231,7 +231,7 @@ class TreeMachine(RuleBasedStateMachine):
         main = self._record("main", self.tree.owner, RootKind.VOLUME)
         self.catalog.put(main)
         self.catalog.put_name(main)
-        nodes += store.place(self.catalog.tree.root)
+        nodes += self.catalog.tree.place()
         self.states[store.generation] = (self.model.copy(), dict(self.kept))
         self.inflight = begin(
             store,

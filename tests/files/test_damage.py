@@ -1,0 +1,300 @@
+"""Damage to one node in all its copies, each node in turn: what it costs, and what goes on.
+
+Every operation then happens whole or is refused with EIO, and every commit succeeds. The proof is in
+the healing: with the bytes of the node put back, the image is clean and holds what the model holds.
+"""
+
+import contextlib
+import errno
+import random
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from cowfs.care.check import check_image
+from cowfs.errors import CorruptError, DeviceError
+from cowfs.files.items import ROOT_INO
+from cowfs.files.volume import Changes, Volume
+from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
+from cowfs.storage.format import BLOCK_SIZE_BYTES, Pointer
+from cowfs.storage.node import NodeCache
+from tests.model.devices import Fault, FaultDevice, MemoryDevice
+
+TOTAL_BLOCKS = 16384
+OPERATIONS = 60
+
+
+@dataclass
+class File:
+    """What a file should hold."""
+
+    data: bytearray = field(default_factory=bytearray)
+    xattrs: dict[bytes, bytes] = field(default_factory=dict)
+
+
+Model = dict[tuple[bytes, bytes], File]  # by directory and name
+
+
+def directories(volume: Volume) -> dict[bytes, int]:
+    return {b"": ROOT_INO} | {
+        entry.name: entry.ino for _, entry in volume.listing(ROOT_INO) if entry.type == 4
+    }
+
+
+def populate(volume: Volume, model: Model, choice: random.Random) -> None:
+    """Directories and files of all kinds, enough for some dozens of leaves."""
+    places = {b"": ROOT_INO}
+    for name in (b"one", b"two"):
+        places[name] = volume.create(ROOT_INO, name, stat.S_IFDIR | 0o755, 0, 0).ino
+    for number in range(240):
+        directory = choice.choice(list(places))
+        name = b"file %d " % number + b"x" * choice.choice([0, 0, 100])
+        file = model[directory, name] = File()
+        ino = volume.create(places[directory], name, stat.S_IFREG | 0o644, 0, 0).ino
+        size = choice.choice([0, 10, 1500, 2048, 5000, 40_000])
+        file.data += choice.randbytes(size)
+        volume.write(ino, 0, bytes(file.data))
+        if not number % 5:
+            file.xattrs[b"user.a"] = choice.randbytes(choice.choice([10, 3000]))
+            volume.setxattr(ino, b"user.a", file.xattrs[b"user.a"])
+    for number in range(2):  # in many pieces, so that they have leaves of their own
+        file = model[b"", b"large %d" % number] = File(bytearray(900 * BLOCK_SIZE_BYTES))
+        ino = volume.create(ROOT_INO, b"large %d" % number, stat.S_IFREG | 0o644, 0, 0).ino
+        for offset in range(0, len(file.data), 2 * BLOCK_SIZE_BYTES):
+            file.data[offset : offset + BLOCK_SIZE_BYTES] = choice.randbytes(BLOCK_SIZE_BYTES)
+            volume.write(ino, offset, bytes(file.data[offset : offset + BLOCK_SIZE_BYTES]))
+        volume.setattr(ino, Changes(size_bytes=len(file.data)))
+
+
+def operate(volume: Volume, model: Model, choice: random.Random) -> None:
+    """One random operation on both. Raises what the volume raises, with the model untouched."""
+    places = directories(volume)
+    directory, name = choice.choice(list(model))
+    file = model[directory, name]
+    new = (choice.choice(list(places)), b"new %d" % choice.randrange(10**6))
+    ino = volume.lookup(places[directory], name).ino
+
+    def create() -> None:
+        volume.create(places[new[0]], new[1], stat.S_IFREG | 0o644, 0, 0)
+        model[new] = File()
+
+    def unlink() -> None:
+        volume.unlink(places[directory], name)
+        del model[directory, name]
+        while not volume.reclaim(ino):
+            pass
+
+    def rename() -> None:
+        volume.rename(places[directory], name, places[new[0]], new[1])
+        model[new] = model.pop((directory, name))
+
+    def replace() -> None:
+        target = choice.choice([each for each in model if each != (directory, name)])
+        lost = volume.rename(places[directory], name, places[target[0]], target[1])
+        model[target] = model.pop((directory, name))
+        assert lost is not None
+        while not volume.reclaim(lost.ino):
+            pass
+
+    def write() -> None:
+        offset = choice.randrange(len(file.data) + 5000)
+        data = choice.randbytes(choice.choice([1, 100, 4096, 9000, 600_000]))
+        volume.write(ino, offset, data)
+        file.data.extend(bytes(max(0, offset - len(file.data))))
+        file.data[offset : offset + len(data)] = data
+
+    def truncate() -> None:
+        size = choice.randrange(len(file.data) + 3000)
+        volume.setattr(ino, Changes(size_bytes=size))
+        del file.data[size:]
+        file.data.extend(bytes(size - len(file.data)))
+
+    def set_xattr() -> None:
+        value = choice.randbytes(choice.choice([5, 2500, 9000]))
+        volume.setxattr(ino, b"user.b", value)
+        file.xattrs[b"user.b"] = value
+
+    def remove_xattr() -> None:
+        if b"user.b" in file.xattrs:
+            volume.removexattr(ino, b"user.b")
+            del file.xattrs[b"user.b"]
+
+    kinds: list[Callable[[], None]] = [create, create, unlink, unlink, rename, replace, write]
+    kinds += [write, write, truncate, set_xattr, remove_xattr]
+    choice.choice(kinds)()
+
+
+def tree_nodes(filesystem: Filesystem) -> Iterator[Pointer]:
+    """Every node of the live tree but its root."""
+
+    def below(node_pointer: Pointer | None) -> Iterator[Pointer]:
+        tree = filesystem.live.tree
+        node = (
+            tree.root_node() if node_pointer is None else filesystem.store.load(node_pointer, None)
+        )
+        for child in node.values if node.level else ():
+            yield child
+            yield from below(child)
+
+    yield from below(None)
+
+
+def read_all(volume: Volume, model: Model, *, may_fail: bool) -> int:
+    """Every file of the model as it should be, or EIO. Returns how many could be read."""
+    whole = 0
+    for (directory, name), file in model.items():
+        try:
+            place = ROOT_INO if not directory else volume.lookup(ROOT_INO, directory).ino
+            inode = volume.lookup(place, name)
+            assert inode.size_bytes == len(file.data)
+            assert volume.read(inode.ino, 0, len(file.data) + 1) == file.data
+            assert set(volume.listxattr(inode.ino)) == set(file.xattrs)
+            for attribute, value in file.xattrs.items():
+                assert volume.getxattr(inode.ino, attribute) == value
+            whole += 1
+        except CorruptError:
+            assert may_fail
+    return whole
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["alone", "shared"])
+def populated(request: pytest.FixtureRequest) -> tuple[MemoryDevice, Model, list[Pointer]]:
+    """An image, once with all nodes the live volume's alone, once with a snapshot that shares them."""
+    device = MemoryDevice(TOTAL_BLOCKS)
+    make_filesystem(device, duplicate_metadata=False)
+    filesystem = open_filesystem(device, writable=True)
+    model: Model = {}
+    populate(filesystem.live, model, random.Random(7))
+    if request.param:
+        filesystem.apply(filesystem.create_snapshot("before"))
+    filesystem.commit()
+    nodes = list(tree_nodes(filesystem))
+    filesystem.close()
+    return device, model, nodes
+
+
+def read_all_inodes(volume: Volume) -> None:
+    for place in directories(volume).values():
+        for _, entry in volume.listing(place):
+            volume.get(entry.ino)
+
+
+def copy_of(model: Model) -> Model:
+    return {place: File(bytearray(file.data), dict(file.xattrs)) for place, file in model.items()}
+
+
+def test_one_lost_node_costs_its_own_items_and_nothing_else(
+    populated: tuple[MemoryDevice, Model, list[Pointer]],
+) -> None:
+    """Promise C9: EIO for the part that is damaged; operations are whole; every commit goes on."""
+    original, first_model, nodes = populated
+    assert len(nodes) > 20
+    refused = 0
+    for number, pointer in enumerate(nodes):
+        device = original.copy()
+        model = copy_of(first_model)
+        choice = random.Random(number)
+        kept = device.block(pointer.block)
+        filesystem = open_filesystem(device, writable=True)
+        if number % 2:  # inodes are in memory when it happens
+            read_all(filesystem.live, model, may_fail=False)
+            filesystem.store.cache = NodeCache()
+        device.damage(pointer.block, choice.randrange(BLOCK_SIZE_BYTES), 1 << choice.randrange(8))
+        fresh = open_filesystem(device, writable=False)
+        before = read_all(fresh.live, model, may_fail=True)
+        untouched = copy_of(model)
+        done = 0
+        for step in range(OPERATIONS):
+            try:
+                operate(filesystem.live, model, choice)
+                done += 1
+            except CorruptError as error:
+                assert error.errno == errno.EIO
+                refused += 1
+            if step % 20 == 19:
+                filesystem.commit()
+        assert filesystem.store.failed is None
+        assert done or before == 0
+        unchanged = {place: file for place, file in untouched.items() if model.get(place) == file}
+        filesystem.close()
+
+        device = device.crash()
+        filesystem = open_filesystem(device, writable=False)
+        read_all(filesystem.live, model, may_fail=True)
+        still = read_all(filesystem.live, unchanged, may_fail=True)
+        assert still >= before - (len(untouched) - len(unchanged)), "damage has spread"
+
+        device.put(pointer.block, kept)
+        report = check_image(device)
+        assert report.clean, (number, [str(finding) for finding in report.findings])
+        healed = open_filesystem(device, writable=True)
+        assert read_all(healed.live, model, may_fail=False) == len(model)
+    assert refused > len(nodes)
+
+
+def test_lost_last_leaf_does_not_stop_the_making_of_files() -> None:
+    """Promise C9: what is new needs nothing of what is damaged."""
+    device = MemoryDevice(TOTAL_BLOCKS)
+    make_filesystem(device)
+    filesystem = open_filesystem(device, writable=True)
+    directory = filesystem.live.create(ROOT_INO, b"place", stat.S_IFDIR | 0o755, 0, 0).ino
+    for number in range(600):
+        ino = filesystem.live.create(ROOT_INO, b"%d" % number, stat.S_IFREG | 0o644, 0, 0).ino
+        filesystem.live.write(ino, 0, b"v" * 1000)
+    filesystem.commit()
+    last = filesystem.live.tree.root_node()
+    while last.level:
+        pointer = last.values[-1]
+        last = filesystem.store.load(pointer, last.level - 1)
+    filesystem.close()
+    kept = {block: device.block(block) for block in (pointer.block, pointer.twin)}
+    for block in kept:
+        device.damage(block)
+
+    filesystem = open_filesystem(device, writable=True)
+    with pytest.raises((CorruptError, DeviceError)):
+        filesystem.live.get(last_ino := ino)
+    for number in range(50):
+        ino = filesystem.live.create(directory, b"%d" % number, stat.S_IFREG | 0o644, 0, 0).ino
+        filesystem.live.write(ino, 0, b"w" * 1500)
+    filesystem.close()
+    for block, data in kept.items():
+        device.put(block, data)
+    report = check_image(device)
+    assert report.clean, [str(finding) for finding in report.findings]
+    again = open_filesystem(device, writable=False).live
+    assert again.read(ino, 0, 2000) == b"w" * 1500
+    assert again.read(last_ino, 0, 2000) == b"v" * 1000
+
+
+def test_read_that_fails_at_any_moment_leaves_an_operation_undone(
+    populated: tuple[MemoryDevice, Model, list[Pointer]],
+) -> None:
+    """Promise C9: whole or not at all, wherever in an operation the device refuses to read."""
+    original, first_model, _ = populated
+    failures = 0
+    for seed in range(30):
+        reads = 0
+        while True:
+            fault = Fault("read", after=reads)
+            device = FaultDevice(original.copy())
+            model = copy_of(first_model)
+            filesystem = open_filesystem(device, writable=True)
+            read_all_inodes(filesystem.live)
+            filesystem.store.cache = NodeCache()
+            device.fault = fault
+            with contextlib.suppress(DeviceError):
+                operate(filesystem.live, model, random.Random(seed))
+            device.fault = None
+            filesystem.close()
+            if not fault.fired:
+                break
+            failures += 1
+            reads += 1
+            report = check_image(device.device)
+            assert report.clean, (seed, reads, [str(finding) for finding in report.findings])
+            again = open_filesystem(device.device, writable=False)
+            assert read_all(again.live, model, may_fail=False) == len(model)
+    assert failures > 60
