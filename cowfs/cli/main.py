@@ -25,6 +25,7 @@ _COMMANDS = {
     "sync": ("cowfs.cli.space:sync", "Make everything durable."),
     "check": ("cowfs.cli.images:check", "Check every byte in use against every promise."),
     "salvage": ("cowfs.cli.salvage:salvage", "Copy files out of a damaged image."),
+    "scrub": ("cowfs.cli.scrub:scrub", "Read every copy, repair bad ones, name what is lost."),
     "completion": ("cowfs.cli.completion:completion", "Print a shell's completion script."),
 }
 

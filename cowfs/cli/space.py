@@ -187,6 +187,7 @@ def _facts(report: InfoReport) -> list[tuple[str, str]]:
         ("clean", "yes" if report.clean else "no"),
         ("snapshots", str(report.snapshot_count)),
         ("inodes", str(report.inode_count)),
+        ("scrub", _last_scrub(report.uuid)),
     ]
     if report.mount_point is not None:
         facts += [
@@ -198,6 +199,18 @@ def _facts(report: InfoReport) -> list[tuple[str, str]]:
     else:
         facts.append(("mounted", "no"))
     return facts
+
+
+def _last_scrub(uuid: str) -> str:
+    from cowfs.cli.scrub_state import ScrubState
+
+    last = ScrubState(uuid).report()
+    if last is None:
+        return "never"
+    return (
+        f"{last.state}, begun {Numbers().time(last.started_ns)}: {last.repaired} repaired, "
+        f"{last.unrepaired} not repaired, {last.damaged} lost"
+    )
 
 
 @click.command()

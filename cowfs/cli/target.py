@@ -38,9 +38,12 @@ from cowfs.history.reports import (
 )
 
 if TYPE_CHECKING:
+    from cowfs.care.scrub_report import BadCopy
     from cowfs.history.filesystem import EditAction, Filesystem
     from cowfs.history.records import RootRecord
     from cowfs.storage.device import FileDevice
+
+    RepairCall = Callable[[BadCopy], None]
 
 
 class Target(Protocol):
@@ -86,6 +89,14 @@ class Target(Protocol):
         """The image for reading, and the generation that stays whole while the block runs.
 
         None stands for the newest: nobody writes.
+        """
+
+    def repairing(
+        self, *, read_only: bool
+    ) -> AbstractContextManager[tuple[FileDevice, int | None, RepairCall | None]]:
+        """As `device`, and what to call with each bad copy whose twin is good; None: read only.
+
+        What was repaired is durable when the block ends.
         """
 
     def reading(self) -> AbstractContextManager[Filesystem]:
@@ -274,6 +285,36 @@ class DaemonTarget:
         with self.device() as (device, generation), _opened(device, generation) as filesystem:
             yield filesystem
 
+    @contextmanager
+    def repairing(
+        self, *, read_only: bool
+    ) -> Iterator[tuple[FileDevice, int | None, RepairCall | None]]:
+        from cowfs.daemon.messages import RepairCopy
+
+        client = self._client
+        refused = False
+
+        def repair(copy: BadCopy) -> None:
+            nonlocal refused
+            try:
+                if not refused:
+                    client.repair(
+                        RepairCopy(
+                            kind=copy.kind,
+                            bad_block=copy.bad_block,
+                            good_block=copy.good_block,
+                            birth=copy.birth,
+                            checksum=copy.checksum,
+                        )
+                    )
+            except (DeviceError, ReadOnlyError):
+                refused = True  # nothing will be written there any more
+
+        with self.device() as (device, generation):
+            yield device, generation, None if read_only else repair
+            if not (read_only or refused):
+                client.sync()
+
 
 class ImageTarget:
     """An image without a daemon: opened here, for each call anew."""
@@ -345,6 +386,30 @@ class ImageTarget:
         device = FileDevice(self.image, writable=False)
         try:
             yield device, None
+        finally:
+            device.close()
+
+    @contextmanager
+    def repairing(
+        self, *, read_only: bool
+    ) -> Iterator[tuple[FileDevice, int | None, RepairCall | None]]:
+        from cowfs.storage.device import FileDevice
+        from cowfs.storage.repairs import Repairs, good_copy
+        from cowfs.storage.superblock import read_newest
+
+        device = FileDevice(self.image, writable=not read_only)
+        try:
+            seed = read_newest(device).seed
+            repairs = Repairs()
+
+            def repair(copy: BadCopy) -> None:
+                checksum = bytes.fromhex(copy.checksum)
+                bad, good = copy.bad_block, copy.good_block
+                data = good_copy(device, copy.kind, bad, good, checksum, seed)
+                if data is not None:
+                    repairs.write(device, [(bad, good, data)])
+
+            yield device, None, None if read_only else repair
         finally:
             device.close()
 

@@ -38,6 +38,8 @@ from cowfs.daemon.messages import (
     PinReply,
     Progress,
     RenameSnapshot,
+    RepairCopy,
+    RepairReply,
     Reply,
     Request,
     Rollback,
@@ -151,6 +153,14 @@ class Client:
         """The generation kept whole until this client is closed, and whether it (still) is."""
         reply = self._ask(PinGeneration(), PinReply)
         return reply.generation, reply.holds
+
+    def repair(self, copy: RepairCopy) -> bool:
+        """Have a bad copy written again. Whether the daemon saw what we saw.
+
+        Raises:
+            ReadOnlyError: nothing is written there.
+        """
+        return self._ask(copy, RepairReply).accepted
 
     def stop(self) -> None:
         """Unmount cleanly. Returns when the last commit is durable.

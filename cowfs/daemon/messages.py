@@ -105,6 +105,19 @@ class PinGeneration(_Message, tag="pin", frozen=True, kw_only=True):
     """
 
 
+class RepairCopy(_Message, tag="repair-copy", frozen=True, kw_only=True):
+    """A bad copy of a node, a page of the space map or a slot of the ring; its other copy is good.
+
+    `checksum` in hex and `birth` are those of the pointer at it. Answered by RepairReply.
+    """
+
+    kind: str
+    bad_block: int
+    good_block: int
+    birth: int
+    checksum: str
+
+
 Request = (
     Info
     | Space
@@ -118,6 +131,7 @@ Request = (
     | Sync
     | Stop
     | PinGeneration
+    | RepairCopy
 )
 
 
@@ -154,13 +168,28 @@ class PinReply(_Message, tag="pin", frozen=True, kw_only=True):
     holds: bool = True
 
 
+class RepairReply(_Message, tag="repair", frozen=True, kw_only=True):
+    """Whether the daemon saw the same, and writes the copy again with its next commit."""
+
+    accepted: bool
+
+
 class Done(_Message, tag="done", frozen=True, kw_only=True):
     """`generation`: the newest durable one."""
 
     generation: int
 
 
-Reply = InfoReply | SpaceReply | SnapshotReply | SnapshotsReply | DropsReply | PinReply | Done
+Reply = (
+    InfoReply
+    | SpaceReply
+    | SnapshotReply
+    | SnapshotsReply
+    | DropsReply
+    | PinReply
+    | RepairReply
+    | Done
+)
 
 
 class Envelope(Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from cowfs.daemon.commits import Committer
 from cowfs.daemon.operations import Operations, invalidate
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.processes import open_for_writing
-from cowfs.errors import BusyError, CowfsError, ReadOnlyError
+from cowfs.errors import BusyError, CowfsError, ReadOnlyError, UsageError
 from cowfs.history import reports
 from cowfs.history.filesystem import EditAction, Filesystem
 from cowfs.history.records import RootRecord
@@ -89,6 +89,8 @@ class MountService:
                 if self._committer is not None:
                     await self._committer.sync()
                 return messages.Done(generation=filesystem.store.superblock.generation)
+            case messages.RepairCopy():
+                return messages.RepairReply(accepted=self._repair(request))
             case messages.Stop():
                 await trio.to_thread.run_sync(self._unmount, self._mountpoint)
                 with trio.CancelScope(shield=True):
@@ -96,6 +98,15 @@ class MountService:
                 return messages.Done(generation=filesystem.store.superblock.generation)
             case _:
                 raise CowfsError(f"the daemon does not know the request {type(request).__name__}")
+
+    def _repair(self, copy: messages.RepairCopy) -> bool:
+        try:
+            checksum = bytes.fromhex(copy.checksum)
+        except ValueError:
+            raise UsageError("a repair was asked for with a checksum that is none") from None
+        return self._filesystem.store.offer_repair(
+            copy.kind, copy.bad_block, copy.good_block, copy.birth, checksum
+        )
 
     def _info(self) -> reports.InfoReport:
         settings = {

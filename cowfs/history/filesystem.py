@@ -408,7 +408,13 @@ class Filesystem:
     @property
     def changed(self) -> bool:
         """Whether there is anything that a commit would make durable."""
-        return self.live.changed or self.drops.changed or self.store.map.dirty_groups > 0
+        store = self.store
+        return (
+            self.live.changed
+            or self.drops.changed
+            or store.map.dirty_groups > 0
+            or (store.writable and len(store.repairs) > 0)
+        )
 
     def freeze(self, edits: Sequence[Edit] = (), *, clean: bool = False) -> Commit:
         """Close the open transaction and open the next. The caller writes and finishes the commit.

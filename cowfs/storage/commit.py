@@ -4,7 +4,8 @@
 device, from any thread, while the next transaction goes on; `finish` makes it the past, in the thread
 of the store again. A failed write or flush ends all writing for good (C8): the last generation stays.
 
-Keeps I2 and I3: writes go to blocks that no retained generation shows, each once between two flushes.
+Keeps I2 and I3: writes go to blocks that no retained generation shows, each once between two flushes;
+but for bad copies, which are repaired first (repairs.py).
 """
 
 import threading
@@ -41,6 +42,7 @@ class Commit:
     superblock: Superblock
     release_limit: int
     discards: list[Run]
+    repairs: list[tuple[int, int, bytes]]
     done: threading.Event = field(default_factory=threading.Event)
     error: DeviceError | CorruptError | None = None
     finished: bool = False
@@ -60,6 +62,7 @@ class Commit:
 
     def _write(self) -> None:
         device, seed = self.store.device, self.store.seed
+        self.store.repairs.write(device, self.repairs)
         image_id = self.superblock.image_id
         writes: list[tuple[int, Sequence[Buffer]]] = list(self.data)
         for node in self.nodes:
@@ -140,6 +143,7 @@ def begin(
         superblock=superblock,
         release_limit=limit,
         discards=discards if discard else [],
+        repairs=store.repairs.take(),
     )
     store.data_writes = []
     store.dirty_nodes = 0

@@ -11,8 +11,11 @@ stays unallocatable until the generations that still show it are no longer retai
 Keeps I1 (with btree.py), I2 and I6. FORMAT.md "Space map".
 """
 
+import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from xxhash import xxh3_128_digest
@@ -36,6 +39,9 @@ from cowfs.storage.format import (
     index_shape,
     ring_blocks,
 )
+from cowfs.storage.repairs import Repairs
+
+log = logging.getLogger(__name__)
 
 GROUPS_LOADED_MAX = 4096  # 6 KiB each
 NODE_PLACES_AHEAD = (
@@ -43,6 +49,7 @@ NODE_PLACES_AHEAD = (
 )
 _NODE_FREE = bytes(NODE_BLOCKS)
 Run = tuple[int, int]  # first block, count
+_Decoded = TypeVar("_Decoded")
 
 
 class Group:
@@ -107,10 +114,23 @@ class SpaceMap:
         total_blocks: of the image.
         image_id: first 8 bytes of the uuid, as a number.
         seed: of the checksums.
+        repairs: told of bad copies whose twin is good.
+        writable: take a group whose counts are lost for full, instead of refusing it.
     """
 
-    def __init__(self, device: Device, total_blocks: int, image_id: int, seed: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        total_blocks: int,
+        image_id: int,
+        seed: int,
+        repairs: Repairs,
+        *,
+        writable: bool,
+    ) -> None:
         self._device = device
+        self._repairs = repairs
+        self._writable = writable
         self._image_id = image_id
         self._seed = seed
         self.total_blocks = total_blocks
@@ -277,14 +297,10 @@ class SpaceMap:
         return _entry_pointer(self._index[level][number])
 
     def _read_index_page(self, pointer: Pointer, level: int, number: int) -> np.ndarray:
-        try:
-            data = self._device.read(pointer.block * BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES)
+        def decode(data: bytes) -> np.ndarray:
             return decode_index_page(data, pointer, level, number, self._image_id, self._seed)
-        except (CorruptError, DeviceError):
-            if not pointer.twin:
-                raise
-        data = self._device.read(pointer.twin * BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES)
-        return decode_index_page(data, pointer, level, number, self._image_id, self._seed)
+
+        return self._read_copies(pointer, decode)
 
     # --- groups -------------------------------------------------------------------------------------
 
@@ -292,7 +308,7 @@ class SpaceMap:
         """The group, loaded.
 
         Raises:
-            CorruptError: its page is damaged in both copies.
+            CorruptError: its page is damaged in both copies, and nothing can be written.
             DeviceError: it cannot be read.
         """
         group = self._groups.get(number)
@@ -300,7 +316,15 @@ class SpaceMap:
             return group
         entry = self._index[0][number]
         if entry["block"]:
-            references = np.frombuffer(self._read_page(self._pointer(0, number)), "<u4").copy()
+            try:
+                page = self._read_page(self._pointer(0, number))
+            except CorruptError as error:
+                if not self._writable:
+                    raise
+                group = self._groups[number] = self._lost_group(number, error)
+                self.free[number] = 0
+                return group
+            references = np.frombuffer(page, "<u4").copy()
         else:
             references = np.zeros(GROUP_BLOCKS, np.uint32)
         busy = bytearray((references != 0).tobytes())
@@ -317,19 +341,54 @@ class SpaceMap:
             self._forget_some(number)
         return group
 
+    def _lost_group(self, number: int, error: CorruptError) -> Group:
+        """A group whose counts are lost in both copies: all in use, by nobody knows how many, for good.
+
+        A count that is too high wastes a block, one that is too low destroys what is in it. So nothing
+        is allocated here and nothing freed, and the next commit writes that down: the lost page, should
+        it be readable again one day, would not know of the references made until then.
+        """
+        log.error(
+            "%s, in both copies; its %d MiB count as full until cowfs check --repair counts anew",
+            error,
+            GROUP_BLOCKS * BLOCK_SIZE_BYTES >> 20,
+        )
+        first = number * GROUP_BLOCKS
+        inside = min(GROUP_BLOCKS, self.total_blocks - first)
+        references = np.zeros(GROUP_BLOCKS, np.uint32)
+        references[:inside] = REFCOUNT_MAX
+        system = self._system.get(number)
+        if system is not None:
+            references[np.frombuffer(system, np.uint8) != 0] = 0
+        used_before = inside - int(self._index[0][number]["free"])
+        self.used_blocks += int(np.count_nonzero(references)) - used_before
+        group = Group(references, bytearray(b"\1" * GROUP_BLOCKS))
+        group.dirty = True
+        self._dirty.add(number)
+        self._forget_node_places()
+        return group
+
     def _read_page(self, pointer: Pointer) -> bytes:
-        for block in (pointer.block, pointer.twin):
-            if not block:
-                continue
-            try:
-                data = self._device.read(block * BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES)
-            except DeviceError:
-                if not pointer.twin or block == pointer.twin:
-                    raise
-                continue
-            if xxh3_128_digest(data, self._seed) == pointer.checksum:
-                return data
-        raise CorruptError("space map page", pointer.block, "checksum is wrong")
+        def decode(data: bytes) -> bytes:
+            if xxh3_128_digest(data, self._seed) != pointer.checksum:
+                raise CorruptError("space map page", pointer.block, "checksum is wrong")
+            return data
+
+        return self._read_copies(pointer, decode)
+
+    def _read_copies(self, pointer: Pointer, decode: Callable[[bytes], _Decoded]) -> _Decoded:
+        """A page from the copy that is good. Raises what is wrong with the last one."""
+        try:
+            data = self._device.read(pointer.block * BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES)
+            return decode(data)
+        except (CorruptError, DeviceError) as error:
+            if not pointer.twin:
+                raise
+            problem = error
+        data = self._device.read(pointer.twin * BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES)
+        page = decode(data)
+        self._repairs.add(pointer.block, pointer.twin, data, problem)
+        return page
 
     def _forget_some(self, keep: int) -> None:
         """Forget the longest loaded clean groups, an eighth of the limit at once."""
@@ -366,6 +425,11 @@ class SpaceMap:
             raise CorruptError("space map", block, "a block beyond the end of the image")
         number, at = divmod(block, GROUP_BLOCKS)
         return int(self.group(number).references[at])
+
+    def is_busy(self, block: int) -> bool:
+        """Whether the block is in use, pending, or the map's own."""
+        number, at = divmod(block, GROUP_BLOCKS)
+        return bool(self.group(number).busy[at])
 
     def refcounts(self, first: int, count: int) -> np.ndarray:
         """The refcounts of a run, as a copy."""
@@ -420,9 +484,10 @@ class SpaceMap:
             part = self._dirty_group(number).references[at : at + here]
             if not part.all():
                 raise CorruptError("space map", first, "a block in use has refcount 0")
-            if int(part.max()) == REFCOUNT_MAX:
-                raise CorruptError("space map", first, "refcount overflows")
-            part += 1
+            if int(part.max()) >= REFCOUNT_MAX - 1:
+                part[part < REFCOUNT_MAX] += 1  # the highest count is for good: no more is known
+            else:
+                part += 1
 
     def drop(self, first: int, count: int, generation: int) -> int:
         """One parent less points at each block of the run; those left without are pending.
@@ -448,7 +513,10 @@ class SpaceMap:
             part = group.references[at : at + here]
             if not part.all():
                 raise CorruptError("space map", first, "a block in use has refcount 0")
-            part -= 1
+            if int(part.max()) == REFCOUNT_MAX:
+                part[part < REFCOUNT_MAX] -= 1
+            else:
+                part -= 1
             left = int(np.count_nonzero(part))
             if left == here:
                 continue

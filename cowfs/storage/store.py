@@ -37,8 +37,10 @@ from cowfs.storage.format import (
     Superblock,
     check_pointer,
     decode_node,
+    ring_blocks,
 )
 from cowfs.storage.node import CACHE_BYTES_DEFAULT, Node, NodeCache, node_from_image
+from cowfs.storage.repairs import Repairs, good_copy
 from cowfs.storage.spacemap import Run, SpaceMap
 from cowfs.storage.superblock import next_generation, read_earlier
 
@@ -99,7 +101,15 @@ class Store:
         self.cache = NodeCache(cache_bytes)
         self.copies = 2 if superblock.duplicates_metadata else 1
         self.seed = superblock.seed
-        self.map = SpaceMap(device, superblock.total_blocks, superblock.image_id, superblock.seed)
+        self.repairs = Repairs()
+        self.map = SpaceMap(
+            device,
+            superblock.total_blocks,
+            superblock.image_id,
+            superblock.seed,
+            self.repairs,
+            writable=writable,
+        )
         if superblock.space_map != NULL_POINTER:
             self.map.open(superblock.space_map, superblock.used_blocks)
         self.allocator = Allocator(self.map)
@@ -193,14 +203,51 @@ class Store:
                 data = self.device.read(block * BLOCK_SIZE_BYTES, NODE_SIZE_BYTES)
                 image = decode_node(data, pointer, self.superblock.image_id, self.seed, level)
                 if problem is not None:
-                    log.warning(
-                        "%s; read from its twin at block %d, run cowfs check", problem, block
-                    )
+                    self.repairs.add(pointer.block, block, data, problem)
                 return node_from_image(image, pointer)
             except (CorruptError, DeviceError) as error:
                 problem = problem or error
         assert problem is not None
         raise problem
+
+    def offer_repair(
+        self, kind: str, bad_block: int, good_block: int, birth: int, checksum: bytes
+    ) -> bool:
+        """Somebody who read the image found a bad copy. It is believed only as far as it can be seen.
+
+        Args:
+            kind: "node", "page" (of the space map) or "slot" (of the ring).
+            birth, checksum: of the pointer at it.
+
+        Returns:
+            Whether it will be written again by the next commit.
+
+        Raises:
+            ReadOnlyError, DeviceError: nothing can be written.
+        """
+        self.require_writable()
+        total = self.superblock.total_blocks
+        ring = [range(first, first + RING_SLOTS) for first in ring_blocks(total)]
+        size = NODE_BLOCKS if kind == "node" else 1
+        for block in (bad_block, good_block):
+            if kind == "slot":
+                if not any(block in copy for copy in ring):
+                    return False
+            elif not RING_SLOTS <= block <= total - RING_SLOTS - size:
+                return False
+            elif not self.map.is_busy(block):
+                return False  # freed meanwhile
+        if kind == "slot":
+            places = sorted((bad_block, good_block))
+            if places[0] + ring[1][0] != places[1]:
+                return False
+        elif kind not in ("node", "page") or not 0 < birth <= self.superblock.generation:
+            return False
+        data = good_copy(self.device, kind, bad_block, good_block, checksum, self.seed)
+        if data is None:
+            return False
+        self.repairs.add(bad_block, good_block, data, f"bad copy of a {kind} at block {bad_block}")
+        return True
 
     def new_node(
         self, level: int, keys: list[bytes], values: list[Any], used: int, owner: int

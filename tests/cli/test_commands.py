@@ -601,9 +601,10 @@ def test_every_command_teaches() -> None:
     commands = [
         *_COMMANDS,
         *(f"snapshot {verb}" for verb in ["create", "list", "delete", "rename"]),
+        *(f"scrub {verb}" for verb in ["start", "status", "cancel", "resume"]),
     ]
     for command in commands:
-        if command != "snapshot":
+        if command not in ("snapshot", "scrub"):
             assert f"cowfs {command} " in output(*command.split(), "--help"), command
         assert output(*command.split(), "--help").startswith("Usage: ")
     listed = output("--help")

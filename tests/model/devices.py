@@ -26,6 +26,11 @@ class Event:
     block_count: int = 0
 
 
+def part_of(data: bytes, index: int) -> bytes:
+    """The block of that index in a longer piece."""
+    return data[index * BLOCK_SIZE_BYTES : (index + 1) * BLOCK_SIZE_BYTES]
+
+
 class MemoryDevice:
     """Bytes in memory, by blocks of 4 KiB.
 
@@ -35,7 +40,7 @@ class MemoryDevice:
 
     Attributes:
         events: every write, discard and flush, in order.
-        protected: blocks whose write is an error of the caller (I2).
+        protected: blocks whose write is an error of the caller (I2), unless it undoes `damage`.
         kept: the same for a discard, which comes after the commit point.
     """
 
@@ -51,6 +56,7 @@ class MemoryDevice:
         self._durable: dict[int, bytes] = {} if blocks is None else blocks
         self._unflushed: dict[int, list[bytes]] = {}  # all versions since the last flush
         self._written: set[int] = set()
+        self._pristine: dict[int, bytes] = {}  # what was there before it was damaged
 
     # --- Device -------------------------------------------------------------------------------------
 
@@ -76,9 +82,12 @@ class MemoryDevice:
             number = first + index
             if not self._is_ring(number):
                 assert number not in self._written, f"I3: block {number} written twice"
-                assert number not in self.protected, f"I2: block {number} is in use and written"
+                is_repair = self._pristine.get(number) == part_of(data, index)
+                assert is_repair or number not in self.protected, (
+                    f"I2: block {number} is in use and written"
+                )
             self._written.add(number)
-            part = data[index * BLOCK_SIZE_BYTES : (index + 1) * BLOCK_SIZE_BYTES]
+            part = part_of(data, index)
             self._unflushed.setdefault(number, []).append(part)
 
     def flush(self) -> None:
@@ -134,6 +143,7 @@ class MemoryDevice:
     def damage(self, number: int, at: int = 0, mask: int = 1) -> None:
         """Flip bits of one byte, live and durable."""
         data = bytearray(self.block(number))
+        self._pristine.setdefault(number, bytes(data))
         data[at] ^= mask
         self._unflushed.pop(number, None)
         self._durable[number] = bytes(data)

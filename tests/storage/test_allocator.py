@@ -14,6 +14,7 @@ from cowfs.storage.format import (
     NODE_BLOCKS,
     RING_SLOTS,
 )
+from cowfs.storage.repairs import Repairs
 from cowfs.storage.spacemap import SpaceMap
 from tests.model.devices import MemoryDevice
 
@@ -21,7 +22,7 @@ TOTAL = 20 * GROUP_BLOCKS
 
 
 def make(total: int = TOTAL) -> tuple[SpaceMap, Allocator]:
-    space_map = SpaceMap(MemoryDevice(total), total, 1, 2)
+    space_map = SpaceMap(MemoryDevice(total), total, 1, 2, Repairs(), writable=True)
     return space_map, Allocator(space_map)
 
 

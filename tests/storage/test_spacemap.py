@@ -15,15 +15,20 @@ from cowfs.storage.format import (
     REFCOUNT_MAX,
     RING_SLOTS,
 )
+from cowfs.storage.repairs import Repairs
 from cowfs.storage.spacemap import SpaceMap, merge_runs
 from tests.model.devices import MemoryDevice
 
 SEED, IMAGE = 7, 9
 
 
+def new_map(disk: MemoryDevice, total: int, *, writable: bool = False) -> SpaceMap:
+    return SpaceMap(disk, total, IMAGE, SEED, Repairs(), writable=writable)
+
+
 def make(total: int = 5000) -> tuple[MemoryDevice, SpaceMap]:
     disk = MemoryDevice(total)
-    return disk, SpaceMap(disk, total, IMAGE, SEED)
+    return disk, new_map(disk, total)
 
 
 def commit(disk: MemoryDevice, space_map: SpaceMap, generation: int, release: int) -> SpaceMap:
@@ -42,7 +47,7 @@ def commit(disk: MemoryDevice, space_map: SpaceMap, generation: int, release: in
     disk.flush()
     space_map.written(frozen)
     space_map.release(release)
-    again = SpaceMap(disk, space_map.total_blocks, IMAGE, SEED)
+    again = new_map(disk, space_map.total_blocks)
     again.open(frozen.top, space_map.used_blocks)
     return again
 
@@ -112,9 +117,40 @@ def test_count_of_zero_is_never_dropped_or_added_to() -> None:
     for call in (lambda: space_map.add(101, 5), lambda: space_map.drop(102, 2, 1)):
         with pytest.raises(CorruptError, match="refcount 0"):
             call()
+
+
+def test_highest_count_stays_for_good() -> None:
+    """Promise: what is shared by more than can be counted, or by nobody knows whom, is never freed."""
+    _, space_map = make()
+    space_map.take(100, 3, KIND_DATA)
     space_map.group(0).references[100] = REFCOUNT_MAX
-    with pytest.raises(CorruptError, match="overflows"):
-        space_map.add(100, 1)
+    space_map.group(0).references[101] = REFCOUNT_MAX - 1
+    space_map.add(100, 3)
+    assert space_map.refcounts(100, 3).tolist() == [REFCOUNT_MAX, REFCOUNT_MAX, 2]
+    assert space_map.drop(100, 3, 1) == 0
+    assert space_map.drop(100, 3, 1) == 1
+    assert space_map.refcounts(100, 3).tolist() == [REFCOUNT_MAX, REFCOUNT_MAX, 0]
+
+
+def test_lost_group_is_full_for_good_where_anything_can_be_written() -> None:
+    """Promise C9: lost counts cost space, and nothing else; the sums stay right (I6)."""
+    disk, space_map = make()
+    for first, count in Allocator(space_map).allocate(KIND_DATA, 300):
+        assert count
+        assert first
+    again = commit(disk, space_map, 1, 0)
+    place = int(again._index[0][0]["block"])
+    disk.damage(place)
+    lost = new_map(disk, 5000, writable=True)
+    lost.open(again._pointer(len(again._index) - 1, 0), space_map.used_blocks)
+    free_elsewhere = lost.free_blocks - int(lost.free[0])
+    assert lost.refcount(200) == REFCOUNT_MAX
+    assert lost.free_blocks == free_elsewhere == int(lost.free.sum())
+    assert lost.drop(200, 10, 2) == 0
+    assert all(first >= GROUP_BLOCKS for first, _ in Allocator(lost).allocate(KIND_DATA, 2000))
+    written = commit(disk, lost, 2, 0)
+    assert written.refcount(200) == REFCOUNT_MAX
+    assert written.free_blocks == lost.free_blocks + lost.pending_system_blocks
 
 
 def test_runs_over_group_edges_are_counted_on_both_sides() -> None:
@@ -162,17 +198,17 @@ def test_damaged_page_is_read_from_its_twin_and_without_one_refused() -> None:
     disk.flush()
     for first, _ in places:
         disk.damage(first, 200)
-    again = SpaceMap(disk, 5000, IMAGE, SEED)
+    again = new_map(disk, 5000)
     again.open(frozen.top, space_map.used_blocks)
     assert counts(again) == counts(space_map)
     disk.damage(places[0][1], 77)
-    lost = SpaceMap(disk, 5000, IMAGE, SEED)
+    lost = new_map(disk, 5000)
     lost.open(frozen.top, space_map.used_blocks)
     with pytest.raises(CorruptError, match="space map page"):
         counts(lost)
     disk.damage(places[-1][1], 77)
     with pytest.raises(CorruptError):
-        SpaceMap(disk, 5000, IMAGE, SEED).open(frozen.top, space_map.used_blocks)
+        new_map(disk, 5000).open(frozen.top, space_map.used_blocks)
 
 
 def test_merge_runs_joins_neighbours_only() -> None:

@@ -1,0 +1,307 @@
+"""`cowfs scrub`: read every copy of everything, repair what has a good twin, name what has none.
+
+The reading is done in a process of its own, at the lowest priority, under a pin: the daemon goes on as
+if nobody was there, and hears only of copies that are bad. It looks at each itself, and writes it again
+with its next commit. Of an image that is not mounted this process writes them, under the image's lock.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import click
+
+from cowfs.cli.entry import printable
+from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
+from cowfs.cli.snapshots import target_argument
+from cowfs.cli.target import Target, open_target
+from cowfs.errors import EXIT_ERROR, CowfsError, UsageError
+
+if TYPE_CHECKING:
+    from cowfs.care.scrub_report import BadCopy, ScrubReport
+    from cowfs.cli.scrub_state import ScrubState
+
+REPORT_INTERVAL_S = 1.0
+MARKS_INTERVAL_S = 10.0  # 32 MiB for each TiB of image, compressed
+START_WAIT_S = 30.0
+EXIT_NOTHING = 2  # as Btrfs: nothing to cancel, nothing to resume
+_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
+
+rate_option = click.option(
+    "--rate", metavar="BYTES", help="Read at most so much in a second: 50M, 1G."
+)
+read_only_option = click.option(
+    "-n", "--readonly", "read_only", is_flag=True, help="Repair nothing."
+)
+wait_option = click.option(
+    "-B", "wait", is_flag=True, help="Stay in the foreground until it is done."
+)
+
+
+class _StopError(Exception):
+    """SIGINT or SIGTERM."""
+
+
+@click.group()
+def scrub() -> None:
+    """Read every copy of everything; repair bad copies; name what is lost.
+
+    Metadata is kept twice (unless mkfs was told otherwise): a bad copy is written again from the good
+    one. File data is kept once: what is damaged is told with the paths of all files that have it. TARGET
+    is a mount point, which goes on working, or an image.
+    """
+
+
+@scrub.command()
+@target_argument
+@wait_option
+@rate_option
+@read_only_option
+@json_option
+def start(target: str, wait: bool, rate: str | None, read_only: bool, as_json: bool) -> None:
+    """Begin a scrub, in the background unless -B says otherwise.
+
+    With -B the exit status is 0 if nothing is wrong any more, 1 if something is.
+
+    \b
+    cowfs scrub start ~/data
+    cowfs scrub start -B disk.img --rate 50M
+    """
+    _begin(target, wait=wait, rate=rate, read_only=read_only, as_json=as_json, resume=False)
+
+
+@scrub.command()
+@target_argument
+@wait_option
+@rate_option
+@read_only_option
+@json_option
+def resume(target: str, wait: bool, rate: str | None, read_only: bool, as_json: bool) -> None:
+    """Go on with a scrub that was cancelled or interrupted, also after a remount.
+
+    Exit status 2: there is none.
+
+    \b
+    cowfs scrub resume ~/data
+    """
+    _begin(target, wait=wait, rate=rate, read_only=read_only, as_json=as_json, resume=True)
+
+
+@scrub.command()
+@target_argument
+@json_option
+def status(target: str, as_json: bool) -> None:
+    """Show how far the scrub is, or how the last one ended. Exit status 1: it left damage.
+
+    \b
+    cowfs scrub status ~/data
+    """
+    from cowfs.cli.scrub_state import ScrubState
+
+    with open_target(target) as found:
+        uuid = found.info().uuid
+    report = ScrubState(uuid).report()
+    if as_json:
+        print_json("cowfs scrub status", {"scrub": None if report is None else as_fields(report)})
+    elif report is None:
+        click.echo(f"{printable(target)} was never scrubbed by this user")
+    else:
+        _print(report)
+    if report is not None and not report.clean:
+        click.get_current_context().exit(EXIT_ERROR)
+
+
+@scrub.command()
+@target_argument
+def cancel(target: str) -> None:
+    """Stop the scrub that is running; resume goes on with it. Exit status 2: there is none.
+
+    \b
+    cowfs scrub cancel ~/data
+    """
+    from cowfs.cli.scrub_state import ScrubState
+
+    with open_target(target) as found:
+        uuid = found.info().uuid
+    state = ScrubState(uuid)
+    worker = state.worker()
+    if not worker:
+        click.echo("no scrub is running", err=True)
+        click.get_current_context().exit(EXIT_NOTHING)
+    os.kill(worker, signal.SIGTERM)
+    deadline_s = time.monotonic() + START_WAIT_S
+    while state.worker() == worker:
+        if time.monotonic() > deadline_s:
+            raise CowfsError(f"process {worker} does not stop")
+        time.sleep(0.02)
+
+
+def _begin(
+    target: str, *, wait: bool, rate: str | None, read_only: bool, as_json: bool, resume: bool
+) -> None:
+    from cowfs.cli.scrub_state import ScrubState
+
+    rate_bytes = _rate(rate)
+    with open_target(target) as found:
+        state = ScrubState(found.info().uuid)
+        last = state.report()
+        if resume and (last is None or last.state != "interrupted"):
+            click.echo("there is no scrub to go on with", err=True)
+            click.get_current_context().exit(EXIT_NOTHING)
+        if wait:
+            report = _scrub(found, state, rate_bytes, read_only=read_only, resume=resume)
+            if as_json:
+                print_json("cowfs scrub", {"scrub": as_fields(report)})
+            else:
+                _print(report)
+            if not report.clean or report.state != "finished":
+                code = EXIT_ERROR if report.state == "finished" else 130
+                click.get_current_context().exit(code)
+            return
+        if state.worker():
+            state.begin()  # says who
+    _spawn(target, state, rate, read_only=read_only, resume=resume)
+    if as_json:
+        print_json("cowfs scrub", {"scrub": None, "worker": state.worker()})
+    else:
+        click.echo(f"scrub started; cowfs scrub status {printable(target)} shows how far it is")
+
+
+def _spawn(
+    target: str, state: "ScrubState", rate: str | None, *, read_only: bool, resume: bool
+) -> None:
+    """The same command with -B, in a session of its own, and wait until it is at work."""
+    before = state.report()
+    words = [sys.executable, sys.argv[0], "scrub", "resume" if resume else "start", "-B"]
+    words += ["--rate", rate] if rate else []
+    words += ["-n"] if read_only else []
+    worker = subprocess.Popen(
+        [*words, "--", os.path.abspath(target)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    deadline_s = time.monotonic() + START_WAIT_S
+    while time.monotonic() < deadline_s:
+        report = state.report()
+        if state.worker() == worker.pid or (report is not None and report != before):
+            return
+        if worker.poll() is not None:
+            _, said = worker.communicate()
+            raise CowfsError(f"the scrub did not start: {said.strip() or worker.returncode}")
+        time.sleep(0.02)
+    raise CowfsError(f"the scrub (process {worker.pid}) does not begin")
+
+
+def _scrub(
+    target: Target, state: "ScrubState", rate_bytes: int | None, *, read_only: bool, resume: bool
+) -> "ScrubReport":
+    from cowfs.care.scrub import Scrub, report_of
+
+    state.begin()
+    started_ns = time.time_ns()
+    started_s = told_s = saved_s = time.monotonic()
+    os.nice(19)
+    try:
+        with (
+            ExitStack() as stack,
+            progress_bar("reading") as bar,
+            target.repairing(read_only=read_only) as (device, generation, repair),
+        ):
+
+            def work(scrub: Scrub) -> None:
+                nonlocal told_s, saved_s
+                now_s = time.monotonic()
+                report = report_of(scrub, target.image, "running", started_ns, 0)
+                if now_s - told_s > REPORT_INTERVAL_S:
+                    told_s = now_s
+                    state.save(report)
+                if now_s - saved_s > MARKS_INTERVAL_S:
+                    saved_s = now_s
+                    state.save_marks(scrub.marks)
+                if bar is not None:
+                    bar("scrub", report.done_bytes, report.total_bytes)
+                if rate_bytes is not None:
+                    time.sleep(max(0.0, report.done_bytes / rate_bytes - (now_s - started_s)))
+
+            scrub = Scrub(device, generation=generation, progress=work, repair=repair)
+            if resume:
+                kept = state.marks(scrub.superblock.total_blocks)
+                if kept is not None:
+                    scrub.marks = kept
+            state.save(report_of(scrub, target.image, "running", started_ns, 0))
+            state.save_marks(scrub.marks)
+            _stop_on_signals(stack)
+            ended = "finished"
+            try:
+                scrub.run()
+            except _StopError:
+                ended = "interrupted"
+        repaired = _count_good(target, scrub.bad_copies) if scrub.bad_copies else 0
+        report = report_of(scrub, target.image, ended, started_ns, repaired)
+        state.save(report)
+        state.save_marks(scrub.marks if ended == "interrupted" else None)
+        return report
+    finally:
+        state.end()
+
+
+def _stop_on_signals(stack: ExitStack) -> None:
+    def stop(_number: int, _frame: object) -> None:
+        raise _StopError
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stack.callback(signal.signal, number, signal.signal(number, stop))
+
+
+def _count_good(target: Target, copies: "list[BadCopy]") -> int:
+    """How many of the copies that were bad hold the bytes of their twin now."""
+    from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_SIZE_BYTES
+
+    count = 0
+    with target.device() as (device, _):
+        for copy in copies:
+            size = NODE_SIZE_BYTES if copy.kind == "node" else BLOCK_SIZE_BYTES
+            try:
+                good = device.read(copy.good_block * BLOCK_SIZE_BYTES, size)
+                count += device.read(copy.bad_block * BLOCK_SIZE_BYTES, size) == good
+            except CowfsError:
+                continue
+    return count
+
+
+def _rate(text: str | None) -> int | None:
+    if text is None:
+        return None
+    digits = text.upper().removesuffix("B").removesuffix("I")
+    shift = _UNITS.get(digits[-1:], 0)
+    number = digits[:-1] if shift else digits
+    if not (number.isascii() and number.isdigit()) or not int(number):
+        raise UsageError(f"--rate {text!r} is no number of bytes; 50M is one")
+    return int(number) << shift
+
+
+def _print(report: "ScrubReport") -> None:
+    numbers = Numbers()
+    done, total = numbers.size(report.done_bytes), numbers.size(report.total_bytes)
+    when = numbers.time(report.started_ns)
+    click.echo(f"scrub of {printable(report.image)}, generation {report.generation}")
+    took_s = (report.ended_ns - report.started_ns) / 1e9
+    took = f" after {took_s:.0f} s" if report.ended_ns else ""
+    click.echo(f"  begun {when}, {report.state}{took}: {done} of about {total} read")
+    click.echo(
+        f"  bad copies: {report.bad_copies}, repaired: {report.repaired}, "
+        f"not repaired: {report.unrepaired}, lost: {report.damaged}"
+    )
+    for damage in report.damage:
+        click.echo(f"  block {damage.block}: {printable(damage.what)}")
+        for path in damage.paths:
+            click.echo(f"    {printable(path)}")
+    if report.damaged > len(report.damage):
+        click.echo(f"  and {report.damaged - len(report.damage)} more")

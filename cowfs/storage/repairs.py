@@ -1,0 +1,143 @@
+"""Copies of metadata that were found damaged while their twin was good, until they are written again.
+
+A bad copy is rewritten in place, with the bytes of its twin. That is the one exception to I2: what is
+overwritten is nothing that anybody could read, and what is written is what every pointer at it vouches
+for, so no state of the image loses anything, however the write ends. A copy written elsewhere would need
+new pointers in every tree that shares the node, the snapshots' too.
+
+Repairs go out at the start of a commit's write, flushed before anything else is written
+(`Repairs.write`): nothing else is on its way to the device then, so that a device that refuses a repair
+has refused nothing but the repair, and each copy is written once between two flushes (I3).
+"""
+
+import logging
+import threading
+import time
+
+from xxhash import xxh3_128_digest
+
+from cowfs.errors import CorruptError, DeviceError
+from cowfs.storage.device import Device
+from cowfs.storage.format import (
+    BLOCK_SIZE_BYTES,
+    NODE_SIZE_BYTES,
+    decode_superblock,
+)
+
+log = logging.getLogger(__name__)
+
+WAITING_MAX = 512  # of at most 16 KiB; the next read of one that was left out finds it again
+LOG_INTERVAL_S = 60.0
+LOG_LINES_MAX = 10  # in each interval
+
+
+class Repairs:
+    """The repairs of one open image.
+
+    Attributes:
+        found: bad copies met, each once for every commit.
+        written: copies written again.
+    """
+
+    def __init__(self) -> None:
+        self.found = 0
+        self.written = 0
+        self._waiting: dict[int, tuple[int, bytes]] = {}  # bad block: good block, bytes
+        self._lock = threading.Lock()
+        self._log_from_s = 0.0
+        self._log_lines = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, bad_block: int, good_block: int, data: bytes, problem: Exception | str) -> None:
+        """A copy is bad, its twin good.
+
+        Args:
+            data: the bytes of the good copy, verified against their pointer.
+            problem: what is wrong with the bad copy.
+        """
+        with self._lock:
+            if bad_block in self._waiting:
+                return
+            self.found += 1
+            if len(self._waiting) < WAITING_MAX:
+                self._waiting[bad_block] = (good_block, data)
+        now_s = time.monotonic()
+        if now_s - self._log_from_s > LOG_INTERVAL_S:
+            self._log_from_s, self._log_lines = now_s, 0
+        self._log_lines += 1
+        if self._log_lines <= LOG_LINES_MAX:
+            log.warning("%s; its twin at block %d is good", problem, good_block)
+        elif self._log_lines == LOG_LINES_MAX + 1:
+            log.warning("more bad copies with good twins; cowfs scrub finds and repairs them all")
+
+    def take(self) -> list[tuple[int, int, bytes]]:
+        """All that wait, as (bad block, good block, bytes); nothing waits afterwards."""
+        with self._lock:
+            taken = [(bad, good, data) for bad, (good, data) in self._waiting.items()]
+            self._waiting.clear()
+        return taken
+
+    def write(self, device: Device, repairs: list[tuple[int, int, bytes]]) -> None:
+        """Write what `take` gave, durable when this returns. While nothing else is being written.
+
+        Each copy is looked at again: it is left alone unless its twin still holds the good bytes. A
+        device that refuses loses nothing; the next read of that copy finds it again.
+        """
+        for bad, good, data in repairs:
+            try:
+                if device.read(good * BLOCK_SIZE_BYTES, len(data)) != data:
+                    continue  # a slot of the ring that was used again
+                if not _is_same(device, bad, data):
+                    device.write(bad * BLOCK_SIZE_BYTES, [data])
+                    self.written += 1
+            except DeviceError as error:
+                log.warning("cannot repair the copy at block %d: %s", bad, error)
+        if repairs:
+            try:
+                device.flush()
+            except DeviceError as error:
+                log.warning("repairs may be lost: %s", error)
+
+
+def good_copy(
+    device: Device, kind: str, bad_block: int, good_block: int, checksum: bytes, seed: int
+) -> bytes | None:
+    """The bytes of a good copy, when the other one is bad indeed; None when there is nothing to do.
+
+    Args:
+        kind: "node", "page" (of the space map) or "slot" (of the ring).
+        checksum: that a pointer gives to both; of a slot none is needed.
+
+    Raises:
+        DeviceError: the good copy cannot be read.
+    """
+    size_bytes = NODE_SIZE_BYTES if kind == "node" else BLOCK_SIZE_BYTES
+
+    def is_good(data: bytes) -> bool:
+        if kind == "slot":
+            try:
+                decode_superblock(data)
+            except CorruptError:
+                return False
+            return True
+        if xxh3_128_digest(memoryview(data)[16:], seed) == checksum:
+            return True
+        return kind == "page" and xxh3_128_digest(data, seed) == checksum
+
+    good = device.read(good_block * BLOCK_SIZE_BYTES, size_bytes)
+    if not is_good(good) or _is_same(device, bad_block, good):
+        return None
+    try:
+        bad = device.read(bad_block * BLOCK_SIZE_BYTES, size_bytes)
+    except DeviceError:
+        return good
+    return None if is_good(bad) else good
+
+
+def _is_same(device: Device, block: int, data: bytes) -> bool:
+    try:
+        return device.read(block * BLOCK_SIZE_BYTES, len(data)) == data
+    except DeviceError:
+        return False  # a bad sector: writing may bring it back
