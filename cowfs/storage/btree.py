@@ -56,6 +56,7 @@ class Tree:
 
     __slots__ = (
         "_emptied",
+        "_head_to",
         "_reached_from",
         "_reached_generation",
         "_reached_to",
@@ -82,8 +83,10 @@ class Tree:
         self.node_count = node_count
         self.references = references
         self._emptied: list[bytes] = []  # keys of the leaves without entries, until the freeze
-        # The ranges of the leaf that was reached last, and of the tree's last leaf when it was.
+        # The ranges of the leaf that was reached last, and of the tree's first and last leaf when
+        # they were: orphan marks are in the one, new inodes in the other.
         self._reached_generation = 0
+        self._head_to = b""
         self._reached_from = b""
         self._reached_to: bytes | None = b""
         self._tail_from: bytes | None = None
@@ -259,7 +262,7 @@ class Tree:
         """
         if self._reached_generation != self.store.generation:
             self._reached_generation = self.store.generation
-            self._reached_to, self._tail_from = b"", None
+            self._reached_to, self._head_to, self._tail_from = b"", b"", None
         if self._is_reached(key):
             return
         path: Path = []
@@ -270,14 +273,17 @@ class Tree:
                 start = node.keys[at]
             if at + 1 < len(node.keys):
                 stop = node.keys[at + 1]
-        self._reached_from, self._reached_to = start, stop
+        if not start and stop is not None:
+            self._head_to = stop
+        else:
+            self._reached_from, self._reached_to = start, stop
         if stop is None:
             self._tail_from = start
             self.end_reached = self._reached_generation
 
     def _is_reached(self, key: bytes) -> bool:
         tail, stop = self._tail_from, self._reached_to
-        if tail is not None and key >= tail:
+        if key < self._head_to or (tail is not None and key >= tail):
             return True
         return self._reached_from <= key and (stop is None or key < stop)
 
@@ -288,7 +294,7 @@ class Tree:
             self.reach(at)
             if self._tail_from is not None and at >= self._tail_from:
                 return
-            at = self._reached_to
+            at = self._head_to if at < self._head_to else self._reached_to
 
     def reach_end(self, key: bytes) -> None:
         """The same for a key above all that the tree has ever held.

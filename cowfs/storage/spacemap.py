@@ -450,6 +450,8 @@ class SpaceMap:
             DeviceError: a page cannot be read.
         """
         number, at = divmod(first, GROUP_BLOCKS)
+        if count == 1 and self.group(number).references[at]:
+            return
         while count > 0:
             here = min(count, GROUP_BLOCKS - at)
             if not self.group(number).references[at : at + here].all():
