@@ -446,18 +446,14 @@ class SpaceMap:
         counts would be wrong for ever.
 
         Raises:
-            CorruptError: a page is damaged in both copies, or a refcount is zero.
+            CorruptError: the run leaves the image, its page is damaged in both copies, or a refcount is
+                zero.
             DeviceError: a page cannot be read.
         """
-        number, at = divmod(first, GROUP_BLOCKS)
-        if count == 1 and self.group(number).references[at]:
-            return
-        while count > 0:
-            here = min(count, GROUP_BLOCKS - at)
-            if not self.group(number).references[at : at + here].all():
+        for number, at, here in self._parts(first, count):
+            references = self.group(number).references
+            if not (references[at] if here == 1 else references[at : at + here].all()):
                 raise CorruptError("space map", first, "a block in use has refcount 0")
-            count -= here
-            number, at = number + 1, 0
 
     def _forget_node_places(self) -> None:
         self._node_places = 0

@@ -109,7 +109,7 @@ FAULTS = (
     Fault(
         "wrong count of used blocks",
         "cowfs.storage.commit:begin",
-        "used_blocks=store.map.used_blocks,",
+        "used_blocks=max(0, min(store.map.used_blocks, store.map.total_blocks)),",
         "used_blocks=store.map.used_blocks + 1,",
     ),
     # twins and checksums
@@ -208,8 +208,8 @@ FAULTS = (
     Fault(
         "counts of children not raised on shadow",
         f"{_STORE}.shadow",
-        "self.add_reference(child.block, child.twin)",
-        "pass",
+        "runs = [(place, NODE_BLOCKS) for place in places if place]",
+        "runs = []",
     ),
     Fault(
         "counts of data not raised on shadow",

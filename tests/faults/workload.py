@@ -362,7 +362,8 @@ def rmdir(path: bytes) -> Step:
 
 
 def reclaim(work: Workload) -> None:
-    for ino in sorted(work.files.orphans):
+    # A mark that could not be read when the image was opened waits for the next time.
+    for ino in sorted(work.files.orphans & work.volume.orphans):
         while not work.volume.reclaim(ino):
             pass
         work.files.reclaim(ino)
