@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -326,14 +327,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints what tests have recorded as their `summary`: figures that are worth seeing in every run."""
-    lines = [
-        str(value)
+    """Prints figures that are worth seeing in every run, which tests have recorded as properties.
+
+    `summary` is a line; `count` is a pair of a name and a number, summed over all tests.
+    """
+    properties = [
+        each
         for outcome in ("passed", "failed")
         for report in terminalreporter.getreports(outcome)
-        for name, value in report.user_properties
-        if name == "summary"
+        for each in report.user_properties
     ]
+    lines = [str(value) for name, value in properties if name == "summary"]
+    counts: Counter[str] = Counter()
+    for name, value in properties:
+        if name == "count":
+            what, number = value
+            counts[what] += number
+    lines += [f"{what}: {number:,}" for what, number in counts.items()]
     if lines:
         terminalreporter.section("figures")
         for line in sorted(lines):

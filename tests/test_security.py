@@ -133,6 +133,15 @@ def test_another_user_gets_what_permissions_say_and_nothing_of_the_past(
 @as_root
 @pytest.mark.mounted
 @pytest.mark.needs_cowfs
+def test_nothing_that_roots_daemon_starts_can_gain_rights(shared_mount: Mounted) -> None:
+    """Promise: no set-uid program helps whoever takes the daemon over (prctl no_new_privs)."""
+    status = Path(f"/proc/{shared_mount.daemon_pid}/status").read_text(encoding="utf-8")
+    assert "NoNewPrivs:\t1\n" in status
+
+
+@as_root
+@pytest.mark.mounted
+@pytest.mark.needs_cowfs
 def test_another_user_cannot_reach_the_control_socket(shared_mount: Mounted) -> None:
     """Promise: only the daemon's own user and root command a mount."""
     sockets = [path for path in Path("/run/cowfs").iterdir() if stat.S_ISSOCK(path.lstat().st_mode)]

@@ -43,6 +43,7 @@ SWITCH_INTERVAL_S = 0.0005
 CLOSING_WAIT_S = 30.0
 MALLOC_KEEP_BYTES = 64 << 20
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # malloc.h
+_PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 JOURNAL_SOCKET = "/dev/log"
 
 
@@ -291,6 +292,7 @@ class _Mount:
     async def run(self) -> None:
         install_burst_loop()
         with self._mounted():
+            _take_no_new_privileges()
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._end_on_signal)
                 if self._committer is not None:
@@ -371,6 +373,16 @@ def _keep_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_THRESHOLD, MALLOC_KEEP_BYTES)
     libc.mallopt(_M_TRIM_THRESHOLD, MALLOC_KEEP_BYTES)
+
+
+def _take_no_new_privileges() -> None:
+    """Nothing that this process may ever start gains rights from a file: prctl(2).
+
+    Only as root, who unmounts by a system call. An ordinary user's daemon needs the set-uid
+    fusermount3 at its end.
+    """
+    if os.geteuid() == 0:
+        ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 class _Utf8(str):

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -80,7 +80,9 @@ def test_leaf_that_is_reached_in_a_million_ways_is_read_once(tmp_path: Path) -> 
 
 @pytest.mark.timeout(36000)
 @pytest.mark.parametrize("part", range(8))
-def test_images_of_seeds_are_answered(part: int, tmp_path: Path) -> None:
+def test_images_of_seeds_are_answered(
+    part: int, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """Promise: no uncaught exception, no step beyond two seconds, bounded memory, no way out."""
     count = IMAGES or round(SEEDS_DEFAULT * settings().max_examples / 100)
     for seed in range(FIRST_SEED + part, FIRST_SEED + count, 8):
@@ -93,6 +95,9 @@ def test_images_of_seeds_are_answered(part: int, tmp_path: Path) -> None:
             words = json.dumps([mutation.to_list() for mutation in recipe])
             error.add_note(f"seed {seed}: {words}")
             raise
+    record_property(
+        "count", ("images that lie", len(range(FIRST_SEED + part, FIRST_SEED + count, 8)))
+    )
 
 
 MUTATIONS = st.builds(

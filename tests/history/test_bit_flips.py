@@ -7,7 +7,7 @@ of structure, its original, its twin, both; the byte and the bit at random, with
 import errno
 import random
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,6 +163,7 @@ def scrub(device: MemoryDevice, filesystem: Filesystem | None) -> Scrub:
 @pytest.mark.timeout(3600)
 def test_every_flip_is_found_and_repaired_or_costs_its_own_part(
     image: tuple[MemoryDevice, Content, dict[str, list[Place]]],
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Promise C9: always found, never wrong bytes; a good twin brings back every bit."""
     original, expected, by_kind = image
@@ -230,3 +231,5 @@ def test_every_flip_is_found_and_repaired_or_costs_its_own_part(
             recount(device).require_exact()
     assert lost > 100
     assert repaired > 100
+    record_property("count", ("bit flips repaired from a twin", repaired))
+    record_property("count", ("bit flips in both copies or in data, EIO for their part", lost))

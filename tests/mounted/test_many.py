@@ -65,10 +65,12 @@ def tree_digest(folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS * 4 + 240)
-def test_eight_programs_with_snapshots_and_reports_read_what_they_wrote(mount: Mounted) -> None:
-    """Promise: every byte read is the one written, while snapshots come, are counted, and go.
+def test_eight_programs_with_snapshots_reports_and_scrubs_read_what_they_wrote(
+    mount: Mounted,
+) -> None:
+    """Promise: every byte read is the one written, whatever else goes on.
 
-    Two of the programs are killed and started anew in between. Memory of the daemon stays flat.
+    Snapshots come, are counted, and go; scrubs read all copies. Two of the programs are killed and started anew in between. Memory of the daemon stays flat.
     """
     pid = mount.daemon_pid
     assert pid is not None
@@ -80,7 +82,7 @@ def test_eight_programs_with_snapshots_and_reports_read_what_they_wrote(mount: M
     }
     kept: dict[str, str] = {}
     memory: list[float] = []
-    killed = taken = compared = 0
+    killed = taken = scrubbed = compared = 0
     try:
         while (left := end - time.monotonic()) > 0:
             name = f"s{taken}"
@@ -95,6 +97,10 @@ def test_eight_programs_with_snapshots_and_reports_read_what_they_wrote(mount: M
                 folder = mount.path / ".snapshots" / oldest / f"w{number}"
                 assert tree_digest(folder) == kept.pop(oldest), f"{oldest} changed"
                 require_success(run_command("snapshot", "delete", mount.path, oldest))
+            if taken % 2:
+                done = run_command("scrub", "start", "-B", mount.path, "--json")
+                assert done.returncode == 0, (done.stdout, done.stderr)
+                scrubbed += 1
             memory.append(memory_mib(pid))
             if killed < 2 and left < SECONDS * (0.7 - 0.3 * killed):
                 victim = choice.randrange(WORKERS)
@@ -113,6 +119,7 @@ def test_eight_programs_with_snapshots_and_reports_read_what_they_wrote(mount: M
             worker.wait()
     assert killed == 2
     assert taken >= 4
+    assert scrubbed >= 2
     assert compared > 10 << 20
     assert process_is_alive(pid)
     first, last = memory[: len(memory) // 2], memory[len(memory) // 2 :]
