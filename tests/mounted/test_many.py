@@ -70,7 +70,8 @@ def test_eight_programs_with_snapshots_reports_and_scrubs_read_what_they_wrote(
 ) -> None:
     """Promise: every byte read is the one written, whatever else goes on.
 
-    Snapshots come, are counted, and go; scrubs read all copies. Two of the programs are killed and started anew in between. Memory of the daemon stays flat.
+    Snapshots come, are counted, and go; scrubs read all copies. Two of the programs are killed and
+    started anew in between. Memory of the daemon stays flat.
     """
     pid = mount.daemon_pid
     assert pid is not None
