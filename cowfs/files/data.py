@@ -31,6 +31,7 @@ from cowfs.storage.device import Buffer
 from cowfs.storage.format import BLOCK_SIZE_BYTES, DATA_CHECKSUM_BYTES
 from cowfs.storage.store import TIER_ADD, TIER_REMOVE, Store
 
+_TYPE_END = 9  # of a key: inode and type are before it, the offset behind
 ZERO_BLOCK = bytes(BLOCK_SIZE_BYTES)
 # How much a file's reader is ahead of the kernel: the rest of the extent and one more.
 PREFETCH_BLOCKS = 2 * EXTENT_BLOCKS_MAX
@@ -145,9 +146,15 @@ class Data:
         if at < stop:
             yield stop - at
 
-    def _extents(self, ino: int, first: int, stop: int) -> Iterator[tuple[int, Extent]]:
-        """(first file block, extent) of each extent that overlaps [first, stop)."""
-        begin = key(ino, TYPE_EXTENT, max(0, first - EXTENT_BLOCKS_MAX + 1))
+    def _extents(
+        self, ino: int, first: int, stop: int, begin: bytes | None = None
+    ) -> Iterator[tuple[int, Extent]]:
+        """(first file block, extent) of each extent that overlaps [first, stop).
+
+        Args:
+            begin: a key of the file below which there is none of them, if the caller knows one.
+        """
+        begin = begin or self._extent_key(ino, first)
         last = 0
         for item, value in self._tree.items(begin, key(ino, TYPE_EXTENT, stop)):
             start = split_key(item)[2]
@@ -157,6 +164,19 @@ class Data:
             last = start + extent.count
             if last > first:
                 yield start, extent
+
+    def _extent_key(self, ino: int, block: int) -> bytes:
+        """The key of the extent that holds a block of the file; where none does, that of the block.
+
+        One search, however many extents the file is in pieces of.
+        """
+        wanted = key(ino, TYPE_EXTENT, block)
+        below = self._tree.floor(wanted) if block else None
+        if below is not None and below[0][:_TYPE_END] == wanted[:_TYPE_END]:
+            start = split_key(below[0])[2]
+            if start + decode_extent(ino, below[1]).count > block:
+                return below[0]
+        return wanted
 
     def _inline(self, inode: Inode) -> bytes:
         value = self._tree.get(key(inode.ino, TYPE_INLINE, 0))
@@ -294,7 +314,7 @@ class Data:
             self._tree.delete(key(inode.ino, TYPE_INLINE, 0))
             inode.flags &= ~INODE_INLINE
         if inode.data_blocks:
-            while self._punch_some(inode, 0, FILE_BLOCK_MAX + 1):
+            while self._punch_some(inode, key(inode.ino, TYPE_EXTENT, 0), 0, FILE_BLOCK_MAX + 1):
                 if not budget:
                     return False
                 budget -= 1
@@ -390,12 +410,16 @@ class Data:
         ino, tree = inode.ino, self._tree
         if ino not in self._dirty:
             tree.reach_range(inode_key(ino), key(ino, TYPE_INLINE, 0))
-        begin = first
+        begin = reached = key(ino, TYPE_EXTENT, first)
         if inode.data_blocks:
-            for start, extent in self._extents(ino, first, stop):
-                begin = min(begin, start)
+            below = tree.floor(begin) if first else None
+            if below is not None:
+                reached = below[0]  # `_extent_key` will look there
+                if reached[:_TYPE_END] == begin[:_TYPE_END]:
+                    begin = reached
+            for _, extent in self._extents(ino, first, stop, begin):
                 self._store.map.require(extent.block, extent.count)
-        tree.reach_range(key(ino, TYPE_EXTENT, begin), key(ino, TYPE_EXTENT, stop))
+        tree.reach_range(reached, key(ino, TYPE_EXTENT, stop))
 
     def _promise(self, blocks: int) -> None:
         self._store.promised_blocks += blocks
@@ -407,27 +431,26 @@ class Data:
 
     def _punch(self, inode: Inode, first: int, stop: int) -> None:
         """Let the blocks [first, stop) of the file hold nothing; extents at the edges are cut."""
-        while inode.data_blocks and self._punch_some(inode, first, stop):
-            pass  # the number only saves a search where there is nothing
+        begin = self._extent_key(inode.ino, first)
+        # The number of blocks only saves a search where there is nothing.
+        while inode.data_blocks and self._punch_some(inode, begin, first, stop):
+            begin = key(
+                inode.ino, TYPE_EXTENT, first
+            )  # what lies before was not read, and need not be
 
-    def _punch_some(self, inode: Inode, first: int, stop: int) -> bool:
-        """The same for the extents of one leaf. Returns whether there was any."""
+    def _punch_some(self, inode: Inode, begin: bytes, first: int, stop: int) -> bool:
+        """The same for one leaf's extents, with keys from `begin`. Returns whether there were any."""
         ino, tree = inode.ino, self._tree
-        begin = first
-        if first:
-            for start, _ in self._extents(ino, first, first + 1):
-                begin = min(begin, start)
-        start_key, stop_key = key(ino, TYPE_EXTENT, begin), key(ino, TYPE_EXTENT, stop)
-        found = next(tree.leaf_slices(start_key, stop_key), None)
+        stop_key = key(ino, TYPE_EXTENT, stop)
+        found = next(tree.leaf_slices(begin, stop_key), None)
         if found is None:
             return False
         _, values, at, last = found
-        for value in values[
-            at:last
-        ]:  # what cannot be read must stop us before anything is taken out
+        # What cannot be read must stop us before anything is taken out.
+        for value in values[at:last]:
             extent = decode_extent(ino, value)
             self._store.map.require(extent.block, extent.count)
-        removed = tree.pop_range(start_key, stop_key)
+        removed = tree.pop_range(begin, stop_key)
         for item, value in removed:
             start = split_key(item)[2]
             extent = decode_extent(ino, value)

@@ -5,6 +5,7 @@ daemon is killed under them again and again. The image must mount without repair
 it all. COWFS_KILLS sets how often (20 times by default).
 """
 
+import contextlib
 import os
 import random
 import subprocess
@@ -113,3 +114,36 @@ def test_kill_keeps_snapshots_and_frees_files_without_a_name(mount: Mounted) -> 
     assert (snapshot / "kept").read_bytes() == b"kept" * 1000
     assert not (mount.path / "nameless").exists()
     mount.delete_snapshot("kept")
+
+
+@pytest.mark.needs_cowfs
+@pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC], ids=["O_SYNC", "O_DSYNC"])
+def test_synchronous_write_is_durable_when_it_returns(mount: Mounted, flag: int) -> None:
+    """Promise C4: after write() to a file opened so, a kill loses nothing of it, its name neither."""
+    descriptor = os.open(mount.path / "log", os.O_CREAT | os.O_WRONLY | flag)
+    try:
+        for number in range(5):
+            os.write(descriptor, bytes([number]) * 3000)
+        mount.kill()
+    finally:
+        with contextlib.suppress(OSError):  # the kernel says that the daemon is gone
+            os.close(descriptor)
+    mount.check()
+    mount.remount()
+    found = (mount.path / "log").read_bytes()
+    assert found == b"".join(bytes([number]) * 3000 for number in range(5))
+
+
+@pytest.mark.needs_cowfs
+def test_commit_interval_is_all_that_a_kill_may_lose(mount: Mounted) -> None:
+    """Promise C5: what is older than five seconds is there, without any fsync."""
+    (mount.path / "old").write_bytes(b"old" * 10_000)
+    (mount.path / "gone").write_bytes(b"gone")
+    (mount.path / "gone").unlink()
+    time.sleep(6.5)
+    (mount.path / "young").write_bytes(b"may be lost")
+    mount.kill()
+    mount.check()
+    mount.remount()
+    assert (mount.path / "old").read_bytes() == b"old" * 10_000
+    assert not (mount.path / "gone").exists()
