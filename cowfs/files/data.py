@@ -379,16 +379,58 @@ class Data:
                     if index != start + length or next_inode is not inode:
                         break
                     length += 1
-                if inode.ino in old:
-                    self._punch(inode, start, start + length)
                 extent = whole.part(at - start_of_run, length)
-                extents.append((key(inode.ino, TYPE_EXTENT, start), extent.encode()))
+                if inode.ino not in old or not self._overwrite(inode, start, extent):
+                    if inode.ino in old:
+                        self._punch(inode, start, start + length)
+                    extents.append((key(inode.ino, TYPE_EXTENT, start), extent.encode()))
                 inode.data_blocks += length
                 self.data_blocks += length
                 at += length
         self._tree.put_ascending(inline)
         self._tree.put_ascending(extents)
         return changed
+
+    def _overwrite(self, inode: Inode, first: int, extent: Extent) -> bool:
+        """Put an extent where others are, all in one leaf, as nearly always. Returns whether it was."""
+        ino = inode.ino
+        item = key(ino, TYPE_EXTENT, first)
+        stop = first + extent.count
+        gone: list[tuple[int, int]] = []
+
+        def renew(keys: list[bytes], values: list[bytes]) -> list[tuple[bytes, bytes]]:
+            before: list[tuple[bytes, bytes]] = []
+            after: list[tuple[bytes, bytes]] = []
+            for old_key, value in zip(keys, values, strict=True):
+                if old_key[:_TYPE_END] != item[:_TYPE_END]:
+                    before.append((old_key, value))  # the last item before the file's extents
+                    continue
+                start = split_key(old_key)[2]
+                old = decode_extent(ino, value)
+                end = start + old.count
+                if end <= first:
+                    before.append((old_key, value))
+                    continue
+                cut_first, cut_stop = max(start, first), min(end, stop)
+                if start < cut_first:
+                    before.append((old_key, old.part(0, cut_first - start).encode()))
+                if cut_stop < end:
+                    rest = old.part(cut_stop - start, end - cut_stop)
+                    after.append((key(ino, TYPE_EXTENT, cut_stop), rest.encode()))
+                gone.append((old.block + cut_first - start, cut_stop - cut_first))
+            if len(after) > 1:
+                raise CorruptError(f"extent of inode {ino}", extent.block, "overlaps another")
+            for run in gone:
+                self._store.map.require(*run)
+            return [*before, (item, extent.encode()), *after]
+
+        if not self._tree.rewrite(item, key(ino, TYPE_EXTENT, stop), renew):
+            return False
+        for block, count in gone:
+            self._store.map.drop(block, count, self._store.generation)
+            inode.data_blocks = max(0, inode.data_blocks - count)  # the image may say any number
+            self.data_blocks = max(0, self.data_blocks - count)
+        return True
 
     def _open(self, inode: Inode) -> dict[int, Buffer]:
         """The dirty blocks of a file, with its inline data among them."""

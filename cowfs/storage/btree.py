@@ -15,7 +15,7 @@ Keeps I5. Source: Rodeh 2008; FORMAT.md "Nodes".
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from cowfs.errors import CorruptError, DeviceError
@@ -35,6 +35,7 @@ MERGED_BYTES_MAX = NODE_CAPACITY_BYTES * 3 // 4
 APPEND_SHARE = 0.9
 
 Path = list[tuple[Node, int]]
+Renew = Callable[[list[bytes], list[Any]], list[tuple[bytes, Any]]]
 DAMAGE = (CorruptError, DeviceError)
 
 
@@ -421,6 +422,42 @@ class Tree:
         if leaf.used_bytes < MERGE_BELOW_BYTES and path:
             self._join(leaf, path, start)
         return removed
+
+    def rewrite(self, start: bytes, stop: bytes, renew: Renew) -> bool:
+        """Let other entries take the place of those from the one at or below `start` up to `stop`.
+
+        Args:
+            renew: gets the keys and the values, gives the entries that replace them: ascending, in the
+                same range, at least one and at most two more. What it raises changes nothing.
+
+        Returns:
+            Whether it was done. It is not where more than one leaf may have to do with it.
+        """
+        path: Path = []
+        leaf = self._writable_leaf(start, path)
+        keys = leaf.keys
+        first = bisect_left(keys, start)
+        last = bisect_left(keys, stop, first)
+        if first == len(keys) or keys[first] != start:
+            if not first:
+                return False
+            first -= 1
+        if last == len(keys):
+            high = _upper_bound(path)
+            if high is not None and high < stop:
+                return False
+        old_keys, old_values = keys[first:last], leaf.values[first:last]
+        entries = renew(old_keys, old_values)
+        keys[first:last] = [key for key, _ in entries]
+        leaf.values[first:last] = [value for _, value in entries]
+        leaf.used_bytes += ENTRY_OVERHEAD_BYTES * (len(entries) - len(old_keys))
+        leaf.used_bytes += sum([len(key) + len(value) for key, value in entries])
+        leaf.used_bytes -= sum(map(len, old_keys)) + sum(map(len, old_values))
+        if leaf.used_bytes > NODE_CAPACITY_BYTES:
+            self._split(leaf, 0, path)  # in the middle: there is room for several entries then
+        elif leaf.used_bytes < MERGE_BELOW_BYTES and path:
+            self._join(leaf, path, start)
+        return True
 
     def _split(self, node: Node, at: int, path: Path) -> None:
         """Cut an overfull node in two, and its parents as they overflow. `at`: the last change."""

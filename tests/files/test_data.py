@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from cowfs.care.check import check_image
 from cowfs.errors import CorruptError, DeviceError
 from cowfs.files.items import (
     EXTENT_BLOCKS_MAX,
@@ -302,3 +303,32 @@ def test_write_where_the_extents_cannot_be_read_is_refused_and_nothing_else_is_l
     assert 0 < refused < 24
     assert filesystem.store.failed is None
     assert open_filesystem(disk, writable=False).live.read(other, 0, 100) == b"still works"
+
+
+def test_overwrites_that_cut_extents_in_one_leaf_and_across_two_keep_the_rest() -> None:
+    """Promise: what is not overwritten stays, however extents, runs and leaves lie to each other."""
+    disk = MemoryDevice(32768)
+    make_filesystem(disk, duplicate_metadata=True)
+    filesystem = open_filesystem(disk, writable=True)
+    live = filesystem.live
+    ino = live.create(ROOT, b"large", stat.S_IFREG | 0o644, 0, 0).ino
+    expected = bytearray(content(24 << 20, 1))
+    live.write(ino, 0, bytes(expected))  # 24 extents: seven fill a leaf
+    filesystem.commit()
+    assert filesystem.live.tree.root_node().level, "one leaf is no test"
+    choice = random.Random(5)
+    for round_number in range(4):
+        if round_number == 2:
+            filesystem.apply(filesystem.create_snapshot("held"))
+        for half in range(1, 47, 3):
+            at, size = half << 19, choice.choice((BLOCK, 1 << 19, 1 << 20, 2 << 20))
+            at += choice.randrange(100) * BLOCK
+            data = content(min(size, len(expected) - at), round_number * 100 + half)
+            live.write(ino, at, data)
+            expected[at : at + len(data)] = data
+            if half % 2:
+                filesystem.commit()
+        filesystem.commit()
+        assert live.read(ino, 0, len(expected)) == expected
+        recount(disk).require_exact()
+    assert check_image(disk).clean
