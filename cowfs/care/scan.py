@@ -22,7 +22,6 @@ from cowfs.storage.format import (
     NODE_LEVEL_MAX,
     NODE_MAGIC,
     NODE_SIZE_BYTES,
-    NULL_POINTER,
     RING_SLOTS,
     SUPERBLOCK,
     SUPERBLOCK_MAGIC,
@@ -122,17 +121,6 @@ def _identify(device: Device, places: list[tuple[int, int]], total: int) -> Supe
         name_seed=0,
         generation=1,
         total_blocks=total,
-        flags=0,
-        committed_ns=0,
-        created_ns=0,
-        oldest_retained=0,
-        catalog=NULL_POINTER,
-        space_map=NULL_POINTER,
-        used_blocks=0,
-        catalog_nodes=0,
-        system_blocks=0,
-        next_root_id=1,
-        label="",
     )
 
 

@@ -78,17 +78,17 @@ class Superblock:
     name_seed: int
     generation: int
     total_blocks: int
-    flags: int
-    committed_ns: int
-    created_ns: int
-    oldest_retained: int
-    catalog: Pointer
-    space_map: Pointer
-    used_blocks: int
-    catalog_nodes: int
-    system_blocks: int
-    next_root_id: int
-    label: str
+    flags: int = 0
+    committed_ns: int = 0
+    created_ns: int = 0
+    oldest_retained: int = 0
+    catalog: Pointer = NULL_POINTER
+    space_map: Pointer = NULL_POINTER
+    used_blocks: int = 0
+    catalog_nodes: int = 0
+    system_blocks: int = 0
+    next_root_id: int = 1
+    label: str = ""
     compat: int = 0
     ro_compat: int = 0
     incompat: int = INCOMPAT_DUPLICATED_METADATA

@@ -6,8 +6,9 @@ for, so no state of the image loses anything, however the write ends. A copy wri
 new pointers in every tree that shares the node, the snapshots' too.
 
 Repairs go out at the start of a commit's write, flushed before anything else is written
-(`Repairs.write`): nothing else is on its way to the device then, so that a device that refuses a repair
-has refused nothing but the repair, and each copy is written once between two flushes (I3).
+(`Repairs.write`): nothing else is on its way to the device then, so that a device that refuses to
+write a repair has refused nothing but the repair, and each copy is written once between two flushes
+(I3). A flush that fails ends all writing, as everywhere (C8).
 """
 
 import logging
@@ -83,22 +84,25 @@ class Repairs:
         """Write what `take` gave, durable when this returns. While nothing else is being written.
 
         Each copy is looked at again: it is left alone unless its twin still holds the good bytes. A
-        device that refuses loses nothing; the next read of that copy finds it again.
+        write that is refused loses nothing; the next read of that copy finds it again.
+
+        Raises:
+            DeviceError: the flush failed, and with it the commit: what a failed flush covered, nobody
+                knows (C8).
         """
+        wrote = False
         for bad, good, data in repairs:
             try:
                 if device.read(good * BLOCK_SIZE_BYTES, len(data)) != data:
                     continue  # a slot of the ring that was used again
                 if not _is_same(device, bad, data):
+                    wrote = True  # a write that fails may have begun
                     device.write(bad * BLOCK_SIZE_BYTES, [data])
                     self.written += 1
             except DeviceError as error:
                 log.warning("cannot repair the copy at block %d: %s", bad, error)
-        if repairs:
-            try:
-                device.flush()
-            except DeviceError as error:
-                log.warning("repairs may be lost: %s", error)
+        if wrote:
+            device.flush()
 
 
 def good_copy(

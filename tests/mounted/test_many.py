@@ -36,6 +36,13 @@ MEMORY_MIB_MAX = 700
 GROWTH_MIB_MAX = 64
 
 
+@pytest.fixture(autouse=True)
+def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        "XDG_STATE_HOME", str(tmp_path / "state")
+    )  # where scrubs leave their results
+
+
 def start_worker(folder: Path, seed: int, seconds: float) -> subprocess.Popen[str]:
     program = Path(__file__).with_name("mixed_worker.py")
     return subprocess.Popen(
