@@ -5,8 +5,7 @@ that du, find, tar and rsync never take two files for one; `nodeid 1` is the roo
 volume, whichever root that is after a rollback. Old ids keep naming the tree they were given for.
 
 Nobody else changes the tree, so the kernel may cache names and attributes for long; rollback
-invalidates them. Handlers that need not wait await nothing. Every exception becomes an errno here, in
-one place; what is not a known error is logged and answered EIO, so that no bug ends the mount.
+invalidates them. Handlers that need not wait await nothing; what they raise answers.py makes an errno.
 """
 
 import copy
@@ -16,12 +15,13 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import pyfuse3
 import trio
 
+from cowfs.daemon.answers import answers, waits
 from cowfs.daemon.commits import Committer
 from cowfs.daemon.options import MountOptions
 from cowfs.errors import CorruptError, CowfsError, posix_error
@@ -31,8 +31,6 @@ from cowfs.history.filesystem import Filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 INO_BITS = 40
 ROOT_NODE = 1  # FUSE_ROOT_ID
@@ -45,45 +43,6 @@ COOKIE_DOT, COOKIE_DOT_DOT, COOKIE_SNAPSHOTS = 1, 2, 3
 READ_AHEAD_BYTES = 1 << 20
 
 assert INO_MAX < 1 << INO_BITS
-
-
-def _errno_of(error: BaseException) -> pyfuse3.FUSEError:
-    """The FUSE answer for an exception, logged when it says that something is wrong."""
-    if isinstance(error, pyfuse3.FUSEError):
-        return error
-    if isinstance(error, CorruptError):
-        log.error("%s", error)
-        return pyfuse3.FUSEError(errno.EIO)
-    if isinstance(error, OSError) and error.errno:
-        return pyfuse3.FUSEError(error.errno)
-    log.error("unexpected error in an operation", exc_info=error)
-    return pyfuse3.FUSEError(errno.EIO)
-
-
-def answers(function: Callable[..., T]) -> Any:
-    """A handler that never waits. (Any: pyfuse3 wants coroutines where we write plain methods.)"""
-
-    @functools.wraps(function)
-    async def handler(*arguments: Any) -> T:
-        try:
-            return function(*arguments)
-        except Exception as error:
-            raise _errno_of(error) from None
-
-    return handler
-
-
-def waits(function: Callable[..., Awaitable[T]]) -> Any:
-    """A handler that may wait."""
-
-    @functools.wraps(function)
-    async def handler(*arguments: Any) -> T:
-        try:
-            return await function(*arguments)
-        except Exception as error:
-            raise _errno_of(error) from None
-
-    return handler
 
 
 class Operations(pyfuse3.Operations):
