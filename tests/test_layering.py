@@ -32,6 +32,9 @@ CARE_MAY_IMPORT = (
 # Libraries that only some floors may know.
 LIBRARY_FLOORS = {"pyfuse3": ("daemon",), "trio": ("daemon", "cli")}
 
+# Libraries that only one file may import, because something must happen first.
+LIBRARY_FILES = {"pyfuse3": "cowfs.daemon.fuse"}
+
 # Names that promise nothing about what is inside.
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "types", "misc"}
 
@@ -57,7 +60,7 @@ def violations(package: Path, tools: Path) -> list[str]:
             found.append(f"{file}:1: {module} is on no floor")
             continue
         for line, target in dict.fromkeys(_imports(file, module, modules)):
-            reason = _objection(floor, target)
+            reason = _objection(floor, module, target)
             if reason is not None:
                 found.append(f"{file}:{line}: {reason}")
     return found
@@ -87,11 +90,13 @@ def _floor(module: str) -> str | None:
     return words[1] if words[1] in FLOORS[1:-1] else None
 
 
-def _objection(floor: str, target: str) -> str | None:
-    """Why a file on `floor` may not import the module `target`, None if it may."""
+def _objection(floor: str, module: str, target: str) -> str | None:
+    """Why a module on `floor` may not import the module `target`, None if it may."""
     library = target.split(".")[0]
     if library in LIBRARY_FLOORS and floor not in LIBRARY_FLOORS[library]:
         return f"{floor} imports {target}: only {' and '.join(LIBRARY_FLOORS[library])} may"
+    if module != LIBRARY_FILES.get(library, module):
+        return f"{module} imports {target}: only {LIBRARY_FILES[library]} may"
     if library == "tools":
         return f"{floor} imports {target}: its name when installed is cowfs_tools"
     if library not in ("cowfs", "cowfs_tools"):
@@ -166,7 +171,8 @@ def _violations_of(folder: Path, files: dict[str, str]) -> list[str]:
         "cowfs/files/items.py": "from ..storage.format import Pointer\n",
         "cowfs/history/catalog.py": "from cowfs.files import items\nimport cowfs.storage.format\n",
         "cowfs/care/check.py": "import cowfs.storage.format\nimport cowfs.files.items\n",
-        "cowfs/daemon/server.py": "import pyfuse3\nimport trio\nfrom cowfs.care import check\n",
+        "cowfs/daemon/fuse.py": "import pyfuse3\n",
+        "cowfs/daemon/server.py": "import trio\nfrom cowfs.care import check\n",
         "cowfs/cli/main.py": "import trio\nfrom cowfs import __version__\nimport cowfs.daemon\n",
         "tools/cowdu.py": "from cowfs.history import catalog\nfrom . import cowdump\n",
         "tools/cowdump.py": "",
@@ -198,6 +204,7 @@ def test_layering_of_a_sound_project_is_accepted(tmp_path: Path) -> None:
         ("cowfs/cli/df.py", "import cowfs_tools.cowdu", "from the floor tools"),
         ("cowfs/cli/df.py", "from tools import cowdu", "its name when installed is cowfs_tools"),
         ("cowfs/files/volume.py", "import pyfuse3", "only daemon may"),
+        ("cowfs/daemon/loop.py", "import pyfuse3", "only cowfs.daemon.fuse may"),
         ("cowfs/cli/mount.py", "from pyfuse3 import asyncio", "only daemon may"),
         ("tools/cowdump.py", "import pyfuse3", "only daemon may"),
         ("cowfs/history/drop.py", "import trio", "only daemon and cli may"),

@@ -28,7 +28,7 @@ from cowfs.cli.target import open_target
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.reports import ReclaimReport, image_name
 from cowfs.history.selection import select
-from cowfs.history.usage import exclusive_blocks, written_blocks
+from cowfs.history.usage import exclusive_blocks, referenced_blocks, written_blocks
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
 ShowBar = Callable[[str, int, int], None]
@@ -126,7 +126,6 @@ def measure(filesystem: Filesystem, words: Sequence[str] = ()) -> UsageReport:
 def _measure(filesystem: Filesystem, words: Sequence[str], bar: ShowBar | None) -> UsageReport:
     snapshots = filesystem.catalog.snapshots()
     records = select(words, snapshots) if words else snapshots
-    copies = filesystem.store.copies
     rows = []
     for number, record in enumerate(records):
         if bar is not None:
@@ -136,7 +135,7 @@ def _measure(filesystem: Filesystem, words: Sequence[str], bar: ShowBar | None) 
                 name=record.name,
                 created_ns=record.created_ns,
                 generation=record.created_generation,
-                referenced_bytes=record.referenced_blocks(copies) * BLOCK_SIZE_BYTES,
+                referenced_bytes=referenced_blocks(filesystem, record) * BLOCK_SIZE_BYTES,
                 exclusive_bytes=exclusive_blocks(filesystem, [record]) * BLOCK_SIZE_BYTES,
                 written_bytes=written_blocks(filesystem, record) * BLOCK_SIZE_BYTES,
             )

@@ -24,6 +24,7 @@ from cowfs.cli.output import (
 from cowfs.cli.target import open_target
 from cowfs.daemon.messages import Progress
 from cowfs.errors import CowfsError
+from cowfs.history.reports import SnapshotReport
 from cowfs.history.selection import select
 
 target_argument = click.argument("target", metavar="TARGET", type=click.Path())
@@ -94,7 +95,7 @@ def list_snapshots(target: str, as_json: bool, bare: bool, exact: bool) -> None:
             [
                 found.name,
                 numbers.time(found.created_ns),
-                numbers.size(found.referenced_bytes),
+                _referenced(found, numbers),
                 found.parent or "-",
                 found.description,
             ]
@@ -102,6 +103,12 @@ def list_snapshots(target: str, as_json: bool, bare: bool, exact: bool) -> None:
         ],
         bare=bare,
     )
+
+
+def _referenced(found: SnapshotReport, numbers: Numbers) -> str:
+    """The size, as a bound where files share blocks: then only cowdu counts."""
+    size = numbers.size(found.referenced_bytes)
+    return size if found.referenced_is_exact or numbers.exact else f"<={size}"
 
 
 @snapshot.command()

@@ -9,8 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-import pyfuse3
-
+from cowfs.daemon.fuse import pyfuse3
 from cowfs.errors import CorruptError
 
 log = logging.getLogger(__name__)
@@ -53,5 +52,18 @@ def waits(function: Callable[..., Awaitable[T]]) -> Any:
             return await function(*arguments)
         except Exception as error:
             raise errno_of(error) from None
+
+    return handler
+
+
+def answers_now(function: Callable[..., int]) -> Callable[..., int]:
+    """A handler of `fuse.session`, which takes an error as a negative errno."""
+
+    @functools.wraps(function)
+    def handler(*arguments: Any) -> int:
+        try:
+            return function(*arguments)
+        except Exception as error:
+            return -errno_of(error).errno
 
     return handler

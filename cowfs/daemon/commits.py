@@ -93,7 +93,7 @@ class Committer:
         """Start a commit soon if a lot is in memory."""
         store = self.filesystem.store
         if (
-            store.promised_blocks > self._dirty_blocks_max // 16
+            store.promised_blocks + store.queued_blocks > self._dirty_blocks_max // 16
             or store.dirty_nodes > DIRTY_NODES_MAX
             or store.promised_items - store.promised_blocks > DIRTY_ITEMS_MAX
         ):
@@ -102,7 +102,8 @@ class Committer:
     @property
     def over_limit(self) -> bool:
         """Whether a writer should wait."""
-        return self.filesystem.store.promised_blocks > self._dirty_blocks_max
+        store = self.filesystem.store
+        return store.promised_blocks + store.queued_blocks > self._dirty_blocks_max
 
     async def throttle(self) -> None:
         """Wait until there is room in memory for more dirty data."""

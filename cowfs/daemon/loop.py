@@ -34,9 +34,10 @@ from time import monotonic_ns
 from types import FrameType, TracebackType
 from typing import Any
 
-import pyfuse3
 import trio
 from trio.lowlevel import ParkingLot, Task, enable_ki_protection
+
+from cowfs.daemon.fuse import pyfuse3
 
 # One turn costs a checkpoint (4 us) and an epoll call: lost in the noise over 64 requests of 12 us.
 # And 64 cheap requests keep a timer waiting for less than 1 ms.

@@ -20,12 +20,12 @@ import sys
 from collections.abc import Iterator
 
 import msgspec
-import pyfuse3
 import trio
 
 from cowfs import errors
 from cowfs.daemon import places, server
 from cowfs.daemon.commits import Committer
+from cowfs.daemon.fuse import pyfuse3, session, session_missing
 from cowfs.daemon.loop import install_burst_loop
 from cowfs.daemon.operations import READ_AHEAD_BYTES, Operations
 from cowfs.daemon.options import MountOptions
@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 WORKERS_MAX = 16  # each keeps a buffer of 1 MiB
 WORKERS_IDLE_MAX = 4
+BACKGROUND_REQUESTS = (
+    64  # reading ahead and direct I/O of several programs; libfuse's default is 12
+)
 # How long a computing thread may keep the interpreter from the session loop, and the other way round.
 SWITCH_INTERVAL_S = 0.0005
 CLOSING_WAIT_S = 30.0
@@ -291,6 +294,12 @@ class _Mount:
 
     async def run(self) -> None:
         install_burst_loop()
+        if session is None:
+            log.warning(
+                "without fallocate, SEEK_HOLE, copy_file_range and O_TMPFILE: %s", session_missing
+            )
+        else:
+            session.install(self._operations, background=BACKGROUND_REQUESTS, killpriv=False)
         with self._mounted():
             _take_no_new_privileges()
             async with trio.open_nursery() as nursery:

@@ -18,11 +18,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import pyfuse3
 import trio
 
-from cowfs.daemon.answers import answers, waits
+from cowfs.daemon.answers import answers, answers_now, waits
 from cowfs.daemon.commits import Committer
+from cowfs.daemon.fuse import pyfuse3
 from cowfs.daemon.options import MountOptions
 from cowfs.errors import CorruptError, CowfsError, posix_error
 from cowfs.files.items import INO_MAX, NAME_BYTES_MAX, ROOT_INO, Inode
@@ -36,6 +36,7 @@ INO_BITS = 40
 ROOT_NODE = 1  # FUSE_ROOT_ID
 SNAPSHOTS_NODE = 2  # the directory .snapshots; inode 2 of root 0, which is no root's id
 SNAPSHOTS_NAME = b".snapshots"
+UNNAMED = b"/"  # what the kernel calls a file of O_TMPFILE, and no file can be called
 TIMEOUT_S = 86400.0
 WRITER_BIT = 1 << 63  # in a file handle, beside the node id: it was opened for writing
 HANDLE_NODE = WRITER_BIT - 1
@@ -434,7 +435,10 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         self._refuse_reserved(parent, name)
         volume, directory = self._resolve_for_change(parent)
-        inode = volume.create(directory, name, stat.S_IFREG | mode & 0o7777, ctx.uid, ctx.gid)
+        if name == UNNAMED:
+            inode = volume.create_unnamed(directory, mode, ctx.uid, ctx.gid)
+        else:
+            inode = volume.create(directory, name, stat.S_IFREG | mode & 0o7777, ctx.uid, ctx.gid)
         self._changed()
         entry = self._found(volume, inode)
         node = entry.st_ino
@@ -491,6 +495,30 @@ class Operations(pyfuse3.Operations):
     async def fsync(self, handle: int, datasync: bool) -> None:
         if self.committer is not None:
             await self.committer.sync()
+
+    # --- what pyfuse3 does not know (fuse.session) --------------------------------------------------
+
+    @answers_now
+    def fallocate(self, node: int, mode: int, offset: int, length: int) -> int:
+        volume, ino = self._resolve_for_change(node)
+        volume.allocate(ino, mode, offset, length)
+        self._changed()
+        return 0
+
+    @answers_now
+    def lseek(self, node: int, offset: int, whence: int) -> int:
+        volume, ino = self._resolve(node)
+        return volume.seek(ino, offset, whence)
+
+    @answers_now
+    def copy_file_range(
+        self, node_in: int, offset_in: int, node_out: int, offset_out: int, length: int
+    ) -> int:
+        source, source_ino = self._resolve(node_in)
+        volume, ino = self._resolve_for_change(node_out)
+        shared = volume.share(source, source_ino, offset_in, ino, offset_out, length)
+        self._changed()
+        return shared
 
     # --- directories --------------------------------------------------------------------------------
 

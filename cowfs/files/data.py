@@ -82,9 +82,9 @@ class Data:
 
     def __init__(self, tree: Tree, data_blocks: int) -> None:
         self._tree = tree
-        self._store = tree.store
+        self.store = tree.store
         self.data_blocks = data_blocks  # of all files
-        self._dirty: dict[int, dict[int, Buffer]] = {}
+        self.dirty: dict[int, dict[int, Buffer]] = {}
 
     # --- reading ------------------------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ class Data:
         pieces: list[Buffer | int | Extent] = []
         if size:
             stop = -(-(offset + size) // BLOCK_SIZE_BYTES)
-            dirty = self._dirty.get(inode.ino)
+            dirty = self.dirty.get(inode.ino)
             if dirty is None and inode.flags & INODE_INLINE:
                 pieces = [self._inline(inode).ljust(stop * BLOCK_SIZE_BYTES, b"\0")]
                 skip = offset
@@ -104,7 +104,7 @@ class Data:
                 pieces = list(self._pieces(inode, first, stop, prefetch=True))
             else:
                 pieces = self._mixed(inode, first, stop, dirty)
-        return Reading(self._store, inode.ino, skip, size, pieces or [b""])
+        return Reading(self.store, inode.ino, skip, size, pieces or [b""])
 
     def _mixed(
         self, inode: Inode, first: int, stop: int, dirty: dict[int, Buffer]
@@ -130,7 +130,7 @@ class Data:
         """The extents and holes of the blocks [first, stop) as the tree has them."""
         at = first
         if inode.data_blocks:
-            for start, extent in self._extents(inode.ino, first, stop):
+            for start, extent in self.extents(inode.ino, first, stop):
                 if start > at:
                     yield start - at
                 skip = max(0, first - start)
@@ -139,14 +139,14 @@ class Data:
                 at = start + skip + count
                 ahead = extent.count - skip - count
                 if prefetch and ahead and first:
-                    self._store.device.prefetch(
+                    self.store.device.prefetch(
                         (extent.block + skip + count) * BLOCK_SIZE_BYTES,
                         min(ahead + EXTENT_BLOCKS_MAX, PREFETCH_BLOCKS) * BLOCK_SIZE_BYTES,
                     )
         if at < stop:
             yield stop - at
 
-    def _extents(
+    def extents(
         self, ino: int, first: int, stop: int, begin: bytes | None = None
     ) -> Iterator[tuple[int, Extent]]:
         """(first file block, extent) of each extent that overlaps [first, stop).
@@ -184,15 +184,15 @@ class Data:
             raise CorruptError(f"data of inode {inode.ino}", inode.ino, "inline data is missing")
         return value  # type: ignore[no-any-return]
 
-    def _block(self, inode: Inode, index: int) -> Buffer:
+    def block(self, inode: Inode, index: int) -> Buffer:
         """One whole block of the file, as it is now."""
-        dirty = self._dirty.get(inode.ino)
+        dirty = self.dirty.get(inode.ino)
         if dirty is not None and index in dirty:
             return dirty[index]
         piece = next(self._pieces(inode, index, index + 1))
         if isinstance(piece, int):
             return ZERO_BLOCK
-        data = self._store.read_data(piece.block, 1, piece.checksums, f"data of inode {inode.ino}")
+        data = self.store.read_data(piece.block, 1, piece.checksums, f"data of inode {inode.ino}")
         assert data is not None
         return data
 
@@ -213,9 +213,9 @@ class Data:
             return
         first, head = divmod(offset, BLOCK_SIZE_BYTES)
         stop = -(-end // BLOCK_SIZE_BYTES)
-        self._store.admit(stop - first, TIER_ADD)
-        self._reach(inode, first, stop)
-        dirty = self._open(inode)
+        self.store.admit(stop - first, TIER_ADD)
+        self.reach(inode, first, stop)
+        dirty = self.open_dirty(inode)
         before = len(dirty)
         if not head and not size % BLOCK_SIZE_BYTES:
             if size == BLOCK_SIZE_BYTES:
@@ -239,13 +239,13 @@ class Data:
                         BLOCK_SIZE_BYTES - head, b"\0"
                     )
                 else:
-                    old = bytearray(self._block(inode, index))
+                    old = bytearray(self.block(inode, index))
                     old[head : head + count] = part
                     changed[index] = bytes(old)
                 at += count
                 head = 0
             dirty.update(changed)
-        self._promise(len(dirty) - before)
+        self.promise(len(dirty) - before)
         if end > inode.size_bytes:
             inode.size_bytes = end
 
@@ -263,39 +263,34 @@ class Data:
         if size < old_size:
             stop, tail = divmod(size, BLOCK_SIZE_BYTES)
             if tail:
-                self._store.admit(1, TIER_REMOVE)
-            self._reach(inode, stop, stop + 1)
+                self.store.admit(1, TIER_REMOVE)
+            self.reach(inode, stop, stop + 1)
             if inode.data_blocks:  # damage must stop us before anything is cut off
-                for _ in self._extents(inode.ino, stop, FILE_BLOCK_MAX + 1):
+                for _ in self.extents(inode.ino, stop, FILE_BLOCK_MAX + 1):
                     pass
             if inode.flags & INODE_INLINE:
-                self._open(inode)
-            dirty = self._dirty.get(inode.ino)
+                self.open_dirty(inode)
             if tail:
-                block = self._block(inode, stop)
+                block = self.block(inode, stop)
                 if block is not ZERO_BLOCK:
-                    dirty = self._open(inode)
-                    self._promise(stop not in dirty)
+                    dirty = self.open_dirty(inode)
+                    self.promise(stop not in dirty)
                     dirty[stop] = bytes(block[:tail]).ljust(BLOCK_SIZE_BYTES, b"\0")
                 stop += 1
-            if dirty is not None:
-                gone = [index for index in dirty if index >= stop]
-                for index in gone:
-                    del dirty[index]
-                self._promise(-len(gone))
+            self.forget_dirty(inode, stop, FILE_BLOCK_MAX + 1)
             if inode.data_blocks:
-                self._punch(inode, stop, FILE_BLOCK_MAX + 1)
+                self.punch(inode, stop, FILE_BLOCK_MAX + 1)
         elif inode.flags & INODE_INLINE:
-            self._store.admit(1, TIER_ADD)
-            self._reach(inode, 0, 1)
-            self._open(inode)
+            self.store.admit(1, TIER_ADD)
+            self.reach(inode, 0, 1)
+            self.open_dirty(inode)
         else:
             self._tree.reach(inode_key(inode.ino))
         inode.size_bytes = size
 
     def allocated_blocks(self, inode: Inode) -> int:
         """Blocks that the file takes, or will take when it is written back."""
-        dirty = self._dirty.get(inode.ino)
+        dirty = self.dirty.get(inode.ino)
         if not dirty:
             return inode.data_blocks
         if not inode.data_blocks:
@@ -307,9 +302,9 @@ class Data:
 
         Returns whether it is all given back.
         """
-        dirty = self._dirty.pop(inode.ino, None)
+        dirty = self.dirty.pop(inode.ino, None)
         if dirty is not None:
-            self._promise(-len(dirty))
+            self.promise(-len(dirty))
         if inode.flags & INODE_INLINE:
             self._tree.delete(key(inode.ino, TYPE_INLINE, 0))
             inode.flags &= ~INODE_INLINE
@@ -322,10 +317,10 @@ class Data:
 
     def forget(self, inode: Inode, extents: list[Extent]) -> None:
         """A file is gone, and the items of these extents, all that it had, with it."""
-        dirty = self._dirty.pop(inode.ino, None)
+        dirty = self.dirty.pop(inode.ino, None)
         if dirty is not None:
-            self._promise(-len(dirty))
-        drop, generation = self._store.map.drop, self._store.generation
+            self.promise(-len(dirty))
+        drop, generation = self.store.map.drop, self.store.generation
         for extent in extents:
             drop(extent.block, extent.count, generation)
             self.data_blocks = max(0, self.data_blocks - extent.count)
@@ -339,17 +334,23 @@ class Data:
         Returns:
             The inodes that changed.
         """
-        changed: list[Inode] = []
+        return self._write_back([inode_of(ino) for ino in sorted(self.dirty)])
+
+    def settle(self, inode: Inode) -> None:
+        """The same for one file, before the freeze: all of it has blocks then, or is inline."""
+        if inode.ino in self.dirty:
+            self._write_back([inode])
+
+    def _write_back(self, changed: list[Inode]) -> list[Inode]:
         old: set[int] = set()  # files that may have extents where new ones go
         inline: list[tuple[bytes, bytes]] = []
         extents: list[tuple[bytes, bytes]] = []
         owners: list[tuple[Inode, int]] = []  # file and index of each block to write
         blocks: list[Buffer] = []
-        for ino in sorted(self._dirty):
-            inode = inode_of(ino)
-            dirty = self._dirty[ino]
-            self._promise(-len(dirty))
-            changed.append(inode)
+        for inode in changed:
+            ino = inode.ino
+            dirty = self.dirty.pop(ino)
+            self.promise(-len(dirty))
             if inode.size_bytes <= INLINE_BYTES_MAX and not inode.data_blocks:
                 if dirty:
                     part = bytes(dirty[0][: inode.size_bytes])
@@ -365,10 +366,9 @@ class Data:
             for index in sorted(dirty):
                 owners.append((inode, index))
                 blocks.append(dirty[index])
-        self._dirty.clear()
         at = 0
-        for first, count, checksums in self._store.write_data(blocks) if blocks else ():
-            whole = Extent(first, count, self._store.generation, checksums)
+        for first, count, checksums in self.store.write_data(blocks) if blocks else ():
+            whole = Extent(first, count, self.store.generation, checksums)
             start_of_run, stop = at, at + count
             while at < stop:
                 inode, start = owners[at]
@@ -382,7 +382,7 @@ class Data:
                 extent = whole.part(at - start_of_run, length)
                 if inode.ino not in old or not self._overwrite(inode, start, extent):
                     if inode.ino in old:
-                        self._punch(inode, start, start + length)
+                        self.punch(inode, start, start + length)
                     extents.append((key(inode.ino, TYPE_EXTENT, start), extent.encode()))
                 inode.data_blocks += length
                 self.data_blocks += length
@@ -421,36 +421,59 @@ class Data:
             if len(after) > 1:
                 raise CorruptError(f"extent of inode {ino}", extent.block, "overlaps another")
             for run in gone:
-                self._store.map.require(*run)
+                self.store.map.require(*run)
             return [*before, (item, extent.encode()), *after]
 
         if not self._tree.rewrite(item, key(ino, TYPE_EXTENT, stop), renew):
             return False
         for block, count in gone:
-            self._store.map.drop(block, count, self._store.generation)
+            self.store.map.drop(block, count, self.store.generation)
             inode.data_blocks = max(0, inode.data_blocks - count)  # the image may say any number
             self.data_blocks = max(0, self.data_blocks - count)
         return True
 
-    def _open(self, inode: Inode) -> dict[int, Buffer]:
+    def open_dirty(self, inode: Inode) -> dict[int, Buffer]:
         """The dirty blocks of a file, with its inline data among them."""
-        dirty = self._dirty.get(inode.ino)
+        dirty = self.dirty.get(inode.ino)
         if dirty is None:
             dirty = {}
             if inode.flags & INODE_INLINE:
                 dirty[0] = self._inline(inode).ljust(BLOCK_SIZE_BYTES, b"\0")
-                self._promise(1)
-            self._dirty[inode.ino] = dirty
+                self.promise(1)
+            self.dirty[inode.ino] = dirty
         return dirty
 
-    def _reach(self, inode: Inode, first: int, stop: int) -> None:
+    def forget_dirty(self, inode: Inode, first: int, stop: int) -> None:
+        """Let what waits in memory for the blocks [first, stop) of the file be nothing."""
+        dirty = self.dirty.get(inode.ino)
+        if not dirty:
+            return
+        if stop - first < len(dirty):
+            gone = [index for index in range(first, stop) if index in dirty]
+        else:
+            gone = [index for index in dirty if first <= index < stop]
+        for index in gone:
+            del dirty[index]
+        self.promise(-len(gone))
+
+    def add_extents(self, inode: Inode, extents: list[tuple[int, Extent]]) -> None:
+        """Put extents, by their first blocks in the file, where it has none; all are counted."""
+        ino = inode.ino
+        self._tree.put_ascending(
+            [(key(ino, TYPE_EXTENT, start), extent.encode()) for start, extent in extents]
+        )
+        blocks = sum(extent.count for _, extent in extents)
+        inode.data_blocks += blocks
+        self.data_blocks += blocks
+
+    def reach(self, inode: Inode, first: int, stop: int) -> None:
         """See to it that new data in [first, stop), and the inode, can be put into the tree (C9).
 
         Raises:
             CorruptError, DeviceError: it cannot be, and nothing was changed.
         """
         ino, tree = inode.ino, self._tree
-        if ino not in self._dirty:
+        if ino not in self.dirty:
             tree.reach_range(inode_key(ino), key(ino, TYPE_INLINE, 0))
         begin = reached = key(ino, TYPE_EXTENT, first)
         if inode.data_blocks:
@@ -459,19 +482,19 @@ class Data:
                 reached = below[0]  # `_extent_key` will look there
                 if reached[:_TYPE_END] == begin[:_TYPE_END]:
                     begin = reached
-            for _, extent in self._extents(ino, first, stop, begin):
-                self._store.map.require(extent.block, extent.count)
+            for _, extent in self.extents(ino, first, stop, begin):
+                self.store.map.require(extent.block, extent.count)
         tree.reach_range(reached, key(ino, TYPE_EXTENT, stop))
 
-    def _promise(self, blocks: int) -> None:
-        self._store.promised_blocks += blocks
-        self._store.promised_items += blocks
+    def promise(self, blocks: int) -> None:
+        self.store.promised_blocks += blocks
+        self.store.promised_items += blocks
 
     def _drop_inline(self, inode: Inode) -> None:
         self._tree.delete(key(inode.ino, TYPE_INLINE, 0))
         inode.flags &= ~INODE_INLINE
 
-    def _punch(self, inode: Inode, first: int, stop: int) -> None:
+    def punch(self, inode: Inode, first: int, stop: int) -> None:
         """Let the blocks [first, stop) of the file hold nothing; extents at the edges are cut."""
         begin = self._extent_key(inode.ino, first)
         # The number of blocks only saves a search where there is nothing.
@@ -491,7 +514,7 @@ class Data:
         # What cannot be read must stop us before anything is taken out.
         for value in values[at:last]:
             extent = decode_extent(ino, value)
-            self._store.map.require(extent.block, extent.count)
+            self.store.map.require(extent.block, extent.count)
         removed = tree.pop_range(begin, stop_key)
         for item, value in removed:
             start = split_key(item)[2]
@@ -505,7 +528,7 @@ class Data:
                 right = extent.part(cut_stop - start, end - cut_stop)
                 tree.put(key(ino, TYPE_EXTENT, cut_stop), right.encode())
             gone = cut_stop - cut_first
-            self._store.map.drop(extent.block + cut_first - start, gone, self._store.generation)
+            self.store.map.drop(extent.block + cut_first - start, gone, self.store.generation)
             inode.data_blocks = max(0, inode.data_blocks - gone)  # the image may say any number
             self.data_blocks = max(0, self.data_blocks - gone)
         return True

@@ -12,6 +12,7 @@ next mount reclaim it after a crash (C7).
 
 import errno
 import logging
+import os
 import stat
 import time
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from cowfs.files.items import (
     split_key,
 )
 from cowfs.files.names import Names
+from cowfs.files.ranges import Ranges
 from cowfs.files.xattrs import Xattrs
 from cowfs.storage.btree import Tree
 from cowfs.storage.device import Buffer
@@ -48,6 +50,7 @@ log = logging.getLogger(__name__)
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
+KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10  # FALLOC_FL_* of linux/falloc.h
 RELATIME_NS = 24 * 3600 * 10**9
 RECLAIM_LEAVES = 64  # of a file's extents, at once: about 450 MiB of data, some milliseconds
 
@@ -89,10 +92,14 @@ class Volume:
         self.store = tree.store
         self.inodes = Inodes(tree, next_ino, inode_count)
         self.data = Data(tree, data_blocks)
+        self.ranges = Ranges(self.data)
         self.names = Names(tree, name_seed)
         self.xattrs = Xattrs(tree, name_seed)
         self.writable = writable
         self.orphans: set[int] = set()
+        self._unnamed: set[int] = (
+            set()
+        )  # of the orphans: those that never had a name, and may get one
         self._marked: set[int] = set()  # orphans whose mark is in the tree
         self.changed = False  # since the last flush
 
@@ -179,6 +186,28 @@ class Volume:
         self._renamed(parent, len(name), inode.mtime_ns)
         return inode
 
+    def create_unnamed(self, directory: int, mode: int, uid: int, gid: int) -> Inode:
+        """A regular file without a name (O_TMPFILE): an orphan, until `link` gives it one.
+
+        Args:
+            directory: whose group it may get.
+
+        Raises:
+            OSError: ENOENT, ENOTDIR.
+            NoSpaceError: the image is full.
+        """
+        self._admit(TIER_ADD)
+        parent = self._living(directory)
+        self.tree.reach(key(0, TYPE_ORPHAN, self.inodes.free_ino()))
+        if parent.mode & stat.S_ISGID:
+            gid = parent.gid
+        inode = self.inodes.create(stat.S_IFREG | mode & 0o7777, uid, gid, 0)
+        inode.nlink = 0
+        self.orphans.add(inode.ino)
+        self._unnamed.add(inode.ino)
+        self.changed = True
+        return inode
+
     def symlink(self, directory: int, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
         """A symbolic link. Raises as `create`; ENAMETOOLONG, ENOENT also for the target."""
         if not target:
@@ -199,14 +228,17 @@ class Volume:
             raise posix_error(errno.EPERM)
         if inode.nlink >= LINK_MAX:
             raise posix_error(errno.EMLINK)
-        if not inode.nlink:
+        if not inode.nlink and ino not in self._unnamed:
             raise posix_error(errno.ENOENT)
         self._free_name(directory, name)
         now_ns = time.time_ns()
         self.inodes.reach(parent)
-        self.inodes.reach(inode)
+        self._reach_unlinked(inode)
         self.names.add(directory, name, ino, inode.mode >> 12)
         inode.nlink += 1
+        if inode.nlink == 1:
+            self._unnamed.discard(ino)
+            self.orphans.discard(ino)
         inode.ctime_ns = now_ns
         self.inodes.touch(inode)
         self._renamed(parent, len(name), now_ns)
@@ -439,10 +471,7 @@ class Volume:
 
     def reading(self, ino: int, offset: int, size: int) -> Reading:
         """What to fetch for a read. Raises OSError EISDIR, EINVAL."""
-        inode = self.get(ino)
-        if not stat.S_ISREG(inode.mode):
-            raise posix_error(errno.EISDIR if stat.S_ISDIR(inode.mode) else errno.EINVAL)
-        return self.data.reading(inode, offset, size)
+        return self.data.reading(self._regular(ino), offset, size)
 
     def read(self, ino: int, offset: int, size: int) -> bytes:
         """The bytes themselves, waited for."""
@@ -451,15 +480,87 @@ class Volume:
         return bytes(data)
 
     def write(self, ino: int, offset: int, data: Buffer) -> Inode:
-        """Write all of `data`. Raises OSError EINVAL, EFBIG; NoSpaceError."""
+        """Write all of `data`. Raises OSError EISDIR, EINVAL, EFBIG; NoSpaceError."""
         self._require_writable()
-        inode = self.get(ino)
-        if not stat.S_ISREG(inode.mode):
-            raise posix_error(errno.EINVAL)
+        inode = self._regular(ino)
         self.data.write(inode, offset, data)
-        inode.mtime_ns = inode.ctime_ns = time.time_ns()
-        self._touch(inode)
+        self._written(inode)
         return inode
+
+    def seek(self, ino: int, offset: int, whence: int) -> int:
+        """SEEK_DATA and SEEK_HOLE. Raises OSError ENXIO behind the end or the last data; EINVAL."""
+        inode = self._regular(ino)
+        if not 0 <= offset < inode.size_bytes:
+            raise posix_error(errno.ENXIO)
+        if whence == os.SEEK_HOLE:
+            return self.ranges.next_hole(inode, offset)
+        if whence != os.SEEK_DATA:
+            raise posix_error(errno.EINVAL)
+        found = self.ranges.next_data(inode, offset)
+        if found is None or found >= inode.size_bytes:
+            raise posix_error(errno.ENXIO)
+        return found
+
+    def allocate(self, ino: int, mode: int, offset: int, length: int) -> Inode:
+        """fallocate(2).
+
+        Nothing in use is ever written over, so nothing is allocated ahead: to allocate is to see that
+        the data would fit now, and to set the size. A hole that is punched is given back.
+
+        Args:
+            mode: 0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE with or without KEEP_SIZE.
+
+        Raises:
+            OSError: EOPNOTSUPP for other modes; EINVAL, EFBIG.
+            NoSpaceError: it would not fit.
+        """
+        self._require_writable()
+        inode = self._regular(ino)
+        if offset < 0 or length <= 0:
+            raise posix_error(errno.EINVAL)
+        if mode not in (0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE):
+            raise posix_error(errno.EOPNOTSUPP)
+        if offset + length > FILE_SIZE_MAX:
+            raise posix_error(errno.EFBIG)
+        before = inode.size_bytes
+        self.inodes.reach(inode)
+        if mode & (PUNCH_HOLE | ZERO_RANGE):
+            self.ranges.zero(inode, offset, length)
+        else:
+            self.ranges.require_room(inode, offset, length)
+        if not mode & KEEP_SIZE and offset + length > before:
+            self.data.truncate(inode, offset + length)
+        self._written(inode)
+        return inode
+
+    def share(
+        self,
+        source: "Volume",
+        source_ino: int,
+        source_offset: int,
+        ino: int,
+        offset: int,
+        length: int,
+    ) -> int:
+        """Let a part of a file be the same blocks as a part of another, of any volume or snapshot.
+
+        Returns:
+            Bytes that are shared now: `length`, or less if the source ends there or there is more to do.
+
+        Raises:
+            OSError: EXDEV where blocks cannot be shared; EINVAL, EFBIG.
+            NoSpaceError: no room for the extents.
+        """
+        self._require_writable()
+        inode = self._regular(ino)
+        source_inode = source._regular(source_ino)
+        if source_offset < 0 or offset < 0 or length < 0:
+            raise posix_error(errno.EINVAL)
+        self.inodes.reach(inode)
+        shared = self.ranges.share(source.data, source_inode, source_offset, inode, offset, length)
+        if shared:
+            self._written(inode)
+        return shared
 
     # --- orphans ------------------------------------------------------------------------------------
 
@@ -513,6 +614,7 @@ class Volume:
                 self.tree.delete(key(ino, TYPE_SYMLINK, 0))
             self.inodes.remove(inode)
         self.orphans.discard(ino)
+        self._unnamed.discard(ino)
         return True
 
     # --- freezing -----------------------------------------------------------------------------------
@@ -542,6 +644,17 @@ class Volume:
     def _touch(self, inode: Inode) -> None:
         self.changed = True
         self.inodes.touch(inode)
+
+    def _written(self, inode: Inode) -> None:
+        """The data of a file changed."""
+        inode.mtime_ns = inode.ctime_ns = time.time_ns()
+        self._touch(inode)
+
+    def _regular(self, ino: int) -> Inode:
+        inode = self.get(ino)
+        if not stat.S_ISREG(inode.mode):
+            raise posix_error(errno.EISDIR if stat.S_ISDIR(inode.mode) else errno.EINVAL)
+        return inode
 
     def _directory(self, ino: int) -> Inode:
         inode = self.get(ino)

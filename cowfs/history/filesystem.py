@@ -27,6 +27,7 @@ from cowfs.history.drops import DropQueue
 from cowfs.history.records import (
     DESCRIPTION_BYTES_MAX,
     FLAG_AUTOMATIC,
+    FLAG_SHARES,
     MAIN_VOLUME,
     DropRecord,
     DropStep,
@@ -149,6 +150,7 @@ class Filesystem:
             node_count=max(1, live.tree.node_count),  # the image may have said any number
             data_blocks=live.data.data_blocks,
             inode_count=live.inodes.count,
+            flags=self.record.flags | (FLAG_SHARES if live.ranges.shared else 0),
         )
 
     # --- edits --------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ class Filesystem:
                 created_generation=filesystem.store.generation,
                 created_ns=time.time_ns(),
                 undo_id=0,
-                flags=0,
+                flags=live.flags & FLAG_SHARES,
             )
             root = live.tree
             filesystem.store.add_reference(root.block, root.twin)  # type: ignore[union-attr]
@@ -308,7 +310,7 @@ class Filesystem:
             created_ns=time.time_ns(),
             parent_id=parent_id,
             undo_id=self.record.root_id,
-            flags=0,
+            flags=target.flags & FLAG_SHARES,
         )
         volume = self._volume(record, writable=True)
         try:
@@ -342,7 +344,7 @@ class Filesystem:
             created_generation=self.store.generation,
             created_ns=now_ns,
             undo_id=0,
-            flags=FLAG_AUTOMATIC,
+            flags=FLAG_AUTOMATIC | old.flags & FLAG_SHARES,
         )
         self._put_new(kept)
         root_id = self.catalog.take_root_id()

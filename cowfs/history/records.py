@@ -94,6 +94,8 @@ class RootKind(IntEnum):
 
 
 FLAG_AUTOMATIC = 1 << 0  # made by a rollback, to keep the state before it
+FLAG_SHARES = 1 << 1  # files of the tree were made of blocks that others, or they, had already
+_FLAGS = FLAG_AUTOMATIC | FLAG_SHARES
 
 ROOT = struct.Struct("<QBBHI16s16sQQ40sQqQQQQ16sQHHHH")
 ROOT_BYTES = 184
@@ -142,8 +144,16 @@ class RootRecord:
     def pointer(self) -> Pointer:
         return self.tree if isinstance(self.tree, Pointer) else self.tree.pointer()
 
+    @property
+    def shares(self) -> bool:
+        """Whether a block may be in the tree more than once, or from elsewhere than its parent."""
+        return bool(self.flags & FLAG_SHARES)
+
     def referenced_blocks(self, node_copies: int) -> int:
-        """Blocks reachable from this root (DESIGN.md "Accounting"), twins of nodes included."""
+        """Blocks reachable from this root (DESIGN.md "Accounting"), twins of nodes included.
+
+        With `shares` an upper bound: what files share is counted for each (usage.py counts it once).
+        """
         return self.node_count * NODE_BLOCKS * node_copies + self.data_blocks
 
     def __len__(self) -> int:
@@ -192,7 +202,7 @@ def decode_root(value: bytes) -> RootRecord:
         raise CorruptError(f"root record {root_id}", 0, "wrong length", len(value))
     if kind not in (1, 2) or not root_id:
         raise CorruptError(f"root record {root_id}", 0, "unknown kind", kind)
-    if fields[4] & ~FLAG_AUTOMATIC or description_length > DESCRIPTION_BYTES_MAX:
+    if fields[4] & ~_FLAGS or description_length > DESCRIPTION_BYTES_MAX:
         raise CorruptError(f"root record {root_id}", 0, "unknown flags, or too long a description")
     if any(fields[2:4]) or any(fields[16]) or fields[17] or any(fields[20:22]):
         raise CorruptError(f"root record {root_id}", 0, "reserved bytes are not zero")

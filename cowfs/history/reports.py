@@ -22,7 +22,11 @@ Setting = bool | int | float | str | None
 
 
 class SnapshotReport(Struct, frozen=True, kw_only=True):
-    """One snapshot. `generation` is that of its creation, `parent` the snapshot it grew from."""
+    """One snapshot. `generation` is that of its creation, `parent` the snapshot it grew from.
+
+    `referenced_is_exact`: otherwise files share blocks, which are counted for each of them; cowdu
+    counts them once.
+    """
 
     name: str
     id: int
@@ -30,6 +34,7 @@ class SnapshotReport(Struct, frozen=True, kw_only=True):
     created_ns: int
     generation: int
     referenced_bytes: int
+    referenced_is_exact: bool
     description: str
     automatic: bool
     parent: str | None
@@ -118,6 +123,7 @@ def snapshot_report(filesystem: Filesystem, record: RootRecord) -> SnapshotRepor
         created_ns=record.created_ns,
         generation=record.created_generation,
         referenced_bytes=record.referenced_blocks(filesystem.store.copies) * BLOCK_SIZE_BYTES,
+        referenced_is_exact=not record.shares,
         description=record.description,
         automatic=record.automatic,
         parent=parent.name if parent is not None and is_snapshot else None,

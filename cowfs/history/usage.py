@@ -8,7 +8,7 @@ All numbers are blocks, metadata and twins included; the catalog and the space m
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -91,19 +91,53 @@ def exclusive_blocks(filesystem: Filesystem, records: Sequence[RootRecord]) -> i
     return freed
 
 
-def written_blocks(filesystem: Filesystem, record: RootRecord) -> int:
-    """Blocks of a snapshot that its parent does not hold; all of them when it has no parent.
+class _Blocks:
+    """A set of data blocks, of which an image may have billions: a byte for each in touched groups."""
 
-    What was born after the parent's generation cannot be in it, what was born before and is reachable
-    here was reachable there: so subtrees are skipped by their birth.
-    """
-    parent = filesystem.catalog.root(record.parent_id) if record.parent_id else None
-    if parent is None:
+    def __init__(self) -> None:
+        self._groups: dict[int, np.ndarray] = {}
+
+    def add(self, first: int, count: int) -> None:
+        while count:
+            group, start = divmod(first, GROUP_BLOCKS)
+            here = min(count, GROUP_BLOCKS - start)
+            blocks = self._groups.get(group)
+            if blocks is None:
+                blocks = self._groups[group] = np.zeros(GROUP_BLOCKS, np.bool_)
+            blocks[start : start + here] = True
+            first += here
+            count -= here
+
+    def without(self, other: "_Blocks") -> int:
+        """How many are in this set and not in the other."""
+        total = 0
+        for number, blocks in self._groups.items():
+            others = other._groups.get(number)
+            total += int(np.count_nonzero(blocks if others is None else blocks & ~others))
+        return total
+
+
+def referenced_blocks(filesystem: Filesystem, record: RootRecord) -> int:
+    """Blocks reachable from a root, each counted once. Reads its tree only if its files share any."""
+    if not record.shares:
         return record.referenced_blocks(filesystem.store.copies)
-    since = parent.created_generation
-    store = filesystem.store
-    total = 0
-    stack: list[Entry] = [(record.pointer, None)]
+    nodes = record.node_count * NODE_BLOCKS * filesystem.store.copies
+    return nodes + _data_of(filesystem.store, record).without(_Blocks())
+
+
+def _data_of(store: Store, record: RootRecord) -> _Blocks:
+    """All data blocks that a root reaches."""
+    blocks = _Blocks()
+    for _, node in _nodes_since(store, record.pointer, 0):
+        if not node.level:
+            for first, count in references(node.keys, node.values):
+                blocks.add(first, count)
+    return blocks
+
+
+def _nodes_since(store: Store, root: Pointer, since: int) -> Iterator[tuple[Pointer, Node]]:
+    """The nodes of a tree that were born after a generation, each once, and what pointed at them."""
+    stack: list[Entry] = [(root, None)]
     met = set()  # only a tree that lies leads to a node twice
     while stack:
         pointer, level = stack.pop()
@@ -111,14 +145,40 @@ def written_blocks(filesystem: Filesystem, record: RootRecord) -> int:
             continue
         met.add(pointer.block)
         node = store.load(pointer, level)
-        total += NODE_BLOCKS * (2 if pointer.twin else 1)
+        yield pointer, node
         if node.level:
             stack.extend((_pointer(child), node.level - 1) for child in node.values)
-        else:
-            for key, value in zip(node.keys, node.values, strict=True):
-                if len(key) == KEY_BYTES and key[8] == TYPE_EXTENT:
-                    extent = decode_extent(split_key(key)[0], value)
+
+
+def written_blocks(filesystem: Filesystem, record: RootRecord) -> int:
+    """Blocks of a snapshot that its parent does not hold; all of them when it has no parent.
+
+    What was born after the parent's generation cannot be in it. What was born before and is reachable
+    here was reachable there, unless files were made of the blocks of others: so subtrees are skipped
+    by their birth, and where files share, older blocks in newer leaves are looked for in the parent.
+    """
+    parent = filesystem.catalog.root(record.parent_id) if record.parent_id else None
+    if parent is None:
+        return referenced_blocks(filesystem, record)
+    since = parent.created_generation
+    store = filesystem.store
+    total = 0
+    fresh, older = _Blocks(), _Blocks()
+    for pointer, node in _nodes_since(store, record.pointer, since):
+        total += NODE_BLOCKS * (2 if pointer.twin else 1)
+        if node.level:
+            continue
+        for key, value in zip(node.keys, node.values, strict=True):
+            if len(key) == KEY_BYTES and key[8] == TYPE_EXTENT:
+                extent = decode_extent(split_key(key)[0], value)
+                if not record.shares:
                     total += extent.count if extent.birth > since else 0
+                elif extent.birth > since:
+                    fresh.add(extent.block, extent.count)
+                else:
+                    older.add(extent.block, extent.count)
+    if record.shares:
+        total += fresh.without(_Blocks()) + older.without(_data_of(store, parent))
     return total
 
 

@@ -146,6 +146,7 @@ def begin(
         repairs=store.repairs.take(),
     )
     store.data_writes = []
+    store.queued_blocks = 0
     store.dirty_nodes = 0
     store.generation += 1
     return commit

@@ -127,6 +127,7 @@ class Store:
         self.shared_nodes = 0
         self._shared_until = 0
         self.data_writes: list[tuple[int, list[Buffer]]] = []
+        self.queued_blocks = 0  # in `data_writes`
         self.unwritten: dict[int, Buffer] = {}  # data blocks that are allocated, not yet on disk
         self._frozen_nodes: dict[int, Node] = {}
         total = superblock.total_blocks
@@ -338,6 +339,7 @@ class Store:
             checksums = b"".join([xxh3_64_digest(block, seed) for block in part])
             runs.append((first, count, checksums))
             self.data_writes.append((first, part))
+            self.queued_blocks += count
             self.unwritten.update(zip(range(first, first + count), part, strict=True))
         return runs
 

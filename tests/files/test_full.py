@@ -495,7 +495,7 @@ def test_free_space_in_single_blocks_never_fails_a_commit(
 def _punch_by_copy(volume: Volume, ino: int, first: int, count: int) -> None:
     """Free one block of a file; what stays is not moved."""
     inode = volume.get(ino)
-    volume.data._punch(inode, first, first + 1)
+    volume.data.punch(inode, first, first + 1)
     volume.inodes.touch(inode)
     volume.changed = True
 

@@ -1,6 +1,7 @@
 """Snapshots, rollback and the drop queue against a model that simply keeps copies."""
 
 import random
+import stat
 from collections.abc import Callable
 
 import pytest
@@ -10,9 +11,9 @@ from hypothesis.stateful import precondition, rule
 from cowfs.errors import DeviceError, NoSpaceError, SnapshotError
 from cowfs.history.filesystem import Edit, EditAction
 from cowfs.history.records import RootRecord
-from cowfs.history.usage import exclusive_blocks, written_blocks
+from cowfs.history.usage import exclusive_blocks, referenced_blocks, written_blocks
 from tests.model.devices import Fault
-from tests.model.files_machine import FilesMachine, compare, picks
+from tests.model.files_machine import FilesMachine, compare, picks, sizes
 from tests.model.profiles import MACHINE_SECONDS_MAX, machine_settings
 from tests.model.recount import reachable_from, recount
 
@@ -115,7 +116,7 @@ class HistoryMachine(FilesMachine):
         for record in records:
             parent = self.filesystem.catalog.root(record.parent_id) if record.parent_id else None
             own = reachable_from(self.disk, record.pointer)
-            assert record.referenced_blocks(self.filesystem.store.copies) == len(own)
+            assert referenced_blocks(self.filesystem, record) == len(own)
             if parent is not None:
                 own = own - reachable_from(self.disk, parent.pointer)
             assert written_blocks(self.filesystem, record) == len(own), "written"
@@ -125,6 +126,19 @@ class HistoryMachine(FilesMachine):
         self.filesystem.work_drops()
         self.acknowledged = self.filesystem.store.superblock.generation
         assert before - self.filesystem.space().tree == predicted, "C11"
+
+    @precondition(lambda self: self.model.snapshots)
+    @rule(pick=picks, of=picks, at=picks, first=st.integers(0, 8), size=sizes)
+    def share_from_snapshot(self, pick: int, of: int, at: int, first: int, size: int) -> None:
+        there = sorted(self.model.snapshots)
+        name = there[pick % len(there)]
+        files = self.model.snapshots[name].files
+        regular = sorted(ino for ino, file in files.items() if stat.S_ISREG(file.mode))
+        record = self.filesystem.catalog.find(name)
+        assert record is not None
+        volume = self.filesystem.volume(record.root_id)
+        if regular and volume is not None:
+            self._share(volume, files[regular[of % len(regular)]], at, 0, first, size)
 
     @precondition(lambda self: self.model.snapshots)
     @rule(pick=picks, new=snapshot_names)

@@ -7,6 +7,7 @@ image is checked twice, by the checker and by the counter of tests/model/recount
 """
 
 import errno
+import os
 import random
 import stat
 from collections.abc import Callable
@@ -17,12 +18,27 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import cowfs.storage.commit as commit_module
 from cowfs.care.check import check_image
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
-from cowfs.files.volume import RENAME_EXCHANGE, RENAME_NOREPLACE, Changes, Volume
+from cowfs.files.volume import (
+    KEEP_SIZE,
+    PUNCH_HOLE,
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    ZERO_RANGE,
+    Changes,
+    Volume,
+)
 from cowfs.history.filesystem import make_filesystem, open_filesystem
 from cowfs.storage.commit import DISCARD_BLOCKS_MIN
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 from tests.model.recount import recount
-from tests.model.reference import BLOCK, ROOT, ReferenceFile, ReferenceFiles, ReferenceHistory
+from tests.model.reference import (
+    BLOCK,
+    ROOT,
+    ReferenceFile,
+    ReferenceFiles,
+    ReferenceHistory,
+    refuse,
+)
 
 # Contents are compared block by block up to here; of larger files only around what was written.
 WHOLE_BYTES_MAX = 1 << 20
@@ -307,6 +323,107 @@ class FilesMachine(RuleBasedStateMachine):
             lambda: self.volume.write(ino, offset, data),
             lambda: self.files.write(ino, offset, data),
         )
+
+    @rule(
+        at=picks,
+        mode=st.sampled_from([0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, 0x11]),
+        offset=offsets,
+        size=sizes,
+    )
+    def allocate(self, at: int, mode: int, offset: int, size: int) -> None:
+        ino = self.regular(at)
+
+        def model() -> None:
+            file = self.files.file(ino)
+            if not stat.S_ISREG(file.mode):
+                raise refuse(errno.EISDIR if file.is_directory else errno.EINVAL)
+            if not size:
+                raise refuse(errno.EINVAL)
+            if mode & (PUNCH_HOLE | ZERO_RANGE):
+                self.files.zero(ino, offset, size)
+            if not mode & KEEP_SIZE:
+                file.size = max(file.size, offset + size)
+            file.mtime_ns = None
+
+        self.both(lambda: self.volume.allocate(ino, mode, offset, size), model)
+
+    @rule(at=picks, of=picks, begin=st.integers(0, 8), first=st.integers(0, 8), size=sizes)
+    def share(self, at: int, of: int, begin: int, first: int, size: int) -> None:
+        source = self.regular(of)
+        self._share(self.volume, self.files.file(source), at, begin, first, size)
+
+    def _share(
+        self, volume: Volume, source: ReferenceFile, at: int, begin: int, first: int, size: int
+    ) -> None:
+        """Share a range, as far as the volume does; what it does not share is the kernel's to copy."""
+        ino, offset = self.regular(at), begin * BLOCK
+        if not (stat.S_ISREG(self.files.file(ino).mode) and stat.S_ISREG(source.mode)):
+            return
+        overlaps = source is self.files.file(ino) and abs(begin - first) * BLOCK < size
+        try:
+            shared = self.volume.share(volume, source.ino, offset, ino, first * BLOCK, size)
+        except NoSpaceError:
+            return
+        except OSError as error:
+            assert error.errno == errno.EXDEV or (error.errno == errno.EINVAL and overlaps)
+            return
+        assert not overlaps or not shared
+        wanted = max(0, min(size, source.size - offset))
+        assert (shared > 0) == (wanted > 0)
+        assert wanted - BLOCK < shared <= wanted
+        self.files.share(source, offset, ino, first * BLOCK, shared)
+
+    @rule(at=picks, offset=offsets)
+    def seek(self, at: int, offset: int) -> None:
+        """What is called a hole reads as zeros, and what a file was given is data."""
+        ino = self.regular(at)
+        file = self.files.file(ino)
+        if not stat.S_ISREG(file.mode):
+            return
+        try:
+            hole = self.volume.seek(ino, offset, os.SEEK_HOLE)
+        except OSError as error:
+            assert error.errno == errno.ENXIO
+            assert offset >= file.size
+            return
+        assert offset <= hole <= file.size
+        try:
+            data = self.volume.seek(ino, offset, os.SEEK_DATA)
+        except OSError as error:
+            assert error.errno == errno.ENXIO
+            data = file.size
+        assert (hole == offset) == (data > offset), "a byte is in a hole or it is not"
+        for index, block in file.blocks.items():
+            begin, stop = max(index * BLOCK, offset), min((index + 1) * BLOCK, data)
+            assert begin >= stop or not any(block[begin % BLOCK :][: stop - begin])
+
+    @rule(at=picks, name=names, keep=st.booleans())
+    def create_unnamed(self, at: int, name: bytes, keep: bool) -> None:
+        """O_TMPFILE, and maybe a name for it."""
+        directory = self.directory(at)
+        found: list[int] = []
+
+        def real() -> object:
+            found.append(self.volume.create_unnamed(directory, 0o640, 3, 4).ino)
+            return True
+
+        def model() -> None:
+            parent = self.files.file(directory)
+            if not parent.is_directory:
+                raise refuse(errno.ENOTDIR)
+            if not parent.nlink:
+                raise refuse(errno.ENOENT)
+            gid = parent.gid if parent.mode & stat.S_ISGID else 4
+            ino = found[0]
+            self.files.files[ino] = ReferenceFile(ino, stat.S_IFREG | 0o640, 3, gid, 0)
+            self.files.orphans.add(ino)
+            self.files.unnamed.add(ino)
+
+        if self.both(real, model) and keep:
+            self.both(
+                lambda: self.volume.link(found[0], directory, name),
+                lambda: self.files.link(found[0], directory, name),
+            )
 
     @rule(at=picks, size=offsets)
     def truncate(self, at: int, size: int) -> None:

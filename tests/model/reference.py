@@ -98,6 +98,7 @@ class ReferenceFiles:
         root = ReferenceFile(ROOT, stat.S_IFDIR | root_mode, 0, 0, 2, parent=ROOT)
         self.files = {ROOT: root}
         self.orphans: set[int] = set()
+        self.unnamed: set[int] = set()  # of the orphans: may get a name, until the next mount
 
     def copy(self) -> "ReferenceFiles":
         other = ReferenceFiles()
@@ -179,11 +180,14 @@ class ReferenceFiles:
         parent = self.living(directory)
         if file.is_directory:
             raise refuse(errno.EPERM)
-        if not file.nlink:
+        if not file.nlink and ino not in self.unnamed:
             raise refuse(errno.ENOENT)
         self.check_create(directory, name)
         self._add(parent, name, ino)
         file.nlink += 1
+        if file.nlink == 1:
+            self.unnamed.discard(ino)
+            self.orphans.discard(ino)
 
     def unlink(self, directory: int, name: bytes) -> None:
         file = self.named(directory, name)
@@ -239,7 +243,7 @@ class ReferenceFiles:
     def write(self, ino: int, offset: int, data: bytes) -> None:
         file = self.file(ino)
         if not stat.S_ISREG(file.mode):
-            raise refuse(errno.EINVAL)
+            raise refuse(errno.EISDIR if file.is_directory else errno.EINVAL)
         end = offset + len(data)
         at = 0
         while at < len(data):
@@ -251,6 +255,23 @@ class ReferenceFiles:
         if data:
             file.size = max(file.size, end)
         file.mtime_ns = None
+
+    def zero(self, ino: int, offset: int, length: int) -> None:
+        """Bytes in the file become zeros; blocks that lie in the range whole are holes."""
+        file = self.file(ino)
+        end = min(offset + length, file.size)
+        for index in list(file.blocks):
+            begin = index * BLOCK
+            first, stop = max(offset, begin), min(end, begin + BLOCK)
+            if first < stop:
+                old = file.blocks[index]
+                old = old[: first - begin] + bytes(stop - first) + old[stop - begin :]
+                file.blocks[index] = old
+        file.mtime_ns = None
+
+    def share(self, source: ReferenceFile, begin: int, ino: int, offset: int, length: int) -> None:
+        """Bytes of another file take the place of those here; ranges begin at blocks."""
+        self.write(ino, offset, source.read(begin, length))
 
     def truncate(self, ino: int, size: int) -> None:
         file = self.file(ino)
@@ -270,6 +291,7 @@ class ReferenceFiles:
 
     def reclaim(self, ino: int) -> None:
         self.orphans.discard(ino)
+        self.unnamed.discard(ino)
         del self.files[ino]
 
     # --- inside -------------------------------------------------------------------------------------

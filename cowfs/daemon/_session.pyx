@@ -1,0 +1,292 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""What libfuse 3 can do and pyfuse3 has no word for: more operations, and flags of the connection.
+
+Loaded with RTLD_GLOBAL before pyfuse3 (fuse.py does it), this module's `fuse_session_new` and
+`fuse_session_mount` are those that pyfuse3 calls. They complete the table of operations, and call
+libfuse's own. Two more things happen between libfuse and /dev/fuse (`fuse_session_custom_io`):
+
+- The kernel's request TMPFILE, newer than libfuse 3.14, has the layout of CREATE and the name "/",
+  which no file can have: it is handed on as CREATE.
+- Of the INIT request and its answer, the flags that this libfuse does not know are looked at and added.
+
+Operations added here are answered before they return: the methods installed must not wait. They
+return the result, or a negative errno, and raise nothing. Nothing here keeps memory of its own.
+Source of the layouts: linux/fuse.h and libfuse's fuse_lowlevel.h.
+"""
+
+from libc.errno cimport ENOSYS, EIO
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+
+cdef extern from "<dlfcn.h>" nogil:
+    void *dlsym(void *, const char *)
+    void *RTLD_NEXT
+
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t sys_writev "writev" (int, iovec *, int)
+
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t sys_read "read" (int, void *, size_t)
+
+
+cdef extern from "<linux/fuse.h>" nogil:
+    enum:
+        FUSE_INIT
+        FUSE_CREATE
+        FUSE_WRITE
+        FUSE_WRITE_KILL_SUIDGID
+        FUSE_HANDLE_KILLPRIV_V2
+    struct fuse_in_header:
+        uint32_t opcode
+        uint64_t unique
+    struct fuse_out_header:
+        int32_t error
+        uint64_t unique
+    struct fuse_init_in:
+        uint32_t flags
+    struct fuse_init_out:
+        uint32_t flags
+    struct fuse_write_in:
+        uint32_t write_flags
+
+
+cdef extern from "<fuse_lowlevel.h>" nogil:
+    ctypedef uint64_t fuse_ino_t
+    ctypedef int64_t off_t
+    ctypedef struct fuse_req
+    ctypedef fuse_req *fuse_req_t
+    struct fuse_args
+    struct fuse_session
+    struct fuse_file_info:
+        uint64_t fh
+    struct fuse_conn_info:
+        unsigned capable
+        unsigned want
+        unsigned max_background
+        unsigned congestion_threshold
+    struct fuse_lowlevel_ops:
+        void (*init)(void *, fuse_conn_info *) noexcept
+        void (*fallocate)(
+            fuse_req_t, fuse_ino_t, int, off_t, off_t, fuse_file_info *) noexcept
+        void (*lseek)(fuse_req_t, fuse_ino_t, off_t, int, fuse_file_info *) noexcept
+        void (*copy_file_range)(
+            fuse_req_t, fuse_ino_t, off_t, fuse_file_info *,
+            fuse_ino_t, off_t, fuse_file_info *, size_t, int) noexcept
+    struct fuse_custom_io:
+        ssize_t (*writev)(int, iovec *, int, void *) noexcept
+        ssize_t (*read)(int, void *, size_t, void *) noexcept
+    int fuse_reply_err(fuse_req_t, int)
+    int fuse_reply_lseek(fuse_req_t, off_t)
+    int fuse_reply_write(fuse_req_t, size_t)
+    int fuse_session_custom_io(fuse_session *, const fuse_custom_io *, int)
+    int fuse_session_fd(fuse_session *)
+    unsigned FUSE_CAP_DONT_MASK
+    unsigned FUSE_CAP_CACHE_SYMLINKS
+    unsigned FUSE_CAP_PARALLEL_DIROPS
+
+
+cdef enum:
+    TMPFILE = 51  # FUSE_TMPFILE of Linux 6.2; headers may be older than the kernel
+    INIT_BYTES = 16  # of the INIT request and of its answer, up to and with `flags`
+
+ctypedef fuse_session *(*session_new_t)(
+    fuse_args *, const fuse_lowlevel_ops *, size_t, void *) noexcept
+ctypedef int (*session_mount_t)(fuse_session *, const char *) noexcept
+
+cdef object _operations = None
+cdef fuse_lowlevel_ops _table
+cdef fuse_custom_io _io
+cdef void (*_next_init)(void *, fuse_conn_info *) noexcept
+cdef unsigned _background = 0
+cdef bint _wants_killpriv = False
+cdef uint64_t _init_unique = 0
+cdef uint32_t _kernel_flags = 0
+cdef bint _write_kills = False
+cdef bint _has_killpriv = False
+cdef bint _has_dont_mask = False
+
+
+def install(operations, *, unsigned background, bint killpriv):
+    """Have the next session answered by `operations`, too. Call it before `pyfuse3.init`.
+
+    Args:
+        operations: has methods `fallocate(node, mode, offset, length)`,
+            `lseek(node, offset, whence)` and
+            `copy_file_range(node_in, offset_in, handle_out, offset_out, length)`; each
+            returns an int, not negative, or a negative errno.
+        background: requests for reading ahead and direct I/O that may be on their way at once.
+        killpriv: ask for FUSE_HANDLE_KILLPRIV_V2: set-id bits are cleared by the file system, and the
+            kernel does not ask for `security.capability` before every write.
+    """
+    global _operations, _background, _wants_killpriv
+    _operations = operations
+    _background = background
+    _wants_killpriv = killpriv
+
+
+def has_dont_mask():
+    """Whether the umask is the file system's business. Known after the first request."""
+    return _has_dont_mask
+
+
+def has_killpriv():
+    """Whether clearing set-id bits and capabilities is the file system's business."""
+    return _has_killpriv
+
+
+def write_kills_privileges():
+    """Whether the kernel said of the WRITE request that was read last that set-id bits must go."""
+    return _write_kills
+
+
+# --- operations -------------------------------------------------------------------------------------
+
+
+cdef int64_t _whole(object result) noexcept:
+    """An answer as a number; what is none is an error of ours."""
+    cdef int64_t number
+    try:
+        number = result
+    except Exception:
+        return -EIO
+    return number
+
+
+cdef void _on_fallocate(
+    fuse_req_t req, fuse_ino_t node, int mode, off_t offset, off_t length, fuse_file_info *info
+) noexcept with gil:
+    cdef int64_t answer
+    try:
+        answer = _whole(_operations.fallocate(node, mode, offset, length))
+    except BaseException:
+        answer = -EIO
+    fuse_reply_err(req, <int>-answer if answer < 0 else 0)
+
+
+cdef void _on_lseek(
+    fuse_req_t req, fuse_ino_t node, off_t offset, int whence, fuse_file_info *info
+) noexcept with gil:
+    cdef int64_t answer
+    try:
+        answer = _whole(_operations.lseek(node, offset, whence))
+    except BaseException:
+        answer = -EIO
+    if answer < 0:
+        fuse_reply_err(req, <int>-answer)
+    else:
+        fuse_reply_lseek(req, answer)
+
+
+cdef void _on_copy_file_range(
+    fuse_req_t req, fuse_ino_t node_in, off_t offset_in, fuse_file_info *info_in,
+    fuse_ino_t node_out, off_t offset_out, fuse_file_info *info_out, size_t length, int flags
+) noexcept with gil:
+    cdef int64_t answer
+    try:
+        answer = _whole(
+            _operations.copy_file_range(node_in, offset_in, node_out, offset_out, length)
+        )
+    except BaseException:
+        answer = -EIO
+    if answer < 0:
+        fuse_reply_err(req, <int>-answer)
+    else:
+        fuse_reply_write(req, <size_t>answer)
+
+
+# --- the connection ---------------------------------------------------------------------------------
+
+
+cdef void _on_init(void *data, fuse_conn_info *connection) noexcept with gil:
+    global _has_dont_mask
+    _next_init(data, connection)
+    if _background:
+        connection.max_background = _background
+        connection.congestion_threshold = _background * 3 // 4
+    connection.want |= connection.capable & (
+        FUSE_CAP_DONT_MASK | FUSE_CAP_CACHE_SYMLINKS | FUSE_CAP_PARALLEL_DIROPS
+    )
+    _has_dont_mask = connection.want & FUSE_CAP_DONT_MASK != 0
+
+
+cdef ssize_t _on_read(int fd, void *buffer, size_t size, void *data) noexcept nogil:
+    """read(2) of one request, with the few looks at it that the module's docstring names."""
+    global _init_unique, _kernel_flags, _write_kills
+    cdef fuse_in_header *header = <fuse_in_header *>buffer
+    cdef void *body = <char *>buffer + sizeof(fuse_in_header)
+    cdef ssize_t count = sys_read(fd, buffer, size)
+    if count < <ssize_t>sizeof(fuse_in_header):
+        return count
+    if header.opcode == FUSE_WRITE:
+        if count >= <ssize_t>(sizeof(fuse_in_header) + sizeof(fuse_write_in)):
+            _write_kills = (<fuse_write_in *>body).write_flags & FUSE_WRITE_KILL_SUIDGID != 0
+    elif header.opcode == TMPFILE:
+        header.opcode = FUSE_CREATE
+    elif header.opcode == FUSE_INIT:
+        # An old kernel sends less than the whole structure; then the flags are there and no more.
+        if count >= <ssize_t>(sizeof(fuse_in_header) + INIT_BYTES):
+            _init_unique = header.unique
+            _kernel_flags = (<fuse_init_in *>body).flags
+    return count
+
+
+cdef ssize_t _on_writev(int fd, iovec *parts, int count, void *data) noexcept nogil:
+    """writev(2) of one answer; the answer to INIT gets the flag that libfuse does not know."""
+    global _init_unique, _has_killpriv
+    cdef fuse_out_header *header
+    if _init_unique and count >= 2 and parts[0].iov_len >= sizeof(fuse_out_header):
+        header = <fuse_out_header *>parts[0].iov_base
+        if header.unique == _init_unique:
+            _init_unique = 0
+            if (
+                _wants_killpriv
+                and header.error == 0
+                and _kernel_flags & <uint32_t>FUSE_HANDLE_KILLPRIV_V2
+                and parts[1].iov_len >= INIT_BYTES
+            ):
+                (<fuse_init_out *>parts[1].iov_base).flags |= <uint32_t>FUSE_HANDLE_KILLPRIV_V2
+                _has_killpriv = True
+    return sys_writev(fd, parts, count)
+
+
+cdef public fuse_session *fuse_session_new(
+    fuse_args *args, const fuse_lowlevel_ops *operations, size_t size, void *data
+) noexcept with gil:
+    """libfuse's function of this name, with a table that is complete."""
+    global _next_init, _has_dont_mask, _has_killpriv
+    cdef session_new_t real = <session_new_t>dlsym(RTLD_NEXT, "fuse_session_new")
+    if real == NULL:
+        return NULL
+    if _operations is None:
+        return real(args, operations, size, data)
+    _has_dont_mask = _has_killpriv = False
+    memset(&_table, 0, sizeof(_table))
+    memcpy(&_table, operations, min(size, sizeof(_table)))
+    _next_init = _table.init
+    _table.init = _on_init
+    _table.fallocate = _on_fallocate
+    _table.lseek = _on_lseek
+    _table.copy_file_range = _on_copy_file_range
+    return real(args, &_table, sizeof(_table), data)
+
+
+cdef public int fuse_session_mount(fuse_session *session, const char *mountpoint) noexcept with gil:
+    """libfuse's function of this name; what it mounted is read and written through this module."""
+    cdef session_mount_t real = <session_mount_t>dlsym(RTLD_NEXT, "fuse_session_mount")
+    cdef int status
+    if real == NULL:
+        return -1
+    status = real(session, mountpoint)
+    if status == 0 and _operations is not None:
+        memset(&_io, 0, sizeof(_io))
+        _io.read = _on_read
+        _io.writev = _on_writev
+        # Refused for want of memory only: then the connection is as it would be without us.
+        fuse_session_custom_io(session, &_io, fuse_session_fd(session))
+    return status

@@ -1,0 +1,26 @@
+"""The one import of pyfuse3, and of what completes it.
+
+`_session` (Cython, built with the package) must be loaded first and with its symbols for all to see.
+Where it could not be built, or does not fit this libfuse, `session` is None, `session_missing` says
+why, and a mount works without fallocate, SEEK_HOLE, copy_file_range and O_TMPFILE.
+"""
+
+import os
+import sys
+from types import ModuleType
+
+session: ModuleType | None = None
+session_missing = ""
+
+_flags = sys.getdlopenflags()
+sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
+try:
+    from cowfs.daemon import _session
+
+    session = _session
+except ImportError as error:
+    session_missing = str(error)
+finally:
+    sys.setdlopenflags(_flags)
+
+import pyfuse3 as pyfuse3  # noqa: E402  # after _session
