@@ -116,9 +116,10 @@ require_python_parts() {
 
 # ---------------------------------------------------------------- the virtual environment
 
-# Prints what .venv must have been made from to be of use: pyproject.toml, the place, the Python.
+# Prints what .venv must have been made from to be of use: pyproject.toml, compiled sources, the place.
 setup_fingerprint() {
-    { cat -- "$COWFS_ROOT/pyproject.toml"; printf '%s\n' "$COWFS_ROOT"; } | sha256sum | cut -d' ' -f1
+    { cat -- "$COWFS_ROOT/pyproject.toml" "$COWFS_ROOT"/cowfs/daemon/*.pyx; printf '%s\n' "$COWFS_ROOT"; } \
+        | sha256sum | cut -d' ' -f1
 }
 
 # True if .venv is of this pyproject.toml, in this place, and has what $1 (run or test) needs.

@@ -20,6 +20,7 @@ _COMMANDS = {
     "snapshot": ("cowfs.cli.snapshots:snapshot", "Create, list, delete, rename snapshots."),
     "rollback": ("cowfs.cli.rollback:rollback", "Go back to a snapshot, while mounted."),
     "undo": ("cowfs.cli.rollback:undo", "Take back the last rollback."),
+    "cp": ("cowfs.cli.copying:cp", "Copy files so that the copies share their blocks."),
     "df": ("cowfs.cli.space:df", "Show where the space is."),
     "info": ("cowfs.cli.space:info", "Show what an image is, how it is mounted."),
     "sync": ("cowfs.cli.space:sync", "Make everything durable."),

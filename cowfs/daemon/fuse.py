@@ -9,6 +9,9 @@ import os
 import sys
 from types import ModuleType
 
+# What a mount can do with the module, in the words of `cowfs info`.
+SESSION_FEATURES = ("fallocate", "seek_hole", "copy_file_range", "tmpfile")
+
 session: ModuleType | None = None
 session_missing = ""
 

@@ -11,6 +11,7 @@ import trio
 
 from cowfs.daemon import messages, server
 from cowfs.daemon.commits import Committer
+from cowfs.daemon.fuse import SESSION_FEATURES, session
 from cowfs.daemon.operations import Operations, invalidate
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.processes import open_for_writing
@@ -122,6 +123,7 @@ class MountService:
             mount_point=self._mountpoint,
             daemon_pid=os.getpid(),
             daemon_settings=settings,
+            features=SESSION_FEATURES if session is not None else (),
         )
 
     def _writer(self) -> Committer:

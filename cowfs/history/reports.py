@@ -75,7 +75,10 @@ class SpaceReport(Struct, frozen=True, kw_only=True):
 
 
 class InfoReport(Struct, frozen=True, kw_only=True):
-    """What an image is. The last three are null when no daemon has it mounted."""
+    """What an image is. The last ones are null or empty when no daemon has it mounted.
+
+    `features`: what this mount can do that others may not.
+    """
 
     image: str
     label: str
@@ -95,6 +98,7 @@ class InfoReport(Struct, frozen=True, kw_only=True):
     mount_point: str | None = None
     daemon_pid: int | None = None
     daemon_settings: dict[str, Setting] | None = None
+    features: tuple[str, ...] = ()
 
 
 class ReclaimReport(Struct, frozen=True, kw_only=True):
@@ -176,6 +180,7 @@ def info_report(
     mount_point: str | None = None,
     daemon_pid: int | None = None,
     daemon_settings: dict[str, Setting] | None = None,
+    features: tuple[str, ...] = (),
 ) -> InfoReport:
     """What the image of an open filesystem is; the daemon adds what it knows of itself."""
     from cowfs.storage.format import (
@@ -205,6 +210,7 @@ def info_report(
         mount_point=mount_point,
         daemon_pid=daemon_pid,
         daemon_settings=daemon_settings,
+        features=features,
     )
 
 

@@ -1,0 +1,97 @@
+"""The numbers of snapshots whose files share blocks, against counting them one by one."""
+
+import random
+
+from cowfs.history.filesystem import Edit, Filesystem, make_filesystem, open_filesystem
+from cowfs.history.records import RootRecord
+from cowfs.history.usage import exclusive_blocks, owner_sets, referenced_blocks, written_blocks
+from cowfs.storage.format import BLOCK_SIZE_BYTES
+from tests.model.devices import MemoryDevice
+from tests.model.recount import reachable_from
+
+SIZE = 40 * BLOCK_SIZE_BYTES
+
+
+def make() -> tuple[MemoryDevice, Filesystem]:
+    disk = MemoryDevice(16384)
+    make_filesystem(disk, label="test")
+    return disk, open_filesystem(disk, writable=True)
+
+
+def create(filesystem: Filesystem, name: bytes, seed: int | None = None) -> int:
+    """A file, empty or of SIZE bytes."""
+    inode = filesystem.live.create(1, name, 0o100644, 0, 0)
+    if seed is not None:
+        filesystem.live.write(inode.ino, 0, random.Random(seed).randbytes(SIZE))
+    return inode.ino
+
+
+def snapshot(filesystem: Filesystem, name: str) -> RootRecord:
+    edit = Edit(filesystem.create_snapshot(name))
+    filesystem.commit([edit])
+    assert edit.error is None
+    return filesystem.catalog.snapshot(name)
+
+
+def require_exact(disk: MemoryDevice, filesystem: Filesystem, record: RootRecord) -> None:
+    """All numbers of a snapshot are what its blocks are when they are looked at."""
+    own = reachable_from(disk, record.pointer)
+    assert referenced_blocks(filesystem, record) == len(own)
+    owners = owner_sets(filesystem)
+    assert owners.referenced(record.root_id) == len(own)
+    assert owners.exclusive([record.root_id]) == exclusive_blocks(filesystem, [record])
+    parent = filesystem.catalog.root(record.parent_id) if record.parent_id else None
+    before = reachable_from(disk, parent.pointer) if parent is not None else set()
+    assert written_blocks(filesystem, record) == len(own - before)
+
+
+def test_blocks_that_files_share_are_counted_once() -> None:
+    """Promise: referenced and written are of distinct blocks, also when files share them."""
+    disk, filesystem = make()
+    live = filesystem.live
+    one = create(filesystem, b"one", 1)
+    two = create(filesystem, b"two")
+    assert live.share(live, one, 0, two, 0, SIZE) == SIZE
+    first = snapshot(filesystem, "first")
+    assert first.shares
+    assert first.referenced_blocks(2) - referenced_blocks(filesystem, first) == 40
+    require_exact(disk, filesystem, first)
+    three = create(filesystem, b"three")
+    assert live.share(live, two, 0, three, BLOCK_SIZE_BYTES, SIZE) == SIZE
+    second = snapshot(filesystem, "second")
+    require_exact(disk, filesystem, second)
+
+
+def test_blocks_that_came_back_from_an_older_snapshot_were_written() -> None:
+    """Promise: what the parent does not hold is written, however old its blocks are."""
+    disk, filesystem = make()
+    live = filesystem.live
+    one = create(filesystem, b"one", 1)
+    oldest = snapshot(filesystem, "oldest")
+    live.unlink(1, b"one")
+    live.reclaim(one)
+    require_exact(disk, filesystem, snapshot(filesystem, "without"))
+    again = create(filesystem, b"again")
+    volume = filesystem.volume(oldest.root_id)
+    assert volume is not None
+    assert live.share(volume, one, 0, again, 0, SIZE) == SIZE
+    newest = snapshot(filesystem, "newest")
+    require_exact(disk, filesystem, newest)
+    assert written_blocks(filesystem, newest) > 40
+
+
+def test_rollback_and_what_it_keeps_know_that_files_share() -> None:
+    """Promise: a tree that goes on from a snapshot, or is kept, is still counted block by block."""
+    disk, filesystem = make()
+    live = filesystem.live
+    one, two = create(filesystem, b"one", 1), create(filesystem, b"two")
+    snapshot(filesystem, "before")
+    live.share(live, one, 0, two, 0, SIZE)
+    snapshot(filesystem, "shared")
+    for name in ("before", "shared"):
+        edit = Edit(filesystem.rollback(name))
+        filesystem.commit([edit])
+        assert edit.error is None
+        assert isinstance(edit.result, RootRecord)
+        require_exact(disk, filesystem, filesystem.catalog.snapshot(edit.result.name))
+    require_exact(disk, filesystem, snapshot(filesystem, "after"))
