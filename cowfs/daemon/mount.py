@@ -299,7 +299,9 @@ class _Mount:
                 "without fallocate, SEEK_HOLE, copy_file_range and O_TMPFILE: %s", session_missing
             )
         else:
-            session.install(self._operations, background=BACKGROUND_REQUESTS, killpriv=False)
+            session.install(
+                self._operations, background=BACKGROUND_REQUESTS, dont_mask=False, killpriv=False
+            )
         with self._mounted():
             _take_no_new_privileges()
             async with trio.open_nursery() as nursery:
