@@ -8,13 +8,22 @@ few directories, with every way to make it durable; here with snapshots, rollbac
 queue among the operations.
 """
 
+import errno
 import random
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cowfs.errors import SnapshotError
-from cowfs.files.volume import RENAME_EXCHANGE, RENAME_NOREPLACE, Changes
+from cowfs.files.volume import (
+    KEEP_SIZE,
+    PUNCH_HOLE,
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    ZERO_RANGE,
+    Changes,
+    Volume,
+)
 from cowfs.history.filesystem import Edit, EditAction, Filesystem, open_filesystem
 from cowfs.storage.commit import Commit
 from tests.crash.oracle import Picture, picture_of_model
@@ -53,6 +62,17 @@ FILE_OPERATIONS = (
     "write A/inline 1500 4000",
     "write B/bar 30000 5000",
     "write A/sparse 50000 4096",
+    "punch A/foo 4096 8192",
+    "punch A/inline 0 100",
+    "punch B/bar 100 20000",
+    "zero A/sparse 50000 9000",
+    "zero A/foo 1000 50000",
+    "allocate A/inline 0 9000",
+    "share B/bar A/foo 4096 16384",
+    "share A/foo A/copy 0 100000",
+    "share-kept old A/foo B/bar 4096 8192",
+    "unnamed A/named 9000 keep",
+    "unnamed A/named 9000 forget",
     "truncate A/foo 0",
     "truncate A/foo 5000",
     "truncate A/inline 3000",
@@ -187,6 +207,11 @@ def _random_operation(choice: random.Random) -> str:
             f"write {path()} {offset} {size}",
             f"write {path()} {offset} {size}",
             f"truncate {path()} {offset}",
+            f"punch {path()} {offset} {size}",
+            f"zero {path()} {offset} {size}",
+            f"share {path()} {path()} {offset // 4096 * 4096} {size}",
+            f"share-kept old {path()} {path()} {offset // 4096 * 4096} {size}",
+            f"unnamed {path()} {size} {choice.choice(['keep', 'forget'])}",
             f"setxattr {path()} user.{choice.choice('ab')} {size}",
             f"chmod {path()} {choice.choice(['600', '755', '4711'])}",
             choice.choice(OPERATIONS),
@@ -501,6 +526,98 @@ class Session:
             )
 
         self._both(make)
+
+    def _allocate(self, path: str, mode: int, offset: str, size: str) -> None:
+        def make():  # type: ignore[no-untyped-def]
+            ino, at, length = self._file(path).ino, int(offset), int(size)
+            return (
+                lambda: self.filesystem.live.allocate(ino, mode, at, length),
+                lambda _: self.files.allocate(ino, mode, at, length),
+            )
+
+        self._both(make)
+
+    def _do_punch(self, path: str, offset: str, size: str) -> None:
+        self._allocate(path, PUNCH_HOLE | KEEP_SIZE, offset, size)
+
+    def _do_zero(self, path: str, offset: str, size: str) -> None:
+        self._allocate(path, ZERO_RANGE, offset, size)
+
+    def _do_allocate(self, path: str, offset: str, size: str) -> None:
+        self._allocate(path, 0, offset, size)
+
+    def _do_share(self, source: str, path: str, offset: str, size: str) -> None:
+        """The beginning of one file becomes a part of another, which is made if it is not there."""
+        try:
+            file = self._file(source)
+        except OSError:
+            return
+        self._share(self.filesystem.live, file, path, int(offset), int(size))
+
+    def _do_share_kept(self, name: str, source: str, path: str, offset: str, size: str) -> None:
+        """The same with a file of a snapshot."""
+        record = self.filesystem.catalog.find(name)
+        kept = self.model.snapshots.get(name)
+        volume = None if record is None else self.filesystem.volume(record.root_id)
+        if kept is None or volume is None:
+            return
+        try:
+            ino = ROOT
+            for part in source.encode().split(b"/"):
+                ino = kept.named(ino, part).ino
+        except OSError:
+            return
+        self._share(volume, kept.file(ino), path, int(offset), int(size))
+
+    def _share(
+        self, volume: Volume, source: ReferenceFile, path: str, offset: int, size: int
+    ) -> None:
+        self._do_create(path)
+        try:
+            ino = self._file(path).ino
+            live = self.filesystem.live
+            shared = live.share(volume, source.ino, 0, ino, offset, size)
+        except OSError as error:
+            assert error.errno in (
+                errno.EXDEV,
+                errno.EINVAL,
+                errno.EISDIR,
+                errno.ENOENT,
+                errno.ENOTDIR,
+            )
+            return
+        self.files.share(source, 0, ino, offset, shared)
+
+    def _do_unnamed(self, path: str, size: str, then: str) -> None:
+        """A file of O_TMPFILE with data, which gets a name, or is let go."""
+        made: list[int] = []
+
+        def make():  # type: ignore[no-untyped-def]
+            directory, _ = self._place(path)
+            return (
+                lambda: self.filesystem.live.create_unnamed(directory, 0o644, 1, 2),
+                lambda inode: (
+                    made.append(inode.ino if inode else 0)
+                    or self.files.create_unnamed(directory, 0o644, 1, 2, made[-1])
+                ),
+            )
+
+        self._both(make)
+        if not made or not made[-1]:
+            return
+        ino, data = made[-1], content(int(size), self.number)
+        self.filesystem.live.write(ino, 0, data)
+        self.files.write(ino, 0, data)
+        if then == "keep":
+
+            def name():  # type: ignore[no-untyped-def]
+                place = self._place(path)
+                return (
+                    lambda: self.filesystem.live.link(ino, *place),
+                    lambda _: self.files.link(ino, *place),
+                )
+
+            self._both(name)
 
     def _do_truncate(self, path: str, size: str) -> None:
         def make():  # type: ignore[no-untyped-def]

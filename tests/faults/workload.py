@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 from cowfs.care.check import check_image
 from cowfs.daemon.options import CACHE_BYTES_MIN
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
-from cowfs.files.volume import RENAME_EXCHANGE, RENAME_NOREPLACE, Changes, Volume
+from cowfs.files.volume import (
+    KEEP_SIZE,
+    PUNCH_HOLE,
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    ZERO_RANGE,
+    Changes,
+    Volume,
+)
 from cowfs.history.filesystem import (
     Edit,
     EditAction,
@@ -274,6 +282,59 @@ def truncate(path: bytes, size: int) -> Step:
     return step
 
 
+def allocate(path: bytes, mode: int, offset: int, size: int) -> Step:
+    def step(work: Workload) -> None:
+        if ino := find(work, path):
+            work.both(
+                lambda: work.volume.allocate(ino, mode, offset, size),
+                lambda: work.files.allocate(ino, mode, offset, size),
+            )
+
+    return step
+
+
+def share(source: bytes, path: bytes, begin: int, offset: int, size: int) -> Step:
+    """Both are there, whole blocks, and `size` lies in the source."""
+
+    def step(work: Workload) -> None:
+        from_ino, ino = find(work, source), find(work, path)
+        if from_ino and ino:
+            work.both(
+                lambda: work.volume.share(work.volume, from_ino, begin, ino, offset, size),
+                lambda: work.files.share(work.files.file(from_ino), begin, ino, offset, size),
+            )
+
+    return step
+
+
+def create_unnamed(size: int, path: bytes = b"") -> Step:
+    """A file without a name, and then one if `path` is given."""
+    data = content(size, size)
+
+    def step(work: Workload) -> None:
+        made: list[int] = []
+
+        def real() -> None:
+            made.append(work.volume.create_unnamed(ROOT, 0o600, 0, 0).ino)
+
+        def model() -> None:
+            work.files.create_unnamed(ROOT, 0o600, 0, 0, made[0] if made else 0)
+
+        work.both(real, model)
+        if not made or made[0] not in work.files.files:
+            return
+        ino = made[0]
+        work.both(lambda: work.volume.write(ino, 0, data), lambda: work.files.write(ino, 0, data))
+        if path:
+            directory, name = _split(work, path)
+            work.both(
+                lambda: work.volume.link(ino, directory, name),
+                lambda: work.files.link(ino, directory, name),
+            )
+
+    return step
+
+
 def chmod(path: bytes, mode: int) -> Step:
     def step(work: Workload) -> None:
         def model() -> None:
@@ -514,6 +575,18 @@ PARTS: list[list[Step]] = [
         unlink(b"dir/sub/hard"),
         rmdir(b"dir/sub"),
         read_all,
+    ],
+    [
+        share(b"large", b"open", 0, 8192, 40 * 4096),
+        allocate(b"large", PUNCH_HOLE | KEEP_SIZE, 10_000, 100_000),
+        commit,
+        share(b"open", b"large", 4096, 4096, 8 * 4096),
+        allocate(b"open", ZERO_RANGE, 3000, 200_000),
+        create_unnamed(30_000, b"named"),
+        create_unnamed(20_000),
+        commit,
+        allocate(b"named", 0, 0, 100_000),
+        reclaim,
     ],
     [
         rollback("second"),

@@ -37,7 +37,6 @@ from tests.model.reference import (
     ReferenceFile,
     ReferenceFiles,
     ReferenceHistory,
-    refuse,
 )
 
 # Contents are compared block by block up to here; of larger files only around what was written.
@@ -332,20 +331,10 @@ class FilesMachine(RuleBasedStateMachine):
     )
     def allocate(self, at: int, mode: int, offset: int, size: int) -> None:
         ino = self.regular(at)
-
-        def model() -> None:
-            file = self.files.file(ino)
-            if not stat.S_ISREG(file.mode):
-                raise refuse(errno.EISDIR if file.is_directory else errno.EINVAL)
-            if not size:
-                raise refuse(errno.EINVAL)
-            if mode & (PUNCH_HOLE | ZERO_RANGE):
-                self.files.zero(ino, offset, size)
-            if not mode & KEEP_SIZE:
-                file.size = max(file.size, offset + size)
-            file.mtime_ns = None
-
-        self.both(lambda: self.volume.allocate(ino, mode, offset, size), model)
+        self.both(
+            lambda: self.volume.allocate(ino, mode, offset, size),
+            lambda: self.files.allocate(ino, mode, offset, size),
+        )
 
     @rule(at=picks, of=picks, begin=st.integers(0, 8), first=st.integers(0, 8), size=sizes)
     def share(self, at: int, of: int, begin: int, first: int, size: int) -> None:
@@ -408,16 +397,7 @@ class FilesMachine(RuleBasedStateMachine):
             return True
 
         def model() -> None:
-            parent = self.files.file(directory)
-            if not parent.is_directory:
-                raise refuse(errno.ENOTDIR)
-            if not parent.nlink:
-                raise refuse(errno.ENOENT)
-            gid = parent.gid if parent.mode & stat.S_ISGID else 4
-            ino = found[0]
-            self.files.files[ino] = ReferenceFile(ino, stat.S_IFREG | 0o640, 3, gid, 0)
-            self.files.orphans.add(ino)
-            self.files.unnamed.add(ino)
+            self.files.create_unnamed(directory, 0o640, 3, 4, found[0] if found else 0)
 
         if self.both(real, model) and keep:
             self.both(

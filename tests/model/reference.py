@@ -240,10 +240,14 @@ class ReferenceFiles:
         self._add(parent, name, moving.ino)
         self._moved(moving, old_parent, parent)
 
-    def write(self, ino: int, offset: int, data: bytes) -> None:
+    def regular(self, ino: int) -> ReferenceFile:
         file = self.file(ino)
         if not stat.S_ISREG(file.mode):
             raise refuse(errno.EISDIR if file.is_directory else errno.EINVAL)
+        return file
+
+    def write(self, ino: int, offset: int, data: bytes) -> None:
+        file = self.regular(ino)
         end = offset + len(data)
         at = 0
         while at < len(data):
@@ -256,9 +260,19 @@ class ReferenceFiles:
             file.size = max(file.size, end)
         file.mtime_ns = None
 
-    def zero(self, ino: int, offset: int, length: int) -> None:
-        """Bytes in the file become zeros; blocks that lie in the range whole are holes."""
-        file = self.file(ino)
+    def allocate(self, ino: int, mode: int, offset: int, length: int) -> None:
+        """fallocate: KEEP_SIZE 1, PUNCH_HOLE 2, ZERO_RANGE 16."""
+        file = self.regular(ino)
+        if not length:
+            raise refuse(errno.EINVAL)
+        if mode & 0x12:
+            self.zero(file, offset, length)
+        if not mode & 1:
+            file.size = max(file.size, offset + length)
+        file.mtime_ns = None
+
+    def zero(self, file: ReferenceFile, offset: int, length: int) -> None:
+        """Bytes in the file become zeros."""
         end = min(offset + length, file.size)
         for index in list(file.blocks):
             begin = index * BLOCK
@@ -267,18 +281,20 @@ class ReferenceFiles:
                 old = file.blocks[index]
                 old = old[: first - begin] + bytes(stop - first) + old[stop - begin :]
                 file.blocks[index] = old
-        file.mtime_ns = None
 
     def share(self, source: ReferenceFile, begin: int, ino: int, offset: int, length: int) -> None:
         """Bytes of another file take the place of those here; ranges begin at blocks."""
         self.write(ino, offset, source.read(begin, length))
 
+    def create_unnamed(self, directory: int, mode: int, uid: int, gid: int, ino: int) -> None:
+        parent = self.living(directory)
+        gid = parent.gid if parent.mode & stat.S_ISGID else gid
+        self.files[ino] = ReferenceFile(ino, stat.S_IFREG | mode, uid, gid, 0)
+        self.orphans.add(ino)
+        self.unnamed.add(ino)
+
     def truncate(self, ino: int, size: int) -> None:
-        file = self.file(ino)
-        if file.is_directory:
-            raise refuse(errno.EISDIR)
-        if not stat.S_ISREG(file.mode):
-            raise refuse(errno.EINVAL)
+        file = self.regular(ino)
         if size < file.size:
             stop, tail = divmod(size, BLOCK)
             file.blocks = {index: block for index, block in file.blocks.items() if index <= stop}
