@@ -193,6 +193,7 @@ def _facts(report: InfoReport) -> list[tuple[str, str]]:
         facts += [
             ("mounted on", report.mount_point),
             ("daemon", f"process {report.daemon_pid}"),
+            ("able to", ", ".join(report.features) or "nothing that needs the compiled module"),
         ]
         settings = report.daemon_settings or {}
         facts += [("", f"{name} = {value}") for name, value in settings.items()]
