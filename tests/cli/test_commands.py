@@ -242,6 +242,7 @@ def test_snapshots_are_created_listed_renamed_and_deleted(empty: Path) -> None:
         "created_ns",
         "generation",
         "referenced_bytes",
+        "referenced_is_exact",
         "description",
         "automatic",
         "parent",
