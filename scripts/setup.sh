@@ -66,7 +66,7 @@ needed_commands() {
     printf '%s\n' 'fusermount3 fuse3' 'findmnt util-linux' 'tar tar' 'diff diffutils'
     if [ "$1" = test ]; then
         printf '%s\n' 'git git' 'rsync rsync' 'sqlite3 sqlite3' 'setfattr attr' 'setfacl acl' \
-            'find findutils' 'du coreutils'
+            'find findutils' 'du coreutils' 'fio fio'
     fi
 }
 

@@ -161,7 +161,13 @@ class Operations(pyfuse3.Operations):
         volume, ino = self._resolve(parent)
         if name == SNAPSHOTS_NAME and self._is_snapshots_parent(parent):
             return self._snapshots_attributes()
-        inode = volume.lookup(ino, name) if name in (b".", b"..") else volume.find(ino, name)
+        inode: Inode | None
+        if name == b".":  # of a file too: so the kernel finds again what a file handle names
+            inode = volume.get(ino)
+        elif name == b"..":
+            inode = volume.lookup(ino, name)
+        else:
+            inode = volume.find(ino, name)
         if inode is None:
             return self._absent
         return self._found(volume, inode)
