@@ -428,7 +428,8 @@ class Tree:
 
         Args:
             renew: gets the keys and the values, gives the entries that replace them: ascending, in the
-                same range, at least one and at most two more. What it raises changes nothing.
+                same range or the last one at `stop`, at least one and at most two more. What it
+                raises changes nothing.
 
         Returns:
             Whether it was done. It is not where more than one leaf may have to do with it.
@@ -444,7 +445,7 @@ class Tree:
             first -= 1
         if last == len(keys):
             high = _upper_bound(path)
-            if high is not None and high < stop:
+            if high is not None and high <= stop:  # an entry at `stop` belongs to the next leaf
                 return False
         old_keys, old_values = keys[first:last], leaf.values[first:last]
         entries = renew(old_keys, old_values)

@@ -54,6 +54,28 @@ def test_put_large_value_near_the_end_of_a_full_leaf_splits_into_nodes_that_fit(
     assert dict(tree.items(b"a", b"c")) == expected
 
 
+def test_rewrite_up_to_the_bound_of_its_leaf_leaves_the_last_entry_to_the_next(
+    tree: Tree,
+) -> None:
+    """Promise I5: an entry at the bound of a leaf never lands in the leaf before it."""
+    for number in range(12):
+        tree.put(b"%03d" % number, b"v" * 2000)
+    bound = tree.root_node().keys[1]
+    last_before = b"%03d" % (int(bound) - 1)
+    tree.delete(bound)  # the bound stays
+
+    def renew(keys: list[bytes], values: list[bytes]) -> list[tuple[bytes, bytes]]:
+        return [(last_before, b"new"), (bound, b"rest")]
+
+    if not tree.rewrite(last_before, bound, renew):
+        for key, value in renew([], []):
+            tree.put(key, value)
+    require_sound(tree)
+    assert tree.get(bound) == b"rest"
+    assert tree.get(last_before) == b"new"
+    assert [key for key, _ in tree.items(b"000", b"999")] == [b"%03d" % each for each in range(12)]
+
+
 def test_split_below_a_lost_first_child_keeps_the_neighbour_reachable(tree: Tree) -> None:
     """Promise: keys of any lengths stay reachable, however the nodes above them split."""
     leaf, inner = makers(tree)
