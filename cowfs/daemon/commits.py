@@ -7,6 +7,7 @@ after it was asked), C5 (the timer), C6 (edits) and C8 (a failed commit answers 
 
 import logging
 import math
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -55,6 +56,8 @@ class Committer:
         self._writing: trio.Event | None = None  # set when the commit in flight is finished
         self._due = trio.Event()
         self._drops_wanted = trio.Event()
+        # Awaited before a commit on the timer: fetches what the kernel holds back (C5).
+        self.before_timed: Callable[[], Awaitable[None]] | None = None
         self.commit_count = 0
         self.written_bytes = 0
 
@@ -124,10 +127,12 @@ class Committer:
 
     async def _run_timer(self) -> None:
         while True:
-            with trio.move_on_after(self._interval_s):
+            with trio.move_on_after(self._interval_s) as waiting:
                 await self._due.wait()
             self._due = trio.Event()
             try:
+                if waiting.cancelled_caught and self.before_timed is not None:
+                    await self.before_timed()
                 await self.sync()
             except CowfsError as error:
                 log.debug("commit on the timer failed: %s", error)  # the store has logged it

@@ -8,6 +8,7 @@ commits, marks the image clean and leaves no mount behind.
 import contextlib
 import ctypes
 import errno
+import functools
 import io
 import logging
 import logging.handlers
@@ -346,6 +347,12 @@ class _Mount:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
                 log.info("%s: unmounting", signal.Signals(number).name)
+                if self._operations.writeback is not None:
+                    try:
+                        with trio.move_on_after(CLOSING_WAIT_S):
+                            await self._operations.writeback.fetch()
+                    except CowfsError as error:
+                        log.warning("%s", error)
                 pyfuse3.terminate()
                 return
 
@@ -361,6 +368,10 @@ class _Mount:
         # Abandoned when serving ends first: then only the unmounting lets it return.
         status = await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
         _raise_read_ahead(status.st_dev)
+        writeback = self._operations.writeback
+        if writeback is not None and self._committer is not None:
+            writeback.device = status.st_dev
+            self._committer.before_timed = functools.partial(writeback.fetch, whole=False)
         log.info(
             "%s is mounted on %s, generation %d",
             self._options.image,

@@ -24,6 +24,7 @@ from cowfs.daemon.answers import answers, answers_now, waits
 from cowfs.daemon.commits import Committer
 from cowfs.daemon.fuse import pyfuse3
 from cowfs.daemon.options import MountOptions
+from cowfs.daemon.writeback import Writeback
 from cowfs.errors import CorruptError, CowfsError, posix_error
 from cowfs.files.items import INO_MAX, NAME_BYTES_MAX, ROOT_INO, Inode
 from cowfs.files.volume import Changes, Volume
@@ -56,7 +57,6 @@ class Operations(pyfuse3.Operations):
     """
 
     supports_dot_lookup = True
-    enable_writeback_cache = False
     enable_acl = False
 
     def __init__(
@@ -72,6 +72,10 @@ class Operations(pyfuse3.Operations):
         self._lookups: dict[int, int] = {}  # of the live volume's inodes
         self._writers: dict[int, int] = {}  # handles open for writing, by node id
         self._reclaims: list[int] = []  # orphans too large for one turn
+        self.writeback: Writeback | None = None
+        if options.writeback and committer is not None:
+            self.writeback = Writeback(options.mountpoint, self._writers.keys)
+        self.enable_writeback_cache = self.writeback is not None
         self._set_live()
         self._absent = pyfuse3.EntryAttributes()
         self._absent.st_ino = pyfuse3.InodeT(0)
@@ -477,7 +481,8 @@ class Operations(pyfuse3.Operations):
     @waits
     async def write(self, handle: int, offset: int, data: bytes) -> int:
         volume, ino = self._resolve_for_change(handle & HANDLE_NODE)
-        volume.write(ino, offset, data)
+        # With its write-back cache the kernel keeps the times too, and sends them by setattr.
+        volume.write(ino, offset, data, keep_times=self.writeback is not None)
         committer = self.committer
         if committer is not None:
             committer.kick_if_due()
@@ -499,6 +504,8 @@ class Operations(pyfuse3.Operations):
 
     @waits
     async def fsync(self, handle: int, datasync: bool) -> None:
+        if self.writeback is not None:
+            await self.writeback.fetch(besides=handle & HANDLE_NODE)
         if self.committer is not None:
             await self.committer.sync()
 
@@ -529,7 +536,9 @@ class Operations(pyfuse3.Operations):
     # --- directories --------------------------------------------------------------------------------
 
     @answers
-    def opendir(self, node: int, ctx: object) -> int:
+    def opendir(self, node: int, ctx: pyfuse3.RequestContext) -> int:
+        if self.writeback is not None and self.writeback.is_ours(ctx.pid):
+            return node | WRITER_BIT
         if node != SNAPSHOTS_NODE:
             volume, ino = self._resolve(node)
             if not stat.S_ISDIR(volume.get(ino).mode):
@@ -601,10 +610,13 @@ class Operations(pyfuse3.Operations):
 
     @answers
     def releasedir(self, node: int) -> None:
-        return None
+        if node & WRITER_BIT and self.writeback is not None:
+            self.writeback.released()
 
     @waits
     async def fsyncdir(self, node: int, datasync: bool) -> None:
+        if self.writeback is not None:
+            await self.writeback.fetch()
         if self.committer is not None:
             await self.committer.sync()
 

@@ -71,6 +71,7 @@ class MountOptions:
         generation: an older generation to look at, read-only.
         xattrs: extended attributes are stored.
         access_times: kept as relatime does; False is noatime.
+        writeback: the kernel may keep written data for a while before it comes to us.
     """
 
     image: str
@@ -90,11 +91,14 @@ class MountOptions:
     generation: int | None = None
     xattrs: bool = True
     access_times: bool = True
+    writeback: bool = False
 
 
 _SWITCHES: dict[str, tuple[str, bool]] = {
     "noatime": ("access_times", False),
     "relatime": ("access_times", True),
+    "writeback": ("writeback", True),
+    "nowriteback": ("writeback", False),
     "ro": ("read_only", True),
     "rw": ("read_only", False),
     "allow_other": ("allow_other", True),

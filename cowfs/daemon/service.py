@@ -4,6 +4,7 @@ Edits go through the committer, so they are durable when the answer leaves (C6).
 files are open for writing, and lets the kernel forget the old tree before it answers.
 """
 
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
 
@@ -71,12 +72,14 @@ class MountService:
             case messages.Info():
                 return messages.InfoReply(info=self._info())
             case messages.Space():
+                await self._fetch_written()
                 return messages.SpaceReply(space=reports.space_report(filesystem))
             case messages.Snapshots():
                 return messages.SnapshotsReply(snapshots=reports.snapshot_reports(filesystem))
             case messages.Drops():
                 return messages.DropsReply(drops=reports.drop_reports(filesystem))
             case messages.CreateSnapshot(name=name, description=description):
+                await self._fetch_written()
                 return await self._edit(filesystem.create_snapshot(name, description))
             case messages.RenameSnapshot(old=old, new=new):
                 return await self._edit(filesystem.rename_snapshot(old, new))
@@ -87,18 +90,26 @@ class MountService:
             case messages.Undo(force=force):
                 return await self._replace_live(filesystem.undo(), force=force)
             case messages.Sync():
+                await self._fetch_written()
                 if self._committer is not None:
                     await self._committer.sync()
                 return messages.Done(generation=filesystem.store.superblock.generation)
             case messages.RepairCopy():
                 return messages.RepairReply(accepted=self._repair(request))
             case messages.Stop():
-                await trio.to_thread.run_sync(self._unmount, self._mountpoint)
+                writeback = self._operations.writeback
+                async with writeback.lock if writeback is not None else contextlib.nullcontext():
+                    await trio.to_thread.run_sync(self._unmount, self._mountpoint)
                 with trio.CancelScope(shield=True):
                     await self.ended.wait()
                 return messages.Done(generation=filesystem.store.superblock.generation)
             case _:
                 raise CowfsError(f"the daemon does not know the request {type(request).__name__}")
+
+    async def _fetch_written(self) -> None:
+        """What the kernel still holds of what was written belongs to what comes next (C6)."""
+        if self._operations.writeback is not None:
+            await self._operations.writeback.fetch()
 
     def _repair(self, copy: messages.RepairCopy) -> bool:
         try:
@@ -170,6 +181,7 @@ class MountService:
 
     async def _replace_live(self, action: EditAction, *, force: bool) -> messages.SnapshotReply:
         self._writer()
+        await self._fetch_written()
         writers = self._operations.writers()
         if writers and not force:
             named = await trio.to_thread.run_sync(open_for_writing, self._mountpoint)

@@ -479,12 +479,20 @@ class Volume:
         assert data is not None
         return bytes(data)
 
-    def write(self, ino: int, offset: int, data: Buffer) -> Inode:
-        """Write all of `data`. Raises OSError EISDIR, EINVAL, EFBIG; NoSpaceError."""
+    def write(self, ino: int, offset: int, data: Buffer, *, keep_times: bool = False) -> Inode:
+        """Write all of `data`; somebody else sees to its times if they are kept.
+
+        Raises:
+            OSError: EISDIR, EINVAL, EFBIG.
+            NoSpaceError: no room.
+        """
         self._require_writable()
         inode = self._regular(ino)
         self.data.write(inode, offset, data)
-        self._written(inode)
+        if keep_times:
+            self._touch(inode)
+        else:
+            self._written(inode)
         return inode
 
     def seek(self, ino: int, offset: int, whence: int) -> int:

@@ -236,7 +236,7 @@ def test_random_io_of_every_engine_reads_what_it_wrote(
 
 
 def test_flags_of_single_reads_and_writes_are_kept(folder: Path) -> None:
-    """Promise: RWF_APPEND goes to the end, RWF_DSYNC is written, RWF_NOWAIT gives right bytes or none."""
+    """Promise: RWF_APPEND goes to the end, RWF_DSYNC is written, RWF_NOWAIT gives bytes or none."""
     file = folder / "file"
     file.write_bytes(b"begin")
     descriptor = os.open(file, os.O_RDWR)

@@ -1,0 +1,188 @@
+"""Promise: whatever calls and mappings do to a file, in any order, it is what an array would be.
+
+Random work on a few files, through several descriptors and a mapping, each result compared with a model
+in memory. With and without the kernel's write-back cache. COWFS_RANDOM_IO_STEPS sets how long (1500
+steps), COWFS_RANDOM_IO_SEED repeats a run; a failure names both.
+"""
+
+import mmap
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import FAILED, mounted
+
+STEPS = int(os.environ.get("COWFS_RANDOM_IO_STEPS", "1500"))
+SEED = int(os.environ.get("COWFS_RANDOM_IO_SEED", "1"))
+SIZE_MAX = 1 << 20
+PAGE = mmap.PAGESIZE
+
+pytestmark = [pytest.mark.mounted, pytest.mark.timeout(120 + STEPS // 10)]
+
+
+class File:
+    """One file, open several times, and what it should hold."""
+
+    def __init__(self, path: Path, choice: random.Random) -> None:
+        self.path = path
+        self.choice = choice
+        self.expected = bytearray()
+        self.mtime_ns = 0
+        flags = os.O_CREAT | os.O_RDWR
+        self.plain = os.open(path, flags)
+        self.appending = os.open(path, flags | os.O_APPEND)
+        self.writing = os.open(path, os.O_WRONLY)
+        self.direct = os.open(path, flags | os.O_DIRECT)
+
+    def close(self) -> None:
+        for descriptor in (self.plain, self.appending, self.writing, self.direct):
+            os.close(descriptor)
+
+    def step(self) -> None:
+        """Do something, and look at something."""
+        getattr(self, self.choice.choice(self.CHANGES))()
+        status = os.fstat(self.choice.choice((self.plain, self.writing)))
+        assert status.st_size == len(self.expected), "size"
+        if self.mtime_ns:
+            assert status.st_mtime_ns == self.mtime_ns, "mtime"
+        getattr(self, self.choice.choice(self.LOOKS))()
+
+    def place(self) -> tuple[int, int]:
+        """An offset, near what is there, and a size."""
+        offset = self.choice.randrange(min(SIZE_MAX, len(self.expected) + 3 * PAGE))
+        if self.choice.random() < 0.3:
+            offset -= offset % PAGE
+        return offset, self.choice.choice((1, 100, 511, PAGE - 1, PAGE, PAGE + 1, 20_000, 140_000))
+
+    def put(self, offset: int, data: bytes) -> None:
+        if len(self.expected) < offset:
+            self.expected.extend(bytes(offset - len(self.expected)))
+        self.expected[offset : offset + len(data)] = data
+        self.mtime_ns = 0
+
+    # --- changes
+
+    def write(self) -> None:
+        offset, size = self.place()
+        data = self.choice.randbytes(size)
+        descriptor = self.choice.choice((self.plain, self.writing))
+        assert os.pwrite(descriptor, data, offset) == size
+        self.put(offset, data)
+
+    def write_direct(self) -> None:
+        offset = self.place()[0] // PAGE * PAGE
+        data = self.choice.randbytes(self.choice.randint(1, 8) * PAGE)
+        with mmap.mmap(-1, len(data)) as buffer:
+            buffer[:] = data
+            assert os.pwrite(self.direct, buffer, offset) == len(data)
+        self.put(offset, data)
+
+    def append(self) -> None:
+        data = self.choice.randbytes(self.place()[1])
+        if len(self.expected) + len(data) < SIZE_MAX:
+            assert os.write(self.appending, data) == len(data)
+            self.put(len(self.expected), data)
+
+    def cut(self) -> None:
+        size = self.choice.randrange(min(SIZE_MAX, 2 * len(self.expected) + PAGE))
+        os.ftruncate(self.choice.choice((self.plain, self.writing)), size)
+        del self.expected[size:]
+        self.expected.extend(bytes(size - len(self.expected)))
+        self.mtime_ns = 0
+
+    def cut_by_opening(self) -> None:
+        if self.choice.random() < 0.1:
+            os.close(os.open(self.path, os.O_WRONLY | os.O_TRUNC))
+            self.expected.clear()
+            self.mtime_ns = 0
+
+    def store(self) -> None:
+        if not self.expected:
+            return
+        with mmap.mmap(self.plain, len(self.expected)) as memory:
+            for _ in range(self.choice.randint(1, 5)):
+                offset = self.choice.randrange(len(self.expected))
+                data = self.choice.randbytes(min(300, len(self.expected) - offset))
+                memory[offset : offset + len(data)] = data
+                self.put(offset, data)
+            if self.choice.random() < 0.5:
+                memory.flush()
+
+    def sync(self) -> None:
+        os.fsync(self.choice.choice((self.plain, self.direct)))
+
+    def date(self) -> None:
+        self.mtime_ns = self.choice.randrange(10**18, 2 * 10**18)
+        os.utime(self.path, ns=(self.mtime_ns, self.mtime_ns))
+
+    CHANGES = (
+        *("write",) * 6,
+        *("append", "cut", "store") * 2,
+        *("write_direct", "cut_by_opening", "sync", "date"),
+    )
+
+    # --- looks
+
+    def read(self) -> None:
+        offset, size = self.place()
+        found = os.pread(self.plain, size, offset)
+        assert found == self.expected[offset : offset + size], f"read of {size} at {offset}"
+
+    def read_direct(self) -> None:
+        offset = self.place()[0] // PAGE * PAGE
+        with mmap.mmap(-1, 16 * PAGE) as buffer:
+            count = os.preadv(self.direct, [buffer], offset)
+            assert buffer[:count] == self.expected[offset : offset + 16 * PAGE], (
+                f"direct read at {offset}"
+            )
+
+    def read_again(self) -> None:
+        """The whole file, without the kernel's pages as far as it lets them go."""
+        os.posix_fadvise(self.plain, 0, 0, os.POSIX_FADV_DONTNEED)
+        self.read_whole()
+
+    def read_whole(self) -> None:
+        assert self.path.read_bytes() == self.expected, "contents"
+
+    LOOKS = ("read", "read", "read", "read_direct", "read_again", "read_whole")
+
+
+@pytest.mark.parametrize(
+    "options", [pytest.param("nowriteback", id="off"), pytest.param("writeback", id="on")]
+)
+def test_random_work_on_files_gives_what_an_array_would(
+    tmp_path: Path, request: pytest.FixtureRequest, options: str
+) -> None:
+    """Promise: sizes, times and contents at every step, in snapshots, and after mounting again."""
+    with mounted(
+        tmp_path / "cowfs",
+        lambda: request.node.stash.get(FAILED, False),
+        mount_options=("-o", f"{options},commit=0.3"),
+    ) as mount:
+        choice = random.Random(SEED)
+        files = [File(mount.path / f"file {number}", choice) for number in range(3)]
+        step = 0
+        try:
+            for step in range(STEPS):
+                choice.choice(files).step()
+                if step % 300 == 299:
+                    snapshot = mount.snapshot(f"s{step}")
+                    for file in files:
+                        assert (snapshot / file.path.name).read_bytes() == file.expected, "snapshot"
+        except (AssertionError, OSError) as error:
+            raise AssertionError(f"seed {SEED}, step {step}: {error}") from error
+        finally:
+            for file in files:
+                file.close()
+        before = [os.stat(file.path) for file in files]
+        mount.remount()
+        for file, status in zip(files, before, strict=True):
+            assert file.path.read_bytes() == file.expected, f"seed {SEED}, after the remount"
+            now = os.stat(file.path)
+            assert (now.st_size, now.st_mtime_ns, now.st_ctime_ns) == (
+                status.st_size,
+                status.st_mtime_ns,
+                status.st_ctime_ns,
+            ), f"seed {SEED}, after the remount"
