@@ -23,8 +23,10 @@ log = logging.getLogger(__name__)
 # more than it gives.
 INLINE_BLOCKS_MAX = 256
 INLINE_NODES_MAX = 64
-# Memory that dirty nodes and inodes may take before a commit is due.
-DIRTY_NODES_MAX = 2048
+# Memory that dirty nodes and inodes may take before a commit is due. With many names that go to places
+# all over a large directory, each change dirties a node: more of them, where memory is given for a
+# cache that holds the directory, makes each node's two copies serve more changes.
+CACHE_BYTES_PER_DIRTY_NODE = 64 << 10
 DIRTY_ITEMS_MAX = 32768
 DROP_NODES = 64  # of the drop queue, between two requests: about 2 ms
 
@@ -52,6 +54,7 @@ class Committer:
         self.filesystem = filesystem
         self._interval_s = interval_s
         self._dirty_blocks_max = max(1, dirty_bytes_max // BLOCK_SIZE_BYTES)
+        self._dirty_nodes_max = filesystem.store.cache.limit_bytes // CACHE_BYTES_PER_DIRTY_NODE
         self._next = _Batch()
         self._writing: trio.Event | None = None  # set when the commit in flight is finished
         self._due = trio.Event()
@@ -97,7 +100,7 @@ class Committer:
         store = self.filesystem.store
         if (
             store.promised_blocks + store.queued_blocks > self._dirty_blocks_max // 16
-            or store.dirty_nodes > DIRTY_NODES_MAX
+            or store.dirty_nodes > self._dirty_nodes_max
             or store.promised_items - store.promised_blocks > DIRTY_ITEMS_MAX
         ):
             self._due.set()

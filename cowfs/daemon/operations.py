@@ -23,6 +23,7 @@ import trio
 from cowfs.daemon.answers import answers, answers_now, waits
 from cowfs.daemon.commits import Committer
 from cowfs.daemon.fuse import pyfuse3
+from cowfs.daemon.lookups import Lookups
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.writeback import Writeback
 from cowfs.errors import CorruptError, CowfsError, posix_error
@@ -69,7 +70,7 @@ class Operations(pyfuse3.Operations):
         self._snapshots_served = options.snapshots != "disabled"
         self._xattrs = options.xattrs
         self._access_times = options.access_times
-        self._lookups: dict[int, int] = {}  # of the live volume's inodes
+        self._lookups = Lookups()  # of the live volume's inodes
         self._writers: dict[int, int] = {}  # handles open for writing, by node id
         self._reclaims: list[int] = []  # orphans too large for one turn
         self.writeback: Writeback | None = None
@@ -149,7 +150,7 @@ class Operations(pyfuse3.Operations):
     def _found(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
         """The answer of a lookup: the kernel holds one more reference to the inode."""
         if volume is self._live:
-            self._lookups[inode.ino] = self._lookups.get(inode.ino, 0) + 1
+            self._lookups.add(inode.ino)
         return self._attributes(volume, inode)
 
     def _changed(self) -> None:
@@ -213,11 +214,7 @@ class Operations(pyfuse3.Operations):
     async def forget(self, inode_list: list[tuple[int, int]]) -> None:
         for node, count in inode_list:
             ino = node - self._live_base
-            left = self._lookups.pop(ino, 0) - count
-            if left > 0:
-                self._lookups[ino] = left
-                continue
-            if ino in self._live.orphans:
+            if self._lookups.drop(ino, count) == 0 and ino in self._live.orphans:
                 self._reclaim(ino)
 
     def _reclaim(self, ino: int) -> None:
@@ -237,7 +234,7 @@ class Operations(pyfuse3.Operations):
 
     def _lost_name(self, inode: Inode | None) -> None:
         """An inode may have lost its last name: reclaim it unless the kernel still knows it."""
-        if inode is not None and not inode.nlink and not self._lookups.get(inode.ino):
+        if inode is not None and not inode.nlink and inode.ino not in self._lookups:
             self._reclaim(inode.ino)
         self._changed()
 
@@ -520,6 +517,10 @@ class Operations(pyfuse3.Operations):
 
     @answers_now
     def lseek(self, node: int, offset: int, whence: int) -> int:
+        if (
+            self.writeback is not None
+        ):  # the kernel asks without sending its pages; it has an answer
+            raise posix_error(errno.ENOSYS)
         volume, ino = self._resolve(node)
         return volume.seek(ino, offset, whence)
 
@@ -577,7 +578,7 @@ class Operations(pyfuse3.Operations):
         if not inode.nlink:
             return
         live = volume is self._live
-        get, lookups, attributes = volume.inodes.get, self._lookups, self._attributes
+        get, known, attributes = volume.inodes.get, self._lookups.add, self._attributes
         for cookie, entry in volume.listing(ino, max(start_id, COOKIE_SNAPSHOTS)):
             try:
                 found = get(entry.ino)
@@ -587,7 +588,7 @@ class Operations(pyfuse3.Operations):
             if not reply(token, entry.name, found.answer or attributes(volume, found), cookie):
                 return
             if live:
-                lookups[entry.ino] = lookups.get(entry.ino, 0) + 1
+                known(entry.ino)
 
     def _list_snapshots(self, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         reply = pyfuse3.readdir_reply

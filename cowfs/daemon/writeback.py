@@ -19,9 +19,9 @@ import os
 import threading
 from collections.abc import Callable, Collection
 
-import pyfuse3
 import trio
 
+from cowfs.daemon.fuse import pyfuse3
 from cowfs.errors import CowfsError
 
 log = logging.getLogger(__name__)

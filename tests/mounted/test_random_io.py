@@ -5,6 +5,8 @@ in memory. With and without the kernel's write-back cache. COWFS_RANDOM_IO_STEPS
 steps), COWFS_RANDOM_IO_SEED repeats a run; a failure names both.
 """
 
+import ctypes
+import errno
 import mmap
 import os
 import random
@@ -18,6 +20,7 @@ STEPS = int(os.environ.get("COWFS_RANDOM_IO_STEPS", "1500"))
 SEED = int(os.environ.get("COWFS_RANDOM_IO_SEED", "1"))
 SIZE_MAX = 1 << 20
 PAGE = mmap.PAGESIZE
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 pytestmark = [pytest.mark.mounted, pytest.mark.timeout(120 + STEPS // 10)]
 
@@ -113,6 +116,30 @@ class File:
     def sync(self) -> None:
         os.fsync(self.choice.choice((self.plain, self.direct)))
 
+    def punch(self) -> None:
+        """fallocate(2): PUNCH_HOLE | KEEP_SIZE."""
+        offset, size = self.place()
+        if LIBC.fallocate(self.plain, 3, ctypes.c_int64(offset), ctypes.c_int64(size)) == -1:
+            raise OSError(ctypes.get_errno(), "fallocate")
+        stop = min(len(self.expected), offset + size)
+        if offset < stop:
+            self.expected[offset:stop] = bytes(stop - offset)
+        self.mtime_ns = 0
+
+    def copy(self) -> None:
+        """copy_file_range(2), from the file to the place behind it or before it."""
+        source, size = self.place()
+        target = self.place()[0]
+        size = min(size, len(self.expected) - source, abs(target - source))
+        if self.choice.random() < 0.5:  # whole blocks may be shared
+            source, target = source // PAGE * PAGE, target // PAGE * PAGE
+            size = min(size, abs(target - source))
+        if size > 0:
+            data = bytes(self.expected[source : source + size])
+            count = os.copy_file_range(self.plain, self.plain, size, source, target)
+            assert 0 < count <= size
+            self.put(target, data[:count])
+
     def date(self) -> None:
         self.mtime_ns = self.choice.randrange(10**18, 2 * 10**18)
         os.utime(self.path, ns=(self.mtime_ns, self.mtime_ns))
@@ -120,7 +147,7 @@ class File:
     CHANGES = (
         *("write",) * 6,
         *("append", "cut", "store") * 2,
-        *("write_direct", "cut_by_opening", "sync", "date"),
+        *("write_direct", "cut_by_opening", "sync", "date", "punch", "copy"),
     )
 
     # --- looks
@@ -146,7 +173,21 @@ class File:
     def read_whole(self) -> None:
         assert self.path.read_bytes() == self.expected, "contents"
 
-    LOOKS = ("read", "read", "read", "read_direct", "read_again", "read_whole")
+    def seek(self) -> None:
+        """What is not data for SEEK_DATA and SEEK_HOLE must be zeros."""
+        at = 0
+        while at < len(self.expected):
+            try:
+                data = os.lseek(self.plain, at, os.SEEK_DATA)
+            except OSError as error:
+                assert error.errno == errno.ENXIO
+                data = len(self.expected)
+            assert not any(self.expected[at:data]), f"SEEK_DATA at {at} skips data"
+            if data == len(self.expected):
+                break
+            at = os.lseek(self.plain, data, os.SEEK_HOLE)
+
+    LOOKS = ("seek", "read", "read", "read", "read_direct", "read_again", "read_whole")
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,18 @@ def test_times_and_sizes_are_those_of_the_program(held: Mounted) -> None:
     assert explicit.stat().st_ctime_ns == wanted[explicit].st_ctime_ns
 
 
+def test_data_that_has_not_come_yet_is_no_hole(held: Mounted) -> None:
+    """Promise: SEEK_DATA skips no data that write() took, so that copies of sparse files have it."""
+    file = os.open(held.path / "file", os.O_CREAT | os.O_RDWR)
+    os.ftruncate(file, 1 << 20)
+    os.fsync(file)
+    os.pwrite(file, b"data", 300_000)
+    assert os.lseek(file, 0, os.SEEK_DATA) <= 300_000
+    subprocess.run(["cp", "--sparse=auto", held.path / "file", held.path / "copy"], check=True)
+    os.close(file)
+    assert (held.path / "copy").read_bytes()[300_000:300_004] == b"data"
+
+
 def test_full_filesystem_says_so_at_fsync(tmp_path: Path) -> None:
     """Promise: what cannot be stored is an error of fsync or close, and the rest is whole."""
     options = ("-o", "writeback,commit=3600")
