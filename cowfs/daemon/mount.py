@@ -348,11 +348,8 @@ class _Mount:
             async for number in signals:
                 log.info("%s: unmounting", signal.Signals(number).name)
                 if self._operations.writeback is not None:
-                    try:
-                        with trio.move_on_after(CLOSING_WAIT_S):
-                            await self._operations.writeback.fetch()
-                    except CowfsError as error:
-                        log.warning("%s", error)
+                    with trio.move_on_after(CLOSING_WAIT_S):
+                        await self._operations.writeback.fetch()
                 pyfuse3.terminate()
                 return
 

@@ -501,8 +501,6 @@ class Operations(pyfuse3.Operations):
 
     @waits
     async def fsync(self, handle: int, datasync: bool) -> None:
-        if self.writeback is not None:
-            await self.writeback.fetch(besides=handle & HANDLE_NODE)
         if self.committer is not None:
             await self.committer.sync()
 
@@ -616,8 +614,6 @@ class Operations(pyfuse3.Operations):
 
     @waits
     async def fsyncdir(self, node: int, datasync: bool) -> None:
-        if self.writeback is not None:
-            await self.writeback.fetch()
         if self.committer is not None:
             await self.committer.sync()
 
