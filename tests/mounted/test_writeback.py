@@ -291,10 +291,10 @@ for number in range(15):
 def test_snapshot_holds_the_pages_below_another_mount(held: Mounted) -> None:
     """Promise C6: also where the root of the mount can no longer be reached by its path."""
     file = os.open(held.path / "file", os.O_CREAT | os.O_WRONLY)
-    os.write(file, b"below" * 100_000)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", held.path], check=True)
     try:
         with Client(places.find_sockets(held.image)[0]) as client:
+            os.write(file, b"below" * 100_000)
             client.create_snapshot("s")
     finally:
         subprocess.run(["umount", held.path], check=True)
