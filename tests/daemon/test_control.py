@@ -49,6 +49,7 @@ def a_snapshot(name: str, description: str = "") -> SnapshotReport:
         created_ns=1,
         generation=2,
         referenced_bytes=1 << 60,
+        referenced_is_exact=True,
         description=description,
         automatic=False,
         parent=None,
