@@ -1,36 +1,55 @@
-"""The helper of mount(8) and fstab for the type `fuse.cowfs`: `helper SRC DIR [-sfnv] -o OPTIONS`.
+"""The helpers of mount(8), umount(8) and fstab for the type `fuse.cowfs`.
 
-Works with the minimal environment that mount(8) leaves. Exit status, as mount(8) has it: 0 mounted;
+`mount.fuse.cowfs IMAGE DIR [-sfnv] [-o OPTIONS]` mounts; `umount.fuse.cowfs DIR [-flnrv]` unmounts and
+waits for the last commit, as `cowfs umount` does. mount(8) and umount(8) look for them in /sbin.
+umount(8) knows the whole type, and with it the helper, if it has to look the mount up: by its image,
+or where mount(8) noted a word of user space for it (`_netdev`, `user`, `x-...`). Else it unmounts by
+itself.
+
+Both work with the minimal environment that mount(8) leaves. Exit status, as mount(8) has it: 0 done;
 1 wrong use, or not allowed; 2 a fault of the system; 4 a fault in here; 8 interrupted; 32 not
-mounted.
+mounted, not unmounted.
 """
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from getopt import GetoptError, gnu_getopt
 from typing import NoReturn
 
-WRONG_USE, SYSTEM_FAULT, INTERNAL_FAULT, INTERRUPTED, NOT_MOUNTED = 1, 2, 4, 8, 32
+WRONG_USE, SYSTEM_FAULT, INTERNAL_FAULT, INTERRUPTED, FAILED = 1, 2, 4, 8, 32
+MOUNT_HELPER, UMOUNT_HELPER = "mount.fuse.cowfs", "umount.fuse.cowfs"
+MOUNT_USAGE = f"{MOUNT_HELPER} IMAGE DIRECTORY [-sfnv] [-o OPTIONS]"
+UMOUNT_USAGE = f"{UMOUNT_HELPER} DIRECTORY [-flnrv]"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Mount as asked, and end the process with the status for mount(8)."""
+    _run(MOUNT_HELPER, _mount, arguments)
+
+
+def umount_main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Unmount as asked, and end the process with the status for umount(8)."""
+    _run(UMOUNT_HELPER, _umount, arguments)
+
+
+def _run(
+    name: str, action: Callable[[list[str]], None], arguments: Sequence[str] | None
+) -> NoReturn:
     from cowfs.cli.entry import warn
     from cowfs.errors import CowfsError, UsageError
 
-    name = "mount.fuse.cowfs"
     os.environ["PATH"] = f"{os.environ['PATH']}:{_PATH}" if os.environ.get("PATH") else _PATH
     try:
-        _mount(list(sys.argv[1:] if arguments is None else arguments))
+        action(list(sys.argv[1:] if arguments is None else arguments))
         status = 0
     except (GetoptError, UsageError) as error:
         warn(name, str(error))
         status = WRONG_USE
     except CowfsError as error:
         warn(name, str(error))
-        status = NOT_MOUNTED
+        status = FAILED
     except KeyboardInterrupt:
         status = INTERRUPTED
     except (OSError, MemoryError) as error:
@@ -48,14 +67,16 @@ def _mount(arguments: list[str]) -> None:
 
     flags, places = gnu_getopt(arguments, "sfnvrwo:t:N:")
     if len(places) != 2:
-        raise UsageError("used as: mount.fuse.cowfs IMAGE DIRECTORY [-sfnv] [-o OPTIONS]")
+        raise UsageError(f"used as: {MOUNT_USAGE}")
     names = {flag for flag, _ in flags}
     texts = [value for flag, value in flags if flag == "-o"]
     if "-r" in names:
         texts.append("ro")
     image, mountpoint = places
+    # mount(8) says rw wherever nobody said ro, so here it asks for nothing.
+    words = [word for word in ",".join(texts).split(",") if word != "rw"]
     options = MountOptions(image=os.path.abspath(image), mountpoint=os.path.realpath(mountpoint))
-    options = parse_options(",".join(texts), options, sloppy="-s" in names)
+    options = parse_options(",".join(words), options, sloppy="-s" in names)
     if "-v" in names:
         print(f"mounting {options.image} on {options.mountpoint}")
     if "-f" in names:
@@ -68,3 +89,37 @@ def _mount(arguments: list[str]) -> None:
     from cowfs.daemon.mount import mount
 
     mount(options)
+
+
+def _umount(arguments: list[str]) -> None:
+    from cowfs.errors import UsageError
+
+    flags, places = gnu_getopt(arguments, "flnrvt:N:")
+    if len(places) != 1:
+        raise UsageError(f"used as: {UMOUNT_USAGE}")
+    names = {flag for flag, _ in flags}
+    if "-v" in names:
+        print(f"unmounting {places[0]}")
+    if names & {"-f", "-l"}:  # whoever says this does not want to wait
+        from cowfs.daemon.mount import unmount
+
+        unmount(places[0], lazy="-l" in names, force="-f" in names)
+        return
+
+    from cowfs.cli.entry import warn
+    from cowfs.cli.mounting import end_mount
+    from cowfs.daemon.places import find_mount
+    from cowfs.errors import BusyError, MountError
+
+    try:
+        end_mount(UMOUNT_HELPER, places[0])
+    except BusyError:
+        raise
+    except MountError as error:
+        # Nobody to wait for (the image was moved, say): a shutdown must get rid of the mount anyhow.
+        if find_mount(places[0]) is None:
+            raise
+        from cowfs.daemon.mount import unmount
+
+        unmount(places[0])
+        warn(UMOUNT_HELPER, f"{error}; unmounted without waiting for the last commit")

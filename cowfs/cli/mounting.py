@@ -30,20 +30,29 @@ def mount(image: str, mountpoint: str, option_texts: tuple[str, ...], foreground
     """Mount an image on an empty directory.
 
     \b
-    -o ro                     read-only
-    -o commit=SECONDS         what a crash may lose at the most (5)
-    -o snapshots=visible      .snapshots is listed (hidden, visible, disabled)
-    -o allow_other            for other users too
-    -o cache=SIZE,dirty=SIZE  bounds of memory (128M, 256M)
-    -o nodiscard              do not give free space back to the host
-    -o noxattrs               no extended attributes
-    -o generation=N           an earlier state, read-only, for rescue
-    -o log=journald           where the daemon's messages go (stderr)
-    -o suid,dev,noexec        as for any mount
+    -o ro, rw                  read-only, or not (rw)
+    -o snapshot=NAME           the files of a snapshot, read-only
+    -o generation=N            an earlier commit, read-only, for rescue
+    -o commit=SECONDS          what a crash may lose at the most (5)
+    -o snapshots=hidden        .snapshots is not listed but can be entered
+       snapshots=visible       .snapshots is listed
+       snapshots=disabled      .snapshots is not there
+    -o allow_other             for other users too
+    -o cache=SIZE, dirty=SIZE  bounds of memory (128M, 256M)
+    -o discard, nodiscard      give free space back to the host, or not (discard)
+    -o xattrs, noxattrs        extended attributes, or none (xattrs)
+    -o relatime, noatime       keep access times, or not (relatime)
+    -o log=stderr              the daemon's messages go to its log file
+       log=journald            they go to the journal
+    -o suid, dev, exec         as for any mount (nosuid,nodev,exec)
+       nosuid, nodev, noexec
+
+    Words that mount(8) has for every filesystem are accepted; unknown ones are refused.
 
     \b
     cowfs mount disk.img ~/data
     cowfs mount disk.img ~/data -o ro,snapshots=visible
+    cowfs mount disk.img ~/then -o snapshot=monday
 
     In /etc/fstab: IMG DIR fuse.cowfs defaults,nofail 0 0
     """
@@ -88,6 +97,21 @@ def umount(directory: str, as_json: bool) -> None:
     \b
     cowfs umount ~/data
     """
+    mount = end_mount("cowfs", directory)
+    if as_json:
+        print_json("cowfs umount", {"mount_point": mount.mount_point, "image": mount.image})
+
+
+def end_mount(program: str, directory: str) -> "Mount":
+    """Unmount a directory, and return when the daemon has ended and the image is clean.
+
+    Args:
+        program: in whose name a warning is given.
+
+    Raises:
+        MountError: nothing is mounted there, it cannot be unmounted, or it did not end well.
+        BusyError: a program has files open there.
+    """
     from cowfs.cli.target import connect_mount
     from cowfs.daemon import places
 
@@ -100,7 +124,7 @@ def umount(directory: str, as_json: bool) -> None:
 
         unmount(mount.mount_point, lazy=True)
         warn(
-            "cowfs",
+            program,
             f"the daemon of {mount.mount_point} was gone; {mount.image} holds its last commit",
         )
     else:
@@ -112,8 +136,7 @@ def umount(directory: str, as_json: bool) -> None:
                 pass  # it ended while it answered; whether it ended well is looked at below
             _wait(ended, client.daemon_pid)
         _require_unmounted(mount)
-    if as_json:
-        print_json("cowfs umount", {"mount_point": mount.mount_point, "image": mount.image})
+    return mount
 
 
 def _watch(pid: int) -> int | None:

@@ -24,6 +24,7 @@ from cowfs.errors import (
     CorruptError,
     DeviceError,
     ImageError,
+    ImageMissingError,
     LockedError,
     MountError,
     ReadOnlyError,
@@ -211,7 +212,7 @@ def connect_mount(mount: places.Mount) -> Client | None:
         )
     try:
         client = connect(mount.image)
-    except FileNotFoundError:
+    except ImageMissingError:
         raise MountError(
             f"{mount.image}, mounted on {mount.mount_point}, is not there any more; "
             f"unmount with fusermount3 -u {mount.mount_point}"

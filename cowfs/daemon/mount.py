@@ -1,8 +1,8 @@
 """The life of a mount: checks, start in the background, serving, and an end in a clean commit.
 
 `mount` returns only when the mount answers, or raises with the reason why it does not. The process that
-serves ends when the directory is unmounted, or on SIGTERM or SIGINT: it finishes the requests at hand,
-commits, marks the image clean and leaves no mount behind.
+serves ends when the directory is unmounted, or on SIGTERM, SIGINT or SIGHUP: it finishes the requests
+at hand, commits, marks the image clean and leaves no mount behind.
 """
 
 import contextlib
@@ -28,10 +28,11 @@ from cowfs.daemon import places, server
 from cowfs.daemon.commits import Committer
 from cowfs.daemon.fuse import pyfuse3, session, session_missing
 from cowfs.daemon.loop import install_burst_loop
+from cowfs.daemon.notify import READY, STOPPING, Notifier
 from cowfs.daemon.operations import READ_AHEAD_BYTES, Operations
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.service import MountService
-from cowfs.errors import CowfsError, MountError
+from cowfs.errors import CowfsError, LockedError, MountError
 from cowfs.history.filesystem import Filesystem, open_filesystem
 from cowfs.storage.device import FileDevice
 
@@ -110,9 +111,14 @@ def _clear_dead_mount(directory: str) -> None:
             unmount(directory, lazy=True)
 
 
-def unmount(directory: str, *, lazy: bool = False) -> None:
-    """Unmount as whoever we are. Raises BusyError while files are open, MountError else."""
-    command = ["umount", *(["-l"] if lazy else []), "-i", directory]
+def unmount(directory: str, *, lazy: bool = False, force: bool = False) -> None:
+    """Unmount as whoever we are. Raises BusyError while files are open, MountError else.
+
+    Args:
+        lazy: from the tree at once, and for good when nobody uses it any more.
+        force: also if the daemon does not answer; only root can.
+    """
+    command = ["umount", *(["-l"] if lazy else []), *(["-f"] if force else []), "-i", directory]
     if os.getuid():
         command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", directory]
     path = os.environ.get("PATH", "") + ":/usr/bin:/bin:/usr/sbin:/sbin"
@@ -140,8 +146,7 @@ def mount(options: MountOptions) -> None:
     """
     check_place(options)
     if options.foreground:
-        _set_up_log(options)
-        _serve(options, None)
+        _run(options, None, Notifier.from_environment())
         return
     reader, writer = os.pipe()
     sys.stdout.flush()
@@ -165,14 +170,22 @@ def mount(options: MountOptions) -> None:
         os.setsid()
         os.chdir("/")
         _leave_terminal()
-        _set_up_log(options)
-        _serve(options, writer)
+        _run(options, writer, Notifier())
         code = 0
     except BaseException as error:
         _report_failure(writer, error)
     finally:
         logging.shutdown()
         os._exit(code)
+
+
+def _run(options: MountOptions, ready: int | None, notifier: Notifier) -> None:
+    """The daemon's life, with its log."""
+    try:
+        _set_up_log(options)
+        _serve(options, ready, notifier)
+    except LockedError as error:
+        raise _mounted_elsewhere(options) or error from None
 
 
 def _leave_terminal() -> None:
@@ -236,10 +249,10 @@ def _set_up_log(options: MountOptions) -> None:
 # --- serving ----------------------------------------------------------------------------------------
 
 
-def _serve(options: MountOptions, ready: int | None) -> None:
+def _serve(options: MountOptions, ready: int | None, notifier: Notifier) -> None:
     """Open, mount, serve until the end, unmount, close."""
-    writable = not options.read_only and options.generation is None
-    device = FileDevice(options.image, writable=writable)
+    writable = not options.read_only
+    device = FileDevice(options.image, writable=writable, steady=True)
     try:
         filesystem = open_filesystem(
             device,
@@ -247,6 +260,7 @@ def _serve(options: MountOptions, ready: int | None) -> None:
             generation=options.generation,
             cache_bytes=options.cache_bytes,
             discard=options.discard,
+            snapshot=options.snapshot,
         )
     except BaseException:
         device.close()
@@ -257,13 +271,28 @@ def _serve(options: MountOptions, ready: int | None) -> None:
             filesystem.reclaim_orphans()
         _keep_memory()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        serving = _Mount(filesystem, options, ready)
+        serving = _Mount(filesystem, options, ready, notifier)
         try:
             trio.run(serving.run, restrict_keyboard_interrupt_to_checkpoints=True)
         except BaseExceptionGroup as group:
             raise _only_error(group) from None
     finally:
+        notifier.tell(STOPPING, f"{options.mountpoint}: the last commit is being written")
         filesystem.close()
+
+
+def _mounted_elsewhere(options: MountOptions) -> LockedError | None:
+    """What to do instead, when it is a mount that has the image; None when no mount is seen."""
+    image = os.path.realpath(options.image)
+    for mount in places.mounts():
+        if mount.image == image:
+            place = mount.mount_point
+            if options.snapshot is not None and not mount.read_only:
+                place = os.path.join(place, ".snapshots", options.snapshot)
+            return LockedError(
+                f"{image} is mounted on {mount.mount_point} already; look into {place}"
+            )
+    return None
 
 
 def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -277,10 +306,17 @@ def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
 class _Mount:
     """One mount while it lasts."""
 
-    def __init__(self, filesystem: Filesystem, options: MountOptions, ready: int | None) -> None:
+    def __init__(
+        self,
+        filesystem: Filesystem,
+        options: MountOptions,
+        ready: int | None,
+        notifier: Notifier,
+    ) -> None:
         self._filesystem = filesystem
         self._options = options
         self._ready = ready
+        self._notifier = notifier
         self._committer = (
             Committer(filesystem, options.commit_interval_s, options.dirty_bytes_max)
             if filesystem.store.writable
@@ -318,10 +354,13 @@ class _Mount:
 
     @contextlib.contextmanager
     def _mounted(self) -> Iterator[None]:
+        said: list[str] = []
         try:
-            pyfuse3.init(self._operations, self._options.mountpoint, self._fuse_options())
+            with _caught_stderr(said):
+                pyfuse3.init(self._operations, self._options.mountpoint, self._fuse_options())
         except RuntimeError as error:
-            raise MountError(f"cannot mount on {self._options.mountpoint}: {error}") from None
+            reason = "; ".join(said) or str(error)
+            raise MountError(f"cannot mount on {self._options.mountpoint}: {reason}") from None
         try:
             yield
         finally:
@@ -331,7 +370,7 @@ class _Mount:
         options = self._options
         source = os.path.realpath(options.image).replace("\\", "\\\\").replace(",", "\\,")
         chosen = {_Utf8(f"fsname={source}"), "subtype=cowfs", "default_permissions"}
-        if options.read_only or options.generation is not None:
+        if options.read_only:
             chosen.add("ro")
         if options.allow_other:
             chosen.add("allow_other")
@@ -344,7 +383,7 @@ class _Mount:
         return chosen
 
     async def _end_on_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async for number in signals:
                 log.info("%s: unmounting", signal.Signals(number).name)
                 if self._operations.writeback is not None:
@@ -375,6 +414,7 @@ class _Mount:
             mountpoint,
             self._filesystem.store.superblock.generation,
         )
+        self._notifier.tell(READY, f"{self._options.image} is mounted on {mountpoint}")
         if self._ready is not None:
             try:
                 os.write(self._ready, b"ready")
@@ -382,6 +422,22 @@ class _Mount:
                 raise MountError("nobody waits for the mount any more") from None
             os.close(self._ready)
             self._ready = None
+
+
+@contextlib.contextmanager
+def _caught_stderr(lines: list[str]) -> Iterator[None]:
+    """Collect what libfuse and fusermount3 print on standard error: the only place with the reason."""
+    before = os.dup(2)
+    caught = os.memfd_create("stderr")
+    os.dup2(caught, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        with open(caught, "rb") as file:
+            file.seek(0)
+            lines += file.read().decode(errors="replace").splitlines()
 
 
 def _keep_memory() -> None:

@@ -6,6 +6,7 @@ nothing here; a word that nobody knows is refused by name, never silently droppe
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,8 +30,11 @@ _TOLERATED = frozenset(
         "user",
         "nouser",
         "users",
+        "nousers",
         "owner",
+        "noowner",
         "group",
+        "nogroup",
         "_netdev",
         "nofail",
         "async",
@@ -69,6 +73,7 @@ class MountOptions:
         discard: tell the host what the image no longer needs.
         suid, dev, executable: what mount(8) calls suid, dev and exec.
         generation: an older generation to look at, read-only.
+        snapshot: the snapshot whose tree is mounted, read-only; None for the live volume.
         xattrs: extended attributes are stored.
         access_times: kept as relatime does; False is noatime.
         writeback: the kernel may keep written data for a while before it comes to us.
@@ -89,6 +94,7 @@ class MountOptions:
     dev: bool = False
     executable: bool = True
     generation: int | None = None
+    snapshot: str | None = None
     xattrs: bool = True
     access_times: bool = True
     writeback: bool = False
@@ -129,34 +135,41 @@ def parse_options(text: str, options: MountOptions, *, sloppy: bool = False) -> 
         UsageError: naming the word that is unknown or has an impossible value.
     """
     settings: dict[str, Any] = {}
-    for word in filter(None, (word.strip() for word in text.split(","))):
+    words = [word for word in (word.strip() for word in text.split(",")) if word]
+    if "remount" in words:
+        raise UsageError(
+            "a mounted filesystem cannot be given other options; unmount it, and mount it again"
+        )
+    for word in words:
         name, separator, value = word.partition("=")
         if word in _TOLERATED or word.startswith(_TOLERATED_BEGINNINGS):
             continue
         if word in _SWITCHES:
             field, setting = _SWITCHES[word]
             settings[field] = setting
-        elif separator and name in ("commit", "commit_interval"):
-            settings["commit_interval_s"] = _seconds(name, value)
-        elif separator and name == "snapshots":
-            settings["snapshots"] = _choice(name, value, ("hidden", "visible", "disabled"))
-        elif separator and name == "cache":
-            settings["cache_bytes"] = _size(name, value, CACHE_BYTES_MIN)
-        elif separator and name == "dirty":
-            settings["dirty_bytes_max"] = _size(name, value, DIRTY_BYTES_MIN)
-        elif separator and name == "log":
-            settings["log"] = _choice(name, value, ("stderr", "journald"))
-        elif separator and name == "generation":
-            settings["generation"] = _generation(value)
+        elif separator and name in _VALUES:
+            field, read = _VALUES[name]
+            settings[field] = read(name, value)
         elif not sloppy:
-            if name in ("commit", "snapshots", "cache", "dirty", "log", "generation"):
+            if name in _VALUES:
                 raise UsageError(f"mount option {name} needs a value: {name}=...")
             raise UsageError(f"unknown mount option {word!r}; cowfs mount --help lists them")
-    if settings.get("generation") is not None:
-        if settings.get("read_only") is False:
-            raise UsageError("mount options rw and generation contradict each other")
-        settings["read_only"] = True
+    for name in ("generation", "snapshot"):
+        if name in settings:
+            if settings.get("read_only") is False:
+                raise UsageError(f"mount options rw and {name} contradict each other")
+            settings["read_only"] = True
+    if "snapshot" in settings and settings.setdefault("snapshots", "disabled") != "disabled":
+        raise UsageError("mount options snapshot and snapshots contradict each other")
     return replace(options, **settings)
+
+
+def option_words() -> list[str]:
+    """Every mount option of cowfs's own, as it is written: `ro`, `commit=`, `log=stderr`."""
+    words = list(_SWITCHES)
+    for name in _VALUES:
+        words += [f"{name}={choice}" for choice in _CHOICES.get(name, ("",))]
+    return words
 
 
 def parse_size(text: str) -> int:
@@ -197,13 +210,35 @@ def _seconds(name: str, value: str) -> float:
     return seconds
 
 
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+def _choice(name: str, value: str) -> str:
+    choices = _CHOICES[name]
     if value not in choices:
         raise UsageError(f"mount option {name} is one of {', '.join(choices)}, not {value!r}")
     return value
 
 
-def _generation(value: str) -> int:
+def _generation(name: str, value: str) -> int:
     if not re.fullmatch(r"[0-9]{1,19}", value) or not int(value):
-        raise UsageError(f"mount option generation={value} is not the number of a generation")
+        raise UsageError(f"mount option {name}={value} is not the number of a generation")
     return int(value)
+
+
+def _name(name: str, value: str) -> str:
+    if not value:
+        raise UsageError(f"mount option {name} needs a value: {name}=...")
+    return value
+
+
+_CHOICES = {"snapshots": ("hidden", "visible", "disabled"), "log": ("stderr", "journald")}
+
+# Options with a value: the field, and what reads the value.
+_VALUES: dict[str, tuple[str, Callable[[str, str], Any]]] = {
+    "commit": ("commit_interval_s", _seconds),
+    "commit_interval": ("commit_interval_s", _seconds),
+    "snapshots": ("snapshots", _choice),
+    "cache": ("cache_bytes", lambda name, value: _size(name, value, CACHE_BYTES_MIN)),
+    "dirty": ("dirty_bytes_max", lambda name, value: _size(name, value, DIRTY_BYTES_MIN)),
+    "log": ("log", _choice),
+    "generation": ("generation", _generation),
+    "snapshot": ("snapshot", _name),
+}

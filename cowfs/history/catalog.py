@@ -20,6 +20,7 @@ from cowfs.history.records import (
     snapshot_key,
     volume_key,
 )
+from cowfs.history.selection import unknown
 from cowfs.storage.btree import Tree
 
 
@@ -64,7 +65,7 @@ class Catalog:
         """The same. Raises SnapshotError when there is none."""
         record = self.find(name)
         if record is None:
-            raise SnapshotError(f"there is no snapshot {name!r}; cowfs snapshot list shows them")
+            raise unknown(name, (each.name for each in self.snapshots()))
         return record
 
     def volume(self, name: str) -> RootRecord:

@@ -91,13 +91,17 @@ class Space:
 class Filesystem:
     """Args: an open store; see `open_filesystem`."""
 
-    def __init__(self, store: Store, *, discard: bool = True) -> None:
+    def __init__(self, store: Store, *, discard: bool = True, snapshot: str | None = None) -> None:
         superblock = store.superblock
         self.store = store
         self.catalog = Catalog(
             Tree(store, superblock.catalog, 0, superblock.catalog_nodes), superblock.next_root_id
         )
-        self.record = self.catalog.volume(MAIN_VOLUME)
+        self.record = (
+            self.catalog.volume(MAIN_VOLUME)
+            if snapshot is None
+            else self.catalog.snapshot(snapshot)
+        )
         self.live = self._volume(self.record, writable=store.writable)
         self.drops = DropQueue(store, self.catalog)
         self.inflight: Commit | None = None
@@ -567,14 +571,17 @@ def open_filesystem(
     generation: int | None = None,
     cache_bytes: int = CACHE_BYTES_DEFAULT,
     discard: bool = True,
+    snapshot: str | None = None,
 ) -> Filesystem:
     """The filesystem in an image.
 
     Args:
         device: of the image, locked when `writable`. Closed by `Filesystem.close`.
         generation: an older one to look at, read-only.
+        snapshot: the one whose tree takes the place of the live volume, read-only.
 
     Raises:
+        SnapshotError: there is no such snapshot.
         ImageError: not an image, newer, truncated.
         CorruptError: the newest generation is damaged.
     """
@@ -584,7 +591,7 @@ def open_filesystem(
             "the image uses features that this cowfs can only read; mount it with -o ro"
         )
     store = Store(device, superblock, writable=writable, cache_bytes=cache_bytes)
-    return Filesystem(store, discard=discard)
+    return Filesystem(store, discard=discard, snapshot=snapshot)
 
 
 def restore_generation(device: Device, generation: int, *, discard: bool = True) -> Superblock:

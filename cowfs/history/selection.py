@@ -6,6 +6,7 @@ snapshot name contains `%` or `,` (records.py), so a word can be read in one way
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Protocol, TypeVar
 
 from cowfs.errors import SnapshotError, UsageError
@@ -19,6 +20,9 @@ class Named(Protocol):
 
 
 Snapshot = TypeVar("Snapshot", bound=Named)
+
+NEAR_NAMES_MAX = 3
+NAMES_COMPARED_MAX = 2000  # each costs about 20 us
 
 
 def select(words: Iterable[str], snapshots: Sequence[Snapshot]) -> list[Snapshot]:
@@ -38,6 +42,15 @@ def select(words: Iterable[str], snapshots: Sequence[Snapshot]) -> list[Snapshot
         for part in word.split(","):
             chosen.update(_range(part, word, positions))
     return [snapshots[index] for index in sorted(chosen)]
+
+
+def unknown(name: str, names: Iterable[str]) -> SnapshotError:
+    """The error for a name that no snapshot has, with those of `names` that look like it."""
+    import difflib
+
+    near = difflib.get_close_matches(name, list(islice(names, NAMES_COMPARED_MAX)), NEAR_NAMES_MAX)
+    hint = f" (there is {', '.join(map(repr, near))})" if near else ""
+    return SnapshotError(f"there is no snapshot {name!r}{hint}; cowfs snapshot list shows them")
 
 
 def _range(part: str, word: str, positions: dict[str, int]) -> range:
@@ -63,5 +76,5 @@ def _range(part: str, word: str, positions: dict[str, int]) -> range:
 def _position(name: str, positions: dict[str, int]) -> int:
     index = positions.get(name)
     if index is None:
-        raise SnapshotError(f"there is no snapshot {name!r}; cowfs snapshot list shows them")
+        raise unknown(name, positions)
     return index

@@ -3,7 +3,7 @@
 `Device` is the seam: tests inject faults with another class of the same methods, and other backends
 plug in here. All offsets and sizes are in bytes. A short read or write is looped until it is whole;
 what the host refuses is a `DeviceError`. Writers hold an exclusive lock on the file for as long as it
-is open; the lock dies with the process.
+is open, mounts that only read a shared one; the lock dies with the process.
 """
 
 import contextlib
@@ -68,6 +68,7 @@ class FileDevice:
     Args:
         path: of the image.
         writable: take the exclusive lock and allow `write`.
+        steady: without `writable`, take the shared lock, which keeps writers away.
 
     Raises:
         ImageMissingError: no such file.
@@ -75,7 +76,9 @@ class FileDevice:
         ImageError: not a file or block device, or it cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, writable: bool) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, writable: bool, steady: bool = False
+    ) -> None:
         self.name = os.path.abspath(os.fspath(path))
         flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
         try:
@@ -94,8 +97,8 @@ class FileDevice:
         self._to_forget: list[tuple[int, int]] = []  # long runs written since the last flush
         self._is_file = stat.S_ISREG(status.st_mode)
         try:
-            if writable:
-                self._lock()
+            if writable or steady:
+                self._lock(fcntl.F_WRLCK if writable else fcntl.F_RDLCK)
             if self._is_file:
                 self.size_bytes = os.fstat(self._fd).st_size
             else:
@@ -105,8 +108,8 @@ class FileDevice:
             os.close(self._fd)
             raise
 
-    def _lock(self) -> None:
-        request = _OFD_FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    def _lock(self, kind: int) -> None:
+        request = _OFD_FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0)
         try:
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
         except OSError as error:
@@ -216,7 +219,7 @@ def _rest(batch: list[Buffer], written: int) -> list[Buffer]:
 
 
 def lock_holder(fd: int) -> int | None:
-    """The pid of a process that has the file of `fd` open for writing, if one can be found.
+    """The pid of a process that holds a lock on the file of `fd`, if one can be found.
 
     The kernel does not name the holder of an open-file-description lock, so /proc is searched.
     """

@@ -1,11 +1,13 @@
 """Promises that mount options do what they say, and that unknown ones are refused by name."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from cowfs.daemon.options import MountOptions, parse_options, parse_size
+from cowfs.cli.mounting import mount
+from cowfs.daemon.options import MountOptions, option_words, parse_options, parse_size
 from cowfs.errors import UsageError
 
 BASE = MountOptions(image="/i", mountpoint="/m")
@@ -94,3 +96,28 @@ def test_what_is_no_size_is_refused(text: str) -> None:
     """Promise: no guessing."""
     with pytest.raises(UsageError, match="is not a size"):
         parse_size(text)
+
+
+def test_snapshot_is_read_only_and_has_no_snapshots_below() -> None:
+    """Promise: a snapshot's mount is like an old generation's, and contradictions are named."""
+    found = parse_options("snapshot=monday,generation=7", BASE)
+    assert found == replace(
+        BASE, snapshot="monday", generation=7, read_only=True, snapshots="disabled"
+    )
+    for text in ("snapshot=a,rw", "snapshot=a,snapshots=visible", "snapshot=", "snapshot"):
+        with pytest.raises(UsageError, match="snapshot"):
+            parse_options(text, BASE)
+
+
+@pytest.mark.parametrize("sloppy", [False, True])
+def test_remount_is_refused_also_among_words_that_only_a_kernel_knows(sloppy: bool) -> None:
+    """Promise: the reason is the remount, whatever mount(8) adds from /proc."""
+    with pytest.raises(UsageError, match="unmount it, and mount it again"):
+        parse_options("rw,user_id=0,remount,ro", BASE, sloppy=sloppy)
+
+
+def test_every_option_is_in_the_help_of_mount() -> None:
+    """Promise: `cowfs mount --help` lists all of them (old spellings and opposites aside)."""
+    assert mount.help is not None
+    shown = set(re.findall(r"[a-z_]+=?[a-z]*", mount.help.partition("Words that")[0]))
+    assert set(option_words()) - shown == {"commit_interval=", "user_xattr", "nouser_xattr"}

@@ -90,7 +90,7 @@ def test_daemon_killed_during_its_start_leaves_no_mount(image: Path, tmp_path: P
     require_clean(image)
 
 
-@pytest.mark.parametrize("how", ["cowfs umount", "umount", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("how", ["cowfs umount", "umount", "SIGTERM", "SIGINT", "SIGHUP"])
 def test_every_orderly_end_is_a_clean_commit(mount: Mounted, how: str) -> None:
     """Promise: however a mount ends, what was written is in the image, and no file is left over."""
     (mount.path / "file").write_bytes(b"never synced")

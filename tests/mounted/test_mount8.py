@@ -1,0 +1,239 @@
+"""Promises about mount(8), umount(8) and fstab: they work as for any other filesystem.
+
+The real programs run, as root, in a private mount namespace with an /etc/fstab of its own.
+"""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import json_of, require_clean, require_success, run_command, wait_for_end
+from tests.mounted.machine import AS_ROOT, Machine, machine
+
+pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
+
+USUAL = (
+    "defaults,noauto,nofail,_netdev,user,x-systemd.automount,x-systemd.requires=a.mount,"
+    "comment=words,relatime,rw,nosuid,nodev,noexec"
+)
+BUSY_SECONDS = 30
+
+
+@pytest.fixture(scope="module")
+def shared_machine() -> Iterator[Machine]:
+    with machine() as made:
+        yield made
+
+
+@pytest.fixture
+def place(shared_machine: Machine, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A mount point beside an image of 64 MiB named `disk.img`; unmounted and checked afterwards."""
+    folder = shared_machine.folder / request.node.name.replace("/", "-")
+    (folder / "mnt").mkdir(parents=True)
+    image = folder / "disk.img"
+    require_success(run_command("mkfs", image, "--size", "64M"))
+    yield folder / "mnt"
+    for _, mount_point, *_ in shared_machine.mounts():
+        shared_machine.run("umount", "-i", "-l", mount_point)
+    shared_machine.wait_until_empty()
+    if image.exists():
+        require_clean(image)
+
+
+def image_of(place: Path) -> Path:
+    return place.parent / "disk.img"
+
+
+def options_of(shared_machine: Machine, place: Path) -> set[str]:
+    """The options of what is mounted there."""
+    found = [line for line in shared_machine.mounts() if line[1] == str(place)]
+    assert len(found) == 1, shared_machine.mounts()
+    assert found[0][0] == str(image_of(place))
+    return set(found[0][3].split(","))
+
+
+def test_mount_with_the_type_and_umount_end_in_a_clean_commit(
+    shared_machine: Machine, place: Path
+) -> None:
+    """Promise: `mount -t fuse.cowfs IMG DIR` mounts, and after umount the daemon commits and ends.
+
+    findmnt, mount and df show what it is.
+    """
+    run = shared_machine
+    run.succeed("mount", "-t", "fuse.cowfs", image_of(place), place, "-o", "noatime,commit=60")
+    assert options_of(run, place) >= {"rw", "nosuid", "nodev", "default_permissions"}
+    run.succeed("sh", "-c", f"echo kept >{place}/file")
+    shown = run.succeed("findmnt", "-n", "-r", "-o", "SOURCE,FSTYPE", place)
+    assert shown == f"{image_of(place)} fuse.cowfs\n"
+    assert f"{image_of(place)} on {place} type fuse.cowfs (rw," in run.succeed("mount")
+    row = run.succeed("df", "-T", place).splitlines()[1].split()
+    assert (row[0], row[1], row[-1]) == (str(image_of(place)), "fuse.cowfs", str(place))
+
+    run.succeed("umount", place)
+    assert not run.mounts()
+    run.wait_until_empty()
+    assert json_of(run_command("info", image_of(place), "--json"))["clean"] is True
+    run.succeed("mount", "-t", "fuse.cowfs", image_of(place), place)
+    assert run.succeed("cat", place / "file") == "kept\n"
+
+
+def test_fstab_line_with_the_usual_words_mounts(shared_machine: Machine, place: Path) -> None:
+    """Promise: mount DIR, mount IMG, mount -a and umount find the line, in an empty environment.
+
+    With a word of user space in the line umount returns when the last commit is durable.
+    """
+    run = shared_machine
+    run.fstab.write_text(f"{image_of(place)} {place} fuse.cowfs {USUAL} 0 0\n")
+    for name in (place, image_of(place)):
+        run.succeed("mount", name, environment={})
+        assert options_of(run, place) >= {"rw", "nosuid", "nodev", "noexec"}
+        run.succeed("umount", name, environment={})
+        assert not run.processes(), "umount returned before the daemon had ended"
+    run.fstab.write_text(f"{image_of(place)} {place} fuse.cowfs ro,nofail 0 0\n")
+    run.succeed("mount", "-a")
+    run.succeed("mount", "-a")  # mounted already: nothing to do
+    assert "ro" in options_of(run, place)
+    assert run.run("touch", place / "file").returncode
+    run.succeed("umount", "-a", "-t", "fuse.cowfs")
+    assert not run.processes()
+
+
+def test_fstab_given_to_mount_is_used(shared_machine: Machine, place: Path) -> None:
+    """Promise: mount -T FILE works, with a path that has a space in it."""
+    spaced = place.parent / "with space"
+    spaced.mkdir()
+    table = place.parent / "table"
+    table.write_text(f"{image_of(place)} {place.parent}/with\\040space fuse.cowfs commit=1 0 0\n")
+    shared_machine.succeed("mount", "-T", table, spaced)
+    assert [line[1] for line in shared_machine.mounts()] == [f"{place.parent}/with\\040space"]
+    shared_machine.succeed("umount", spaced)
+    shared_machine.wait_until_empty()
+
+
+def test_flags_of_mount_reach_the_helper(shared_machine: Machine, place: Path) -> None:
+    """Promise: -f mounts nothing, -v tells, -s skips unknown words, -n and -r do what they say."""
+    run, words = shared_machine, ["-t", "fuse.cowfs", image_of(place), place]
+    told = run.succeed("mount", "-f", "-v", *words)
+    assert f"mounting {image_of(place)} on {place}" in told
+    assert not run.mounts()
+    refused = run.run("mount", *words, "-o", "frob")
+    assert refused.returncode == 1
+    assert "'frob'" in refused.stderr
+    run.succeed("mount", "-s", "-n", "-r", *words, "-o", "frob")
+    assert "ro" in options_of(run, place)
+
+
+def test_what_went_wrong_is_the_exit_status_of_mount(shared_machine: Machine, place: Path) -> None:
+    """Promise: 1 for wrong words, 32 for what cannot be mounted, one line each, and no mount."""
+    run, image = shared_machine, image_of(place)
+    run.fstab.write_text(f"{image}.gone {place} fuse.cowfs nofail 0 0\n")
+    for words, status, said in (
+        ([image, place, "-o", "commit=x"], 1, "commit=x"),
+        ([f"{image}.gone", place], 32, "there is no image"),
+        ([image, f"{place}.gone"], 32, "gone"),
+        ([image, image.parent], 32, "inside its own mount"),
+    ):
+        done = run.run("mount", "-t", "fuse.cowfs", *words)
+        assert said in done.stderr, done
+        assert done.returncode == status, done
+        assert "Traceback" not in done.stderr
+    assert run.run("mount", place).returncode == 32
+    assert not run.mounts()
+
+
+def test_remount_is_refused_and_says_what_to_do(shared_machine: Machine, place: Path) -> None:
+    """Promise: a remount changes nothing, and the message says so."""
+    run = shared_machine
+    run.succeed("mount", "-t", "fuse.cowfs", image_of(place), place)
+    done = run.run("mount", "-o", "remount,ro", place)
+    assert done.returncode == 1
+    assert "unmount it, and mount it again" in done.stderr
+    assert "rw" in options_of(run, place)
+
+
+def test_umount_of_a_busy_mount_is_refused_and_lazy_is_not(
+    shared_machine: Machine, place: Path
+) -> None:
+    """Promise: umount says busy and leaves the mount; umount -l ends in a clean commit later."""
+    run = shared_machine
+    run.succeed("mount", "-t", "fuse.cowfs", image_of(place), place)
+    daemon = set(run.processes())
+    program = f"exec 9>{place}/open; echo open; read line; echo late >&9"
+    with subprocess.Popen(
+        [*AS_ROOT, "nsenter", f"--target={min(daemon)}", "--mount", "--wd=/", "sh", "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as user:
+        assert user.stdin is not None
+        assert user.stdout is not None
+        try:
+            assert user.stdout.readline() == "open\n"
+            done = run.run("umount", place)
+            assert done.returncode == 32
+            assert "busy" in done.stderr
+            assert options_of(run, place)
+            run.succeed("umount", "-l", place)
+            assert not run.mounts()
+            assert daemon <= set(run.processes()), "the daemon left its user alone"
+        finally:
+            user.stdin.close()
+    for pid in daemon:
+        assert wait_for_end(pid, BUSY_SECONDS)
+    assert json_of(run_command("info", image_of(place), "--json"))["clean"] is True
+    run.succeed("mount", "-t", "fuse.cowfs", image_of(place), place)
+    assert run.succeed("cat", place / "open") == "late\n"
+
+
+def test_mount_after_a_kill_clears_the_dead_mount_away(
+    shared_machine: Machine, place: Path
+) -> None:
+    """Promise: mount DIR just works after the daemon was killed; umount of a dead mount too."""
+    run = shared_machine
+    run.fstab.write_text(f"{image_of(place)} {place} fuse.cowfs x-helper 0 0\n")
+    run.succeed("mount", place)
+    run.succeed("sh", "-c", f"echo kept >{place}/file; sync {place}/file")
+    for how in ("mount", "umount"):
+        for pid in run.processes():
+            os.kill(pid, signal.SIGKILL)
+            assert wait_for_end(pid)
+        assert "not connected" in run.run("ls", place).stderr
+        run.succeed(how, place)
+        assert len(run.mounts()) == (how == "mount")
+    run.succeed("mount", place)
+    assert run.succeed("cat", place / "file") == "kept\n"
+
+
+def test_umount_works_when_the_image_was_moved(shared_machine: Machine, place: Path) -> None:
+    """Promise: what has lost its name is unmounted all the same, as a shutdown needs it."""
+    run = shared_machine
+    run.succeed("mount", "-t", "fuse.cowfs", image_of(place), place, "-o", "x-helper")
+    moved = image_of(place).with_suffix(".moved")
+    image_of(place).rename(moved)
+    done = run.run("umount", place)
+    assert done.returncode == 0, done
+    assert "without waiting" in done.stderr
+    run.wait_until_empty()
+    require_clean(moved)
+
+
+def test_a_snapshot_is_mounted_by_a_line_in_fstab(shared_machine: Machine, place: Path) -> None:
+    """Promise: -o snapshot=NAME shows that snapshot's files, read-only, without .snapshots."""
+    run = shared_machine
+    run.succeed("mount", "-t", "fuse.cowfs", image_of(place), place)
+    run.succeed("sh", "-c", f"echo old >{place}/file")
+    run.succeed("cowfs", "snapshot", "create", place, "monday")
+    run.succeed("sh", "-c", f"echo new >{place}/file; mkdir {place}/more")
+    run.succeed("umount", place)
+    run.wait_until_empty()
+    run.fstab.write_text(f"{image_of(place)} {place} fuse.cowfs snapshot=monday,nofail 0 0\n")
+    run.succeed("mount", place)
+    assert "ro" in options_of(run, place)
+    assert run.succeed("ls", "-A", place) == "file\n"
+    assert run.succeed("cat", place / "file") == "old\n"
+    assert run.run("ls", place / ".snapshots").returncode
+    assert "Read-only" in run.run("touch", place / "file").stderr
