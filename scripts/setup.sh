@@ -59,6 +59,9 @@ missing_packages() {
     while read -r command_name package; do
         command -v "$command_name" >/dev/null || printf '%s\n' "$package"
     done < <(needed_commands "$purpose")
+    if [ "$purpose" = test ] && [ ! -f /usr/share/bash-completion/bash_completion ]; then
+        printf '%s\n' bash-completion
+    fi
 }
 
 # Prints "command package" for each program that is called, one pair a line.
@@ -66,7 +69,8 @@ needed_commands() {
     printf '%s\n' 'fusermount3 fuse3' 'findmnt util-linux' 'tar tar' 'diff diffutils'
     if [ "$1" = test ]; then
         printf '%s\n' 'git git' 'rsync rsync' 'sqlite3 sqlite3' 'setfattr attr' 'setfacl acl' \
-            'find findutils' 'du coreutils' 'fio fio'
+            'find findutils' 'du coreutils' 'man man-db' 'zsh zsh' 'fish fish' \
+            'systemd-analyze systemd' 'nsenter util-linux' 'fio fio'
     fi
 }
 

@@ -28,6 +28,7 @@ _COMMANDS = {
     "salvage": ("cowfs.cli.salvage:salvage", "Copy files out of a damaged image."),
     "scrub": ("cowfs.cli.scrub:scrub", "Read every copy, repair bad ones, name what is lost."),
     "completion": ("cowfs.cli.completion:completion", "Print a shell's completion script."),
+    "integrate": ("cowfs.cli.integration:integrate", "Install manual, completions, service."),
 }
 
 

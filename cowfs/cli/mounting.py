@@ -21,10 +21,33 @@ if TYPE_CHECKING:
 UMOUNT_WAIT_S_MAX = 600.0
 
 
+def complete_options(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
+    """Mount options that go on with the last of the words in `text`, for the shell."""
+    from cowfs.cli.snapshots import complete_name
+    from cowfs.daemon.options import option_words
+
+    before, comma, last = text.rpartition(",")
+    words = option_words()
+    # Behind a -o that waits for its value click has not given the words their names yet.
+    image = context.params.get("image") or next(iter(context.args), None)
+    if last.startswith("snapshot=") and image is not None:
+        context.params["target"] = image
+        names = complete_name(context, parameter, last.partition("=")[2])
+        words = [f"snapshot={name}" for name in names]
+    return [f"{before}{comma}{word}" for word in words if word.startswith(last)]
+
+
 @click.command()
 @click.argument("image", metavar="IMG", type=click.Path())
 @click.argument("mountpoint", metavar="DIR", type=click.Path())
-@click.option("-o", "option_texts", metavar="NAME,NAME=VALUE", multiple=True, help="See above.")
+@click.option(
+    "-o",
+    "option_texts",
+    metavar="NAME,NAME=VALUE",
+    multiple=True,
+    shell_complete=complete_options,
+    help="See above.",
+)
 @click.option("-f", "--foreground", is_flag=True, help="Stay, and log to the terminal.")
 def mount(image: str, mountpoint: str, option_texts: tuple[str, ...], foreground: bool) -> None:
     """Mount an image on an empty directory.
