@@ -31,7 +31,8 @@ def pages() -> dict[str, str]:
     found: dict[str, str] = {}
     for program in PROGRAMS:
         command = _command(program)
-        found.update(_pages_of(command, click.Context(command, info_name=program)))
+        root = click.Context(command, info_name=program, **command.context_settings)
+        found.update(_pages_of(command, root))
     found.update(_helper_pages())
     return found
 
@@ -86,7 +87,7 @@ def _page(command: click.Command, context: click.Context) -> str:
     lines.append(".SH OPTIONS")
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
-        if record is not None:
+        if isinstance(parameter, click.Option) and record is not None:
             lines += [".TP", f"\\fB{_text(record[0])}\\fR", _text(record[1]) or "\\&"]
     if examples:
         lines += [".SH EXAMPLES", *_paragraphs(examples)]

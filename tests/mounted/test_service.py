@@ -82,7 +82,7 @@ def service(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Service]
     try:
         yield service
     finally:
-        if service.process is not None and service.process.poll() is None:
+        if service.process is not None and service.process.returncode is None:
             service.process.kill()
             service.process.communicate()
         service.socket.close()
@@ -141,6 +141,7 @@ def test_service_starts_again_after_a_kill(service: Service) -> None:
     (service.place / "file").write_text("alive")
     subprocess.run(service.words("ExecStop"), check=True, timeout=NOTICE_SECONDS_MAX)
     assert service.notice()["STOPPING"] == "1"
+    assert service.end()[0] == 0
 
 
 def test_start_that_fails_is_never_ready(service: Service) -> None:
