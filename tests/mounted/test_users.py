@@ -175,6 +175,22 @@ def test_an_ordinary_user_is_refused_what_is_not_his(shared_machine: Machine, fo
         run.fuse_conf.write_text("")
 
 
+def test_a_mount_that_reads_keeps_the_writers_of_others_away(
+    shared_machine: Machine, folder: Path
+) -> None:
+    """Promise: one image has readers or a writer, whoever they are and wherever their sockets lie."""
+    run, place, image = shared_machine, folder / "home", folder / "disk.img"
+    shell(run, ANNA, 'mkdir "$1"', place)
+    run.succeed("cowfs", "mkfs", image, "--size", "64M", user=ANNA)
+    run.succeed("cowfs", "mount", image, folder / "mnt", "-o", "ro")
+    assert "is mounted on" in refused(run, ANNA, 'cowfs mount "$1" "$2"', image, place)
+    assert "in use" in refused(run, ANNA, 'cowfs snapshot create "$1" x', image)
+    run.succeed("cowfs", "umount", folder / "mnt")
+    run.succeed("cowfs", "mount", image, place, user=ANNA)
+    assert "is mounted on" in refused(run, 0, 'cowfs mount "$1" "$2" -o ro', image, folder / "mnt")
+    run.succeed("cowfs", "umount", place, user=ANNA)
+
+
 def test_fstab_line_for_users_is_mounted_by_one(shared_machine: Machine, folder: Path) -> None:
     """Promise: with `user` in fstab an ordinary user mounts and unmounts by mount(8)."""
     run, place, image = shared_machine, folder / "home", folder / "disk.img"
