@@ -107,7 +107,8 @@ def _clear_dead_mount(directory: str) -> None:
     try:
         os.statvfs(directory)  # stat would be answered from the kernel's cache
     except OSError as error:
-        if error.errno == errno.ENOTCONN:
+        # The second while the kernel still ends the connection of a daemon that was just killed.
+        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
             unmount(directory, lazy=True)
 
 
