@@ -63,7 +63,8 @@ def mount(image: str, mountpoint: str, option_texts: tuple[str, ...], foreground
     -o allow_other             for other users too
     -o cache=SIZE, dirty=SIZE  bounds of memory (128M, 256M)
     -o discard, nodiscard      give free space back to the host, or not (discard)
-    -o xattrs, noxattrs        extended attributes, or none (xattrs)
+    -o acl, noacl              POSIX ACLs are kept and enforced, or not (acl)
+    -o xattrs, noxattrs        extended attributes, or none, nor ACLs (xattrs)
     -o relatime, noatime       keep access times, or not (relatime)
     -o log=stderr              the daemon's messages go to its log file
        log=journald            they go to the journal

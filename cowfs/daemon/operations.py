@@ -27,6 +27,8 @@ from cowfs.daemon.lookups import Lookups
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.writeback import Writeback
 from cowfs.errors import CorruptError, CowfsError, posix_error
+from cowfs.files.acl import ACCESS_NAME
+from cowfs.files.acl import NAMES as ACL_NAMES
 from cowfs.files.items import INO_MAX, NAME_BYTES_MAX, ROOT_INO, Inode
 from cowfs.files.volume import Changes, Volume
 from cowfs.history.filesystem import Filesystem
@@ -44,6 +46,7 @@ WRITER_BIT = 1 << 63  # in a file handle, beside the node id: it was opened for 
 HANDLE_NODE = WRITER_BIT - 1
 COOKIE_DOT, COOKIE_DOT_DOT, COOKIE_SNAPSHOTS = 1, 2, 3
 READ_AHEAD_BYTES = 1 << 20
+XATTR_NAMESPACES = (b"user.", b"trusted.", b"security.")
 
 assert INO_MAX < 1 << INO_BITS
 
@@ -58,7 +61,9 @@ class Operations(pyfuse3.Operations):
     """
 
     supports_dot_lookup = True
-    enable_acl = False
+    # Whether the kernel leaves the umask to us (FUSE_CAP_DONT_MASK). Otherwise it has taken it from
+    # every mode already, also where a default ACL should have decided instead.
+    applies_umask = False
 
     def __init__(
         self, filesystem: Filesystem, committer: Committer | None, options: MountOptions
@@ -69,6 +74,7 @@ class Operations(pyfuse3.Operations):
         self._snapshots_shown = options.snapshots == "visible"
         self._snapshots_served = options.snapshots != "disabled"
         self._xattrs = options.xattrs
+        self.enable_acl = options.acls and options.xattrs  # read by pyfuse3 at the mount
         self._access_times = options.access_times
         self._lookups = Lookups()  # of the live volume's inodes
         self._writers: dict[int, int] = {}  # handles open for writing, by node id
@@ -255,9 +261,24 @@ class Operations(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         self._refuse_reserved(parent, name)
         volume, directory = self._resolve_for_change(parent)
-        inode = volume.create(directory, name, mode, ctx.uid, ctx.gid, rdev)
+        inode = self._create(volume, directory, name, mode, ctx, rdev)
         self._changed()
         return self._found(volume, inode)
+
+    def _create(
+        self,
+        volume: Volume,
+        directory: int,
+        name: bytes,
+        mode: int,
+        ctx: pyfuse3.RequestContext,
+        rdev: int = 0,
+    ) -> Inode:
+        umask = ctx.umask if self.applies_umask else 0
+        inherits = self.enable_acl
+        return volume.create(
+            directory, name, mode, ctx.uid, ctx.gid, rdev, umask=umask, inherits=inherits
+        )
 
     @answers
     def symlink(
@@ -376,10 +397,13 @@ class Operations(pyfuse3.Operations):
     # --- xattrs -------------------------------------------------------------------------------------
 
     def _check_namespace(self, name: bytes) -> None:
-        """`system.` would promise ACLs that nobody enforces; the kernel guards the other ones."""
+        """Refuse what no filesystem of the kernel has; who may do what in the others, it decides."""
         if not self._xattrs:
             raise posix_error(errno.ENOSYS)
-        if not name.startswith((b"user.", b"trusted.", b"security.")):
+        if name.startswith(XATTR_NAMESPACES):
+            if name in XATTR_NAMESPACES:
+                raise posix_error(errno.EINVAL)
+        elif name not in ACL_NAMES or not self.enable_acl:
             raise posix_error(errno.EOPNOTSUPP)
 
     @answers
@@ -393,19 +417,28 @@ class Operations(pyfuse3.Operations):
         return volume.getxattr(ino, name)
 
     @answers
-    def listxattr(self, node: int, ctx: object) -> Iterator[bytes]:
+    def listxattr(self, node: int, ctx: pyfuse3.RequestContext) -> Iterator[bytes]:
         if not self._xattrs:
             raise posix_error(errno.ENOSYS)
         if node == SNAPSHOTS_NODE:
             return iter(())
         volume, ino = self._resolve(node)
-        return iter(volume.listxattr(ino))
+        names = volume.listxattr(ino)
+        if ctx.uid:  # as ext4 hides them; the kernel refuses to read them
+            names = [name for name in names if not name.startswith(b"trusted.")]
+        if not self.enable_acl:
+            names = [name for name in names if name not in ACL_NAMES]
+        return iter(names)
 
     @answers
-    def setxattr(self, node: int, name: bytes, value: bytes, ctx: object) -> None:
+    def setxattr(self, node: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
         self._check_namespace(name)
         volume, ino = self._resolve_for_change(node)
-        volume.setxattr(ino, name, value)
+        keep_setgid = True
+        if name == ACCESS_NAME:
+            inode = volume.get(ino)
+            keep_setgid = not inode.mode & stat.S_ISGID or _is_member(ctx, inode.gid)
+        volume.setxattr(ino, name, value, keep_setgid=keep_setgid)
         self._changed()
 
     @answers
@@ -445,7 +478,7 @@ class Operations(pyfuse3.Operations):
         if name == UNNAMED:
             inode = volume.create_unnamed(directory, mode, ctx.uid, ctx.gid)
         else:
-            inode = volume.create(directory, name, stat.S_IFREG | mode & 0o7777, ctx.uid, ctx.gid)
+            inode = self._create(volume, directory, name, stat.S_IFREG | mode & 0o7777, ctx)
         self._changed()
         entry = self._found(volume, inode)
         node = entry.st_ino
@@ -637,6 +670,19 @@ class Operations(pyfuse3.Operations):
         names = {entry.name for _, entry in old.listing(ROOT_INO)}
         names |= {entry.name for _, entry in self._live.listing(ROOT_INO)}
         return sorted(names)
+
+
+def _is_member(ctx: pyfuse3.RequestContext, gid: int) -> bool:
+    """Whether a caller may leave a set-group-id bit of that group; root may leave any.
+
+    The kernel knows, but has no way to tell us.
+    """
+    if not ctx.uid or ctx.gid == gid:
+        return True
+    try:
+        return gid in pyfuse3.get_sup_groups(ctx.pid)
+    except (OSError, RuntimeError):  # gone, or in another pid namespace
+        return False
 
 
 def invalidate(names: list[bytes]) -> None:

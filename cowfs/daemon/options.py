@@ -75,6 +75,7 @@ class MountOptions:
         generation: an older generation to look at, read-only.
         snapshot: the snapshot whose tree is mounted, read-only; None for the live volume.
         xattrs: extended attributes are stored.
+        acls: POSIX ACLs hold; they are xattrs, so without those they do not.
         access_times: kept as relatime does; False is noatime.
         writeback: the kernel may keep written data for a while before it comes to us.
     """
@@ -96,6 +97,7 @@ class MountOptions:
     generation: int | None = None
     snapshot: str | None = None
     xattrs: bool = True
+    acls: bool = True
     access_times: bool = True
     writeback: bool = False
 
@@ -116,6 +118,8 @@ _SWITCHES: dict[str, tuple[str, bool]] = {
     "nodev": ("dev", False),
     "exec": ("executable", True),
     "noexec": ("executable", False),
+    "acl": ("acls", True),
+    "noacl": ("acls", False),
     "user_xattr": ("xattrs", True),
     "xattrs": ("xattrs", True),
     "noxattrs": ("xattrs", False),

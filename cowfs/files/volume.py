@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cowfs.errors import CorruptError, DeviceError, ReadOnlyError, posix_error
+from cowfs.files.acl import NAMES as ACL_NAMES
 from cowfs.files.data import Data, Reading
 from cowfs.files.inodes import Inodes
 from cowfs.files.items import (
@@ -40,6 +41,7 @@ from cowfs.files.items import (
 )
 from cowfs.files.names import Names
 from cowfs.files.ranges import Ranges
+from cowfs.files.stored_acls import StoredAcls
 from cowfs.files.xattrs import Xattrs
 from cowfs.storage.btree import Tree
 from cowfs.storage.device import Buffer
@@ -95,6 +97,7 @@ class Volume:
         self.ranges = Ranges(self.data)
         self.names = Names(tree, name_seed)
         self.xattrs = Xattrs(tree, name_seed)
+        self.acls = StoredAcls(self.xattrs)
         self.writable = writable
         self.orphans: set[int] = set()
         self._unnamed: set[int] = (
@@ -158,11 +161,25 @@ class Volume:
     # --- making and unmaking ------------------------------------------------------------------------
 
     def create(
-        self, directory: int, name: bytes, mode: int, uid: int, gid: int, rdev: int = 0
+        self,
+        directory: int,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        rdev: int = 0,
+        *,
+        umask: int = 0,
+        inherits: bool = True,
     ) -> Inode:
         """A new file of any type but a symlink, with its name.
 
+        Args:
+            umask: bits taken from the mode, unless a default ACL of the directory decides.
+            inherits: whether such an ACL counts.
+
         Raises:
+            CorruptError: the default ACL of the directory is damaged.
             OSError: EEXIST, ENOENT, ENOTDIR, EMLINK, ENAMETOOLONG.
             NoSpaceError: the image is full.
         """
@@ -176,6 +193,13 @@ class Volume:
                 mode |= stat.S_ISGID
         if is_directory and parent.nlink >= LINK_MAX:
             raise posix_error(errno.EMLINK)
+        default = access = None
+        if inherits and parent.xattr_count and not stat.S_ISLNK(mode):
+            default = self.acls.default(parent)
+        if default is None:
+            mode &= ~umask
+        else:
+            mode, access = self.acls.inherit(parent, default, mode)
         self.inodes.reach(parent)
         # The name first: only it can be refused, and must then leave no inode behind.
         self.names.add(directory, name, self.inodes.free_ino(), mode >> 12)
@@ -183,6 +207,8 @@ class Volume:
         if is_directory:
             inode.nlink = 2
             parent.nlink += 1
+        if default is not None:
+            self.acls.put_inherited(inode, access, default)
         self._renamed(parent, len(name), inode.mtime_ns)
         return inode
 
@@ -392,6 +418,8 @@ class Volume:
     def setattr(self, ino: int, changes: Changes) -> Inode:
         """Change attributes. The caller decides who may, and which set-id bits go.
 
+        A new mode changes the access ACL with it.
+
         Raises:
             OSError: EISDIR, EINVAL for the size of what has none; EFBIG.
         """
@@ -403,12 +431,15 @@ class Volume:
                 raise posix_error(errno.EISDIR)
             if not stat.S_ISREG(inode.mode) or changes.size_bytes < 0:
                 raise posix_error(errno.EINVAL)
+        access = None if changes.mode is None else self.acls.reach_mode(inode, changes.mode)
+        if changes.size_bytes is not None:
             self.data.truncate(inode, changes.size_bytes)
         self.inodes.reach(inode)
         if changes.size_bytes is not None:
             inode.mtime_ns = now_ns
         if changes.mode is not None:
             inode.mode = stat.S_IFMT(inode.mode) | changes.mode & 0o7777
+            self.acls.put_access(inode, access)
         if changes.uid is not None:
             inode.uid = changes.uid
         if changes.gid is not None:
@@ -440,29 +471,47 @@ class Volume:
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
         """Raises OSError ENODATA."""
-        value = self.xattrs.get(self.get(ino), name)
+        inode = self.get(ino)
+        value = self.xattrs.get(inode, name)
         if value is None:
             raise posix_error(errno.ENODATA)
+        if name in ACL_NAMES:
+            self.acls.check(inode, name, value)
         return value
 
     def listxattr(self, ino: int) -> list[bytes]:
         return self.xattrs.names(self.get(ino))
 
-    def setxattr(self, ino: int, name: bytes, value: bytes) -> None:
-        """Raises OSError ERANGE, E2BIG, ENOSPC."""
+    def setxattr(self, ino: int, name: bytes, value: bytes, *, keep_setgid: bool = True) -> None:
+        """Set an attribute.
+
+        An access ACL sets the mode too.
+
+        Args:
+            keep_setgid: False if an access ACL is set by one who may not leave that bit behind.
+
+        Raises:
+            OSError: ERANGE, E2BIG, ENOSPC; for an ACL as StoredAcls.set.
+        """
         self._admit(TIER_ADD)
         inode = self.get(ino)
         self.inodes.reach(inode)
-        self.xattrs.set(inode, name, value)
+        if name in ACL_NAMES:
+            mode = self.acls.set(inode, name, value)
+            inode.mode = mode if keep_setgid else mode & ~stat.S_ISGID
+        else:
+            self.xattrs.set(inode, name, value)
         inode.ctime_ns = time.time_ns()
         self._touch(inode)
 
     def removexattr(self, ino: int, name: bytes) -> None:
-        """Raises OSError ENODATA."""
+        """Raises OSError ENODATA; not for an ACL, which everything has or could have."""
         self._admit(TIER_REMOVE)
         inode = self.get(ino)
         self.inodes.reach(inode)
         if not self.xattrs.remove(inode, name):
+            if name in ACL_NAMES:
+                return
             raise posix_error(errno.ENODATA)
         inode.ctime_ns = time.time_ns()
         self._touch(inode)
