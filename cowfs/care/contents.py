@@ -26,6 +26,9 @@ from xxhash import xxh3_64_digest, xxh3_64_intdigest
 from cowfs.care.references import ROLE_DATA, References, pieces
 from cowfs.care.report import Findings, shown
 from cowfs.errors import CorruptError, DeviceError
+from cowfs.files.acl import DEFAULT_NAME as DEFAULT_ACL_NAME
+from cowfs.files.acl import NAMES as ACL_NAMES
+from cowfs.files.acl import decode_acl, mode_of
 from cowfs.files.items import (
     INLINE_BYTES_MAX,
     INODE_INLINE,
@@ -484,6 +487,8 @@ class Contents:
 
     def _check_xattrs(self, part: FilePart, inode: Inode, wrong: Callable[[str], None]) -> None:
         names: set[bytes] = set()
+        acls: dict[bytes, bytes] = {}
+        name = b""
         base = next_offset = left = 0
         for offset, value in part.xattrs:
             if left:
@@ -491,6 +496,8 @@ class Contents:
                 if offset != next_offset or len(value) != size:
                     wrong(f"chunks of an xattr do not follow each other at {offset:#x}")
                     return
+                if name in acls:
+                    acls[name] += value
             else:
                 try:
                     name, value_bytes, first = decode_xattr_first(part.ino, value)
@@ -505,12 +512,16 @@ class Contents:
                 if name in names:
                     wrong(f"the xattr {shown(name)} is there twice")
                 names.add(name)
+                if name in ACL_NAMES:
+                    acls[name] = first
             left -= size
             next_offset += 1
         if left:
             wrong(f"the last {left} bytes of an xattr are missing")
         if inode.xattr_count != len(names):
             wrong(f"xattr_count is {inode.xattr_count}, but it has {len(names)} xattrs")
+        for name, value in acls.items():
+            _check_acl(name, value, inode, wrong)
 
     # --- one tree ---------------------------------------------------------------------------------
 
@@ -573,6 +584,20 @@ class Contents:
                     continue  # found when the leaf was first read
         for what, ino in _culprits(inodes, links, marks, parents):
             self._findings.error("I7", what, ino=ino)
+
+
+def _check_acl(name: bytes, value: bytes, inode: Inode, wrong: Callable[[str], None]) -> None:
+    """An ACL is one that the kernel takes, of a file that may have it, and in step with its mode."""
+    type_ = stat.S_IFMT(inode.mode)
+    if type_ == stat.S_IFLNK or (name == DEFAULT_ACL_NAME and type_ != stat.S_IFDIR):
+        wrong(f"a {FILE_TYPE_WORDS[type_ >> 12]} has the ACL {shown(name)}")
+    try:
+        mode = mode_of(decode_acl(value))
+    except ValueError as error:
+        wrong(f"the ACL {shown(name)} is malformed: {error}")
+        return
+    if name != DEFAULT_ACL_NAME and mode != inode.mode & 0o777:
+        wrong(f"the permissions are {inode.mode & 0o777:03o}, but those of its ACL are {mode:03o}")
 
 
 def _culprits(

@@ -4,6 +4,7 @@ The images are written by hand (image_builder.py), one fault in each.
 """
 
 import stat
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -999,6 +1000,59 @@ def test_broken_xattrs_are_found(change: Change, text: str, per_node: int) -> No
     report = checked(change, per_node=per_node)
     assert any(text in finding.what for finding in report.errors), report.findings
     assert {finding.path for finding in report.errors} <= {"/big", "/empty"}
+
+
+def acl_item(ino: int, name: bytes, value: bytes) -> Change:
+    """One more xattr of an inode that has none, counted."""
+
+    def change(builder: ImageBuilder, volume: VolumeItems) -> None:
+        for chunk, part in enumerate(encode_xattr(name, value)):
+            volume.items[key(ino, TYPE_XATTR, xattr_hash(name, NAME_SEED) + chunk)] = part
+        set_member(ino, "xattr_count", 1)(builder, volume)
+
+    return change
+
+
+def acl_value(*entries: tuple[int, int, int]) -> bytes:
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+
+
+NO_ID = 0xFFFFFFFF
+PLAIN_644 = acl_value((1, 6, NO_ID), (4, 4, NO_ID), (32, 4, NO_ID))
+NAMED_644 = acl_value((1, 6, NO_ID), (2, 7, 77), (4, 0, NO_ID), (16, 4, NO_ID), (32, 4, NO_ID))
+NAMED_MANY = acl_value(
+    (1, 6, NO_ID),
+    *((2, 7, uid) for uid in range(300)),
+    (4, 0, NO_ID),
+    (16, 4, NO_ID),
+    (32, 4, NO_ID),
+)
+ACCESS, DEFAULT = b"system.posix_acl_access", b"system.posix_acl_default"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        (ACCESS, PLAIN_644, None),
+        (ACCESS, NAMED_644, None),
+        (ACCESS, NAMED_MANY, None),
+        (ACCESS, b"", "malformed: 0 bytes"),
+        (ACCESS, b"\3" + PLAIN_644[1:], "malformed: its version is 3"),
+        (ACCESS, PLAIN_644[:-8], "malformed: 0 entries with the tag 0x20"),
+        (ACCESS, bytes(5000), "malformed: 5000 bytes are too many"),
+        (ACCESS, acl_value((1, 7, NO_ID), (4, 4, NO_ID), (32, 4, NO_ID)), "are 644, but those of"),
+        (DEFAULT, PLAIN_644, "a regular file has the ACL system.posix_acl_default"),
+    ],
+)
+def test_broken_acls_are_found(name: bytes, value: bytes, text: str | None) -> None:
+    """Promise: an ACL is valid and agrees with the mode, or it is an error of that file."""
+    ino = 9  # /empty, of mode 644
+    report = checked(acl_item(ino, name, value))
+    if text is None:
+        assert report.clean, report.findings
+    else:
+        found = the_error(report, text)
+        assert (found.invariant, found.ino, found.path) == ("I7", ino, "/empty")
 
 
 def test_orphan_among_directories_and_special_keys_are_told() -> None:
