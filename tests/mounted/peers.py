@@ -1,0 +1,123 @@
+"""cowfs beside filesystems of the kernel, and other users: for tables that must hold on all of them.
+
+Needs root, which can mount ext4 on a loop device and become somebody else.
+"""
+
+import contextlib
+import errno
+import marshal
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Mounted, require_clean
+
+KINDS = ("cowfs", "ext4", "tmpfs")
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root can mount ext4 and become other users"
+)
+
+
+@dataclass(frozen=True)
+class User:
+    """Who calls; the numbers belong to nobody on usual systems."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+
+ROOT = User(0, 0)
+ANN = User(64001, 64001)
+BOB = User(64002, 64002, (64001,))
+CARL = User(64003, 64010, (64011, 64012))
+DORA = User(64004, 64010)
+USERS = (ROOT, ANN, BOB, CARL, DORA)
+
+
+@contextlib.contextmanager
+def open_folder() -> Iterator[Path]:
+    """A new folder that all users can reach."""
+    # Not below tmp_path: every pytest that starts closes that to others.
+    with tempfile.TemporaryDirectory(prefix="cowfs-peers-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+
+
+@contextlib.contextmanager
+def open_mount(*options: str) -> Iterator[Mounted]:
+    """A cowfs mount that all users can reach, checked in the end. The options are more words for -o."""
+    with open_folder() as folder:
+        mount = Mounted(folder, "512M", ("-o", ",".join(("allow_other", *options))))
+        try:
+            mount.start()
+            mount.path.chmod(0o755)
+            yield mount
+        finally:
+            trouble = mount.close()
+        assert trouble is None, trouble
+        require_clean(mount.image)
+
+
+@contextlib.contextmanager
+def peer(kind: str) -> Iterator[Path]:
+    """An empty filesystem of one of KINDS, which all users can reach, mounted while the block runs."""
+    if kind == "cowfs":
+        with open_mount() as mount:
+            yield mount.path
+        return
+    with open_folder() as folder:
+        root = folder / "mnt"
+        root.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", "size=256m,mode=755", "none", str(root)]
+        if kind == "ext4":
+            image = folder / "image"
+            with open(image, "wb") as file:
+                file.truncate(128 << 20)
+            make = ["mkfs.ext4", "-q", "-F", "-b", "4096", str(image)]
+            subprocess.run(make, check=True, timeout=60)
+            words = ["mount", "-t", "ext4", "-o", "loop", str(image), str(root)]
+        subprocess.run(words, check=True, timeout=60)
+        try:
+            yield root
+        finally:
+            subprocess.run(["umount", "-l", str(root)], check=True, timeout=60)
+
+
+def outcome(call: Callable[[], Any]) -> Any:
+    """What a call answers, or the name of its errno."""
+    try:
+        return call()
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+
+
+def as_user(user: User, call: Callable[[], Any]) -> Any:
+    """What a call answers to a user, or the name of its errno. Plain values only."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            os.close(reader)
+            os.setgroups(user.groups)
+            os.setresgid(user.gid, user.gid, user.gid)
+            os.setresuid(user.uid, user.uid, user.uid)
+            with open(writer, "wb") as file:
+                marshal.dump(outcome(call), file)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        answer = file.read()
+    _, status = os.waitpid(child, 0)
+    assert not status, f"the process of {user} ended with {status}"
+    return marshal.loads(answer)
