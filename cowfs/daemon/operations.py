@@ -433,6 +433,8 @@ class Operations(pyfuse3.Operations):
     @answers
     def setxattr(self, node: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
         self._check_namespace(name)
+        if node == SNAPSHOTS_NODE:
+            raise posix_error(errno.EROFS)
         volume, ino = self._resolve_for_change(node)
         keep_setgid = True
         if name == ACCESS_NAME:
@@ -444,6 +446,8 @@ class Operations(pyfuse3.Operations):
     @answers
     def removexattr(self, node: int, name: bytes, ctx: object) -> None:
         self._check_namespace(name)
+        if node == SNAPSHOTS_NODE:
+            raise posix_error(errno.EROFS)
         volume, ino = self._resolve_for_change(node)
         volume.removexattr(ino, name)
         self._changed()

@@ -52,10 +52,10 @@ def open_folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def open_mount(*options: str) -> Iterator[Mounted]:
-    """A cowfs mount that all users can reach, checked in the end. The options are more words for -o."""
+def open_mount(size: str = "512M") -> Iterator[Mounted]:
+    """A cowfs mount that all users can reach, of an image of that size; checked in the end."""
     with open_folder() as folder:
-        mount = Mounted(folder, "512M", ("-o", ",".join(("allow_other", *options))))
+        mount = Mounted(folder, size, ("-o", "allow_other"))
         try:
             mount.start()
             mount.path.chmod(0o755)
