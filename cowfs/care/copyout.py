@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from cowfs.errors import UsageError
+from cowfs.files.acl import ACCESS_NAME, decode_acl, mode_without
 from cowfs.files.items import Inode
 
 Path = tuple[bytes, ...]
@@ -119,8 +120,13 @@ class Destination:
         if file_type in (stat.S_IFREG, stat.S_IFDIR):
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
             try:
-                refused = self._set_xattrs(descriptor, xattrs)
+                names = self._set_xattrs(descriptor, xattrs)
+                refused = [
+                    f"its attribute {name.decode(errors='backslashreplace')}" for name in names
+                ]
                 mode = inode.mode & 0o7777
+                if ACCESS_NAME in names:
+                    mode &= 0o7000 | _mode_without(dict(xattrs)[ACCESS_NAME])
                 if not self.is_root and file_type == stat.S_IFREG:
                     mode &= 0o1777  # a set-id bit means nothing without its owner
                 os.fchmod(descriptor, mode)
@@ -134,15 +140,23 @@ class Destination:
             refused.append("its times")
         return refused
 
-    def _set_xattrs(self, descriptor: int, xattrs: Sequence[tuple[bytes, bytes]]) -> list[str]:
+    def _set_xattrs(self, descriptor: int, xattrs: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
+        """Returns the names of those that were not set."""
         refused = []
         for name, value in xattrs:
-            shown = name.decode("utf-8", "backslashreplace")
             if not (self.is_root or name.startswith(b"user.")):
-                refused.append(f"its attribute {shown}")
+                refused.append(name)
                 continue
             try:
                 os.setxattr(descriptor, name, value)
             except (OSError, ValueError):
-                refused.append(f"its attribute {shown}")
+                refused.append(name)
         return refused
+
+
+def _mode_without(access: bytes) -> int:
+    """The bits that may stay of a mode whose access ACL cannot be set: its mask stood for the group."""
+    try:
+        return mode_without(decode_acl(access))
+    except ValueError:
+        return 0o707

@@ -107,6 +107,12 @@ def mode_of(acl: Acl) -> int:
     return mode
 
 
+def mode_without(acl: Acl) -> int:
+    """The permission bits of a file that loses that access ACL, and must not be open to more by it."""
+    group = next(permissions for tag, permissions, _ in acl if tag == TAG_GROUP_OWNER)
+    return mode_of(acl) & (0o707 | group << 3)
+
+
 def is_mode_only(acl: Acl) -> bool:
     """Whether the ACL says no more than its mode."""
     return all(tag not in (*_NAMED, TAG_MASK) for tag, _, _ in acl)

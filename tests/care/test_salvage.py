@@ -2,6 +2,7 @@
 
 import os
 import stat
+import struct
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,50 @@ def test_lost_leaf_is_told_and_what_is_below_a_lost_node_is_found(
     recovered = on_disk(tmp_path / "out" / "lost+found")
     assert recovered or not is_inner
     assert missing
+
+
+ACCESS, DEFAULT = "system.posix_acl_access", "system.posix_acl_default"
+NO_ID = 0xFFFFFFFF
+ACL = struct.pack("<I", 2) + b"".join(
+    struct.pack("<HHI", *entry)
+    for entry in ((1, 7, NO_ID), (2, 6, 65001), (4, 1, NO_ID), (16, 7, NO_ID), (32, 0, NO_ID))
+)
+
+
+@pytest.mark.parametrize("is_root", [True, False])
+def test_acls_come_out_as_root_and_their_loss_opens_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_root: bool
+) -> None:
+    """Promise: root gets ACLs back; elsewhere the group gets what it had, not what the mask shows."""
+    if is_root and os.geteuid():
+        pytest.skip("only root restores ACLs")
+    monkeypatch.setattr(os, "geteuid", lambda: 0 if is_root else 65000)
+
+    def make(filesystem: Filesystem) -> None:
+        volume = filesystem.live
+        for name, type_ in ((b"file", stat.S_IFREG), (b"folder", stat.S_IFDIR)):
+            ino = volume.create(ROOT_INO, name, type_ | 0o700, 0, 0).ino
+            volume.setxattr(ino, ACCESS.encode(), ACL)
+        volume.setxattr(ino, DEFAULT.encode(), ACL)
+        broken = volume.create(ROOT_INO, b"broken", 0o100664, 0, 0)
+        volume.setxattr(broken.ino, b"user.x", b"x")
+        volume.xattrs.set(volume.get(broken.ino), ACCESS.encode(), b"not an ACL")
+
+    image = make_image(tmp_path / "disk.img")
+    change(image, make)
+    report = salvaged(image, tmp_path / "out")
+    file, folder, broken = (
+        tmp_path / "out" / "main" / name for name in ("file", "folder", "broken")
+    )
+    assert stat.S_IMODE(broken.stat().st_mode) == 0o604
+    assert os.listxattr(broken) == ["user.x"]
+    assert any(f"/broken: its attribute {ACCESS}" in words for words in report.problems)
+    if is_root:
+        assert os.getxattr(file, ACCESS) == os.getxattr(folder, DEFAULT) == ACL
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o770
+    else:
+        assert os.listxattr(file) == os.listxattr(folder) == []
+        assert {stat.S_IMODE(path.stat().st_mode) for path in (file, folder)} == {0o710}
 
 
 def test_listing_writes_nothing(image: Path, tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ BASE = MountOptions(image="/i", mountpoint="/m")
         ("log=journald", {"log": "journald"}),
         ("generation=12", {"generation": 12, "read_only": True}),
         ("noxattrs", {"xattrs": False}),
+        ("noacl", {"acls": False}),
+        ("noacl,acl", {}),
         ("defaults,auto,noauto,user,users,_netdev,nofail,noatime,relatime", {}),
         ("x-systemd.automount,x-gvfs-show,comment=a word, ,fsname=a,subtype=b", {}),
     ],

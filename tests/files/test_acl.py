@@ -27,6 +27,7 @@ from cowfs.files.acl import (
     inherit,
     is_mode_only,
     mode_of,
+    mode_without,
     with_mode,
 )
 from cowfs.files.volume import Changes, Volume
@@ -140,6 +141,8 @@ def test_mode_and_acl_go_together(acl: Acl, mode: int) -> None:
     """Promise: the mode shows owner, mask or group, and other; chmod sets exactly these."""
     assert mode_of(acl) == octal(acl)
     assert is_mode_only(acl) == (len(acl) == 3)
+    group = next(entry.permissions for entry in acl if entry.tag == 0x04)
+    assert mode_without(acl) == octal(acl) & ~0o070 | octal(acl) & group << 3
     changed = with_mode(acl, mode)
     assert mode_of(changed) == mode & 0o777
     assert with_mode(acl, mode_of(acl)) == acl
