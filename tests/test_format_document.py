@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from xxhash import xxh3_64_digest, xxh3_128_digest
 
-from cowfs.files import items
+from cowfs.files import acl, items
 from cowfs.history import records
 from cowfs.storage import format as storage_format
 from cowfs.storage.format import Pointer
@@ -278,6 +278,12 @@ RECORDS: dict[str, tuple[struct.Struct | int, bytes, dict[str, Any]]] = {
         items.encode_xattr(b"user.name", b"v" * 3000)[0],
         {"value_length": 3000, "name_length": 9},
     ),
+    "ACL header": (acl.ACL_HEADER, acl.encode_acl(()), {"version": 2}),
+    "ACL entry": (
+        acl.ACL_ENTRY,
+        acl.encode_acl((acl.AclEntry(8, 5, 70_001),))[acl.ACL_HEADER.size :],
+        {"tag": 8, "permissions": 5, "id": 70_001},
+    ),
     "Extent": (
         items.EXTENT,
         items.Extent(1101, 2, 1102, bytes(16)).encode(),
@@ -357,7 +363,9 @@ def test_constants_of_the_document_are_those_of_the_code() -> None:
     names = [row[0].strip("`") for row in table]
     assert len(names) == len(set(names))
     for name, row in zip(names, table, strict=True):
-        owners = [module for module in (storage_format, items, records) if hasattr(module, name)]
+        owners = [
+            module for module in (storage_format, items, acl, records) if hasattr(module, name)
+        ]
         assert owners, f"{name} is in no file of the format"
         assert all(getattr(owner, name) == int(row[1]) for owner in owners), name
     for module, prefix in (
@@ -370,6 +378,13 @@ def test_constants_of_the_document_are_those_of_the_code() -> None:
             assert not name.startswith(prefix) or name in {*names, "INODE_BYTES"}, (
                 f"{name} is not in the document"
             )
+
+
+def test_acl_tags_of_the_document_are_those_of_the_code() -> None:
+    """Promise: each tag is named with its number."""
+    words = sections()["ACL entry"].splitlines()[4].split("|")[4]
+    numbers = [int(word) for word in re.findall(r"\d+", words)]
+    assert numbers == [value for name, value in vars(acl).items() if name.startswith("TAG_")]
 
 
 def test_known_feature_flags_are_documented() -> None:
