@@ -21,6 +21,17 @@ from cowfs.care.check import check_image
 from cowfs.care.generations import generation_reports
 from cowfs.care.repair import repair_image
 from cowfs.care.salvage import salvage_image
+from cowfs.files.acl import (
+    ACCESS_NAME,
+    DEFAULT_NAME,
+    TAG_GROUP_OWNER,
+    TAG_MASK,
+    TAG_OTHER,
+    TAG_OWNER,
+    TAG_USER,
+    AclEntry,
+    encode_acl,
+)
 from cowfs.files.items import ROOT_INO
 from cowfs.files.volume import Changes, Volume
 from cowfs.history.filesystem import Filesystem, open_filesystem
@@ -31,6 +42,15 @@ from tests.care.image_builder import MemoryDevice
 from tests.damage.hostile import write_image
 
 STEP_SECONDS_MAX = 2.0
+ACL = encode_acl(
+    (
+        AclEntry(TAG_OWNER, 7),
+        AclEntry(TAG_USER, 5, 1000),
+        AclEntry(TAG_GROUP_OWNER, 5),
+        AclEntry(TAG_MASK, 5),
+        AclEntry(TAG_OTHER, 0),
+    )
+)
 MEMORY_BYTES_MAX = 512 << 20
 READ_BYTES = 1 << 20
 
@@ -207,6 +227,13 @@ def _change(volume: Volume) -> None:
         attempt(volume.link, ino, ROOT_INO, b"linked")
     attempt(volume.create, ROOT_INO, b"folder", 0o040755, 0, 0)
     attempt(volume.symlink, ROOT_INO, b"pointer", b"hello", 0, 0)
+    for ino in (ROOT_INO, 20):
+        inherited = attempt(volume.create, ino, b"inheriting", 0o040770, 0, 0)
+        if inherited is not None:
+            attempt(volume.rmdir, ino, b"inheriting")
+        attempt(volume.setxattr, ino, ACCESS_NAME, ACL)
+        attempt(volume.setxattr, ino, DEFAULT_NAME, ACL)
+        attempt(volume.setattr, ino, Changes(mode=0o700))
     for directory, name in ((1, b"big"), (1, b"hello"), (20, b"file 21"), (20, b"file 25")):
         inode = attempt(volume.find, directory, name)
         if inode is not None:

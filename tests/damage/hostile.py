@@ -93,11 +93,22 @@ def recipe_of(lists: Sequence[Sequence[Any]]) -> list[Mutation]:
     return [Mutation(str(kind), *map(int, numbers)) for kind, *numbers in lists]
 
 
-def build(recipe: Sequence[Mutation], *, per_node: int = 3) -> MemoryDevice:
-    """The image of a recipe: a volume, two snapshots, and a deletion that is half done."""
+def build(
+    recipe: Sequence[Mutation],
+    *,
+    per_node: int = 3,
+    xattrs: Sequence[tuple[int, bytes, bytes]] = (),
+) -> MemoryDevice:
+    """The image of a recipe: a volume, two snapshots, and a deletion that is half done.
+
+    Args:
+        xattrs: more of them: inode, name, value.
+    """
     builder = HostileBuilder(recipe)
     volume = sample_volume(builder)
     _grow(volume, builder)
+    for each in xattrs:
+        volume.xattr(*each)
     first = builder.add_root(volume, per_node=per_node)
     shared = (first.pointer, first.node_count)
     builder.add_root(volume, "monday", RootKind.SNAPSHOT, tree=shared)

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cowfs.care.check import check_image
-from tests.damage.exercise import exercise
+from cowfs.files.acl import ACCESS_NAME, DEFAULT_NAME
+from tests.damage.exercise import ACL, exercise
 from tests.damage.hostile import KINDS, Mutation, build, build_braid, recipe_of
 from tests.model.profiles import machine_settings
 
@@ -76,6 +77,24 @@ def test_kept_image_is_answered(name: str, tmp_path: Path) -> None:
 def test_leaf_that_is_reached_in_a_million_ways_is_read_once(tmp_path: Path) -> None:
     """Promise: no walk of any part takes longer because a node is pointed at again and again."""
     exercise(build_braid(), tmp_path)
+
+
+def test_acls_that_lie_are_answered(tmp_path: Path) -> None:
+    """Promise: whatever stands where an ACL should, on whatever file, costs that file at the most."""
+    for seed in range(12):
+        choice = random.Random(seed)
+        xattrs = []
+        for ino in (1, 2, 4, 20, 21):  # root, a file, a symlink, a directory, a file
+            for name in (ACCESS_NAME, DEFAULT_NAME):
+                value = bytearray(ACL)
+                value[choice.randrange(len(ACL))] ^= 1 << choice.randrange(8)
+                cut = choice.choice([len(ACL), len(ACL), 4, 0, choice.randrange(len(ACL))])
+                xattrs.append((ino, name, bytes(value[:cut]) * choice.choice([1, 1, 2, 300])))
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        device = build([], xattrs=xattrs)
+        assert not check_image(device).clean
+        exercise(device, folder)
 
 
 @pytest.mark.timeout(36000)
