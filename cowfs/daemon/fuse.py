@@ -2,7 +2,8 @@
 
 `_session` (Cython, built with the package) must be loaded first and with its symbols for all to see.
 Where it could not be built, or does not fit this libfuse, `session` is None, `session_missing` says
-why, and a mount works without fallocate, SEEK_HOLE, copy_file_range and O_TMPFILE.
+why, and a mount works without fallocate, SEEK_HOLE, copy_file_range and O_TMPFILE, and with the umask
+taken off also below default ACLs.
 """
 
 import os
@@ -27,3 +28,8 @@ finally:
     sys.setdlopenflags(_flags)
 
 import pyfuse3 as pyfuse3  # noqa: E402  # after _session
+
+
+def umask_is_ours() -> bool:
+    """Whether the kernel leaves the umask to us (FUSE_CAP_DONT_MASK); known once it asks."""
+    return session is not None and session.has_dont_mask()

@@ -338,7 +338,7 @@ class _Mount:
             )
         else:
             session.install(
-                self._operations, background=BACKGROUND_REQUESTS, dont_mask=False, killpriv=False
+                self._operations, background=BACKGROUND_REQUESTS, dont_mask=True, killpriv=False
             )
         with self._mounted():
             _take_no_new_privileges()

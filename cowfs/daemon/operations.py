@@ -22,7 +22,7 @@ import trio
 
 from cowfs.daemon.answers import answers, answers_now, waits
 from cowfs.daemon.commits import Committer
-from cowfs.daemon.fuse import pyfuse3
+from cowfs.daemon.fuse import pyfuse3, umask_is_ours
 from cowfs.daemon.lookups import Lookups
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.writeback import Writeback
@@ -61,9 +61,6 @@ class Operations(pyfuse3.Operations):
     """
 
     supports_dot_lookup = True
-    # Whether the kernel leaves the umask to us (FUSE_CAP_DONT_MASK). Otherwise it has taken it from
-    # every mode already, also where a default ACL should have decided instead.
-    applies_umask = False
 
     def __init__(
         self, filesystem: Filesystem, committer: Committer | None, options: MountOptions
@@ -274,11 +271,12 @@ class Operations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
         rdev: int = 0,
     ) -> Inode:
-        umask = ctx.umask if self.applies_umask else 0
-        inherits = self.enable_acl
-        return volume.create(
-            directory, name, mode, ctx.uid, ctx.gid, rdev, umask=umask, inherits=inherits
-        )
+        # Otherwise the kernel has taken it from the mode already, also below a default ACL.
+        umask = ctx.umask if umask_is_ours() else 0
+        inherits, uid, gid = self.enable_acl, ctx.uid, ctx.gid
+        if name == UNNAMED:
+            return volume.create_unnamed(directory, mode, uid, gid, umask=umask, inherits=inherits)
+        return volume.create(directory, name, mode, uid, gid, rdev, umask=umask, inherits=inherits)
 
     @answers
     def symlink(
@@ -479,10 +477,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         self._refuse_reserved(parent, name)
         volume, directory = self._resolve_for_change(parent)
-        if name == UNNAMED:
-            inode = volume.create_unnamed(directory, mode, ctx.uid, ctx.gid)
-        else:
-            inode = self._create(volume, directory, name, stat.S_IFREG | mode & 0o7777, ctx)
+        inode = self._create(volume, directory, name, stat.S_IFREG | mode & 0o7777, ctx)
         self._changed()
         entry = self._found(volume, inode)
         node = entry.st_ino

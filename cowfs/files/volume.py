@@ -193,13 +193,7 @@ class Volume:
                 mode |= stat.S_ISGID
         if is_directory and parent.nlink >= LINK_MAX:
             raise posix_error(errno.EMLINK)
-        default = access = None
-        if inherits and parent.xattr_count and not stat.S_ISLNK(mode):
-            default = self.acls.default(parent)
-        if default is None:
-            mode &= ~umask
-        else:
-            mode, access = self.acls.inherit(parent, default, mode)
+        mode, access, default = self._inherited(parent, mode, umask, inherits)
         self.inodes.reach(parent)
         # The name first: only it can be refused, and must then leave no inode behind.
         self.names.add(directory, name, self.inodes.free_ino(), mode >> 12)
@@ -212,13 +206,35 @@ class Volume:
         self._renamed(parent, len(name), inode.mtime_ns)
         return inode
 
-    def create_unnamed(self, directory: int, mode: int, uid: int, gid: int) -> Inode:
+    def _inherited(
+        self, parent: Inode, mode: int, umask: int, inherits: bool
+    ) -> tuple[int, bytes | None, bytes | None]:
+        """Mode and access ACL of a new file, and the default ACL that they come from, if one does."""
+        default = None
+        if inherits and parent.xattr_count and not stat.S_ISLNK(mode):
+            default = self.acls.default(parent)
+        if default is None:
+            return mode & ~umask, None, None
+        return *self.acls.inherit(parent, default, mode), default
+
+    def create_unnamed(
+        self,
+        directory: int,
+        mode: int,
+        uid: int,
+        gid: int,
+        *,
+        umask: int = 0,
+        inherits: bool = True,
+    ) -> Inode:
         """A regular file without a name (O_TMPFILE): an orphan, until `link` gives it one.
 
         Args:
-            directory: whose group it may get.
+            directory: whose group and default ACL it may get.
+            umask, inherits: as for `create`.
 
         Raises:
+            CorruptError: the default ACL of the directory is damaged.
             OSError: ENOENT, ENOTDIR.
             NoSpaceError: the image is full.
         """
@@ -227,8 +243,10 @@ class Volume:
         self.tree.reach(key(0, TYPE_ORPHAN, self.inodes.free_ino()))
         if parent.mode & stat.S_ISGID:
             gid = parent.gid
-        inode = self.inodes.create(stat.S_IFREG | mode & 0o7777, uid, gid, 0)
+        mode, access, _ = self._inherited(parent, stat.S_IFREG | mode & 0o7777, umask, inherits)
+        inode = self.inodes.create(mode, uid, gid, 0)
         inode.nlink = 0
+        self.acls.put_access(inode, access)
         self.orphans.add(inode.ino)
         self._unnamed.add(inode.ino)
         self.changed = True
