@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cowfs.care.check import check_image
@@ -83,22 +83,42 @@ def test_acl_survives_its_bytes(acl: Acl) -> None:
     assert decode_acl(value) == acl
 
 
+@example(
+    (AclEntry(1, 7), AclEntry(4, 7), AclEntry(16, 7), AclEntry(32, 7)), [("repeat", 2, 0)], 2, 0
+)
 @given(
+    acls(),
     st.lists(
         st.tuples(
-            st.sampled_from([*LETTERS, *LETTERS, *LETTERS, 0, 3, 0x40, 0xFFFF]),
-            st.sampled_from([*range(8), 8, 0xFFFF]),
-            st.sampled_from([0, 1, 1000, NO_ID]),
+            st.sampled_from(["swap", "drop", "repeat", "tag", "permissions", "id"]),
+            st.integers(0, 12),
+            st.sampled_from([*LETTERS, *range(16), 0xFFFF, NO_ID]),
         ),
-        max_size=7,
-    ).map(lambda entries: sorted(entries, key=lambda entry: entry[0] if entry[2] % 2 else 0)),
+        max_size=2,
+    ),
     st.sampled_from([2, 2, 2, 2, 1, 3, 0]),
-    st.integers(-3, 3),
+    st.sampled_from([0, 0, 0, 0, 1, -1, -3]),
 )
 def test_only_what_the_kernel_takes_is_an_acl(
-    entries: list[tuple[int, int, int]], version: int, cut: int
+    acl: Acl, edits: list[tuple[str, int, int]], version: int, cut: int
 ) -> None:
     """Promise: any bytes are an ACL or a ValueError, by the rules of the kernel."""
+    entries = [tuple(entry) for entry in acl]
+    for edit, place, number in edits:
+        at = place % len(entries)
+        tag, bits, id_ = entries[at]
+        if edit == "swap":
+            entries[at], entries[at - 1] = entries[at - 1], entries[at]
+        elif edit == "drop" and len(entries) > 1:
+            del entries[at]
+        elif edit == "repeat":
+            entries.insert(at, entries[at])
+        elif edit == "tag":
+            entries[at] = (number & 0xFFFF, bits, id_)
+        elif edit == "permissions":
+            entries[at] = (tag, number & 0xFFFF, id_)
+        elif edit == "id":
+            entries[at] = (tag, bits, number)
     value = raw(*entries, version=version)
     value = value[:cut] if cut < 0 else value + bytes(cut)
     tags = "".join(LETTERS.get(tag, "?") for tag, _, _ in entries)

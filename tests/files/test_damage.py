@@ -15,6 +15,15 @@ import pytest
 
 from cowfs.care.check import check_image
 from cowfs.errors import CorruptError, DeviceError
+from cowfs.files.acl import (
+    ACCESS_NAME,
+    DEFAULT_NAME,
+    AclEntry,
+    decode_acl,
+    encode_acl,
+    inherit,
+    with_mode,
+)
 from cowfs.files.items import ROOT_INO
 from cowfs.files.volume import Changes, Volume
 from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
@@ -24,6 +33,17 @@ from tests.model.devices import Fault, FaultDevice, MemoryDevice
 
 TOTAL_BLOCKS = 16384
 OPERATIONS = 60
+MODE = stat.S_IFREG | 0o644
+# The default ACL of one directory: every new file there gets one.
+ACL = encode_acl(
+    (
+        AclEntry(1, 7),
+        *(AclEntry(2, 7, user) for user in range(20)),
+        AclEntry(4, 5),
+        AclEntry(16, 7),
+        AclEntry(32, 5),
+    )
+)
 
 
 @dataclass
@@ -43,16 +63,23 @@ def directories(volume: Volume) -> dict[bytes, int]:
     }
 
 
+def inherited(directory: bytes) -> dict[bytes, bytes]:
+    """The xattrs of a new file."""
+    access = inherit(ACL, MODE).access
+    return {ACCESS_NAME: access} if directory == b"two" and access is not None else {}
+
+
 def populate(volume: Volume, model: Model, choice: random.Random) -> None:
     """Directories and files of all kinds, enough for some dozens of leaves."""
     places = {b"": ROOT_INO}
     for name in (b"one", b"two"):
         places[name] = volume.create(ROOT_INO, name, stat.S_IFDIR | 0o755, 0, 0).ino
+    volume.setxattr(places[b"two"], DEFAULT_NAME, ACL)
     for number in range(240):
         directory = choice.choice(list(places))
         name = b"file %d " % number + b"x" * choice.choice([0, 0, 100])
-        file = model[directory, name] = File()
-        ino = volume.create(places[directory], name, stat.S_IFREG | 0o644, 0, 0).ino
+        file = model[directory, name] = File(xattrs=inherited(directory))
+        ino = volume.create(places[directory], name, MODE, 0, 0).ino
         size = choice.choice([0, 10, 1500, 2048, 5000, 40_000])
         file.data += choice.randbytes(size)
         volume.write(ino, 0, bytes(file.data))
@@ -77,8 +104,8 @@ def operate(volume: Volume, model: Model, choice: random.Random) -> None:
     ino = volume.lookup(places[directory], name).ino
 
     def create() -> None:
-        volume.create(places[new[0]], new[1], stat.S_IFREG | 0o644, 0, 0)
-        model[new] = File()
+        volume.create(places[new[0]], new[1], MODE, 0, 0)
+        model[new] = File(xattrs=inherited(new[0]))
 
     def unlink() -> None:
         volume.unlink(places[directory], name)
@@ -111,6 +138,17 @@ def operate(volume: Volume, model: Model, choice: random.Random) -> None:
         del file.data[size:]
         file.data.extend(bytes(size - len(file.data)))
 
+    def chmod() -> None:
+        mode = choice.randrange(0o1000)
+        volume.setattr(ino, Changes(mode=mode))
+        if ACCESS_NAME in file.xattrs:
+            acl = decode_acl(file.xattrs[ACCESS_NAME])
+            file.xattrs[ACCESS_NAME] = encode_acl(with_mode(acl, mode))
+
+    def set_acl() -> None:
+        volume.setxattr(ino, ACCESS_NAME, ACL)
+        file.xattrs[ACCESS_NAME] = ACL
+
     def set_xattr() -> None:
         value = choice.randbytes(choice.choice([5, 2500, 9000]))
         volume.setxattr(ino, b"user.b", value)
@@ -122,7 +160,7 @@ def operate(volume: Volume, model: Model, choice: random.Random) -> None:
             del file.xattrs[b"user.b"]
 
     kinds: list[Callable[[], None]] = [create, create, unlink, unlink, rename, replace, write]
-    kinds += [write, write, truncate, set_xattr, remove_xattr]
+    kinds += [write, write, truncate, set_xattr, remove_xattr, chmod, set_acl]
     choice.choice(kinds)()
 
 
