@@ -375,10 +375,9 @@ class _Mount:
             chosen.add("ro")
         if options.allow_other:
             chosen.add("allow_other")
-        if not options.suid:
-            chosen.add("nosuid")
-        if not options.dev:
-            chosen.add("nodev")
+        # Both said each time: libfuse's own default depends on who mounts.
+        chosen.add("suid" if options.suid else "nosuid")
+        chosen.add("dev" if options.dev else "nodev")
         if not options.executable:
             chosen.add("noexec")
         return chosen

@@ -61,6 +61,8 @@ class Operations(pyfuse3.Operations):
     """
 
     supports_dot_lookup = True
+    # Whether the kernel was told FUSE_HANDLE_KILLPRIV_V2 and leaves set-id bits to us; see `_cleared`.
+    handles_killpriv = False
 
     def __init__(
         self, filesystem: Filesystem, committer: Committer | None, options: MountOptions
@@ -350,12 +352,15 @@ class Operations(pyfuse3.Operations):
         attr: pyfuse3.EntryAttributes,
         fields: pyfuse3.SetattrFields,
         fh: int | None,
-        ctx: object,
+        ctx: pyfuse3.RequestContext,
     ) -> pyfuse3.EntryAttributes:
         if node == SNAPSHOTS_NODE:
             raise posix_error(errno.EROFS)
         volume, ino = self._resolve_for_change(node)
+        bits, clear_capability = self._cleared(volume.get(ino), attr, fields, ctx)
         changes = Changes(
+            clear_bits=bits,
+            clear_capability=clear_capability,
             mode=attr.st_mode if fields.update_mode else None,
             uid=attr.st_uid if fields.update_uid else None,
             gid=attr.st_gid if fields.update_gid else None,
@@ -368,10 +373,67 @@ class Operations(pyfuse3.Operations):
         self._changed()
         return self._attributes(volume, inode)
 
+    def _cleared(
+        self,
+        inode: Inode,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        ctx: pyfuse3.RequestContext,
+    ) -> tuple[int, bool]:
+        """Which set-id bits a setattr takes away, and whether file capabilities go; as ext4 does it.
+
+        Before an unprivileged write the kernel asks for the new mode; where it was told
+        FUSE_HANDLE_KILLPRIV_V2 it asks for a change of nothing (Linux 6.18). That is also how
+        chown(-1, -1) comes. What it does not see to in either case is S_ISGID of a group that the
+        caller is not in.
+        """
+        is_root = ctx.uid == 0
+        is_bare = not (
+            fields.update_mode
+            or fields.update_uid
+            or fields.update_gid
+            or fields.update_size
+            or fields.update_atime
+            or fields.update_mtime
+            or fields.update_ctime
+        )
+        gives_away = fields.update_uid or fields.update_gid
+        if stat.S_ISDIR(inode.mode) or not (
+            gives_away or fields.update_size or fields.update_mode or is_bare
+        ):
+            return 0, False
+        mode = attr.st_mode if fields.update_mode else inode.mode
+        bits = 0
+        if gives_away or (is_bare and self.handles_killpriv):
+            bits = stat.S_ISUID | self._group_bit(inode, mode, ctx)
+        elif not is_root and fields.update_mode and not fields.update_size:
+            # A chmod may give g+xs to a group that the caller is in, and the kernel has looked.
+            bits = self._group_bit(inode, mode & ~stat.S_IXGRP, ctx)
+        elif not is_root:
+            bits = stat.S_ISUID | self._group_bit(inode, mode, ctx)
+        return bits, bool(gives_away or fields.update_size)
+
+    def _group_bit(self, inode: Inode, mode: int, ctx: pyfuse3.RequestContext) -> int:
+        """S_ISGID if it has to go: it lets a group execute, or the caller is not of that group."""
+        if not mode & stat.S_ISGID:
+            return 0
+        if mode & stat.S_IXGRP:
+            return stat.S_ISGID
+        if ctx.uid == 0 or ctx.gid == inode.gid:
+            return 0
+        try:
+            is_member = inode.gid in pyfuse3.get_sup_groups(ctx.pid)
+        except (OSError, RuntimeError):  # it ended, or we cannot see it
+            is_member = False
+        return 0 if is_member else stat.S_ISGID
+
     @answers
     def readlink(self, node: int, ctx: object) -> bytes:
         volume, ino = self._resolve(node)
-        return volume.readlink(ino)
+        target = volume.readlink(ino)
+        if self._access_times:
+            volume.accessed(volume.get(ino))
+        return target
 
     @answers
     def access(self, node: int, mode: int, ctx: object) -> bool:
@@ -453,16 +515,17 @@ class Operations(pyfuse3.Operations):
     # --- files --------------------------------------------------------------------------------------
 
     @answers
-    def open(self, node: int, flags: int, ctx: object) -> pyfuse3.FileInfo:
-        return self._open(node, flags)
-
-    def _open(self, node: int, flags: int) -> pyfuse3.FileInfo:
+    def open(self, node: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
         handle = node
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             volume, ino = self._resolve_for_change(node)
             self.filesystem.store.require_writable()
             if flags & os.O_TRUNC:
-                volume.setattr(ino, Changes(size_bytes=0))
+                inode = volume.get(ino)
+                bits = 0
+                if ctx.uid:
+                    bits = stat.S_ISUID | self._group_bit(inode, inode.mode, ctx)
+                volume.setattr(ino, Changes(size_bytes=0, clear_bits=bits, clear_capability=True))
                 self._changed()
             self._writers[node] = self._writers.get(node, 0) + 1
             handle |= WRITER_BIT

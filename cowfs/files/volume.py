@@ -50,6 +50,7 @@ from cowfs.storage.store import TIER_ADD, TIER_REMOVE
 
 log = logging.getLogger(__name__)
 
+CAPABILITY_XATTR = b"security.capability"
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10  # FALLOC_FL_* of linux/falloc.h
@@ -59,7 +60,11 @@ RECLAIM_LEAVES = 64  # of a file's extents, at once: about 450 MiB of data, some
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What `setattr` is to change; None leaves alone. Times in nanoseconds."""
+    """What `setattr` is to change; None leaves alone. Times in nanoseconds.
+
+    `clear_bits` are bits of the mode to take away, whatever `mode` says. `clear_capability` removes what
+    an execution of the file would gain by its xattr.
+    """
 
     mode: int | None = None
     uid: int | None = None
@@ -68,6 +73,8 @@ class Changes:
     atime_ns: int | None = None
     mtime_ns: int | None = None
     ctime_ns: int | None = None
+    clear_bits: int = 0
+    clear_capability: bool = False
 
 
 class Volume:
@@ -444,6 +451,9 @@ class Volume:
         self._admit(TIER_REMOVE)
         inode = self.get(ino)
         now_ns = time.time_ns()
+        clear_capability = changes.clear_capability and inode.xattr_count
+        if clear_capability:
+            self.xattrs.reach(inode, CAPABILITY_XATTR)
         if changes.size_bytes is not None:
             if stat.S_ISDIR(inode.mode):
                 raise posix_error(errno.EISDIR)
@@ -458,6 +468,9 @@ class Volume:
         if changes.mode is not None:
             inode.mode = stat.S_IFMT(inode.mode) | changes.mode & 0o7777
             self.acls.put_access(inode, access)
+        inode.mode &= ~changes.clear_bits
+        if clear_capability:
+            self.xattrs.remove(inode, CAPABILITY_XATTR)
         if changes.uid is not None:
             inode.uid = changes.uid
         if changes.gid is not None:

@@ -70,6 +70,12 @@ class Xattrs:
         for chunk, part in enumerate(encode_xattr(name, value)):
             self._tree.put(self._key(inode, found + chunk), part)
 
+    def reach(self, inode: Inode, name: bytes) -> None:
+        """See to it that removing the attribute cannot fail. Raises CorruptError, DeviceError."""
+        found = self._find(inode, name)[0] if inode.xattr_count else None
+        if found is not None:
+            self._reach(inode, found)
+
     def remove(self, inode: Inode, name: bytes) -> bool:
         found = self._find(inode, name)[0] if inode.xattr_count else None
         if found is None:
