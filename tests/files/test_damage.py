@@ -25,7 +25,7 @@ from cowfs.files.acl import (
     with_mode,
 )
 from cowfs.files.items import ROOT_INO
-from cowfs.files.volume import Changes, Volume
+from cowfs.files.volume import CAPABILITY_XATTR, Changes, Volume
 from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES, Pointer
 from cowfs.storage.node import NodeCache
@@ -86,6 +86,9 @@ def populate(volume: Volume, model: Model, choice: random.Random) -> None:
         if not number % 5:
             file.xattrs[b"user.a"] = choice.randbytes(choice.choice([10, 3000]))
             volume.setxattr(ino, b"user.a", file.xattrs[b"user.a"])
+        if not number % 3:
+            file.xattrs[CAPABILITY_XATTR] = choice.randbytes(20)
+            volume.setxattr(ino, CAPABILITY_XATTR, file.xattrs[CAPABILITY_XATTR])
     for number in range(2):  # in many pieces, so that they have leaves of their own
         file = model[b"", b"large %d" % number] = File(bytearray(900 * BLOCK_SIZE_BYTES))
         ino = volume.create(ROOT_INO, b"large %d" % number, stat.S_IFREG | 0o644, 0, 0).ino
@@ -134,9 +137,12 @@ def operate(volume: Volume, model: Model, choice: random.Random) -> None:
 
     def truncate() -> None:
         size = choice.randrange(len(file.data) + 3000)
-        volume.setattr(ino, Changes(size_bytes=size))
+        clear = choice.random() < 0.8
+        volume.setattr(ino, Changes(size_bytes=size, clear_capability=clear))
         del file.data[size:]
         file.data.extend(bytes(size - len(file.data)))
+        if clear:
+            file.xattrs.pop(CAPABILITY_XATTR, None)
 
     def chmod() -> None:
         mode = choice.randrange(0o1000)

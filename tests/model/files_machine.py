@@ -19,6 +19,7 @@ import cowfs.storage.commit as commit_module
 from cowfs.care.check import check_image
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
 from cowfs.files.volume import (
+    CAPABILITY_XATTR,
     KEEP_SIZE,
     PUNCH_HOLE,
     RENAME_EXCHANGE,
@@ -64,7 +65,7 @@ offsets = st.one_of(
 sizes = st.one_of(
     st.sampled_from([0, 1, 2047, 2048, 2049, 4096, 8192, 131_072]), st.integers(0, 20_000)
 )
-xattr_names = st.sampled_from([b"user.a", b"user.b", b"user." + b"x" * 250, b"security.c"])
+xattr_names = st.sampled_from([b"user.a", b"user.b", b"user." + b"x" * 250, CAPABILITY_XATTR])
 xattr_sizes = st.sampled_from([0, 1, 100, 2047, 2048, 2049, 4096, 10_000, 65_536])
 
 
@@ -418,20 +419,39 @@ class FilesMachine(RuleBasedStateMachine):
         mode=st.none() | modes,
         owner=st.none() | st.integers(0, 9),
         mtime_ns=st.none() | st.integers(-(1 << 70), 1 << 70),
+        clear_bits=st.sampled_from([0, 0, stat.S_ISUID, stat.S_ISGID, stat.S_ISUID | stat.S_ISGID]),
+        clear_capability=st.booleans(),
     )
-    def setattr(self, at: int, mode: int | None, owner: int | None, mtime_ns: int | None) -> None:
+    def setattr(
+        self,
+        at: int,
+        mode: int | None,
+        owner: int | None,
+        mtime_ns: int | None,
+        clear_bits: int,
+        clear_capability: bool,
+    ) -> None:
         ino = self.any_file(at)
 
         def model() -> None:
             file = self.files.file(ino)
             if mode is not None:
                 file.mode = stat.S_IFMT(file.mode) | mode
+            file.mode &= ~clear_bits
+            if clear_capability:
+                file.xattrs.pop(CAPABILITY_XATTR, None)
             if owner is not None:
                 file.uid = owner
             if mtime_ns is not None:
                 file.mtime_ns = max(-(1 << 63), min((1 << 63) - 1, mtime_ns))
 
-        changes = Changes(mode=mode, uid=owner, mtime_ns=mtime_ns)
+        changes = Changes(
+            mode=mode,
+            uid=owner,
+            mtime_ns=mtime_ns,
+            clear_bits=clear_bits,
+            clear_capability=clear_capability,
+        )
         self.both(lambda: self.volume.setattr(ino, changes), model)
 
     @rule(at=picks, name=xattr_names, size=xattr_sizes, seed=picks)

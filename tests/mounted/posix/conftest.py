@@ -73,7 +73,8 @@ def filesystem(request: pytest.FixtureRequest) -> Iterator[Filesystem]:
 
 
 @pytest.fixture(scope="package")
-def callers() -> Iterator[dict[User, Caller]]:
+def callers(filesystem: Filesystem) -> Iterator[dict[User, Caller]]:
+    """The processes of all users; they end before the filesystem does, with all they have open."""
     users = (SELF, *OTHERS) if IS_ROOT else (SELF,)
     started = {user: Caller(user) for user in users}
     try:
