@@ -10,7 +10,12 @@ class SessionOperations(Protocol):
     ) -> int: ...
 
 def install(
-    operations: SessionOperations, *, background: int, dont_mask: bool, killpriv: bool
+    operations: SessionOperations,
+    *,
+    background: int,
+    cache_symlinks: bool,
+    dont_mask: bool,
+    killpriv: bool,
 ) -> None: ...
 def has_dont_mask() -> bool: ...
 def has_killpriv() -> bool: ...

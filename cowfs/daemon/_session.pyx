@@ -104,6 +104,7 @@ cdef fuse_lowlevel_ops _table
 cdef fuse_custom_io _io
 cdef void (*_next_init)(void *, fuse_conn_info *) noexcept
 cdef unsigned _background = 0
+cdef bint _wants_cached_symlinks = False
 cdef bint _wants_dont_mask = False
 cdef bint _wants_killpriv = False
 cdef uint64_t _init_unique = 0
@@ -113,7 +114,9 @@ cdef bint _has_killpriv = False
 cdef bint _has_dont_mask = False
 
 
-def install(operations, *, unsigned background, bint dont_mask, bint killpriv):
+def install(
+    operations, *, unsigned background, bint cache_symlinks, bint dont_mask, bint killpriv
+):
     """Have the next session answered by `operations`, too. Call it before `pyfuse3.init`.
 
     Args:
@@ -122,14 +125,17 @@ def install(operations, *, unsigned background, bint dont_mask, bint killpriv):
             `copy_file_range(node_in, offset_in, handle_out, offset_out, length)`; each
             returns an int, not negative, or a negative errno.
         background: requests for reading ahead and direct I/O that may be on their way at once.
+        cache_symlinks: the kernel may keep the targets of symbolic links, and then tells of no more
+            reads of them.
         dont_mask: ask for FUSE_DONT_MASK: the umask is applied by the file system, which knows of
             default ACLs.
         killpriv: ask for FUSE_HANDLE_KILLPRIV_V2: set-id bits are cleared by the file system, and the
             kernel does not ask for `security.capability` before every write.
     """
-    global _operations, _background, _wants_dont_mask, _wants_killpriv
+    global _operations, _background, _wants_cached_symlinks, _wants_dont_mask, _wants_killpriv
     _operations = operations
     _background = background
+    _wants_cached_symlinks = cache_symlinks
     _wants_dont_mask = dont_mask
     _wants_killpriv = killpriv
 
@@ -213,7 +219,9 @@ cdef void _on_init(void *data, fuse_conn_info *connection) noexcept with gil:
     if _background:
         connection.max_background = _background
         connection.congestion_threshold = _background * 3 // 4
-    connection.want |= connection.capable & (FUSE_CAP_CACHE_SYMLINKS | FUSE_CAP_PARALLEL_DIROPS)
+    connection.want |= connection.capable & FUSE_CAP_PARALLEL_DIROPS
+    if _wants_cached_symlinks:
+        connection.want |= connection.capable & FUSE_CAP_CACHE_SYMLINKS
     if _wants_dont_mask:
         connection.want |= connection.capable & FUSE_CAP_DONT_MASK
     _has_dont_mask = connection.want & FUSE_CAP_DONT_MASK != 0

@@ -33,3 +33,13 @@ import pyfuse3 as pyfuse3  # noqa: E402  # after _session
 def umask_is_ours() -> bool:
     """Whether the kernel leaves the umask to us (FUSE_CAP_DONT_MASK); known once it asks."""
     return session is not None and session.has_dont_mask()
+
+
+def killpriv_is_ours() -> bool:
+    """Whether set-id bits and capabilities are ours to clear (FUSE_HANDLE_KILLPRIV_V2)."""
+    return session is not None and session.has_killpriv()
+
+
+def write_kills_privileges() -> bool:
+    """Whether the kernel said so of the write that is being handled."""
+    return session is not None and session.write_kills_privileges()

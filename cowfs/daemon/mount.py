@@ -338,7 +338,11 @@ class _Mount:
             )
         else:
             session.install(
-                self._operations, background=BACKGROUND_REQUESTS, dont_mask=True, killpriv=False
+                self._operations,
+                background=BACKGROUND_REQUESTS,
+                cache_symlinks=not self._options.access_times,
+                dont_mask=True,
+                killpriv=True,
             )
         with self._mounted():
             _take_no_new_privileges()

@@ -22,7 +22,12 @@ import trio
 
 from cowfs.daemon.answers import answers, answers_now, waits
 from cowfs.daemon.commits import Committer
-from cowfs.daemon.fuse import pyfuse3, umask_is_ours
+from cowfs.daemon.fuse import (
+    killpriv_is_ours,
+    pyfuse3,
+    umask_is_ours,
+    write_kills_privileges,
+)
 from cowfs.daemon.lookups import Lookups
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.writeback import Writeback
@@ -44,6 +49,7 @@ UNNAMED = b"/"  # what the kernel calls a file of O_TMPFILE, and no file can be 
 TIMEOUT_S = 86400.0
 WRITER_BIT = 1 << 63  # in a file handle, beside the node id: it was opened for writing
 HANDLE_NODE = WRITER_BIT - 1
+SET_ID = stat.S_ISUID | stat.S_ISGID
 COOKIE_DOT, COOKIE_DOT_DOT, COOKIE_SNAPSHOTS = 1, 2, 3
 READ_AHEAD_BYTES = 1 << 20
 XATTR_NAMESPACES = (b"user.", b"trusted.", b"security.")
@@ -61,8 +67,6 @@ class Operations(pyfuse3.Operations):
     """
 
     supports_dot_lookup = True
-    # Whether the kernel was told FUSE_HANDLE_KILLPRIV_V2 and leaves set-id bits to us; see `_cleared`.
-    handles_killpriv = False
 
     def __init__(
         self, filesystem: Filesystem, committer: Committer | None, options: MountOptions
@@ -131,7 +135,7 @@ class Operations(pyfuse3.Operations):
         else:
             entry.st_ino = volume.tree.owner << INO_BITS | ino
             if file_type == stat.S_IFREG:
-                mode &= ~(stat.S_ISUID | stat.S_ISGID)  # what was fixed since must not come back
+                mode &= ~SET_ID  # what was fixed since must not come back
         entry.entry_timeout = TIMEOUT_S
         entry.attr_timeout = TIMEOUT_S
         entry.st_mode = mode
@@ -404,7 +408,7 @@ class Operations(pyfuse3.Operations):
             return 0, False
         mode = attr.st_mode if fields.update_mode else inode.mode
         bits = 0
-        if gives_away or (is_bare and self.handles_killpriv):
+        if gives_away or (is_bare and killpriv_is_ours()):
             bits = stat.S_ISUID | self._group_bit(inode, mode, ctx)
         elif not is_root and fields.update_mode and not fields.update_size:
             # A chmod may give g+xs to a group that the caller is in, and the kernel has looked.
@@ -574,7 +578,10 @@ class Operations(pyfuse3.Operations):
     async def write(self, handle: int, offset: int, data: bytes) -> int:
         volume, ino = self._resolve_for_change(handle & HANDLE_NODE)
         # With its write-back cache the kernel keeps the times too, and sends them by setattr.
-        volume.write(ino, offset, data, keep_times=self.writeback is not None)
+        inode = volume.write(ino, offset, data, keep_times=self.writeback is not None)
+        if (inode.mode & SET_ID or inode.xattr_count) and write_kills_privileges():
+            bits = SET_ID if inode.mode & stat.S_IXGRP else stat.S_ISUID
+            volume.setattr(ino, Changes(clear_bits=bits, clear_capability=True))
         committer = self.committer
         if committer is not None:
             committer.kick_if_due()

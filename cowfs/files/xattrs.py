@@ -46,12 +46,6 @@ class Xattrs:
             raise CorruptError(f"xattr of inode {inode.ino}", inode.ino, "wrong length", len(value))
         return value
 
-    def reach(self, inode: Inode, name: bytes) -> None:
-        """See to it that `set` with a value of the length that it has meets no damage (C9)."""
-        found = self._find(inode, name)[0]
-        if found is not None:
-            self._reach(inode, found)
-
     def set(self, inode: Inode, name: bytes, value: bytes) -> None:
         if not 0 < len(name) <= NAME_BYTES_MAX:
             raise posix_error(errno.ERANGE)
@@ -71,7 +65,11 @@ class Xattrs:
             self._tree.put(self._key(inode, found + chunk), part)
 
     def reach(self, inode: Inode, name: bytes) -> None:
-        """See to it that removing the attribute cannot fail. Raises CorruptError, DeviceError."""
+        """See to it that an attribute that is there can be removed or replaced (C9).
+
+        Raises:
+            CorruptError, DeviceError: it cannot be.
+        """
         found = self._find(inode, name)[0] if inode.xattr_count else None
         if found is not None:
             self._reach(inode, found)
