@@ -61,7 +61,8 @@ def mount(image: str, mountpoint: str, option_texts: tuple[str, ...], foreground
        snapshots=visible       .snapshots is listed
        snapshots=disabled      .snapshots is not there
     -o allow_other             for other users too
-    -o cache=SIZE, dirty=SIZE  bounds of memory (128M, 256M)
+    -o cache=SIZE              bound of the cache of metadata (1/16 of memory, 128M to 1G)
+    -o dirty=SIZE              data in memory that waits for a commit (256M)
     -o discard, nodiscard      give free space back to the host, or not (discard)
     -o acl, noacl              POSIX ACLs are kept and enforced, or not (acl)
     -o xattrs, noxattrs        extended attributes, or none, nor ACLs (xattrs)

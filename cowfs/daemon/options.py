@@ -5,9 +5,10 @@ nothing here; a word that nobody knows is refused by name, never silently droppe
 """
 
 import math
+import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cowfs.errors import UsageError
@@ -19,6 +20,8 @@ MIB = 1 << 20
 COMMIT_INTERVAL_S_MIN = 0.05
 COMMIT_INTERVAL_S_MAX = 3600.0
 CACHE_BYTES_MIN = 4 * MIB
+CACHE_BYTES_DEFAULT_MIN = 128 * MIB
+CACHE_BYTES_DEFAULT_MAX = 1024 * MIB
 DIRTY_BYTES_MIN = 4 * MIB
 
 # Said by mount(8), fstab(5) or libfuse; true already, or none of a filesystem's business.
@@ -87,7 +90,7 @@ class MountOptions:
     allow_other: bool = False
     commit_interval_s: float = 5.0
     snapshots: SnapshotsOption = "hidden"
-    cache_bytes: int = 128 * MIB
+    cache_bytes: int = field(default_factory=lambda: default_cache_bytes())
     dirty_bytes_max: int = 256 * MIB
     discard: bool = True
     log: LogOption = "stderr"
@@ -100,6 +103,12 @@ class MountOptions:
     acls: bool = True
     access_times: bool = True
     writeback: bool = False
+
+
+def default_cache_bytes() -> int:
+    """A sixteenth of the machine's memory, within bounds: what a large directory needs to stay fast."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(CACHE_BYTES_DEFAULT_MIN, min(memory // 16, CACHE_BYTES_DEFAULT_MAX))
 
 
 _SWITCHES: dict[str, tuple[str, bool]] = {
