@@ -15,15 +15,8 @@ from dataclasses import dataclass, field
 from cowfs.care.check import check_image
 from cowfs.daemon.options import CACHE_BYTES_MIN
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
-from cowfs.files.volume import (
-    KEEP_SIZE,
-    PUNCH_HOLE,
-    RENAME_EXCHANGE,
-    RENAME_NOREPLACE,
-    ZERO_RANGE,
-    Changes,
-    Volume,
-)
+from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE
+from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Changes, Volume
 from cowfs.history.filesystem import (
     Edit,
     EditAction,

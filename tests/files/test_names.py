@@ -10,7 +10,8 @@ import pytest
 from cowfs.care.check import check_image
 from cowfs.errors import NoSpaceError
 from cowfs.files.items import NAME_SLOTS, name_hash
-from cowfs.files.volume import RENAME_EXCHANGE, Volume
+from cowfs.files.namespace import RENAME_EXCHANGE
+from cowfs.files.volume import Volume
 from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
 from tests.model.devices import MemoryDevice
 

@@ -1,0 +1,466 @@
+"""Names: what makes, finds, moves and removes files and directories of one tree.
+
+Every method is one operation of the history: it happens whole or not at all, and never suspends. What
+it will change is *reached* first (btree.py), so that damage refuses the operation, and neither half of
+it nor the commit meets it (C9). POSIX answers are `OSError`.
+"""
+
+import errno
+import stat
+import time
+from collections.abc import Iterator
+
+from cowfs.errors import CorruptError, ReadOnlyError, posix_error
+from cowfs.files.data import Data
+from cowfs.files.inodes import Inodes
+from cowfs.files.items import (
+    FILE_SIZE_MAX,
+    LINK_MAX,
+    NAME_BYTES_MAX,
+    ROOT_INO,
+    SYMLINK_BYTES_MAX,
+    TYPE_ORPHAN,
+    TYPE_SYMLINK,
+    Inode,
+    Name,
+    key,
+)
+from cowfs.files.names import Names
+from cowfs.files.orphans import Orphans
+from cowfs.files.ranges import Ranges
+from cowfs.files.stored_acls import StoredAcls
+from cowfs.files.xattrs import Xattrs
+from cowfs.storage.btree import Tree
+from cowfs.storage.store import TIER_ADD, TIER_REMOVE
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+
+
+class Namespace:
+    """The files of one tree, by name. `Volume` is the whole of it.
+
+    Args:
+        tree: of the volume or snapshot.
+        name_seed: of the hashes of names, from the superblock.
+        next_ino, inode_count, data_blocks: from the root record.
+        writable: False for a snapshot.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        name_seed: int,
+        *,
+        next_ino: int,
+        inode_count: int,
+        data_blocks: int,
+        writable: bool,
+    ) -> None:
+        self.tree = tree
+        self.store = tree.store
+        self.inodes = Inodes(tree, next_ino, inode_count)
+        self.data = Data(tree, data_blocks)
+        self.ranges = Ranges(self.data)
+        self.names = Names(tree, name_seed)
+        self.xattrs = Xattrs(tree, name_seed)
+        self.acls = StoredAcls(self.xattrs)
+        self.writable = writable
+        self._orphans = Orphans(tree, self.inodes, self.data, self.xattrs)
+        self.changed = False  # since the last flush
+
+    def make_root(self, mode: int, uid: int, gid: int) -> None:
+        """The root directory of a new, empty tree."""
+        inode = self.inodes.create(stat.S_IFDIR | mode, uid, gid, ROOT_INO)
+        assert inode.ino == ROOT_INO
+        inode.nlink = 2
+        self.changed = True
+
+    # --- looking ------------------------------------------------------------------------------------
+
+    def get(self, ino: int) -> Inode:
+        """The inode. Raises OSError ESTALE."""
+        return self.inodes.get(ino)
+
+    def lookup(self, directory: int, name: bytes) -> Inode:
+        """The inode of a name, `.` and `..` included. Raises OSError ENOENT, ENOTDIR."""
+        if name == b".":
+            return self._directory(directory)
+        if name == b"..":
+            return self.get(self._directory(directory).rdev)
+        entry = self._find(directory, name)
+        if entry is None:
+            raise posix_error(errno.ENOENT)
+        return self._named(entry)
+
+    def find(self, directory: int, name: bytes) -> Inode | None:
+        """The same without `.` and `..`; None when there is no such name."""
+        entry = self._find(directory, name)
+        return None if entry is None else self._named(entry)
+
+    def listing(self, directory: int, after: int = 0) -> Iterator[tuple[int, Name]]:
+        """(cookie, entry) of each name with a cookie above `after`. The volume must not change."""
+        self._directory(directory)
+        return self.names.listing(directory, after)
+
+    # --- making and unmaking ------------------------------------------------------------------------
+
+    def create(
+        self,
+        directory: int,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        rdev: int = 0,
+        *,
+        umask: int = 0,
+        inherits: bool = True,
+    ) -> Inode:
+        """A new file of any type but a symlink, with its name.
+
+        Args:
+            umask: bits taken from the mode, unless a default ACL of the directory decides.
+            inherits: whether such an ACL counts.
+
+        Raises:
+            CorruptError: the default ACL of the directory is damaged.
+            OSError: EEXIST, ENOENT, ENOTDIR, EMLINK, ENAMETOOLONG.
+            NoSpaceError: the image is full.
+        """
+        self._admit(TIER_ADD)
+        parent = self._living(directory)
+        self._free_name(directory, name)
+        is_directory = stat.S_ISDIR(mode)
+        if parent.mode & stat.S_ISGID:
+            gid = parent.gid
+            if is_directory:
+                mode |= stat.S_ISGID
+        if is_directory and parent.nlink >= LINK_MAX:
+            raise posix_error(errno.EMLINK)
+        mode, access, default = self._inherited(parent, mode, umask, inherits)
+        self.inodes.reach(parent)
+        # The name first: only it can be refused, and must then leave no inode behind.
+        self.names.add(directory, name, self.inodes.free_ino(), mode >> 12)
+        inode = self.inodes.create(mode, uid, gid, directory if is_directory else rdev)
+        if is_directory:
+            inode.nlink = 2
+            parent.nlink += 1
+        if default is not None:
+            self.acls.put_inherited(inode, access, default)
+        self._renamed(parent, len(name), inode.mtime_ns)
+        return inode
+
+    def _inherited(
+        self, parent: Inode, mode: int, umask: int, inherits: bool
+    ) -> tuple[int, bytes | None, bytes | None]:
+        """Mode and access ACL of a new file, and the default ACL that they come from, if one does."""
+        default = None
+        if inherits and parent.xattr_count and not stat.S_ISLNK(mode):
+            default = self.acls.default(parent)
+        if default is None:
+            return mode & ~umask, None, None
+        return *self.acls.inherit(parent, default, mode), default
+
+    def create_unnamed(
+        self,
+        directory: int,
+        mode: int,
+        uid: int,
+        gid: int,
+        *,
+        umask: int = 0,
+        inherits: bool = True,
+    ) -> Inode:
+        """A regular file without a name (O_TMPFILE): an orphan, until `link` gives it one.
+
+        Args:
+            directory: whose group and default ACL it may get.
+            umask, inherits: as for `create`.
+
+        Raises:
+            CorruptError: the default ACL of the directory is damaged.
+            OSError: ENOENT, ENOTDIR.
+            NoSpaceError: the image is full.
+        """
+        self._admit(TIER_ADD)
+        parent = self._living(directory)
+        self.tree.reach(key(0, TYPE_ORPHAN, self.inodes.free_ino()))
+        if parent.mode & stat.S_ISGID:
+            gid = parent.gid
+        mode, access, _ = self._inherited(parent, stat.S_IFREG | mode & 0o7777, umask, inherits)
+        inode = self.inodes.create(mode, uid, gid, 0)
+        inode.nlink = 0
+        self.acls.put_access(inode, access)
+        self._orphans.inos.add(inode.ino)
+        self._orphans.unnamed.add(inode.ino)
+        self.changed = True
+        return inode
+
+    def symlink(self, directory: int, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
+        """A symbolic link. Raises as `create`; ENAMETOOLONG, ENOENT also for the target."""
+        if not target:
+            raise posix_error(errno.ENOENT)
+        if len(target) > SYMLINK_BYTES_MAX:
+            raise posix_error(errno.ENAMETOOLONG)
+        inode = self.create(directory, name, stat.S_IFLNK | 0o777, uid, gid)
+        self.tree.put(key(inode.ino, TYPE_SYMLINK, 0), target)
+        inode.size_bytes = len(target)
+        return inode
+
+    def link(self, ino: int, directory: int, name: bytes) -> Inode:
+        """Another name for a file. Raises OSError EPERM for a directory, EMLINK, EEXIST, ENOENT."""
+        self._admit(TIER_ADD)
+        inode = self.get(ino)
+        parent = self._living(directory)
+        if stat.S_ISDIR(inode.mode):
+            raise posix_error(errno.EPERM)
+        if inode.nlink >= LINK_MAX:
+            raise posix_error(errno.EMLINK)
+        if not inode.nlink and ino not in self._orphans.unnamed:
+            raise posix_error(errno.ENOENT)
+        self._free_name(directory, name)
+        now_ns = time.time_ns()
+        self.inodes.reach(parent)
+        self._orphans.reach(inode)
+        self.names.add(directory, name, ino, inode.mode >> 12)
+        inode.nlink += 1
+        if inode.nlink == 1:
+            self._orphans.named(ino)
+        inode.ctime_ns = now_ns
+        self.inodes.touch(inode)
+        self._renamed(parent, len(name), now_ns)
+        return inode
+
+    def unlink(self, directory: int, name: bytes) -> Inode:
+        """Remove a name that is not a directory's. With the last one the file is an orphan.
+
+        Returns:
+            The inode; when its nlink is 0, `reclaim` it as soon as nobody uses it.
+        """
+        self._admit(TIER_REMOVE)
+        parent = self._directory(directory)
+        inode = self.lookup(directory, name)
+        if stat.S_ISDIR(inode.mode):
+            raise posix_error(errno.EISDIR)
+        self._require_linked(inode)
+        now_ns = time.time_ns()
+        self.inodes.reach(parent)
+        self._orphans.reach(inode)
+        self.names.remove(directory, name)
+        self._renamed(parent, -len(name), now_ns)
+        self._unlinked(inode, now_ns)
+        return inode
+
+    def rmdir(self, directory: int, name: bytes) -> Inode:
+        """Remove an empty directory. Raises OSError ENOTEMPTY, ENOTDIR, EINVAL for `.`."""
+        self._admit(TIER_REMOVE)
+        if name in (b".", b".."):
+            raise posix_error(errno.EINVAL if name == b"." else errno.ENOTEMPTY)
+        parent = self._directory(directory)
+        inode = self.lookup(directory, name)
+        self._require_empty(inode)
+        self._require_linked(inode)
+        now_ns = time.time_ns()
+        self.inodes.reach(parent)
+        self._orphans.reach(inode)
+        self.names.remove(directory, name)
+        self._count_link(parent, -1)
+        self._renamed(parent, -len(name), now_ns)
+        self._unlinked(inode, now_ns)
+        return inode
+
+    def rename(
+        self, old_directory: int, old_name: bytes, directory: int, name: bytes, flags: int = 0
+    ) -> Inode | None:
+        """Give a file another name, atomically (C3).
+
+        Args:
+            flags: 0, RENAME_NOREPLACE or RENAME_EXCHANGE.
+
+        Returns:
+            The inode that lost its name to the new one, if there was one; see `unlink`.
+
+        Raises:
+            OSError: EINVAL into its own subtree or for other flags; ENOENT, EEXIST, ENOTEMPTY, EISDIR,
+                ENOTDIR as rename(2).
+        """
+        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+            raise posix_error(errno.EINVAL)
+        for part in (old_name, name):
+            if part in (b".", b".."):
+                raise posix_error(errno.EBUSY)
+        self._admit(TIER_ADD)
+        old_parent, parent = self._directory(old_directory), self._living(directory)
+        moving = self.lookup(old_directory, old_name)
+        self._check_name(name)
+        target = self.find(directory, name)
+        if target is not None and flags == RENAME_NOREPLACE:
+            raise posix_error(errno.EEXIST)
+        if target is None and flags == RENAME_EXCHANGE:
+            raise posix_error(errno.ENOENT)
+        if target is moving:
+            return None
+        if stat.S_ISDIR(moving.mode):
+            self._require_outside(moving.ino, directory)
+        if flags == RENAME_EXCHANGE:
+            assert target is not None
+            if stat.S_ISDIR(target.mode):
+                self._require_outside(target.ino, old_directory)
+            self._reach_renamed(old_parent, old_name, moving, parent, name, target)
+            self._exchange(old_parent, old_name, moving, parent, name, target)
+            return None
+        now_ns = time.time_ns()
+        if target is None:
+            if stat.S_ISDIR(moving.mode) and parent is not old_parent and parent.nlink >= LINK_MAX:
+                raise posix_error(errno.EMLINK)
+            self._reach_renamed(old_parent, old_name, moving, parent, name, target)
+            self.names.add(directory, name, moving.ino, moving.mode >> 12)
+            self._renamed(parent, len(name), now_ns)
+        else:
+            if stat.S_ISDIR(moving.mode):
+                self._require_empty(target)
+            elif stat.S_ISDIR(target.mode):
+                raise posix_error(errno.EISDIR)
+            self._require_linked(target)
+            self._reach_renamed(old_parent, old_name, moving, parent, name, target)
+            if stat.S_ISDIR(moving.mode):
+                self._count_link(parent, -1)
+            self.names.change(directory, name, moving.ino, moving.mode >> 12)
+            self._renamed(parent, 0, now_ns)
+            self._unlinked(target, now_ns)
+        self.names.remove(old_directory, old_name)
+        self._renamed(old_parent, -len(old_name), now_ns)
+        self._moved(moving, old_parent, parent, now_ns)
+        return target
+
+    def _reach_renamed(
+        self,
+        old_parent: Inode,
+        old_name: bytes,
+        moving: Inode,
+        parent: Inode,
+        name: bytes,
+        target: Inode | None,
+    ) -> None:
+        self.names.reach(old_parent.ino, old_name)
+        self.names.reach(parent.ino, name)
+        for inode in (old_parent, parent, moving):
+            self.inodes.reach(inode)
+        if target is not None:
+            self._orphans.reach(target)
+
+    def _exchange(
+        self,
+        old_parent: Inode,
+        old_name: bytes,
+        moving: Inode,
+        parent: Inode,
+        name: bytes,
+        target: Inode,
+    ) -> None:
+        now_ns = time.time_ns()
+        self.names.change(old_parent.ino, old_name, target.ino, target.mode >> 12)
+        self.names.change(parent.ino, name, moving.ino, moving.mode >> 12)
+        self._renamed(old_parent, 0, now_ns)
+        self._renamed(parent, 0, now_ns)
+        self._moved(moving, old_parent, parent, now_ns)
+        self._moved(target, parent, old_parent, now_ns)
+
+    def _moved(self, inode: Inode, old_parent: Inode, parent: Inode, now_ns: int) -> None:
+        if stat.S_ISDIR(inode.mode) and old_parent is not parent:
+            inode.rdev = parent.ino
+            self._count_link(old_parent, -1)
+            self._count_link(parent, 1)
+        inode.ctime_ns = now_ns
+        self.inodes.touch(inode)
+
+    # --- inside ---------------------------------------------------------------------------------------
+
+    def _require_writable(self) -> None:
+        if not self.writable:
+            raise ReadOnlyError("a snapshot cannot be changed")
+
+    def _admit(self, tier: int) -> None:
+        self._require_writable()
+        self.store.admit(0, tier)
+
+    def _touch(self, inode: Inode) -> None:
+        self.changed = True
+        self.inodes.touch(inode)
+
+    def _directory(self, ino: int) -> Inode:
+        inode = self.get(ino)
+        if not stat.S_ISDIR(inode.mode):
+            raise posix_error(errno.ENOTDIR)
+        return inode
+
+    def _living(self, ino: int) -> Inode:
+        """A directory that can take names: not one that was removed and is still open."""
+        inode = self._directory(ino)
+        if not inode.nlink:
+            raise posix_error(errno.ENOENT)
+        return inode
+
+    def _find(self, directory: int, name: bytes) -> Name | None:
+        self._directory(directory)
+        if len(name) > NAME_BYTES_MAX:
+            raise posix_error(errno.ENAMETOOLONG)
+        return self.names.find(directory, name)
+
+    def _named(self, entry: Name) -> Inode:
+        try:
+            return self.inodes.get(entry.ino)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            raise CorruptError(f"inode {entry.ino}", entry.ino, "a name without inode") from None
+
+    def _check_name(self, name: bytes) -> None:
+        if len(name) > NAME_BYTES_MAX:
+            raise posix_error(errno.ENAMETOOLONG)
+        if not name or b"/" in name or b"\0" in name:
+            raise posix_error(errno.EINVAL)
+
+    def _free_name(self, directory: int, name: bytes) -> None:
+        self._check_name(name)
+        if name in (b".", b"..") or self.names.find(directory, name) is not None:
+            raise posix_error(errno.EEXIST)
+
+    def _renamed(self, directory: Inode, bytes_more: int, now_ns: int) -> None:
+        directory.size_bytes = max(0, min(FILE_SIZE_MAX, directory.size_bytes + bytes_more))
+        directory.mtime_ns = directory.ctime_ns = now_ns
+        self._touch(directory)
+
+    def _unlinked(self, inode: Inode, now_ns: int) -> None:
+        inode.nlink = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
+        inode.ctime_ns = now_ns
+        self.inodes.touch(inode)
+        if not inode.nlink:
+            self._orphans.inos.add(inode.ino)
+
+    def _require_linked(self, inode: Inode) -> None:
+        """A file that a name leads to has links; the image may say something else."""
+        if not inode.nlink or inode.ino == ROOT_INO:
+            raise CorruptError(f"inode {inode.ino}", inode.ino, "a name, but nlink", inode.nlink)
+
+    def _count_link(self, directory: Inode, links: int) -> None:
+        """A subdirectory came or went; a number that was wrong in the image stays one."""
+        directory.nlink = max(1, min(LINK_MAX, directory.nlink + links))
+
+    def _require_empty(self, inode: Inode) -> None:
+        if not stat.S_ISDIR(inode.mode):
+            raise posix_error(errno.ENOTDIR)
+        if not self.names.is_empty(inode.ino):
+            raise posix_error(errno.ENOTEMPTY)
+
+    def _require_outside(self, ino: int, directory: int) -> None:
+        """Raise EINVAL if `directory` is the directory `ino` or below it."""
+        seen = set()
+        while directory != ROOT_INO:
+            if directory == ino:
+                raise posix_error(errno.EINVAL)
+            if directory in seen:
+                raise CorruptError(f"directory {directory}", directory, "is its own ancestor")
+            seen.add(directory)
+            directory = self._directory(directory).rdev
