@@ -29,7 +29,7 @@ from cowfs.daemon.commits import Committer
 from cowfs.daemon.fuse import pyfuse3, session, session_missing
 from cowfs.daemon.loop import install_burst_loop
 from cowfs.daemon.notify import READY, STOPPING, Notifier
-from cowfs.daemon.operations import READ_AHEAD_BYTES, Operations
+from cowfs.daemon.operations import Operations
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.service import MountService
 from cowfs.errors import CowfsError, LockedError, MountError
@@ -38,6 +38,7 @@ from cowfs.storage.device import FileDevice
 
 log = logging.getLogger(__name__)
 
+READ_AHEAD_BYTES = 1 << 20
 WORKERS_MAX = 16  # each keeps a buffer of 1 MiB
 WORKERS_IDLE_MAX = 4
 BACKGROUND_REQUESTS = (

@@ -1,11 +1,7 @@
 """The FUSE operations: kernel requests in, calls on volumes, answers out.
 
-A node id given to the kernel is (root id, inode): unique over the live volume and all snapshots, so
-that du, find, tar and rsync never take two files for one; `nodeid 1` is the root directory of the live
-volume, whichever root that is after a rollback. Old ids keep naming the tree they were given for.
-
-Nobody else changes the tree, so the kernel may cache names and attributes for long; rollback
-invalidates them. Handlers that need not wait await nothing; what they raise answers.py makes an errno.
+Handlers that need not wait await nothing; what they raise answers.py makes an errno. What they share,
+node ids and attributes, is in nodes.py.
 """
 
 import copy
@@ -14,157 +10,42 @@ import functools
 import logging
 import os
 import stat
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import trio
 
 from cowfs.daemon.answers import answers, answers_now, waits
-from cowfs.daemon.commits import Committer
 from cowfs.daemon.fuse import (
-    killpriv_is_ours,
     pyfuse3,
     umask_is_ours,
     write_kills_privileges,
 )
-from cowfs.daemon.lookups import Lookups
-from cowfs.daemon.options import MountOptions
-from cowfs.daemon.writeback import Writeback
-from cowfs.errors import CorruptError, CowfsError, posix_error
+from cowfs.daemon.nodes import (
+    ROOT_NODE,
+    SNAPSHOTS_NAME,
+    SNAPSHOTS_NODE,
+    Nodes,
+)
+from cowfs.daemon.privileges import SET_ID, cleared_by_setattr, group_bit, is_member
+from cowfs.errors import CorruptError, posix_error
 from cowfs.files.acl import ACCESS_NAME
 from cowfs.files.acl import NAMES as ACL_NAMES
 from cowfs.files.items import INO_MAX, NAME_BYTES_MAX, ROOT_INO, Inode
 from cowfs.files.volume import Changes, Volume
-from cowfs.history.filesystem import Filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
 log = logging.getLogger(__name__)
 
-INO_BITS = 40
-ROOT_NODE = 1  # FUSE_ROOT_ID
-SNAPSHOTS_NODE = 2  # the directory .snapshots; inode 2 of root 0, which is no root's id
-SNAPSHOTS_NAME = b".snapshots"
 UNNAMED = b"/"  # what the kernel calls a file of O_TMPFILE, and no file can be called
-TIMEOUT_S = 86400.0
 WRITER_BIT = 1 << 63  # in a file handle, beside the node id: it was opened for writing
 HANDLE_NODE = WRITER_BIT - 1
-SET_ID = stat.S_ISUID | stat.S_ISGID
 COOKIE_DOT, COOKIE_DOT_DOT, COOKIE_SNAPSHOTS = 1, 2, 3
-READ_AHEAD_BYTES = 1 << 20
 XATTR_NAMESPACES = (b"user.", b"trusted.", b"security.")
 
-assert INO_MAX < 1 << INO_BITS
 
-
-class Operations(pyfuse3.Operations):
-    """The handlers of one mount.
-
-    Args:
-        filesystem: open.
-        committer: its commits; None when the mount is read-only.
-        options: of the mount.
-    """
-
-    supports_dot_lookup = True
-
-    def __init__(
-        self, filesystem: Filesystem, committer: Committer | None, options: MountOptions
-    ) -> None:
-        super().__init__()
-        self.filesystem = filesystem
-        self.committer = committer
-        self._snapshots_shown = options.snapshots == "visible"
-        self._snapshots_served = options.snapshots != "disabled"
-        self._xattrs = options.xattrs
-        self.enable_acl = options.acls and options.xattrs  # read by pyfuse3 at the mount
-        self._access_times = options.access_times
-        self._lookups = Lookups()  # of the live volume's inodes
-        self._writers: dict[int, int] = {}  # handles open for writing, by node id
-        self._reclaims: list[int] = []  # orphans too large for one turn
-        self.writeback: Writeback | None = None
-        if options.writeback and committer is not None:
-            self.writeback = Writeback(options.mountpoint, self._writers.keys)
-        self.enable_writeback_cache = self.writeback is not None
-        self._set_live()
-        self._absent = pyfuse3.EntryAttributes()
-        self._absent.st_ino = pyfuse3.InodeT(0)
-        self._absent.entry_timeout = TIMEOUT_S
-        self._uid, self._gid = os.getuid(), os.getgid()
-        self._started_ns = time.time_ns()
-
-    def _set_live(self) -> None:
-        self._live = self.filesystem.live
-        self._live_base = self.filesystem.record.root_id << INO_BITS
-
-    # --- node ids -----------------------------------------------------------------------------------
-
-    def _resolve(self, node: int) -> tuple[Volume, int]:
-        """The volume and inode number of a node id. Raises OSError ESTALE for one that is gone."""
-        ino = node - self._live_base
-        if 0 < ino <= INO_MAX:
-            return self._live, ino
-        if node == ROOT_NODE:
-            return self._live, ROOT_INO
-        volume = self.filesystem.volume(node >> INO_BITS)
-        if volume is None:
-            raise posix_error(errno.ESTALE)
-        return volume, node & INO_MAX
-
-    def _resolve_for_change(self, node: int) -> tuple[Volume, int]:
-        volume, ino = self._resolve(node)
-        if volume is not self._live:
-            stale = volume.tree.owner << INO_BITS | ino
-            raise posix_error(errno.ESTALE if self._was_live(stale) else errno.EROFS)
-        return volume, ino
-
-    def _was_live(self, node: int) -> bool:
-        """Whether the id names what was the live volume before a rollback."""
-        record = self.filesystem.catalog.root(node >> INO_BITS)
-        return record is None or record.automatic
-
-    def _attributes(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
-        entry: pyfuse3.EntryAttributes | None = inode.answer
-        if entry is not None:
-            return entry
-        entry = pyfuse3.EntryAttributes()  # with the type and the block size of a regular file
-        ino, mode = inode.ino, inode.mode
-        file_type = mode & 0o170000
-        if volume is self._live:
-            entry.st_ino = self._live_base + ino if ino != ROOT_INO else ROOT_NODE
-        else:
-            entry.st_ino = volume.tree.owner << INO_BITS | ino
-            if file_type == stat.S_IFREG:
-                mode &= ~SET_ID  # what was fixed since must not come back
-        entry.entry_timeout = TIMEOUT_S
-        entry.attr_timeout = TIMEOUT_S
-        entry.st_mode = mode
-        if inode.nlink != 1:
-            entry.st_nlink = inode.nlink
-        if inode.uid:
-            entry.st_uid = inode.uid
-        if inode.gid:
-            entry.st_gid = inode.gid
-        if file_type == stat.S_IFREG:
-            entry.st_blocks = volume.stat_blocks(inode)
-        elif file_type in (stat.S_IFCHR, stat.S_IFBLK):
-            entry.st_rdev = inode.rdev
-        entry.st_size = inode.size_bytes
-        entry.st_atime_ns = inode.atime_ns
-        entry.st_mtime_ns = inode.mtime_ns
-        entry.st_ctime_ns = inode.ctime_ns
-        inode.answer = entry
-        return entry
-
-    def _found(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
-        """The answer of a lookup: the kernel holds one more reference to the inode."""
-        if volume is self._live:
-            self._lookups.add(inode.ino)
-        return self._attributes(volume, inode)
-
-    def _changed(self) -> None:
-        if self.committer is not None:
-            self.committer.kick_if_due()
+class Operations(Nodes):
+    """The handlers of one mount."""
 
     # --- names --------------------------------------------------------------------------------------
 
@@ -186,9 +67,6 @@ class Operations(pyfuse3.Operations):
             return self._absent
         return self._found(volume, inode)
 
-    def _is_snapshots_parent(self, node: int) -> bool:
-        return node == ROOT_NODE and self._snapshots_served
-
     def _lookup_snapshot(self, name: bytes) -> pyfuse3.EntryAttributes:
         if name in (b".", b".."):
             return self._snapshots_attributes()
@@ -202,50 +80,12 @@ class Operations(pyfuse3.Operations):
         entry.entry_timeout = 0  # snapshots come and go by commands, not by requests
         return entry
 
-    def _snapshots_attributes(self) -> pyfuse3.EntryAttributes:
-        entry = pyfuse3.EntryAttributes()
-        entry.st_ino = pyfuse3.InodeT(SNAPSHOTS_NODE)
-        entry.entry_timeout = TIMEOUT_S
-        entry.attr_timeout = 1.0
-        entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o500)
-        entry.st_nlink = 2
-        entry.st_uid, entry.st_gid = self._uid, self._gid
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._started_ns
-        return entry
-
-    def _refuse_reserved(self, parent: int, name: bytes) -> None:
-        if parent == SNAPSHOTS_NODE:
-            raise posix_error(errno.EROFS)
-        if name == SNAPSHOTS_NAME and self._is_snapshots_parent(parent):
-            raise posix_error(errno.EEXIST)
-
     @waits
     async def forget(self, inode_list: list[tuple[int, int]]) -> None:
         for node, count in inode_list:
             ino = node - self._live_base
             if self._lookups.drop(ino, count) == 0 and ino in self._live.orphans:
                 self._reclaim(ino)
-
-    def _reclaim(self, ino: int) -> None:
-        try:
-            if not self._live.reclaim(ino):
-                self._reclaims.append(ino)
-        except CowfsError as error:
-            log.warning("inode %d keeps its space until the next mount: %s", ino, error)
-
-    def reclaim_some(self) -> bool:
-        """Go on giving back large files that were deleted. Returns whether there is more."""
-        if self._reclaims:
-            ino = self._reclaims.pop()
-            if ino in self._live.orphans:
-                self._reclaim(ino)
-        return bool(self._reclaims)
-
-    def _lost_name(self, inode: Inode | None) -> None:
-        """An inode may have lost its last name: reclaim it unless the kernel still knows it."""
-        if inode is not None and not inode.nlink and inode.ino not in self._lookups:
-            self._reclaim(inode.ino)
-        self._changed()
 
     @answers
     def mknod(
@@ -361,7 +201,7 @@ class Operations(pyfuse3.Operations):
         if node == SNAPSHOTS_NODE:
             raise posix_error(errno.EROFS)
         volume, ino = self._resolve_for_change(node)
-        bits, clear_capability = self._cleared(volume.get(ino), attr, fields, ctx)
+        bits, clear_capability = cleared_by_setattr(volume.get(ino), attr, fields, ctx)
         changes = Changes(
             clear_bits=bits,
             clear_capability=clear_capability,
@@ -376,60 +216,6 @@ class Operations(pyfuse3.Operations):
         inode = volume.setattr(ino, changes)
         self._changed()
         return self._attributes(volume, inode)
-
-    def _cleared(
-        self,
-        inode: Inode,
-        attr: pyfuse3.EntryAttributes,
-        fields: pyfuse3.SetattrFields,
-        ctx: pyfuse3.RequestContext,
-    ) -> tuple[int, bool]:
-        """Which set-id bits a setattr takes away, and whether file capabilities go; as ext4 does it.
-
-        Before an unprivileged write the kernel asks for the new mode; where it was told
-        FUSE_HANDLE_KILLPRIV_V2 it asks for a change of nothing (Linux 6.18). That is also how
-        chown(-1, -1) comes. What it does not see to in either case is S_ISGID of a group that the
-        caller is not in.
-        """
-        is_root = ctx.uid == 0
-        is_bare = not (
-            fields.update_mode
-            or fields.update_uid
-            or fields.update_gid
-            or fields.update_size
-            or fields.update_atime
-            or fields.update_mtime
-            or fields.update_ctime
-        )
-        gives_away = fields.update_uid or fields.update_gid
-        if stat.S_ISDIR(inode.mode) or not (
-            gives_away or fields.update_size or fields.update_mode or is_bare
-        ):
-            return 0, False
-        mode = attr.st_mode if fields.update_mode else inode.mode
-        bits = 0
-        if gives_away or (is_bare and killpriv_is_ours()):
-            bits = stat.S_ISUID | self._group_bit(inode, mode, ctx)
-        elif not is_root and fields.update_mode and not fields.update_size:
-            # A chmod may give g+xs to a group that the caller is in, and the kernel has looked.
-            bits = self._group_bit(inode, mode & ~stat.S_IXGRP, ctx)
-        elif not is_root:
-            bits = stat.S_ISUID | self._group_bit(inode, mode, ctx)
-        return bits, bool(gives_away or fields.update_size)
-
-    def _group_bit(self, inode: Inode, mode: int, ctx: pyfuse3.RequestContext) -> int:
-        """S_ISGID if it has to go: it lets a group execute, or the caller is not of that group."""
-        if not mode & stat.S_ISGID:
-            return 0
-        if mode & stat.S_IXGRP:
-            return stat.S_ISGID
-        if ctx.uid == 0 or ctx.gid == inode.gid:
-            return 0
-        try:
-            is_member = inode.gid in pyfuse3.get_sup_groups(ctx.pid)
-        except (OSError, RuntimeError):  # it ended, or we cannot see it
-            is_member = False
-        return 0 if is_member else stat.S_ISGID
 
     @answers
     def readlink(self, node: int, ctx: object) -> bytes:
@@ -503,7 +289,7 @@ class Operations(pyfuse3.Operations):
         keep_setgid = True
         if name == ACCESS_NAME:
             inode = volume.get(ino)
-            keep_setgid = not inode.mode & stat.S_ISGID or _is_member(ctx, inode.gid)
+            keep_setgid = not inode.mode & stat.S_ISGID or is_member(ctx, inode.gid)
         volume.setxattr(ino, name, value, keep_setgid=keep_setgid)
         self._changed()
 
@@ -528,7 +314,7 @@ class Operations(pyfuse3.Operations):
                 inode = volume.get(ino)
                 bits = 0
                 if ctx.uid:
-                    bits = stat.S_ISUID | self._group_bit(inode, inode.mode, ctx)
+                    bits = stat.S_ISUID | group_bit(inode, inode.mode, ctx)
                 volume.setattr(ino, Changes(size_bytes=0, clear_bits=bits, clear_capability=True))
                 self._changed()
             self._writers[node] = self._writers.get(node, 0) + 1
@@ -718,48 +504,3 @@ class Operations(pyfuse3.Operations):
     async def fsyncdir(self, node: int, datasync: bool) -> None:
         if self.committer is not None:
             await self.committer.sync()
-
-    # --- rollback -----------------------------------------------------------------------------------
-
-    def writers(self) -> list[int]:
-        """Inode numbers of the live volume that are open for writing."""
-        return [
-            node - self._live_base if node != ROOT_NODE else ROOT_INO
-            for node in self._writers
-            if 0 < node - self._live_base <= INO_MAX
-        ]
-
-    def switch(self) -> list[bytes]:
-        """The live volume was replaced. Returns the names in the root to invalidate."""
-        old = self._live
-        old.inodes.forget_answers()
-        self._set_live()
-        self._lookups.clear()
-        self._reclaims = list(self._live.orphans)  # open then, in a time that is not now
-        names = {entry.name for _, entry in old.listing(ROOT_INO)}
-        names |= {entry.name for _, entry in self._live.listing(ROOT_INO)}
-        return sorted(names)
-
-
-def _is_member(ctx: pyfuse3.RequestContext, gid: int) -> bool:
-    """Whether a caller may leave a set-group-id bit of that group; root may leave any.
-
-    The kernel knows, but has no way to tell us.
-    """
-    if not ctx.uid or ctx.gid == gid:
-        return True
-    try:
-        return gid in pyfuse3.get_sup_groups(ctx.pid)
-    except (OSError, RuntimeError):  # gone, or in another pid namespace
-        return False
-
-
-def invalidate(names: list[bytes]) -> None:
-    """Let the kernel forget what it knows of these names in the root. Call it from a thread."""
-    for name in names:
-        try:
-            pyfuse3.invalidate_entry(pyfuse3.InodeT(ROOT_NODE), pyfuse3.FileNameT(name))
-        except OSError as error:
-            if error.errno != errno.ENOENT:  # the kernel did not know it
-                log.warning("cannot invalidate %r: %s", name, error)
-    pyfuse3.invalidate_inode(pyfuse3.InodeT(ROOT_NODE))

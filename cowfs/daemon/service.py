@@ -13,7 +13,8 @@ import trio
 from cowfs.daemon import messages, server
 from cowfs.daemon.commits import Committer
 from cowfs.daemon.fuse import SESSION_FEATURES, session
-from cowfs.daemon.operations import Operations, invalidate
+from cowfs.daemon.nodes import invalidate
+from cowfs.daemon.operations import Operations
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.processes import open_for_writing
 from cowfs.errors import BusyError, CowfsError, ReadOnlyError, UsageError

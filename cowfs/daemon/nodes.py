@@ -1,0 +1,223 @@
+"""Node ids, what the kernel knows of them, and what it is told: the state of one mount.
+
+A node id given to the kernel is (root id, inode): unique over the live volume and all snapshots, so
+that du, find, tar and rsync never take two files for one; node 1 is the root directory of the live
+volume, whichever root that is after a rollback. Old ids keep naming the tree they were given for.
+
+Nobody else changes the tree, so the kernel may cache names and attributes for long; rollback
+invalidates them.
+"""
+
+import errno
+import logging
+import os
+import stat
+import time
+
+from cowfs.daemon.commits import Committer
+from cowfs.daemon.fuse import pyfuse3
+from cowfs.daemon.lookups import Lookups
+from cowfs.daemon.options import MountOptions
+from cowfs.daemon.privileges import SET_ID
+from cowfs.daemon.writeback import Writeback
+from cowfs.errors import CowfsError, posix_error
+from cowfs.files.items import INO_MAX, ROOT_INO, Inode
+from cowfs.files.volume import Volume
+from cowfs.history.filesystem import Filesystem
+
+log = logging.getLogger(__name__)
+
+INO_BITS = 40
+ROOT_NODE = 1  # FUSE_ROOT_ID
+SNAPSHOTS_NODE = 2  # the directory .snapshots; inode 2 of root 0, which is no root's id
+SNAPSHOTS_NAME = b".snapshots"
+TIMEOUT_S = 86400.0
+
+assert INO_MAX < 1 << INO_BITS
+
+
+class Nodes(pyfuse3.Operations):
+    """What the handlers (operations.py) share.
+
+    Args:
+        filesystem: open.
+        committer: its commits; None when the mount is read-only.
+        options: of the mount.
+    """
+
+    supports_dot_lookup = True
+
+    def __init__(
+        self, filesystem: Filesystem, committer: Committer | None, options: MountOptions
+    ) -> None:
+        super().__init__()
+        self.filesystem = filesystem
+        self.committer = committer
+        self._snapshots_shown = options.snapshots == "visible"
+        self._snapshots_served = options.snapshots != "disabled"
+        self._xattrs = options.xattrs
+        self.enable_acl = options.acls and options.xattrs  # read by pyfuse3 at the mount
+        self._access_times = options.access_times
+        self._lookups = Lookups()  # of the live volume's inodes
+        self._writers: dict[int, int] = {}  # handles open for writing, by node id
+        self._reclaims: list[int] = []  # orphans too large for one turn
+        self.writeback: Writeback | None = None
+        if options.writeback and committer is not None:
+            self.writeback = Writeback(options.mountpoint, self._writers.keys)
+        self.enable_writeback_cache = self.writeback is not None
+        self._set_live()
+        self._absent = pyfuse3.EntryAttributes()
+        self._absent.st_ino = pyfuse3.InodeT(0)
+        self._absent.entry_timeout = TIMEOUT_S
+        self._uid, self._gid = os.getuid(), os.getgid()
+        self._started_ns = time.time_ns()
+
+    def _set_live(self) -> None:
+        self._live = self.filesystem.live
+        self._live_base = self.filesystem.record.root_id << INO_BITS
+
+    # --- node ids -----------------------------------------------------------------------------------
+
+    def _resolve(self, node: int) -> tuple[Volume, int]:
+        """The volume and inode number of a node id. Raises OSError ESTALE for one that is gone."""
+        ino = node - self._live_base
+        if 0 < ino <= INO_MAX:
+            return self._live, ino
+        if node == ROOT_NODE:
+            return self._live, ROOT_INO
+        volume = self.filesystem.volume(node >> INO_BITS)
+        if volume is None:
+            raise posix_error(errno.ESTALE)
+        return volume, node & INO_MAX
+
+    def _resolve_for_change(self, node: int) -> tuple[Volume, int]:
+        volume, ino = self._resolve(node)
+        if volume is not self._live:
+            stale = volume.tree.owner << INO_BITS | ino
+            raise posix_error(errno.ESTALE if self._was_live(stale) else errno.EROFS)
+        return volume, ino
+
+    def _was_live(self, node: int) -> bool:
+        """Whether the id names what was the live volume before a rollback."""
+        record = self.filesystem.catalog.root(node >> INO_BITS)
+        return record is None or record.automatic
+
+    def _attributes(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
+        entry: pyfuse3.EntryAttributes | None = inode.answer
+        if entry is not None:
+            return entry
+        entry = pyfuse3.EntryAttributes()  # with the type and the block size of a regular file
+        ino, mode = inode.ino, inode.mode
+        file_type = mode & 0o170000
+        if volume is self._live:
+            entry.st_ino = self._live_base + ino if ino != ROOT_INO else ROOT_NODE
+        else:
+            entry.st_ino = volume.tree.owner << INO_BITS | ino
+            if file_type == stat.S_IFREG:
+                mode &= ~SET_ID  # what was fixed since must not come back
+        entry.entry_timeout = TIMEOUT_S
+        entry.attr_timeout = TIMEOUT_S
+        entry.st_mode = mode
+        if inode.nlink != 1:
+            entry.st_nlink = inode.nlink
+        if inode.uid:
+            entry.st_uid = inode.uid
+        if inode.gid:
+            entry.st_gid = inode.gid
+        if file_type == stat.S_IFREG:
+            entry.st_blocks = volume.stat_blocks(inode)
+        elif file_type in (stat.S_IFCHR, stat.S_IFBLK):
+            entry.st_rdev = inode.rdev
+        entry.st_size = inode.size_bytes
+        entry.st_atime_ns = inode.atime_ns
+        entry.st_mtime_ns = inode.mtime_ns
+        entry.st_ctime_ns = inode.ctime_ns
+        inode.answer = entry
+        return entry
+
+    def _found(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
+        """The answer of a lookup: the kernel holds one more reference to the inode."""
+        if volume is self._live:
+            self._lookups.add(inode.ino)
+        return self._attributes(volume, inode)
+
+    def _changed(self) -> None:
+        if self.committer is not None:
+            self.committer.kick_if_due()
+
+    # --- the directory .snapshots -------------------------------------------------------------------
+
+    def _is_snapshots_parent(self, node: int) -> bool:
+        return node == ROOT_NODE and self._snapshots_served
+
+    def _snapshots_attributes(self) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(SNAPSHOTS_NODE)
+        entry.entry_timeout = TIMEOUT_S
+        entry.attr_timeout = 1.0
+        entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o500)
+        entry.st_nlink = 2
+        entry.st_uid, entry.st_gid = self._uid, self._gid
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._started_ns
+        return entry
+
+    def _refuse_reserved(self, parent: int, name: bytes) -> None:
+        if parent == SNAPSHOTS_NODE:
+            raise posix_error(errno.EROFS)
+        if name == SNAPSHOTS_NAME and self._is_snapshots_parent(parent):
+            raise posix_error(errno.EEXIST)
+
+    # --- orphans --------------------------------------------------------------------------------------
+
+    def _reclaim(self, ino: int) -> None:
+        try:
+            if not self._live.reclaim(ino):
+                self._reclaims.append(ino)
+        except CowfsError as error:
+            log.warning("inode %d keeps its space until the next mount: %s", ino, error)
+
+    def reclaim_some(self) -> bool:
+        """Go on giving back large files that were deleted. Returns whether there is more."""
+        if self._reclaims:
+            ino = self._reclaims.pop()
+            if ino in self._live.orphans:
+                self._reclaim(ino)
+        return bool(self._reclaims)
+
+    def _lost_name(self, inode: Inode | None) -> None:
+        """An inode may have lost its last name: reclaim it unless the kernel still knows it."""
+        if inode is not None and not inode.nlink and inode.ino not in self._lookups:
+            self._reclaim(inode.ino)
+        self._changed()
+
+    # --- rollback -----------------------------------------------------------------------------------
+
+    def writers(self) -> list[int]:
+        """Inode numbers of the live volume that are open for writing."""
+        return [
+            node - self._live_base if node != ROOT_NODE else ROOT_INO
+            for node in self._writers
+            if 0 < node - self._live_base <= INO_MAX
+        ]
+
+    def switch(self) -> list[bytes]:
+        """The live volume was replaced. Returns the names in the root to invalidate."""
+        old = self._live
+        old.inodes.forget_answers()
+        self._set_live()
+        self._lookups.clear()
+        self._reclaims = list(self._live.orphans)  # open then, in a time that is not now
+        names = {entry.name for _, entry in old.listing(ROOT_INO)}
+        names |= {entry.name for _, entry in self._live.listing(ROOT_INO)}
+        return sorted(names)
+
+
+def invalidate(names: list[bytes]) -> None:
+    """Let the kernel forget what it knows of these names in the root. Call it from a thread."""
+    for name in names:
+        try:
+            pyfuse3.invalidate_entry(pyfuse3.InodeT(ROOT_NODE), pyfuse3.FileNameT(name))
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # the kernel did not know it
+                log.warning("cannot invalidate %r: %s", name, error)
+    pyfuse3.invalidate_inode(pyfuse3.InodeT(ROOT_NODE))
