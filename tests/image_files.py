@@ -6,7 +6,8 @@ from pathlib import Path
 
 from cowfs.care.check import check_image
 from cowfs.files.items import ROOT_INO
-from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.history.reports import space_report
 from cowfs.storage.device import FileDevice, create_file
 

@@ -93,7 +93,7 @@ def mkfs(
 def _make(device: "FileDevice", label: str, *, duplicate_metadata: bool) -> str:
     from uuid import UUID
 
-    from cowfs.history.filesystem import make_filesystem
+    from cowfs.history.images import make_filesystem
 
     superblock = make_filesystem(
         device,

@@ -80,7 +80,7 @@ def rollback(
 def _go_back(target: str, generation: int, *, force: bool, dry_run: bool, yes: bool) -> int | None:
     """Let an earlier commit of an image be the newest; its new number, None if it was not done."""
     from cowfs.care.check import check_image
-    from cowfs.history.filesystem import restore_generation
+    from cowfs.history.images import restore_generation
 
     with offline_device(target, writable=not dry_run) as device, progress_bar("checking") as bar:
         report = check_image(

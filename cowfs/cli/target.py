@@ -424,7 +424,7 @@ class ImageTarget:
 
     @contextmanager
     def _writing(self) -> Iterator[Filesystem]:
-        from cowfs.history.filesystem import open_filesystem
+        from cowfs.history.images import open_filesystem
         from cowfs.storage.device import FileDevice
 
         device = FileDevice(self.image, writable=True)
@@ -448,7 +448,7 @@ class ImageTarget:
 
 @contextmanager
 def _opened(device: FileDevice, generation: int | None) -> Iterator[Filesystem]:
-    from cowfs.history.filesystem import open_filesystem
+    from cowfs.history.images import open_filesystem
 
     yield open_filesystem(device, writable=False, generation=generation)
 

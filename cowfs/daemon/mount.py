@@ -33,7 +33,8 @@ from cowfs.daemon.operations import Operations
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.service import MountService
 from cowfs.errors import CowfsError, LockedError, MountError
-from cowfs.history.filesystem import Filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import open_filesystem
 from cowfs.storage.device import FileDevice
 
 log = logging.getLogger(__name__)

@@ -16,11 +16,10 @@ from cowfs.errors import (
     CorruptError,
     CowfsError,
     DeviceError,
-    ImageError,
     SnapshotError,
     UsageError,
 )
-from cowfs.files.items import ROOT_INO, references
+from cowfs.files.items import references
 from cowfs.files.volume import Volume
 from cowfs.history.catalog import Catalog
 from cowfs.history.drops import DropQueue
@@ -37,19 +36,10 @@ from cowfs.history.records import (
 )
 from cowfs.storage.btree import Tree
 from cowfs.storage.commit import Commit, begin, finish
-from cowfs.storage.device import Device
 from cowfs.storage.format import (
-    BLOCK_SIZE_BYTES,
     FLAG_CLEAN,
-    LABEL_BYTES_MAX,
-    MIN_TOTAL_BLOCKS,
-    RING_SLOTS,
-    Superblock,
-    ring_blocks,
 )
-from cowfs.storage.node import CACHE_BYTES_DEFAULT
-from cowfs.storage.store import Store, blank_superblock
-from cowfs.storage.superblock import read_newest
+from cowfs.storage.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -562,144 +552,3 @@ class Filesystem:
             reserved=store.held_blocks(),
             available=max(0, store.available_blocks()),
         )
-
-
-def open_filesystem(
-    device: Device,
-    *,
-    writable: bool,
-    generation: int | None = None,
-    cache_bytes: int = CACHE_BYTES_DEFAULT,
-    discard: bool = True,
-    snapshot: str | None = None,
-) -> Filesystem:
-    """The filesystem in an image.
-
-    Args:
-        device: of the image, locked when `writable`. Closed by `Filesystem.close`.
-        generation: an older one to look at, read-only.
-        snapshot: the one whose tree takes the place of the live volume, read-only.
-
-    Raises:
-        SnapshotError: there is no such snapshot.
-        ImageError: not an image, newer, truncated.
-        CorruptError: the newest generation is damaged.
-    """
-    superblock = read_newest(device, generation)
-    if writable and superblock.ro_compat:
-        raise ImageError(
-            "the image uses features that this cowfs can only read; mount it with -o ro"
-        )
-    store = Store(device, superblock, writable=writable, cache_bytes=cache_bytes)
-    return Filesystem(store, discard=discard, snapshot=snapshot)
-
-
-def restore_generation(device: Device, generation: int, *, discard: bool = True) -> Superblock:
-    """Let an earlier commit be the newest again, for good, in one commit.
-
-    Its trees are taken as they are; see `check_image(generation=...)` first. The new commit has a
-    number above every one in the ring, so newest-wins stays true, and nothing that the abandoned
-    commits show is overwritten by it or by the next one.
-
-    Args:
-        device: of the image, locked.
-
-    Returns:
-        The new superblock.
-
-    Raises:
-        ImageError: the ring does not name that generation, or it is the newest.
-        CorruptError: its space map or its catalog cannot be read.
-    """
-    newest, target = read_newest(device), read_newest(device, generation)
-    if newest.generation == target.generation:
-        raise ImageError(f"generation {generation} is the newest already")
-    if newest.uuid != target.uuid:
-        raise ImageError(f"generation {generation} is of another image that was here before")
-    # The trees of the one under the number of the other; numbers of roots are never used twice.
-    base = replace(
-        target,
-        generation=newest.generation,
-        oldest_retained=newest.generation,
-        next_root_id=max(newest.next_root_id, target.next_root_id),
-        flags=0,
-    )
-    store = Store(device, base, writable=True)
-    others = [newest]
-    for number in range(newest.generation - 1, newest.oldest_retained - 1, -1):
-        if number == generation:
-            continue
-        try:
-            others.append(read_newest(device, number))
-        except ImageError:
-            continue
-    store.continue_after(others)
-    filesystem = Filesystem(store, discard=discard)
-    filesystem.commit(clean=True)
-    return store.superblock
-
-
-def make_filesystem(
-    device: Device,
-    *,
-    label: str = "",
-    duplicate_metadata: bool = True,
-    mode: int = 0o755,
-    uid: int = 0,
-    gid: int = 0,
-) -> Superblock:
-    """Make an empty filesystem on the whole device; what it held is lost.
-
-    Raises:
-        UsageError: the device is too small or the label too long.
-        DeviceError: the host refused.
-    """
-    total_blocks = device.size_bytes // BLOCK_SIZE_BYTES
-    if total_blocks < MIN_TOTAL_BLOCKS:
-        raise UsageError(
-            f"{device.name} is too small: {device.size_bytes} bytes, an image needs at least "
-            f"{MIN_TOTAL_BLOCKS * BLOCK_SIZE_BYTES >> 20} MiB"
-        )
-    if len(label.encode()) > LABEL_BYTES_MAX or "\0" in label:
-        raise UsageError(f"the label is longer than {LABEL_BYTES_MAX} bytes")
-    for first in ring_blocks(total_blocks):  # no older generation may win against the new ones
-        device.write(first * BLOCK_SIZE_BYTES, [bytes(RING_SLOTS * BLOCK_SIZE_BYTES)])
-    device.flush()
-    blank = blank_superblock(total_blocks, label=label, duplicate_metadata=duplicate_metadata)
-    store = Store(device, blank, writable=True)
-    catalog = Catalog(Tree.empty(store, 0), 1)
-    root_id = catalog.take_root_id()
-    tree = Tree.empty(store, root_id, references)
-    volume = Volume(
-        tree, blank.name_seed, next_ino=ROOT_INO, inode_count=0, data_blocks=0, writable=True
-    )
-    volume.make_root(mode, uid, gid)
-    volume.flush()
-    nodes = tree.place()
-    record = RootRecord(
-        root_id=root_id,
-        kind=RootKind.VOLUME,
-        name=MAIN_VOLUME,
-        uuid=os.urandom(16),
-        tree=tree.root,
-        created_generation=store.generation,
-        created_ns=time.time_ns(),
-        next_ino=volume.inodes.next_ino,
-        node_count=tree.node_count,
-        data_blocks=0,
-        inode_count=volume.inodes.count,
-    )
-    catalog.put(record)
-    catalog.put_name(record)
-    nodes += catalog.tree.place()
-    commit = begin(
-        store,
-        nodes,
-        catalog_nodes=catalog.tree.node_count,
-        next_root_id=catalog.next_root_id,
-        clean=True,
-        discard=False,
-    )
-    commit.write()
-    finish(commit)
-    return store.superblock

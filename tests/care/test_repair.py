@@ -9,7 +9,7 @@ import pytest
 from cowfs.care.check import check_image
 from cowfs.care.repair import RepairRefusedError, repair_image
 from cowfs.errors import DeviceError, NoSpaceError
-from cowfs.history.filesystem import open_filesystem
+from cowfs.history.images import open_filesystem
 from cowfs.history.records import RootKind
 from cowfs.storage.format import BLOCK_SIZE_BYTES, RING_SLOTS, Pointer
 from cowfs.storage.superblock import read_newest

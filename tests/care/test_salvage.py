@@ -10,7 +10,8 @@ import pytest
 from cowfs.care.salvage import SalvageReport, salvage_image
 from cowfs.errors import ImageError, UsageError
 from cowfs.files.items import ROOT_INO
-from cowfs.history.filesystem import Filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import open_filesystem
 from cowfs.storage.device import FileDevice
 from cowfs.storage.format import BLOCK_SIZE_BYTES, RING_SLOTS
 from cowfs.storage.superblock import read_newest

@@ -8,7 +8,8 @@ import pytest
 from cowfs.care.generations import generation_reports
 from cowfs.errors import ImageError
 from cowfs.files.items import ROOT_INO
-from cowfs.history.filesystem import Filesystem, open_filesystem, restore_generation
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import open_filesystem, restore_generation
 from cowfs.storage.device import FileDevice
 from cowfs.storage.format import BLOCK_SIZE_BYTES, KIND_DATA
 from cowfs.storage.store import Store

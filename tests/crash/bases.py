@@ -14,7 +14,7 @@ from functools import lru_cache
 from unittest import mock
 
 import cowfs.storage.commit as commit_module
-from cowfs.history.filesystem import make_filesystem
+from cowfs.history.images import make_filesystem
 from cowfs.storage.format import MIN_TOTAL_BLOCKS
 from tests.crash.recording import Blocks, RecordingDevice
 from tests.crash.workloads import Session

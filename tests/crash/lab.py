@@ -26,7 +26,8 @@ from typing import TypeVar
 from cowfs.care.check import check_image
 from cowfs.errors import CowfsError, ImageError
 from cowfs.files.volume import Volume
-from cowfs.history.filesystem import Filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import open_filesystem
 from cowfs.storage.format import NODE_BLOCKS
 from cowfs.storage.superblock import read_newest
 from tests.crash.bases import TOTAL_BLOCKS, base, repeatable

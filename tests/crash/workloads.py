@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from cowfs.errors import SnapshotError
 from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE
 from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Changes, Volume
-from cowfs.history.filesystem import Edit, EditAction, Filesystem, open_filesystem
+from cowfs.history.filesystem import Edit, EditAction, Filesystem
+from cowfs.history.images import open_filesystem
 from cowfs.storage.commit import Commit
 from tests.crash.oracle import Picture, picture_of_model
 from tests.crash.recording import RecordingDevice

@@ -9,7 +9,8 @@ import trio
 from cowfs.daemon.commits import Committer
 from cowfs.errors import CowfsError, DeviceError
 from cowfs.files.items import ROOT_INO
-from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.commit import Commit
 from cowfs.storage.format import BLOCK_SIZE_BYTES, MIN_TOTAL_BLOCKS
 from tests.model.devices import MemoryDevice

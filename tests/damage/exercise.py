@@ -34,7 +34,8 @@ from cowfs.files.acl import (
 )
 from cowfs.files.items import ROOT_INO
 from cowfs.files.volume import Changes, Volume
-from cowfs.history.filesystem import Filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import open_filesystem
 from cowfs.history.records import RootKind
 from cowfs.history.reports import info_report, snapshot_reports, space_report
 from cowfs.history.usage import exclusive_blocks, owner_sets, written_blocks

@@ -17,13 +17,8 @@ from cowfs.daemon.options import CACHE_BYTES_MIN
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
 from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE
 from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Changes, Volume
-from cowfs.history.filesystem import (
-    Edit,
-    EditAction,
-    Filesystem,
-    make_filesystem,
-    open_filesystem,
-)
+from cowfs.history.filesystem import Edit, EditAction, Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.device import Device
 from tests.model.devices import MemoryDevice
 from tests.model.files_machine import compare, content

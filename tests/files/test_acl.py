@@ -31,7 +31,8 @@ from cowfs.files.acl import (
     with_mode,
 )
 from cowfs.files.volume import Changes, Volume
-from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from tests.model.devices import MemoryDevice
 
 ROOT = 1

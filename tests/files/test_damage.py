@@ -26,7 +26,8 @@ from cowfs.files.acl import (
 )
 from cowfs.files.items import ROOT_INO
 from cowfs.files.volume import CAPABILITY_XATTR, Changes, Volume
-from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES, Pointer
 from cowfs.storage.node import NodeCache
 from tests.model.devices import Fault, FaultDevice, MemoryDevice

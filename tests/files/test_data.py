@@ -20,7 +20,8 @@ from cowfs.files.items import (
     split_key,
 )
 from cowfs.files.volume import Changes, Volume
-from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.format import Pointer
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 from tests.model.recount import recount

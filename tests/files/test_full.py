@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from cowfs.care.check import check_image
 from cowfs.errors import NoSpaceError
 from cowfs.files.volume import Changes, Volume
-from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from tests.model.devices import MemoryDevice
 from tests.model.profiles import machine_settings
 from tests.model.recount import recount

@@ -12,7 +12,8 @@ from cowfs.errors import NoSpaceError
 from cowfs.files.items import NAME_SLOTS, name_hash
 from cowfs.files.namespace import RENAME_EXCHANGE
 from cowfs.files.volume import Volume
-from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from tests.model.devices import MemoryDevice
 
 ROOT = 1

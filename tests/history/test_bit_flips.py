@@ -20,7 +20,8 @@ from cowfs.care.scrub_report import BadCopy
 from cowfs.errors import CorruptError, CowfsError
 from cowfs.files.items import ROOT_INO, TYPE_EXTENT, decode_extent
 from cowfs.files.volume import Volume
-from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_SIZE_BYTES, Pointer, ring_blocks
 from tests.model.devices import MemoryDevice
 from tests.model.recount import recount

@@ -6,7 +6,8 @@ import pytest
 
 from cowfs.care.check import check_image
 from cowfs.errors import SnapshotError, UsageError
-from cowfs.history.filesystem import Edit, Filesystem, make_filesystem, open_filesystem
+from cowfs.history.filesystem import Edit, Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.history.records import RootRecord
 from tests.model.devices import MemoryDevice
 from tests.model.recount import recount

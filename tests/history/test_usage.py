@@ -2,7 +2,8 @@
 
 import random
 
-from cowfs.history.filesystem import Edit, Filesystem, make_filesystem, open_filesystem
+from cowfs.history.filesystem import Edit, Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.history.records import RootRecord
 from cowfs.history.usage import exclusive_blocks, owner_sets, referenced_blocks, written_blocks
 from cowfs.storage.format import BLOCK_SIZE_BYTES

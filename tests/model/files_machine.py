@@ -20,7 +20,7 @@ from cowfs.care.check import check_image
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
 from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE
 from cowfs.files.volume import CAPABILITY_XATTR, KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Changes, Volume
-from cowfs.history.filesystem import make_filesystem, open_filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.commit import DISCARD_BLOCKS_MIN
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 from tests.model.recount import recount

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from cowfs.history.filesystem import open_filesystem
+from cowfs.history.images import open_filesystem
 from cowfs.storage.device import FileDevice
 from tests.conftest import Mounted, require_clean, require_success, run_command
 from tests.mounted.peers import (

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cowfs.files.items import ROOT_INO
-from cowfs.history.filesystem import open_filesystem
+from cowfs.history.images import open_filesystem
 from cowfs.storage.device import FileDevice
 from tests.conftest import Mounted
 from tests.image_files import require_clean

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cowfs.files.items import ROOT_INO
-from cowfs.history.filesystem import Filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import open_filesystem
 from cowfs.storage.device import FileDevice
 from cowfs.storage.format import BLOCK_SIZE_BYTES, ring_blocks
 from tests.conftest import Completed, Mounted, json_of, require_clean, require_success, run_command

@@ -10,7 +10,8 @@ import pytest
 
 from cowfs.care.check import check_image
 from cowfs.errors import DeviceError
-from cowfs.history.filesystem import Edit, Filesystem, make_filesystem, open_filesystem
+from cowfs.history.filesystem import Edit, Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES, RING_SLOTS
 from cowfs.storage.store import RETAINED_GENERATIONS
 from cowfs.storage.superblock import read_newest

@@ -7,7 +7,8 @@ import pytest
 from cowfs.care.check import check_image
 from cowfs.errors import DeviceError
 from cowfs.files.items import ROOT_INO
-from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 
 

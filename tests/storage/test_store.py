@@ -5,7 +5,8 @@ import stat
 import pytest
 
 from cowfs.errors import CorruptError, DeviceError, ReadOnlyError
-from cowfs.history.filesystem import Filesystem, make_filesystem, open_filesystem
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.format import NODE_BLOCKS, Pointer
 from tests.model.devices import FaultDevice, MemoryDevice
 

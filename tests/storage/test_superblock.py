@@ -7,7 +7,7 @@ from xxhash import xxh3_128_digest
 
 from cowfs.care.check import check_image
 from cowfs.errors import CowfsError, ImageError
-from cowfs.history.filesystem import make_filesystem, open_filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES, RING_SLOTS, decode_superblock
 from cowfs.storage.superblock import read_newest, write_slot
 from tests.model.devices import MemoryDevice
