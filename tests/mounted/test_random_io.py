@@ -33,6 +33,7 @@ class File:
         self.choice = choice
         self.expected = bytearray()
         self.mtime_ns = 0
+        self.files = [self]  # that it may copy from
         flags = os.O_CREAT | os.O_RDWR
         self.plain = os.open(path, flags)
         self.appending = os.open(path, flags | os.O_APPEND)
@@ -127,16 +128,18 @@ class File:
         self.mtime_ns = 0
 
     def copy(self) -> None:
-        """copy_file_range(2), from the file to the place behind it or before it."""
-        source, size = self.place()
+        """copy_file_range(2), from another file, or to the place behind it or before it."""
+        origin = self.choice.choice(self.files)
+        source, size = origin.place()
         target = self.place()[0]
-        size = min(size, len(self.expected) - source, abs(target - source))
-        if self.choice.random() < 0.5:  # whole blocks may be shared
+        if self.choice.random() < 0.6:  # whole blocks may be shared
             source, target = source // PAGE * PAGE, target // PAGE * PAGE
+        size = min(size, len(origin.expected) - source)
+        if origin is self:
             size = min(size, abs(target - source))
         if size > 0:
-            data = bytes(self.expected[source : source + size])
-            count = os.copy_file_range(self.plain, self.plain, size, source, target)
+            data = bytes(origin.expected[source : source + size])
+            count = os.copy_file_range(origin.plain, self.plain, size, source, target)
             assert 0 < count <= size
             self.put(target, data[:count])
 
@@ -147,7 +150,7 @@ class File:
     CHANGES = (
         *("write",) * 6,
         *("append", "cut", "store") * 2,
-        *("write_direct", "cut_by_opening", "sync", "date", "punch", "copy"),
+        *("write_direct", "cut_by_opening", "sync", "date", "punch", "copy", "copy"),
     )
 
     # --- looks
@@ -204,6 +207,8 @@ def test_random_work_on_files_gives_what_an_array_would(
     ) as mount:
         choice = random.Random(SEED)
         files = [File(mount.path / f"file {number}", choice) for number in range(3)]
+        for file in files:
+            file.files = files
         step = 0
         try:
             for step in range(STEPS):

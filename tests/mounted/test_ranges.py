@@ -1,13 +1,12 @@
 """Promises about parts of files: holes, fallocate, blocks that files share, files without a name.
 
-The random test and the table of errors also run on a directory of the host (COWFS_TEST_BASE), where
-the kernel's own filesystem must pass them: so they say what Linux says.
+What needs no command of ours also runs on a directory of the host (COWFS_TEST_BASE), where the kernel's
+own filesystem must pass it: so it says what Linux says.
 """
 
 import ctypes
 import errno
 import json
-import mmap
 import os
 import random
 import shutil
@@ -26,7 +25,6 @@ BLOCK = 4096
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO_RANGE = 0x01, 0x02, 0x08, 0x10
 AT_FDCWD, AT_SYMLINK_FOLLOW = -100, 0x400
 LIBC = ctypes.CDLL(None, use_errno=True)
-RANDOM_STEPS = 1500
 
 
 def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
@@ -180,103 +178,6 @@ def test_fallocate_marks_the_file_as_changed(file: int) -> None:
     after = os.fstat(file)
     assert after.st_mtime_ns > before.st_mtime_ns
     assert after.st_ctime_ns > before.st_ctime_ns
-
-
-# ------------------------------------------------------------------- against a model
-
-
-class _Pair:
-    """Two files on the mount, and what they must hold."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.path = folder / name
-        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-        self.content = bytearray()
-
-    def extend_to(self, size: int) -> None:
-        self.content.extend(bytes(max(0, size - len(self.content))))
-
-    def compare(self, step: str) -> None:
-        assert os.fstat(self.file).st_size == len(self.content), step
-        found = os.pread(self.file, len(self.content) + 1, 0)
-        if found != self.content:
-            at = next(at for at, byte in enumerate(found) if byte != self.content[at])
-            pytest.fail(f"{step}: {self.path.name} differs from byte {at}, block {at // BLOCK}")
-
-
-def _step(choice: random.Random, pair: _Pair, other: _Pair) -> str:
-    """One random change, made to the files and to the model."""
-    size_max = 60 * BLOCK
-    content = pair.content
-    offset = choice.choice([choice.randrange(size_max), choice.randrange(60) * BLOCK])
-    length = choice.choice([choice.randrange(1, 4 * BLOCK), choice.randrange(1, 20) * BLOCK])
-    match choice.choice(["write", "write", "truncate", "punch", "allocate", "copy", "copy", "map"]):
-        case "write":
-            data = choice.randbytes(length)
-            os.pwrite(pair.file, data, offset)
-            pair.extend_to(offset)
-            content[offset : offset + length] = data
-            return f"write {offset} {length}"
-        case "truncate":
-            os.ftruncate(pair.file, offset)
-            del content[offset:]
-            pair.extend_to(offset)
-            return f"truncate {offset}"
-        case "punch":
-            fallocate(pair.file, PUNCH_HOLE | KEEP_SIZE, offset, length)
-            stop = min(offset + length, len(content))
-            if offset < stop:
-                content[offset:stop] = bytes(stop - offset)
-            return f"punch {offset} {length}"
-        case "allocate":
-            fallocate(pair.file, 0, offset, length)
-            pair.extend_to(offset + length)
-            return f"allocate {offset} {length}"
-        case "copy":
-            source = choice.choice([pair, other])
-            start = choice.choice([0, choice.randrange(60) * BLOCK, choice.randrange(size_max)])
-            if choice.random() < 0.7:
-                offset -= offset % BLOCK
-                start -= start % BLOCK
-            if source is pair and abs(start - offset) < length:
-                return "nothing"
-            data = bytes(source.content[start : start + length])
-            done = copy_range(source.file, pair.file, len(data), start, offset)
-            assert done == len(data), "copy_file_range stopped before the end"
-            if data:
-                pair.extend_to(offset)
-                content[offset : offset + len(data)] = data
-            return f"copy {source.path.name} {start} to {offset}, {length}"
-        case _:
-            if offset + length > len(content):
-                return "nothing"
-            first = offset - offset % BLOCK
-            with mmap.mmap(pair.file, offset + length - first, offset=first) as view:
-                data = choice.randbytes(length)
-                view[offset - first : offset - first + length] = data
-            content[offset : offset + length] = data
-            return f"map {offset} {length}"
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_random_changes_of_two_files(folder: Path, module_mount: Mounted, seed: int) -> None:
-    """Promise: whatever is written, cut, punched, copied and mapped, files hold what they were given."""
-    choice = random.Random(seed)
-    pairs = [_Pair(folder, "one"), _Pair(folder, "two")]
-    try:
-        for number in range(RANDOM_STEPS):
-            pair, other = choice.sample(pairs, 2)
-            step = f"seed {seed}, step {number}: {_step(choice, pair, other)}"
-            pair.compare(step)
-            if number % 25 == 0:
-                other.compare(step)
-                os.fsync(pair.file)
-            if number % 200 == 199:
-                for each in pairs:
-                    os.posix_fadvise(each.file, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        for each in pairs:
-            os.close(each.file)
 
 
 # ------------------------------------------------------------------- sharing
