@@ -37,6 +37,7 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<linux/fuse.h>" nogil:
     enum:
+        FUSE_SETATTR
         FUSE_INIT
         FUSE_CREATE
         FUSE_WRITE
@@ -52,6 +53,8 @@ cdef extern from "<linux/fuse.h>" nogil:
         uint32_t flags
     struct fuse_init_out:
         uint32_t flags
+    struct fuse_setattr_in:
+        uint32_t valid
     struct fuse_write_in:
         uint32_t write_flags
 
@@ -110,6 +113,7 @@ cdef bint _wants_killpriv = False
 cdef uint64_t _init_unique = 0
 cdef uint32_t _kernel_flags = 0
 cdef bint _write_kills = False
+cdef uint32_t _setattr_valid = 0
 cdef bint _has_killpriv = False
 cdef bint _has_dont_mask = False
 
@@ -153,6 +157,11 @@ def has_killpriv():
 def write_kills_privileges():
     """Whether the kernel said of the WRITE request that was read last that set-id bits must go."""
     return _write_kills
+
+
+def setattr_valid():
+    """The flags (FATTR_*) of the SETATTR request that was read last."""
+    return _setattr_valid
 
 
 # --- operations -------------------------------------------------------------------------------------
@@ -229,7 +238,7 @@ cdef void _on_init(void *data, fuse_conn_info *connection) noexcept with gil:
 
 cdef ssize_t _on_read(int fd, void *buffer, size_t size, void *data) noexcept nogil:
     """read(2) of one request, with the few looks at it that the module's docstring names."""
-    global _init_unique, _kernel_flags, _write_kills
+    global _init_unique, _kernel_flags, _setattr_valid, _write_kills
     cdef fuse_in_header *header = <fuse_in_header *>buffer
     cdef void *body = <char *>buffer + sizeof(fuse_in_header)
     cdef ssize_t count = sys_read(fd, buffer, size)
@@ -238,6 +247,9 @@ cdef ssize_t _on_read(int fd, void *buffer, size_t size, void *data) noexcept no
     if header.opcode == FUSE_WRITE:
         if count >= <ssize_t>(sizeof(fuse_in_header) + sizeof(fuse_write_in)):
             _write_kills = (<fuse_write_in *>body).write_flags & FUSE_WRITE_KILL_SUIDGID != 0
+    elif header.opcode == FUSE_SETATTR:
+        if count >= <ssize_t>(sizeof(fuse_in_header) + sizeof(fuse_setattr_in)):
+            _setattr_valid = (<fuse_setattr_in *>body).valid
     elif header.opcode == TMPFILE:
         header.opcode = FUSE_CREATE
     elif header.opcode == FUSE_INIT:

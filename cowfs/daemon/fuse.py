@@ -13,6 +13,8 @@ from types import ModuleType
 # What a mount can do with the module, in the words of `cowfs info`.
 SESSION_FEATURES = ("fallocate", "seek_hole", "copy_file_range", "tmpfile")
 
+_ATIME_NOW, _MTIME_NOW = 1 << 7, 1 << 8  # FATTR_ATIME_NOW, FATTR_MTIME_NOW of linux/fuse.h
+
 session: ModuleType | None = None
 session_missing = ""
 
@@ -38,6 +40,15 @@ def umask_is_ours() -> bool:
 def killpriv_is_ours() -> bool:
     """Whether set-id bits and capabilities are ours to clear (FUSE_HANDLE_KILLPRIV_V2)."""
     return session is not None and session.has_killpriv()
+
+
+def times_set_to_now() -> tuple[bool, bool]:
+    """Whether atime and mtime of the setattr that is being handled are those of now.
+
+    The kernel then sends the time of its coarse clock, which may be before that of a write just made.
+    """
+    valid = session.setattr_valid() if session is not None else 0
+    return bool(valid & _ATIME_NOW), bool(valid & _MTIME_NOW)
 
 
 def write_kills_privileges() -> bool:

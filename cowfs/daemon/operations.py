@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import stat
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ import trio
 from cowfs.daemon.answers import answers, answers_now, waits
 from cowfs.daemon.fuse import (
     pyfuse3,
+    times_set_to_now,
     umask_is_ours,
     write_kills_privileges,
 )
@@ -202,6 +204,8 @@ class Operations(Nodes):
             raise posix_error(errno.EROFS)
         volume, ino = self._resolve_for_change(node)
         bits, clear_capability = cleared_by_setattr(volume.get(ino), attr, fields, ctx)
+        now_ns = time.time_ns()
+        atime_now, mtime_now = times_set_to_now()
         changes = Changes(
             clear_bits=bits,
             clear_capability=clear_capability,
@@ -209,8 +213,8 @@ class Operations(Nodes):
             uid=attr.st_uid if fields.update_uid else None,
             gid=attr.st_gid if fields.update_gid else None,
             size_bytes=attr.st_size if fields.update_size else None,
-            atime_ns=attr.st_atime_ns if fields.update_atime else None,
-            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            atime_ns=(now_ns if atime_now else attr.st_atime_ns) if fields.update_atime else None,
+            mtime_ns=(now_ns if mtime_now else attr.st_mtime_ns) if fields.update_mtime else None,
             ctime_ns=attr.st_ctime_ns if fields.update_ctime else None,
         )
         inode = volume.setattr(ino, changes)

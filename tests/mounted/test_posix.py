@@ -578,6 +578,17 @@ def test_removed_directory_that_is_open_is_empty(folder: Path) -> None:
         os.close(descriptor)
 
 
+def test_now_of_utimensat_is_not_before_a_write_that_was_made(folder: Path) -> None:
+    """Promise: what is touched after a write is not older than it, so that make(1) is right."""
+    written, touched = folder / "written", folder / "touched"
+    touched.touch()
+    for _ in range(50):
+        written.write_bytes(b"x" * 10)
+        os.utime(touched)
+        assert touched.stat().st_mtime_ns >= written.stat().st_mtime_ns
+        assert touched.stat().st_mtime_ns == touched.stat().st_atime_ns
+
+
 # ------------------------------------------------------------------- large directories
 
 
