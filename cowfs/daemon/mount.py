@@ -188,7 +188,7 @@ def _run(options: MountOptions, ready: int | None, notifier: Notifier) -> None:
         _set_up_log(options)
         _serve(options, ready, notifier)
     except LockedError as error:
-        raise _mounted_elsewhere(options) or error from None
+        raise _mounted_elsewhere(options, error) or error from None
 
 
 def _leave_terminal() -> None:
@@ -284,8 +284,9 @@ def _serve(options: MountOptions, ready: int | None, notifier: Notifier) -> None
         filesystem.close()
 
 
-def _mounted_elsewhere(options: MountOptions) -> LockedError | None:
+def _mounted_elsewhere(options: MountOptions, error: LockedError) -> LockedError | None:
     """What to do instead, when it is a mount that has the image; None when no mount is seen."""
+    who = error.message.partition(";")[0]
     image = os.path.realpath(options.image)
     for mount in places.mounts():
         if mount.image == image:
@@ -293,7 +294,7 @@ def _mounted_elsewhere(options: MountOptions) -> LockedError | None:
             if options.snapshot is not None and not mount.read_only:
                 place = os.path.join(place, ".snapshots", options.snapshot)
             return LockedError(
-                f"{image} is mounted on {mount.mount_point} already; look into {place}"
+                f"{who}: it is mounted on {mount.mount_point} already; look into {place}"
             )
     return None
 
