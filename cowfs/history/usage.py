@@ -1,14 +1,13 @@
-"""Accounting: what roots hold, to the block (C11). DESIGN.md section 6 gives the definitions.
+"""Accounting by *virtual drop*: what deleting snapshots would free, to the block (C11).
 
-Two algorithms that must agree. *Virtual drop* simulates the deletion of a set of roots without writing;
-its cost is that of what would be freed. *Owner sets* give every block the set of roots that reach it in
-one pass over the distinct nodes; any what-if is a sum afterwards.
+DESIGN.md section 6 gives the definitions. The deletion of a set of roots is simulated without writing;
+its cost is that of what would be freed. owners.py is the other algorithm, which must agree.
 
 All numbers are blocks, metadata and twins included; the catalog and the space map belong to no root.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -180,114 +179,6 @@ def written_blocks(filesystem: Filesystem, record: RootRecord) -> int:
     if record.shares:
         total += fresh.without(_Blocks()) + older.without(_data_of(store, parent))
     return total
-
-
-class OwnerSets:
-    """Blocks by the set of roots that reach them.
-
-    `blocks[owners]` counts the blocks that exactly the roots `owners` (root ids; the drop queue's
-    entries as -1 - number) reach. Sums over sets answer every what-if.
-    """
-
-    def __init__(self, blocks: dict[frozenset[int], int]) -> None:
-        self.blocks = blocks
-
-    def exclusive(self, root_ids: Iterable[int]) -> int:
-        """Blocks that only these roots reach."""
-        chosen = frozenset(root_ids)
-        return sum(count for owners, count in self.blocks.items() if owners <= chosen)
-
-    def referenced(self, root_id: int) -> int:
-        return sum(count for owners, count in self.blocks.items() if root_id in owners)
-
-    def total(self) -> int:
-        return sum(self.blocks.values())
-
-
-class _Interned:
-    """Sets of roots as small numbers, and their unions, remembered."""
-
-    def __init__(self) -> None:
-        self.sets: list[frozenset[int]] = [frozenset()]
-        self._numbers: dict[frozenset[int], int] = {self.sets[0]: 0}
-        self._unions: dict[tuple[int, int], int] = {}
-
-    def number(self, owners: frozenset[int]) -> int:
-        found = self._numbers.get(owners)
-        if found is None:
-            found = self._numbers[owners] = len(self.sets)
-            self.sets.append(owners)
-        return found
-
-    def union(self, one: int, other: int) -> int:
-        if one == other or not other:
-            return one
-        if not one:
-            return other
-        pair = (one, other) if one < other else (other, one)
-        found = self._unions.get(pair)
-        if found is None:
-            found = self._unions[pair] = self.number(self.sets[one] | self.sets[other])
-        return found
-
-
-def owner_sets(filesystem: Filesystem) -> OwnerSets:
-    """The owner sets of every block: one pass, level by level, each distinct node read once."""
-    store = filesystem.store
-    interned = _Interned()
-    levels: dict[int, dict[int, tuple[Pointer, int]]] = {}
-    partly: dict[int, tuple[int, int]] = {}  # node in the drop queue: owner, entries done
-
-    def reach(pointer: Pointer, level: int, owner: int) -> None:
-        nodes = levels.setdefault(level, {})
-        _, before = nodes.get(pointer.block, (pointer, 0))
-        nodes[pointer.block] = (pointer, interned.union(before, owner))
-
-    for record in filesystem.catalog.roots():
-        root = store.load(record.pointer, None)
-        reach(record.pointer, root.level, interned.number(frozenset((record.root_id,))))
-    for drop in filesystem.catalog.drops():
-        owner = interned.number(frozenset((-1 - drop.number,)))
-        root = store.load(drop.path[0].pointer, None)
-        reach(drop.path[0].pointer, root.level, owner)
-        for step in drop.path:
-            partly[step.pointer.block] = (owner, step.done)
-
-    counts: Counter[int] = Counter()
-    data: dict[int, np.ndarray] = {}
-    for level in range(max(levels, default=-1), -1, -1):
-        for pointer, owner in levels.pop(level, {}).values():
-            node = store.load(pointer, level)
-            counts[owner] += NODE_BLOCKS * (2 if pointer.twin else 1)
-            done = partly[pointer.block][1] if pointer.block in partly else 0
-            if level:
-                for child in node.values[done:]:
-                    reach(_pointer(child), level - 1, owner)
-            else:
-                for first, count in references(node.keys, node.values):
-                    _own_data(data, first, count, owner, interned)
-    for group in data.values():
-        numbers, found = np.unique(group, return_counts=True)
-        for number, count in zip(numbers.tolist(), found.tolist(), strict=True):
-            if number:
-                counts[number] += count
-    return OwnerSets({interned.sets[number]: count for number, count in counts.items()})
-
-
-def _own_data(
-    data: dict[int, np.ndarray], first: int, count: int, owner: int, interned: _Interned
-) -> None:
-    while count:
-        group, start = divmod(first, GROUP_BLOCKS)
-        here = min(count, GROUP_BLOCKS - start)
-        owners = data.get(group)
-        if owners is None:
-            owners = data[group] = np.zeros(GROUP_BLOCKS, np.int64)
-        part = owners[start : start + here]
-        for before in np.unique(part).tolist():
-            part[part == before] = interned.union(before, owner)
-        first += here
-        count -= here
 
 
 def _pointer(child: Node | Pointer) -> Pointer:

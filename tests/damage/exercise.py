@@ -36,9 +36,10 @@ from cowfs.files.items import ROOT_INO
 from cowfs.files.volume import Changes, Volume
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
+from cowfs.history.owners import owner_sets
 from cowfs.history.records import RootKind
 from cowfs.history.reports import info_report, snapshot_reports, space_report
-from cowfs.history.usage import exclusive_blocks, owner_sets, written_blocks
+from cowfs.history.usage import exclusive_blocks, written_blocks
 from tests.care.image_builder import MemoryDevice
 from tests.damage.hostile import write_image
 

@@ -10,6 +10,7 @@ from hypothesis.stateful import precondition, rule
 
 from cowfs.errors import DeviceError, NoSpaceError, SnapshotError
 from cowfs.history.filesystem import Edit, EditAction
+from cowfs.history.owners import OwnerKind, owner_sets
 from cowfs.history.records import RootRecord
 from cowfs.history.usage import exclusive_blocks, referenced_blocks, written_blocks
 from tests.model.devices import Fault
@@ -113,6 +114,10 @@ class HistoryMachine(FilesMachine):
         wanted = sorted({there[pick % len(there)] for pick in chosen})
         records = [self.filesystem.catalog.snapshot(name) for name in wanted]
         predicted = exclusive_blocks(self.filesystem, records)
+        owners = owner_sets(self.filesystem)
+        bits = [owners.bit(OwnerKind.SNAPSHOT, record.root_id) for record in records]
+        assert owners.exclusive(bits).total == predicted, "the two algorithms"
+        assert owners.total().total == self.filesystem.space().tree
         for record in records:
             parent = self.filesystem.catalog.root(record.parent_id) if record.parent_id else None
             own = reachable_from(self.disk, record.pointer)

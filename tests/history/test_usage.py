@@ -4,8 +4,9 @@ import random
 
 from cowfs.history.filesystem import Edit, Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
+from cowfs.history.owners import OwnerKind, owner_sets
 from cowfs.history.records import RootRecord
-from cowfs.history.usage import exclusive_blocks, owner_sets, referenced_blocks, written_blocks
+from cowfs.history.usage import exclusive_blocks, referenced_blocks, written_blocks
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 from tests.model.devices import MemoryDevice
 from tests.model.recount import reachable_from
@@ -39,11 +40,14 @@ def require_exact(disk: MemoryDevice, filesystem: Filesystem, record: RootRecord
     own = reachable_from(disk, record.pointer)
     assert referenced_blocks(filesystem, record) == len(own)
     owners = owner_sets(filesystem)
-    assert owners.referenced(record.root_id) == len(own)
-    assert owners.exclusive([record.root_id]) == exclusive_blocks(filesystem, [record])
+    bit = owners.bit(OwnerKind.SNAPSHOT, record.root_id)
+    assert owners.referenced(bit).total == len(own)
+    assert owners.exclusive([bit]).total == exclusive_blocks(filesystem, [record])
     parent = filesystem.catalog.root(record.parent_id) if record.parent_id else None
     before = reachable_from(disk, parent.pointer) if parent is not None else set()
     assert written_blocks(filesystem, record) == len(own - before)
+    assert owners.written(bit).total == len(own - before)
+    assert owners.total().total == filesystem.space().tree
 
 
 def test_blocks_that_files_share_are_counted_once() -> None:
