@@ -29,7 +29,7 @@ from cowfs.files.volume import CAPABILITY_XATTR, Changes, Volume
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES, Pointer
-from cowfs.storage.node import NodeCache
+from cowfs.storage.node import CACHE_BYTES_DEFAULT, NodeCache
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 
 TOTAL_BLOCKS = 16384
@@ -314,10 +314,14 @@ def test_lost_last_leaf_does_not_stop_the_making_of_files() -> None:
     assert again.read(last_ino, 0, 2000) == b"v" * 1000
 
 
+@pytest.mark.parametrize("cache_bytes", [CACHE_BYTES_DEFAULT, 1], ids=["cached", "uncached"])
 def test_read_that_fails_at_any_moment_leaves_an_operation_undone(
-    populated: tuple[MemoryDevice, Model, list[Pointer]],
+    populated: tuple[MemoryDevice, Model, list[Pointer]], cache_bytes: int
 ) -> None:
-    """Promise C9: whole or not at all, wherever in an operation the device refuses to read."""
+    """Promise C9: whole or not at all, wherever in an operation the device refuses to read.
+
+    With next to no cache a node that was read a moment ago must be read again.
+    """
     original, first_model, _ = populated
     failures = 0
     for seed in range(30):
@@ -328,7 +332,7 @@ def test_read_that_fails_at_any_moment_leaves_an_operation_undone(
             model = copy_of(first_model)
             filesystem = open_filesystem(device, writable=True)
             read_all_inodes(filesystem.live)
-            filesystem.store.cache = NodeCache()
+            filesystem.store.cache = NodeCache(cache_bytes)
             device.fault = fault
             with contextlib.suppress(DeviceError):
                 operate(filesystem.live, model, random.Random(seed))
