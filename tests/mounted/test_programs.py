@@ -7,7 +7,6 @@ put to their own checks and compared with what they make elsewhere.
 import contextlib
 import os
 import sqlite3
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -15,37 +14,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Mounted
+from tests.mounted.programs import git, run
 from tests.mounted.tree_state import assert_same, make_library, tree_state
 
 pytestmark = [pytest.mark.mounted, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def run(*words: str | Path, folder: Path | None = None, **variables: str) -> str:
-    """Run a program that must succeed; gives its output."""
-    result = subprocess.run(
-        [str(word) for word in words],
-        cwd=folder,
-        env=os.environ | {"LC_ALL": "C.UTF-8", "HOME": "/nonexistent"} | variables,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="surrogateescape",
-        timeout=500,
-        check=False,
-    )
-    assert result.returncode == 0, f"{words}: {result.returncode}\n{result.stdout}{result.stderr}"
-    return result.stdout
-
-
 # ------------------------------------------------------------------- git
-
-
-def git(folder: Path, *words: str | Path) -> str:
-    """Run git without the settings of the user or the machine."""
-    settings = ["user.name=Somebody", "user.email=somebody@example.org", "init.defaultBranch=main"]
-    options = [word for setting in settings for word in ("-c", setting)]
-    nothing = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1"}
-    return run("git", *options, *words, folder=folder, **nothing)
 
 
 def test_git_history_survives_gc_clone_and_remount(mount: Mounted, tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""Runs the programs of others, and ends them with all their children whatever happens.
+
+COWFS_PROGRAM_SECONDS sets how long a program works on a mount before it is looked at (4 by default),
+COWFS_PROGRAM_ROUNDS how often daemons are killed under one (3), COWFS_PROGRAM_SEED when.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.conftest import wait_for_end
+
+SECONDS = float(os.environ.get("COWFS_PROGRAM_SECONDS", "4"))
+ROUNDS = int(os.environ.get("COWFS_PROGRAM_ROUNDS", "3"))
+RUN_SECONDS_MAX = 500
+
+
+def random_moments() -> random.Random:
+    """Other moments in each run; a failed test prints how to have the same again."""
+    seed = int(os.environ.get("COWFS_PROGRAM_SEED", str(random.randrange(1 << 30))))
+    print(f"COWFS_PROGRAM_SEED={seed}")
+    return random.Random(seed)
+
+
+def run(
+    *words: str | Path,
+    folder: Path | None = None,
+    given: str | None = None,
+    status: int = 0,
+    **variables: str,
+) -> str:
+    """Run a program that must end with `status`; gives its output.
+
+    Args:
+        folder: where it runs.
+        given: what it reads from its standard input, else nothing.
+        variables: of the environment, more than those there are.
+    """
+    with started(*words, folder=folder, **variables) as process:
+        output, errors = process.communicate(given, timeout=RUN_SECONDS_MAX)
+    assert process.returncode == status, f"{words}: {process.returncode}\n{output}{errors}"
+    return output
+
+
+@contextlib.contextmanager
+def started(
+    *words: str | Path,
+    folder: Path | None = None,
+    **variables: str,
+) -> Iterator[subprocess.Popen[str]]:
+    """A program that runs during the block; what is left of it afterwards is killed."""
+    process = subprocess.Popen(
+        [str(word) for word in words],
+        cwd=folder,
+        env=os.environ | {"LC_ALL": "C.UTF-8", "HOME": "/nonexistent"} | variables,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="surrogateescape",
+    )
+    try:
+        yield process
+    finally:
+        end_with_children(process.pid)
+        process.communicate(timeout=30)
+
+
+def end_with_children(pid: int) -> None:
+    """Kill a process and all that it started, unless they have ended."""
+    family = [pid, *_descendants(pid)]
+    for member in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+    for member in family:
+        assert wait_for_end(member), f"process {member} does not end"
+
+
+def _descendants(pid: int) -> list[int]:
+    """What a process started, directly or not, as far as it has not lost its parent."""
+    children: dict[int, list[int]] = {}
+    for place in Path("/proc").iterdir():
+        if place.name.isdecimal():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                words = (place / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                children.setdefault(int(words[1]), []).append(int(place.name))
+    found = [pid]
+    for member in found:  # grows meanwhile
+        found += children.get(member, [])
+    return found[1:]
+
+
+def git(folder: Path, *words: str | Path, given: str | None = None, **variables: str) -> str:
+    """Run git without the settings of the user or the machine."""
+    settings = ["user.name=Somebody", "user.email=somebody@example.org", "init.defaultBranch=main"]
+    options = [word for setting in settings for word in ("-c", setting)]
+    nothing = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1"}
+    return run("git", *options, *words, folder=folder, given=given, **nothing, **variables)
