@@ -39,7 +39,8 @@ def stream(first: int, end: int, branch: str, parent: str | None) -> str:
         name = path_of(number) if branch == "main" else f"side/{number}"
         mark = f"mark :{number + 1}\n" if branch == "main" else ""
         parts.append(
-            f"commit refs/heads/{branch}\n{mark}committer A <a@example.org> {BEGIN + number * 60} +0000\n"
+            f"commit refs/heads/{branch}\n{mark}"
+            f"committer A <a@example.org> {BEGIN + number * 60} +0000\n"
             f"data {len(message)}\n{message}\n"
         )
         if number == first and parent:

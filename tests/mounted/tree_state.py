@@ -118,6 +118,16 @@ def make_library(target: Path) -> None:
         symlinks=True,
         ignore=shutil.ignore_patterns("site-packages", "dist-packages", "config-*", "test", "*.so"),
     )
+    make_one_of_everything(target)
+    # As below.
+    os.utime(target, ns=(0, 1_500_000_000_123_456_789))
+
+
+def make_one_of_everything(target: Path) -> None:
+    """Make a folder with one of everything that a tree can hold, and a hard link to a file in it.
+
+    Made by root, it has other owners and a device too.
+    """
     extra = target / "one of everything"
     extra.mkdir(mode=0o1777)
     (extra / "file").write_bytes(b"contents\n")
@@ -141,14 +151,16 @@ def make_library(target: Path) -> None:
         file.seek(10 << 20)
         file.write(b"island")
         file.truncate(20 << 20)
-    os.utime(extra / "empty", ns=(1, 1_234_567_890_123_456_789))
-    os.utime(extra / "broken symlink", ns=(2, 987_654_321_000_000_001), follow_symlinks=False)
     if os.geteuid() == 0:
         os.chown(extra / "read only", 1234, 4321)
         os.mknod(extra / "device", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
-    # rsync takes the times of directories for equal when they differ by less than a second.
-    for folder in (extra, target):
-        os.utime(folder, ns=(0, 1_500_000_000_123_456_789))
+    # rsync takes times that differ by less than a second for equal, except of regular files.
+    for path in extra.iterdir():
+        if path.is_symlink() or not path.is_file():
+            os.utime(path, ns=(3, 1_400_000_000_123_456_789), follow_symlinks=False)
+    os.utime(extra / "empty", ns=(1, 1_234_567_890_123_456_789))
+    os.utime(extra / "broken symlink", ns=(2, 987_654_321_000_000_001), follow_symlinks=False)
+    os.utime(extra, ns=(0, 1_500_000_000_123_456_789))
 
 
 def change_heavily(root: Path, seed: int) -> None:

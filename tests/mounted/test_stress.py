@@ -1,0 +1,161 @@
+"""Promises under the load programs that filesystems are tried with: fio, dbench and stress-ng.
+
+Each compares or checks what it reads itself; none may fail, and none may leave the image unclean.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Mounted
+from tests.mounted.programs import SECONDS, run
+
+pytestmark = [
+    pytest.mark.mounted,
+    pytest.mark.slow,
+    pytest.mark.timeout(300 + 60 * SECONDS),
+]
+
+# ------------------------------------------------------------------- fio
+
+# Pieces that are no whole blocks too. Each job writes every place of its file once, in random order.
+FIO_JOBS = """
+[global]
+rw=randwrite
+size=12m
+verify=crc32c
+verify_fatal=1
+do_verify=1
+randrepeat=1
+fallocate=none
+group_reporting=1
+
+[psync]
+ioengine=psync
+bs=4k
+numjobs=2
+
+[psync-odd]
+ioengine=psync
+bs=1536
+size=3m
+
+[psync-direct]
+ioengine=psync
+direct=1
+bs=16k
+
+[ring]
+ioengine=io_uring
+iodepth=16
+bs=8k
+fsync=100
+
+[ring-direct]
+ioengine=io_uring
+direct=1
+iodepth=16
+bs=4k
+numjobs=2
+
+[mapped]
+ioengine=mmap
+bs=4k
+fsync=200
+
+[mixed]
+rw=randrw
+ioengine=psync
+bs=4k
+fdatasync=200
+
+[space-first]
+ioengine=psync
+fallocate=native
+bs=32k
+"""
+
+
+@pytest.mark.parametrize("options", [(), ("-o", "writeback")], ids=["plain", "writeback"])
+def test_fio_reads_back_what_it_wrote_after_a_remount_too(
+    mount: Mounted, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """Promise: what each kind of I/O wrote at random places is what each reads, now and later."""
+    if options:
+        mount.mount_options = options
+        mount.remount()
+    jobs = tmp_path / "jobs.fio"
+    jobs.write_text(FIO_JOBS, encoding="ascii")
+    words = ("fio", f"--directory={mount.path}", "--minimal", "--output", tmp_path / "out")
+    run(*words, jobs, folder=tmp_path)
+    files = sorted(mount.path.iterdir())
+    assert len(files) == 10
+
+    mount.remount()
+    run(*words, "--verify_only", jobs, folder=tmp_path)
+
+    # fio does notice: one byte in the middle of one file.
+    with open(files[0], "r+b") as file:
+        file.seek(5 << 20)
+        (byte,) = file.read(1)
+        file.seek(5 << 20)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(AssertionError, match="verify: bad"):
+        run(*words, "--verify_only", jobs, folder=tmp_path)
+
+
+# ------------------------------------------------------------------- dbench
+
+
+def test_dbench_finds_no_error(mount: Mounted, tmp_path: Path) -> None:
+    """Promise: the calls of an office's file server, as they were recorded, all do what they did."""
+    seconds = max(3, round(SECONDS))
+    script = "/usr/share/dbench/client.txt"
+    output = run("dbench", "-t", str(seconds), "-c", script, "-D", mount.path, "2", folder=tmp_path)
+    throughput = re.search(r"^Throughput ([0-9.]+) MB/sec", output, re.MULTILINE)
+    assert throughput, output
+    assert float(throughput[1]) > 0
+    # Where there are no semaphores of the machine to be had, clients start a little apart.
+    told = output.replace("failed to create barrier semaphore", "")
+    assert not re.search(r"error|failed|expected", told, re.IGNORECASE), output
+    left = [*mount.path.rglob("*")]
+    assert all(path.is_dir() for path in left), left
+
+
+# ------------------------------------------------------------------- stress-ng
+
+LEFT_OUT = {
+    "bind-mount": "mounts over the root directory of the machine",
+    "binderfs": "mounts another filesystem",
+    "dup": "is not about files on a disk, as are the next ones",
+    "eventfd": "",
+    "ioprio": "",
+    "procfs": "reads the /proc of the machine",
+    "fanotify": "watches every mount of the machine, and hangs where one of them is dead",
+    "io": "calls sync(2) for all filesystems of the machine",
+}
+SKIPPED = {"verity", "fiemap"}  # FUSE passes on neither
+
+
+def test_stressors_of_file_systems_find_nothing_wrong(mount: Mounted, tmp_path: Path) -> None:
+    """Promise: stress-ng's class `filesystem`, one after the other, with what it can verify verified."""
+    log = tmp_path / "log"
+    run(
+        *("stress-ng", "--class", "filesystem", "--sequential", "1", "--verify"),
+        *("--exclude", ",".join(LEFT_OUT), "--temp-path", mount.path, "--metrics-brief"),
+        *(f"--timeout={max(1, round(SECONDS / 4))}s", "--log-file", log),
+        *("--chdir-dirs=500", "--hdd-bytes=32M"),
+        folder=tmp_path,
+    )
+    output = log.read_text(encoding="utf-8")
+    told = [
+        line for line in output.splitlines() if re.search(r"stress-ng: (fail|warn|error)", line)
+    ]
+    assert not told, output
+    skipped = set(re.findall(r"\] (\S+): .*skipping stress", output))
+    assert skipped <= SKIPPED, output
+    ran = set(re.findall(r"metrc: \[\d+\] (\S+) +\d+ +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+", output))
+    assert len(ran) > 30, output
+    assert os.listdir(mount.path) == [], "something cannot be removed"
