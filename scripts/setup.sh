@@ -62,6 +62,11 @@ missing_packages() {
     if [ "$purpose" = test ] && [ ! -f /usr/share/bash-completion/bash_completion ]; then
         printf '%s\n' bash-completion
     fi
+    # Debian keeps the programs of the server out of PATH.
+    if [ "$purpose" = test ] && ! compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null \
+        && ! command -v initdb >/dev/null; then
+        printf '%s\n' postgresql
+    fi
 }
 
 # Prints "command package" for each program that is called, one pair a line.
@@ -70,7 +75,8 @@ needed_commands() {
     if [ "$1" = test ]; then
         printf '%s\n' 'git git' 'rsync rsync' 'sqlite3 sqlite3' 'setfattr attr' 'setfacl acl' \
             'find findutils' 'du coreutils' 'man man-db' 'zsh zsh' 'fish fish' \
-            'systemd-analyze systemd' 'nsenter util-linux' 'fio fio'
+            'systemd-analyze systemd' 'nsenter util-linux' 'fio fio' 'dbench dbench' \
+            'stress-ng stress-ng' 'autoconf autoconf' 'automake automake' 'make make'
     fi
 }
 
@@ -93,6 +99,15 @@ as_root() {
     fi
 }
 
+# The tests need PostgreSQL's programs. Debian's package would also make a database and start a server:
+# it does not if this file says so before. Settings that are there stay.
+refuse_database_cluster() {
+    local settings=/etc/postgresql-common/createcluster.conf
+    [ ! -e "$settings" ] || return 0
+    as_root mkdir -p "$(dirname -- "$settings")"
+    printf 'create_main_cluster = false\n' | as_root tee "$settings" >/dev/null
+}
+
 install_packages() {
     local line="apt-get install -y --no-install-recommends $*"
     if ! command -v apt-get >/dev/null; then
@@ -104,6 +119,9 @@ install_packages() {
     setup_say "installing $*"
     as_root env DEBIAN_FRONTEND=noninteractive apt-get update -q >&2 \
         || setup_fail "apt-get update failed; when it works again, run: $line"
+    if [[ " $* " = *' postgresql '* ]]; then
+        refuse_database_cluster || setup_fail 'could not write the settings of PostgreSQL'
+    fi
     # shellcheck disable=SC2086  # the line is a list of words
     as_root env DEBIAN_FRONTEND=noninteractive $line >&2 || setup_fail "this failed: $line"
 }
