@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Mounted, mounted
+from tests.conftest import FAILED, Mounted, mounted
 from tests.mounted.programs import ROUNDS, SECONDS, end_with_children, random_moments, run
 
 pytestmark = [
@@ -197,13 +197,18 @@ class Cluster:
 def place(request: pytest.FixtureRequest) -> Iterator[tuple[Mounted, Path]]:
     """A mount that the server's user may enter, and a folder outside of it with a short name."""
     options = ("-o", "allow_other") if os.geteuid() == 0 else ()
-    with tempfile.TemporaryDirectory(prefix="cowfs-pg-", dir="/tmp") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        (folder / "out").mkdir()
-        with mounted(folder / "cowfs", mount_options=options) as mount:
-            mount.path.chmod(0o755)
-            yield mount, folder / "out"
+    folder = Path(tempfile.mkdtemp(prefix="cowfs-pg-", dir="/tmp"))
+    folder.chmod(0o755)
+    (folder / "out").mkdir()
+
+    def has_failed() -> bool:
+        return request.node.stash.get(FAILED, False)
+
+    with mounted(folder / "cowfs", has_failed, mount_options=options) as mount:
+        mount.path.chmod(0o755)
+        yield mount, folder / "out"
+    if not has_failed():
+        shutil.rmtree(folder)
 
 
 @pytest.fixture
@@ -231,6 +236,7 @@ def test_postgres_recovers_every_transaction_when_the_daemon_is_killed(
     """Promise C1, C2: the server recovers by itself, with all that it told to be committed."""
     mount, _ = place
     moments = random_moments()
+    options = mount.mount_options
     acknowledged: set[str] = set()
     for number in range(ROUNDS):
         with cluster.load(number, 600) as load:
@@ -241,6 +247,8 @@ def test_postgres_recovers_every_transaction_when_the_daemon_is_killed(
             assert load.returncode != 0, output
         cluster.stop(signal.SIGQUIT)
         mount.check()
+        # The next round under the other of the two ways to write.
+        mount.mount_options = (*options, "-o", "writeback") if number % 2 == 0 else options
         mount.remount()
         cluster.start()
         new = cluster.acknowledged(number)
