@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+VERSION: int
+
 class SessionOperations(Protocol):
     def fallocate(self, node: int, mode: int, offset: int, length: int) -> int: ...
     def lseek(self, node: int, offset: int, whence: int) -> int: ...

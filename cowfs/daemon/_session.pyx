@@ -98,6 +98,8 @@ cdef enum:
     TMPFILE = 51  # FUSE_TMPFILE of Linux 6.2; headers may be older than the kernel
     INIT_BYTES = 16  # of the INIT request and of its answer, up to and with `flags`
 
+VERSION = 1  # of what fuse.py expects of this module: count it up with every change of a function
+
 ctypedef fuse_session *(*session_new_t)(
     fuse_args *, const fuse_lowlevel_ops *, size_t, void *) noexcept
 ctypedef int (*session_mount_t)(fuse_session *, const char *) noexcept

@@ -15,6 +15,8 @@ SESSION_FEATURES = ("fallocate", "seek_hole", "copy_file_range", "tmpfile")
 
 _ATIME_NOW, _MTIME_NOW = 1 << 7, 1 << 8  # FATTR_ATIME_NOW, FATTR_MTIME_NOW of linux/fuse.h
 
+_SESSION_VERSION = 1
+
 session: ModuleType | None = None
 session_missing = ""
 
@@ -23,7 +25,10 @@ sys.setdlopenflags(os.RTLD_NOW | os.RTLD_GLOBAL)
 try:
     from cowfs.daemon import _session
 
-    session = _session
+    if getattr(_session, "VERSION", 0) == _SESSION_VERSION:
+        session = _session
+    else:
+        session_missing = "the compiled module is of another version; install the package again"
 except ImportError as error:
     session_missing = str(error)
 finally:

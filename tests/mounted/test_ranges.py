@@ -340,16 +340,18 @@ def test_unnamed_files_are_gone_after_a_crash(mount: Mounted) -> None:
 
 # ------------------------------------------------------------------- without the module
 
-_HIDE_MODULE = "import sys\nsys.modules['cowfs.daemon._session'] = None\n"
+_NO_MODULE = "import sys\nsys.modules['cowfs.daemon._session'] = None\n"
+_OLD_MODULE = "import sys, types\nsys.modules['cowfs.daemon._session'] = types.ModuleType('old')\n"
 
 
 @pytest.mark.needs_cowfs
+@pytest.mark.parametrize("instead", [_NO_MODULE, _OLD_MODULE], ids=["none", "old"])
 def test_a_mount_without_the_compiled_module_works_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instead: str
 ) -> None:
-    """Promise: where the module could not be built, a mount does all but what needs it."""
+    """Promise: where the module could not be built, or is stale, a mount does all but what needs it."""
     (tmp_path / "hide").mkdir()
-    (tmp_path / "hide" / "sitecustomize.py").write_text(_HIDE_MODULE, encoding="utf-8")
+    (tmp_path / "hide" / "sitecustomize.py").write_text(instead, encoding="utf-8")
     known = os.environ.get("PYTHONPATH")
     hidden = [str(tmp_path / "hide"), *([known] if known else [])]
     mount = Mounted(tmp_path / "cowfs")
@@ -360,6 +362,7 @@ def test_a_mount_without_the_compiled_module_works_and_says_so(
         assert json_of(run_command("info", mount.path, "--json"))["features"] == []
         one, two = mount.path / "one", mount.path / "two"
         one.write_bytes(b"x" * 100_000)
+        os.utime(one)
         descriptor = os.open(one, os.O_RDWR)
         assert errno_of(lambda: fallocate(descriptor, 0, 0, 10)) == "ENOTSUP"
         os.close(descriptor)
