@@ -47,6 +47,8 @@ _MAP = "cowfs.storage.spacemap:SpaceMap"
 _HISTORY = "cowfs.history.filesystem:Filesystem"
 _DROPS = "cowfs.history.drops:DropQueue"
 _VOLUME = "cowfs.files.volume:Volume"
+_ORPHANS = "cowfs.files.orphans:Orphans"
+_RANGES = "cowfs.files.ranges:Ranges"
 
 FAULTS = (
     # the order of a commit
@@ -235,23 +237,30 @@ FAULTS = (
         "filesystem.catalog.remove(target)",
         "pass",
     ),
+    # files that share
+    Fault(
+        "blocks that files share are not counted",
+        f"{_RANGES}.share",
+        "store.map.add(piece.block, piece.count)",
+        "pass",
+    ),
     # orphans and the drop queue
     Fault(
         "orphan mark missing",
-        f"{_VOLUME}.flush",
-        'self.tree.put(key(0, TYPE_ORPHAN, ino), b"")',
+        f"{_ORPHANS}.flush",
+        'self._tree.put(key(0, TYPE_ORPHAN, ino), b"")',
         "pass",
     ),
     Fault(
         "orphan mark not taken away",
-        f"{_VOLUME}.flush",
-        "self.tree.delete(key(0, TYPE_ORPHAN, ino))",
+        f"{_ORPHANS}.flush",
+        "self._tree.delete(key(0, TYPE_ORPHAN, ino))",
         "pass",
     ),
     Fault(
         "orphans not looked for at the mount",
-        f"{_VOLUME}.load_orphans",
-        "self.orphans |= found",
+        f"{_ORPHANS}.load",
+        "self.inos |= found",
         "pass",
     ),
     Fault(
@@ -322,6 +331,9 @@ WORKLOADS = (
         "fsync; end"
     ),
     parse("single: write C/1 0 9000; fsync; unlink C/1; fsync; write C/2 0 9000; fsync; end"),
+    parse(
+        "deep: share A/foo A/copy 0 99999; fsync; unlink A/foo; fsync; unlink A/copy; fsync; end"
+    ),
 )
 
 
