@@ -318,12 +318,23 @@ def pytest_runtest_makereport(
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what has no meaning on a plain directory, when asked to run on one."""
-    if PLAIN_BASE is None:
-        return
-    left_out = [item for item in items if item.get_closest_marker("needs_cowfs")]
-    items[:] = [item for item in items if item not in left_out]
-    config.hook.pytest_deselected(items=left_out)
+    """Leaves out what has no meaning on a plain directory, or what only root may do."""
+    unmet = set()
+    if PLAIN_BASE is not None:
+        unmet.add("needs_cowfs")
+    if os.geteuid():
+        unmet.add("needs_root")
+    left_out = [item for item in items if unmet & {mark.name for mark in item.iter_markers()}]
+    if left_out:
+        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_report_header() -> str | None:
+    """Says what an ordinary user's run does not try."""
+    if os.geteuid():
+        return "not as root: tests marked needs_root are left out; sudo scripts/test runs them too"
+    return None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -129,7 +129,7 @@ def test_git_does_on_a_mount_what_it_does_on_the_host(mount: Mounted, tmp_path: 
 
 def test_git_gets_back_from_a_snapshot_what_gc_has_thrown_away(mount: Mounted) -> None:
     """Promise C6: after a rollback a repository has again what no command of git could bring back."""
-    work = mount.path / "work"
+    work = mount.path / "repository"
     make_history(work)
     git(work, "repack", "-a", "-d", "--quiet")
     references, side = git(work, "for-each-ref"), git(work, "rev-parse", "side").strip()
@@ -143,7 +143,7 @@ def test_git_gets_back_from_a_snapshot_what_gc_has_thrown_away(mount: Mounted) -
     git(work, "cat-file", "-e", side, status=1)
     assert not inodes & {path.stat().st_ino for path in work.rglob("*.pack")}
     # git can read from the snapshot, read-only as it is.
-    only_read = ("-c", "safe.directory=*", f"--git-dir={snapshot}/work/.git")
+    only_read = ("-c", "safe.directory=*", f"--git-dir={snapshot}/repository/.git")
     assert git(mount.path, *only_read, "for-each-ref") == references
     git(mount.path, *only_read, "fsck", "--full")
 

@@ -321,7 +321,7 @@ def test_program_that_runs_is_not_written_to(folder: Path) -> None:
 
 
 @pytest.mark.needs_cowfs
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else to try it")
+@pytest.mark.needs_root  # only root can become somebody else to try it
 def test_set_user_id_programs_give_nobody_rights(folder: Path, module_mount: Mounted) -> None:
     """Promise: nosuid, unless asked otherwise: a set-id program runs as its caller."""
     flags = os.statvfs(folder).f_flag
@@ -372,7 +372,7 @@ def test_inotify_tells_of_every_change(folder: Path) -> None:
         os.close(watcher)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="the kernel lets only root watch a whole mount")
+@pytest.mark.needs_root  # the kernel lets only root watch a whole mount
 def test_fanotify_watches_the_whole_mount(folder: Path, module_mount: Mounted) -> None:
     """Promise: a watcher of the mount sees opens and writes anywhere on it."""
     watcher = call("fanotify_init", 0x2, os.O_RDONLY)  # FAN_NONBLOCK
@@ -522,7 +522,7 @@ def test_descriptor_of_a_path_reads_nothing_but_leads_on(folder: Path) -> None:
     assert os.listdir(folder) == []
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="opening by handle is for root")
+@pytest.mark.needs_root  # opening by handle is for root
 def test_file_handles_find_the_file_again_or_are_stale(folder: Path, module_mount: Mounted) -> None:
     """Promise: a handle names one file for as long as it is there, also when nobody knows it any
     more; afterwards it is stale and never another file."""

@@ -287,7 +287,7 @@ for number in range(15):
                 each.wait(timeout=30)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount something on top")
+@pytest.mark.needs_root  # only root can mount something on top
 def test_snapshot_holds_the_pages_below_another_mount(held: Mounted) -> None:
     """Promise C6: also where the root of the mount can no longer be reached by its path."""
     file = os.open(held.path / "file", os.O_CREAT | os.O_WRONLY)
