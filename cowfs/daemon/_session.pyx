@@ -3,18 +3,19 @@
 
 Loaded with RTLD_GLOBAL before pyfuse3 (fuse.py does it), this module's `fuse_session_new` and
 `fuse_session_mount` are those that pyfuse3 calls. They complete the table of operations, and call
-libfuse's own. Two more things happen between libfuse and /dev/fuse (`fuse_session_custom_io`):
+libfuse's own. What pyfuse3 does not tell is seen between libfuse and /dev/fuse (`fuse_session_custom_io`):
 
 - The kernel's request TMPFILE, newer than libfuse 3.14, has the layout of CREATE and the name "/",
   which no file can have: it is handed on as CREATE.
 - Of the INIT request and its answer, the flags that this libfuse does not know are looked at and added.
+- Of WRITE and SETATTR requests, flags are kept until the next one, for the handler that runs in between.
 
 Operations added here are answered before they return: the methods installed must not wait. They
 return the result, or a negative errno, and raise nothing. Nothing here keeps memory of its own.
 Source of the layouts: linux/fuse.h and libfuse's fuse_lowlevel.h.
 """
 
-from libc.errno cimport ENOSYS, EIO
+from libc.errno cimport EIO
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -128,7 +129,7 @@ def install(
     Args:
         operations: has methods `fallocate(node, mode, offset, length)`,
             `lseek(node, offset, whence)` and
-            `copy_file_range(node_in, offset_in, handle_out, offset_out, length)`; each
+            `copy_file_range(node_in, offset_in, node_out, offset_out, length)`; each
             returns an int, not negative, or a negative errno.
         background: requests for reading ahead and direct I/O that may be on their way at once.
         cache_symlinks: the kernel may keep the targets of symbolic links, and then tells of no more

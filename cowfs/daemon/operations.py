@@ -266,7 +266,7 @@ class Operations(Nodes):
         if node == SNAPSHOTS_NODE:
             raise posix_error(errno.ENODATA)
         volume, ino = self._resolve(node)
-        if not volume.get(ino).xattr_count:  # the kernel asks before every write to a file
+        if not volume.get(ino).xattr_count:  # without our module the kernel asks before every write
             raise pyfuse3.FUSEError(errno.ENODATA)
         return volume.getxattr(ino, name)
 

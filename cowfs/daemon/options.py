@@ -59,6 +59,12 @@ _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([kmgtp]?)(?:i?b)?\s*"
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 
 
+def default_cache_bytes() -> int:
+    """A sixteenth of the machine's memory, within bounds: what a large directory needs to stay fast."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(CACHE_BYTES_DEFAULT_MIN, min(memory // 16, CACHE_BYTES_DEFAULT_MAX))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MountOptions:
     """Everything that a mount is told.
@@ -90,7 +96,7 @@ class MountOptions:
     allow_other: bool = False
     commit_interval_s: float = 5.0
     snapshots: SnapshotsOption = "hidden"
-    cache_bytes: int = field(default_factory=lambda: default_cache_bytes())
+    cache_bytes: int = field(default_factory=default_cache_bytes)
     dirty_bytes_max: int = 256 * MIB
     discard: bool = True
     log: LogOption = "stderr"
@@ -103,12 +109,6 @@ class MountOptions:
     acls: bool = True
     access_times: bool = True
     writeback: bool = False
-
-
-def default_cache_bytes() -> int:
-    """A sixteenth of the machine's memory, within bounds: what a large directory needs to stay fast."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(CACHE_BYTES_DEFAULT_MIN, min(memory // 16, CACHE_BYTES_DEFAULT_MAX))
 
 
 _SWITCHES: dict[str, tuple[str, bool]] = {

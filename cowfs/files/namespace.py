@@ -303,27 +303,32 @@ class Namespace:
             return None
         if stat.S_ISDIR(moving.mode):
             self._require_outside(moving.ino, directory)
-        if flags == RENAME_EXCHANGE:
-            assert target is not None
-            if stat.S_ISDIR(target.mode):
-                self._require_outside(target.ino, old_directory)
-            self._reach_renamed(old_parent, old_name, moving, parent, name, target)
-            self._exchange(old_parent, old_name, moving, parent, name, target)
-            return None
-        now_ns = time.time_ns()
         if target is None:
             if stat.S_ISDIR(moving.mode) and parent is not old_parent and parent.nlink >= LINK_MAX:
                 raise posix_error(errno.EMLINK)
-            self._reach_renamed(old_parent, old_name, moving, parent, name, target)
-            self.names.add(directory, name, moving.ino, moving.mode >> 12)
-            self._renamed(parent, len(name), now_ns)
+        elif flags == RENAME_EXCHANGE:
+            if stat.S_ISDIR(target.mode):
+                self._require_outside(target.ino, old_directory)
         else:
             if stat.S_ISDIR(moving.mode):
                 self._require_empty(target)
             elif stat.S_ISDIR(target.mode):
                 raise posix_error(errno.EISDIR)
             self._require_linked(target)
-            self._reach_renamed(old_parent, old_name, moving, parent, name, target)
+        self.names.reach(old_directory, old_name)
+        self.names.reach(directory, name)
+        for inode in (old_parent, parent, moving):
+            self.inodes.reach(inode)
+        if target is not None:
+            self._orphans.reach(target)
+        now_ns = time.time_ns()
+        if target is None:
+            self.names.add(directory, name, moving.ino, moving.mode >> 12)
+            self._renamed(parent, len(name), now_ns)
+        elif flags == RENAME_EXCHANGE:
+            self._exchange(old_parent, old_name, moving, parent, name, target)
+            return None
+        else:
             if stat.S_ISDIR(moving.mode):
                 self._count_link(parent, -1)
             self.names.change(directory, name, moving.ino, moving.mode >> 12)
@@ -333,22 +338,6 @@ class Namespace:
         self._renamed(old_parent, -len(old_name), now_ns)
         self._moved(moving, old_parent, parent, now_ns)
         return target
-
-    def _reach_renamed(
-        self,
-        old_parent: Inode,
-        old_name: bytes,
-        moving: Inode,
-        parent: Inode,
-        name: bytes,
-        target: Inode | None,
-    ) -> None:
-        self.names.reach(old_parent.ino, old_name)
-        self.names.reach(parent.ino, name)
-        for inode in (old_parent, parent, moving):
-            self.inodes.reach(inode)
-        if target is not None:
-            self._orphans.reach(target)
 
     def _exchange(
         self,

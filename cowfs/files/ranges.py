@@ -9,7 +9,7 @@ copies it through read and write. Callers set times and touch the inode; sizes a
 import errno
 from collections.abc import Iterator
 
-from cowfs.errors import posix_error
+from cowfs.errors import NoSpaceError, posix_error
 from cowfs.files.data import ZERO_BLOCK, Data
 from cowfs.files.items import (
     EXTENT_BYTES,
@@ -22,8 +22,10 @@ from cowfs.files.items import (
 from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_BLOCKS
 from cowfs.storage.store import TIER_ADD, TIER_REMOVE
 
-# Extents that one call shares at the most: 64 MiB where they are long, about a millisecond.
+# What one call shares at the most. Extents: 64 MiB where they are long, about a millisecond. Blocks,
+# which may be holes: 1 GiB; the answer to the kernel has 32 bits for the number of bytes.
 SHARE_EXTENTS_MAX = 64
+SHARE_BLOCKS_MAX = 1 << 18
 
 
 class Ranges:
@@ -139,7 +141,15 @@ class Ranges:
             if start >= end:
                 break
             missing -= (min(stop, end) - max(start, offset)) // BLOCK_SIZE_BYTES
-        self._data.store.admit(max(0, missing), TIER_ADD)
+        store = self._data.store
+        available = store.available_blocks()
+        # No commit helps then, and the filesystem is not full for what is smaller.
+        if missing > available:
+            raise NoSpaceError(
+                f"{missing * BLOCK_SIZE_BYTES} bytes do not fit, "
+                f"{max(0, available) * BLOCK_SIZE_BYTES} are available"
+            )
+        store.admit(max(0, missing), TIER_ADD)
 
     # --- sharing ------------------------------------------------------------------------------------
 
@@ -184,6 +194,7 @@ class Ranges:
         if not count or small:
             raise posix_error(errno.EXDEV)
         source.settle(source_inode)
+        count = min(count, SHARE_BLOCKS_MAX)
         begin, first = source_offset // BLOCK_SIZE_BYTES, offset // BLOCK_SIZE_BYTES
         pieces, count = self._pieces(source, source_inode, begin, count, first)
         store = data.store
