@@ -356,6 +356,7 @@ def _root_facts(record: RootRecord) -> Record:
         "kind": record.kind.name.lower(),
         "name": record.name,
         "automatic": record.automatic,
+        "held": record.held,
         "created": _time(record.created_ns),
         "created_generation": record.created_generation,
         "parent_id": record.parent_id,

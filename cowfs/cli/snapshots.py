@@ -1,11 +1,14 @@
-"""`cowfs snapshot`: create, list, delete, rename. Returned means durable.
+"""`cowfs snapshot`: create, list, delete, rename, hold, release. Returned means durable.
 
 What would be destroyed, and how many bytes that frees, is told before it is done by `delete -n`;
 the number is the one that the deletion frees (C11).
 """
 
+import functools
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -23,9 +26,12 @@ from cowfs.cli.output import (
 )
 from cowfs.cli.target import open_target
 from cowfs.daemon.messages import Progress
-from cowfs.errors import CowfsError
+from cowfs.errors import CowfsError, UsageError
 from cowfs.history.reports import SnapshotReport
+from cowfs.history.retention import Rules, divide, parse_duration, require_released
 from cowfs.history.selection import select
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 target_argument = click.argument("target", metavar="TARGET", type=click.Path())
 
@@ -40,9 +46,66 @@ def complete_name(context: click.Context, parameter: click.Parameter, text: str)
     return [name for name in names if name.startswith(text)]
 
 
+def retention_options(function: Function) -> Function:
+    """The options that say which snapshots stay; the command gets them as `rules`, a `Rules`."""
+
+    @functools.wraps(function)
+    def with_rules(
+        *arguments: Any,
+        keep_within: str | None,
+        older_than: str | None,
+        keep: tuple[str, ...],
+        **options: Any,
+    ) -> Any:
+        counts = {f"keep_{unit}": options.pop(f"keep_{unit}") for unit, _ in _COUNTED}
+        rules = Rules(
+            **counts,
+            keep_within_ns=0 if keep_within is None else parse_duration(keep_within),
+            older_than_ns=None if older_than is None else parse_duration(older_than),
+            keep=keep,
+        )
+        return function(*arguments, rules=rules, **options)
+
+    decorated: Callable[..., Any] = with_rules
+    for option in reversed(_RETENTION_OPTIONS):
+        decorated = option(decorated)
+    return cast(Function, decorated)
+
+
+_COUNTED = (
+    ("last", "Keep the newest N."),
+    ("hourly", "Keep the newest of each of the last N hours that have any."),
+    ("daily", "The same with days."),
+    ("weekly", "The same with weeks."),
+    ("monthly", "The same with months."),
+    ("yearly", "The same with years."),
+)
+_RETENTION_OPTIONS = (
+    *[
+        click.option(
+            f"--keep-{unit}", metavar="N", type=click.IntRange(min=0), default=0, help=words
+        )
+        for unit, words in _COUNTED
+    ],
+    click.option(
+        "--keep-within",
+        metavar="DURATION",
+        help="Keep those that long before the newest: 12h, 30d.",
+    ),
+    click.option("--older-than", metavar="DURATION", help="Delete only what is older: 2w, 1y6m."),
+    click.option(
+        "--keep",
+        metavar="NAME",
+        multiple=True,
+        shell_complete=complete_name,
+        help="Keep it, or all of a pattern. Repeat it for more.",
+    ),
+)
+
+
 @click.group()
 def snapshot() -> None:
-    """Keep states of a filesystem: create, list, delete, rename snapshots.
+    """Keep states of a filesystem: create, list, delete, rename, hold snapshots.
 
     On a mount they are readable below .snapshots/NAME. TARGET is a mount point or an image.
     """
@@ -89,6 +152,7 @@ def list_snapshots(target: str, as_json: bool, bare: bool, exact: bool) -> None:
             Column("CREATED"),
             Column("REFERENCED", right=True),
             Column("PARENT"),
+            Column("HELD"),
             Column("DESCRIPTION"),
         ],
         [
@@ -97,6 +161,7 @@ def list_snapshots(target: str, as_json: bool, bare: bool, exact: bool) -> None:
                 numbers.time(found.created_ns),
                 _referenced(found, numbers),
                 found.parent or "-",
+                "held" if found.held else "-",
                 found.description,
             ]
             for found in snapshots
@@ -113,42 +178,71 @@ def _referenced(found: SnapshotReport, numbers: Numbers) -> str:
 
 @snapshot.command()
 @target_argument
-@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_name)
+@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=complete_name)
 @click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only tell what would happen.")
 @click.option("--wait", is_flag=True, help="Return when the space is free, not only on its way.")
+@retention_options
 @exact_option
 @json_option
 def delete(
-    target: str, names: tuple[str, ...], dry_run: bool, wait: bool, exact: bool, as_json: bool
+    target: str,
+    names: tuple[str, ...],
+    dry_run: bool,
+    wait: bool,
+    rules: Rules,
+    exact: bool,
+    as_json: bool,
 ) -> None:
     """Delete snapshots: all that are named, or none.
 
-    NAME is a name, a range first%last in the order of creation (%last from the oldest, first% to
-    the newest, % all), or several with commas. The space comes free in the background; on an image
-    that is not mounted, before the command ends.
+    NAME is a name, a pattern such as 'auto-*', a range first%last in the order of creation (%last
+    from the oldest, first% to the newest, % all), or several with commas. The space comes free in
+    the background; on an image that is not mounted, before the command ends.
+
+    With --keep-..., --older-than: of those that are named, or of all if none is, only what no rule
+    keeps. Days, weeks and months are those of the local clock, and only those with a snapshot count.
+    What is held is kept by every rule, and refused when there is none.
 
     \b
     cowfs snapshot delete -n ~/data monday%friday     what would that free?
     cowfs snapshot delete ~/data monday%friday --wait
     cowfs snapshot delete disk.img old,older
+    cowfs snapshot delete -n ~/data 'auto-*' --keep-last 3 --keep-daily 7
+    cowfs snapshot delete ~/data --older-than 30d --keep 'release-*'
     """
+    if not (names or rules.any):
+        raise UsageError(
+            "give a NAME, or a rule such as --keep-last; see cowfs snapshot delete --help"
+        )
     with ExitStack() as stack:
         filesystem = stack.enter_context(open_target(target))
-        chosen = [found.name for found in select(names, filesystem.snapshots())]
+        found, kept = divide(names, rules, filesystem.snapshots(), time.time_ns())
+        require_released(found)  # all of them: a daemon is asked in several requests
+        chosen = [each.name for each in found]
         reclaim_bytes = None
         if dry_run:
-            reclaim_bytes = filesystem.reclaim(chosen).reclaim_bytes
-        else:
+            reclaim_bytes = filesystem.reclaim(chosen).reclaim_bytes if chosen else 0
+        elif chosen:
             bar = stack.enter_context(progress_bar("giving back space"))
             filesystem.delete_snapshots(chosen, wait=wait, progress=_shown_by(bar))
     if as_json:
-        fields = {"names": chosen, "dry_run": dry_run, "reclaim_bytes": reclaim_bytes}
+        fields = {
+            "names": chosen,
+            "dry_run": dry_run,
+            "reclaim_bytes": reclaim_bytes,
+            "kept": kept,
+        }
         print_json("cowfs snapshot delete", fields)
         return
     words = "destroy\t" if exact else "would destroy " if dry_run else "destroyed "
     for name in chosen:
         click.echo(words + printable(name))
-    if reclaim_bytes is not None:
+    if not (chosen or exact):
+        click.echo("nothing to delete")
+    if dry_run and not exact:
+        for name, reasons in kept.items():
+            click.echo(f"keep {printable(name)} ({', '.join(reasons)})")
+    if reclaim_bytes is not None and (chosen or exact):
         words = "reclaim\t" if exact else "would reclaim "
         click.echo(words + Numbers(exact).size(reclaim_bytes))
 
@@ -176,3 +270,48 @@ def rename(target: str, old: str, new: str, as_json: bool) -> None:
         print_json("cowfs snapshot rename", {"snapshot": as_fields(renamed)})
     else:
         click.echo(f"renamed {printable(old)} to {printable(renamed.name)}")
+
+
+@snapshot.command()
+@target_argument
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_name)
+@json_option
+def hold(target: str, names: tuple[str, ...], as_json: bool) -> None:
+    """Refuse to delete snapshots until they are released.
+
+    All that are named, or none; NAME is as with delete. Rules keep what is held, and undo does not
+    use it up. Renaming keeps the hold; a rollback to a held snapshot changes nothing of it.
+
+    \b
+    cowfs snapshot hold ~/data before-upgrade
+    cowfs snapshot hold ~/data 'release-*'
+    """
+    _hold(target, names, held=True, as_json=as_json)
+
+
+@snapshot.command()
+@target_argument
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_name)
+@json_option
+def release(target: str, names: tuple[str, ...], as_json: bool) -> None:
+    """Let snapshots that are held be deleted again.
+
+    All that are named, or none; NAME is as with delete. One that is not held is no error.
+
+    \b
+    cowfs snapshot release ~/data before-upgrade
+    cowfs snapshot release ~/data %
+    """
+    _hold(target, names, held=False, as_json=as_json)
+
+
+def _hold(target: str, names: tuple[str, ...], *, held: bool, as_json: bool) -> None:
+    with open_target(target) as filesystem:
+        chosen = [found.name for found in select(names, filesystem.snapshots())]
+        changed = filesystem.hold_snapshots(chosen, held)
+    if as_json:
+        command = "cowfs snapshot hold" if held else "cowfs snapshot release"
+        print_json(command, {"snapshots": as_fields(changed)})
+        return
+    for found in changed:
+        click.echo(("held " if held else "released ") + printable(found.name))

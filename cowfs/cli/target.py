@@ -74,6 +74,9 @@ class Target(Protocol):
 
     def rename_snapshot(self, old: str, new: str) -> SnapshotReport: ...
 
+    def hold_snapshots(self, names: Sequence[str], held: bool) -> tuple[SnapshotReport, ...]:
+        """Refuse to delete them from now on, or no longer. Returns them as they are then."""
+
     def rollback(self, name: str, *, force: bool = False) -> SnapshotReport:
         """Returns the automatic snapshot of the state before."""
 
@@ -242,6 +245,7 @@ class DaemonTarget:
         self.create_snapshot = client.create_snapshot
         self.delete_snapshots = client.delete_snapshots
         self.rename_snapshot = client.rename_snapshot
+        self.hold_snapshots = client.hold_snapshots
         self.rollback = client.rollback
         self.undo = client.undo
         self.sync = client.sync
@@ -355,18 +359,17 @@ class ImageTarget:
     def delete_snapshots(
         self, names: Sequence[str], *, wait: bool = False, progress: ShowProgress | None = None
     ) -> tuple[SnapshotReport, ...]:
-        from cowfs.history.reports import snapshot_report
-
         with self._writing() as filesystem:
-            records = filesystem.apply(filesystem.delete_snapshots(names))
-            deleted = tuple(
-                snapshot_report(filesystem, record) for record in cast("list[RootRecord]", records)
-            )
+            deleted = _edit_several(filesystem, filesystem.delete_snapshots(names))
             filesystem.work_drops()
         return deleted
 
     def rename_snapshot(self, old: str, new: str) -> SnapshotReport:
         return self._edit(lambda filesystem: filesystem.rename_snapshot(old, new))
+
+    def hold_snapshots(self, names: Sequence[str], held: bool) -> tuple[SnapshotReport, ...]:
+        with self._writing() as filesystem:
+            return _edit_several(filesystem, filesystem.hold_snapshots(names, held))
 
     def rollback(self, name: str, *, force: bool = False) -> SnapshotReport:
         return self._edit(lambda filesystem: filesystem.rollback(name))
@@ -451,6 +454,13 @@ def _opened(device: FileDevice, generation: int | None) -> Iterator[Filesystem]:
     from cowfs.history.images import open_filesystem
 
     yield open_filesystem(device, writable=False, generation=generation)
+
+
+def _edit_several(filesystem: Filesystem, action: EditAction) -> tuple[SnapshotReport, ...]:
+    from cowfs.history.reports import snapshot_report
+
+    records = cast("list[RootRecord]", filesystem.apply(action))
+    return tuple(snapshot_report(filesystem, record) for record in records)
 
 
 def _reclaim(target: Target, names: Sequence[str]) -> ReclaimReport:

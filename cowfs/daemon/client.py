@@ -32,6 +32,7 @@ from cowfs.daemon.messages import (
     DropsReply,
     Envelope,
     ErrorMessage,
+    HoldSnapshots,
     Info,
     InfoReply,
     PinGeneration,
@@ -138,6 +139,14 @@ class Client:
 
     def rename_snapshot(self, old: str, new: str) -> SnapshotReport:
         return self._ask(RenameSnapshot(old=old, new=new), SnapshotReply).snapshot
+
+    def hold_snapshots(self, names: Sequence[str], held: bool) -> tuple[SnapshotReport, ...]:
+        """Hold or release them, all or none; in several requests as deletions are."""
+        found: tuple[SnapshotReport, ...] = ()
+        for batch in _batches(names):
+            request = HoldSnapshots(names=batch, held=held)
+            found += self._ask(request, SnapshotsReply).snapshots
+        return found
 
     def rollback(self, name: str, *, force: bool = False) -> SnapshotReport:
         return self._ask(Rollback(name=name, force=force), SnapshotReply).snapshot

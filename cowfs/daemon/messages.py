@@ -74,6 +74,16 @@ class RenameSnapshot(_Message, tag="rename-snapshot", frozen=True, kw_only=True)
     new: str
 
 
+class HoldSnapshots(_Message, tag="hold-snapshots", frozen=True, kw_only=True):
+    """Refuse the deletion of these from now on, or no longer: all of them or none.
+
+    Answered by SnapshotsReply (as they are then) when that is durable.
+    """
+
+    names: tuple[str, ...]
+    held: bool
+
+
 class Rollback(_Message, tag="rollback", frozen=True, kw_only=True):
     """Answered by SnapshotReply: the automatic snapshot of the state before.
 
@@ -126,6 +136,7 @@ Request = (
     | CreateSnapshot
     | DeleteSnapshots
     | RenameSnapshot
+    | HoldSnapshots
     | Rollback
     | Undo
     | Sync

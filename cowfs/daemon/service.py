@@ -86,6 +86,8 @@ class MountService:
                 return await self._edit(filesystem.rename_snapshot(old, new))
             case messages.DeleteSnapshots(names=names, wait=wait):
                 return await self._delete(names, progress if wait else None)
+            case messages.HoldSnapshots(names=names, held=held):
+                return await self._edit_several(filesystem.hold_snapshots(names, held))
             case messages.Rollback(name=name, force=force):
                 return await self._replace_live(filesystem.rollback(name), force=force)
             case messages.Undo(force=force):
@@ -152,21 +154,25 @@ class MountService:
         record = await self._apply(action)
         return messages.SnapshotReply(snapshot=reports.snapshot_report(self._filesystem, record))
 
+    async def _edit_several(self, action: EditAction) -> messages.SnapshotsReply:
+        records = await self._writer().apply(action)
+        assert isinstance(records, list)
+        return messages.SnapshotsReply(
+            snapshots=tuple(reports.snapshot_report(self._filesystem, each) for each in records)
+        )
+
     async def _delete(
         self, names: tuple[str, ...], progress: ProgressCall | None
     ) -> messages.SnapshotsReply:
         committer = self._writer()
-        records = await committer.apply(self._filesystem.delete_snapshots(names))
-        assert isinstance(records, list)
+        reply = await self._edit_several(self._filesystem.delete_snapshots(names))
         committer.kick_drops()
         if progress is not None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._show_drops, progress)
                 await committer.wait_drops()
                 nursery.cancel_scope.cancel()
-        return messages.SnapshotsReply(
-            snapshots=tuple(reports.snapshot_report(self._filesystem, each) for each in records)
-        )
+        return reply
 
     async def _show_drops(self, progress: ProgressCall) -> None:
         while True:

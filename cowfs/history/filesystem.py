@@ -1,7 +1,7 @@
 """An open image: the live volume, its snapshots, and the commit that moves them through time.
 
-Snapshot, delete, rename, rollback and undo are *edits* of the catalog. They are applied at a freeze,
-when every tree is whole, and become durable with that commit: each is atomic (C6) and O(1).
+Snapshot, delete, rename, hold, rollback and undo are *edits* of the catalog. They are applied at a
+freeze, when every tree is whole, and become durable with that commit: each is atomic (C6) and O(1).
 """
 
 import errno
@@ -26,6 +26,7 @@ from cowfs.history.drops import DropQueue
 from cowfs.history.records import (
     DESCRIPTION_BYTES_MAX,
     FLAG_AUTOMATIC,
+    FLAG_HELD,
     FLAG_SHARES,
     MAIN_VOLUME,
     DropRecord,
@@ -34,6 +35,7 @@ from cowfs.history.records import (
     RootRecord,
     check_snapshot_name,
 )
+from cowfs.history.retention import require_released
 from cowfs.storage.btree import Tree
 from cowfs.storage.commit import Commit, begin, finish
 from cowfs.storage.format import (
@@ -192,14 +194,14 @@ class Filesystem:
         """All of these, or none. The edit's result is the list of their records.
 
         Raises:
-            SnapshotError: one of them is unknown (here, or when the edit runs).
+            SnapshotError: one of them is unknown or held (here, or when the edit runs).
         """
-        for name in names:
-            self.catalog.snapshot(name)
+        require_released([self.catalog.snapshot(name) for name in dict.fromkeys(names)])
 
         def apply(filesystem: "Filesystem") -> list[RootRecord]:
             catalog = filesystem.catalog
             records = [catalog.snapshot(name) for name in dict.fromkeys(names)]
+            require_released(records)
             for record in records:
                 if record.created_generation == filesystem.store.generation:  # not written yet
                     raise SnapshotError(f"snapshot {record.name!r} is being made; delete it then")
@@ -240,6 +242,29 @@ class Filesystem:
 
         return apply
 
+    def hold_snapshots(self, names: Sequence[str], held: bool) -> EditAction:
+        """Refuse the deletion of all of these from now on, or no longer. All of them, or none.
+
+        The edit's result is the list of their records. One that is as it should be stays so.
+
+        Raises:
+            SnapshotError: one of them is unknown (here, or when the edit runs).
+        """
+        for name in names:
+            self.catalog.snapshot(name)
+
+        def apply(filesystem: "Filesystem") -> list[RootRecord]:
+            records = [filesystem.catalog.snapshot(name) for name in dict.fromkeys(names)]
+            flag = FLAG_HELD if held else 0
+            records = [
+                replace(record, flags=record.flags & ~FLAG_HELD | flag) for record in records
+            ]
+            for record in records:
+                filesystem.catalog.put(record)
+            return records
+
+        return apply
+
     def rollback(self, name: str) -> EditAction:
         """Let the live volume be what a snapshot holds; keep what it was as an automatic snapshot.
 
@@ -262,7 +287,7 @@ class Filesystem:
         """Take back the last rollback (or undo). The edit's result is the snapshot of what it undid.
 
         Raises:
-            SnapshotError: there is nothing to undo.
+            SnapshotError: there is nothing to undo, or the snapshot that it would use up is held.
         """
         self._undo_target()
 
@@ -283,6 +308,11 @@ class Filesystem:
         if record is None:
             raise SnapshotError(
                 "there is no rollback to undo, or its automatic snapshot is deleted"
+            )
+        if record.held:
+            raise SnapshotError(
+                f"undo would use up snapshot {record.name!r}, which is held; cowfs snapshot release "
+                "it first"
             )
         return record
 

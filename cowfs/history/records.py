@@ -95,7 +95,8 @@ class RootKind(IntEnum):
 
 FLAG_AUTOMATIC = 1 << 0  # made by a rollback, to keep the state before it
 FLAG_SHARES = 1 << 1  # files of the tree were made of blocks that others, or they, had already
-_FLAGS = FLAG_AUTOMATIC | FLAG_SHARES
+FLAG_HELD = 1 << 2  # of a snapshot only: it is not deleted before it is released
+_FLAGS = FLAG_AUTOMATIC | FLAG_SHARES | FLAG_HELD
 
 ROOT = struct.Struct("<QBBHI16s16sQQ40sQqQQQQ16sQHHHH")
 ROOT_BYTES = 184
@@ -139,6 +140,10 @@ class RootRecord:
     @property
     def automatic(self) -> bool:
         return bool(self.flags & FLAG_AUTOMATIC)
+
+    @property
+    def held(self) -> bool:
+        return bool(self.flags & FLAG_HELD)
 
     @property
     def pointer(self) -> Pointer:
@@ -204,6 +209,8 @@ def decode_root(value: bytes) -> RootRecord:
         raise CorruptError(f"root record {root_id}", 0, "unknown kind", kind)
     if fields[4] & ~_FLAGS or description_length > DESCRIPTION_BYTES_MAX:
         raise CorruptError(f"root record {root_id}", 0, "unknown flags, or too long a description")
+    if kind == RootKind.VOLUME and fields[4] & FLAG_HELD:
+        raise CorruptError(f"root record {root_id}", 0, "a volume is held", fields[4])
     if any(fields[2:4]) or any(fields[16]) or fields[17] or any(fields[20:22]):
         raise CorruptError(f"root record {root_id}", 0, "reserved bytes are not zero")
     if max(fields[12:16]) > COUNTER_MAX:

@@ -25,7 +25,7 @@ class SnapshotReport(Struct, frozen=True, kw_only=True):
     """One snapshot. `generation` is that of its creation, `parent` the snapshot it grew from.
 
     `referenced_is_exact`: otherwise files share blocks, which are counted for each of them; cowdu
-    counts them once.
+    counts them once. `held`: it is not deleted before it is released.
     """
 
     name: str
@@ -37,6 +37,7 @@ class SnapshotReport(Struct, frozen=True, kw_only=True):
     referenced_is_exact: bool
     description: str
     automatic: bool
+    held: bool
     parent: str | None
 
 
@@ -130,6 +131,7 @@ def snapshot_report(filesystem: Filesystem, record: RootRecord) -> SnapshotRepor
         referenced_is_exact=not record.shares,
         description=record.description,
         automatic=record.automatic,
+        held=record.held,
         parent=parent.name if parent is not None and is_snapshot else None,
     )
 

@@ -1,11 +1,14 @@
-"""Which snapshots a person means: names, comma lists and ranges, as `zfs destroy` takes them.
+"""Which snapshots a person means: names, patterns, comma lists and ranges.
 
 `a%d` is everything from a to d, both included, in the order of creation; `%d` begins at the oldest,
-`a%` ends at the newest, `%` is all. Pure functions over anything with a name, the oldest first. No
-snapshot name contains `%` or `,` (records.py), so a word can be read in one way only.
+`a%` ends at the newest, `%` is all, as `zfs destroy` takes them. `auto-*` is a shell's pattern: `*`,
+`?` and `[...]` over whole names. Pure functions over anything with a name, the oldest first. No
+snapshot name contains `%` or `,` (records.py), and a word that is a name is no pattern, so a word can
+be read in one way only.
 """
 
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Protocol, TypeVar
 
@@ -29,19 +32,25 @@ def select(words: Iterable[str], snapshots: Sequence[Snapshot]) -> list[Snapshot
     """The snapshots that the words name, each once, in the order of `snapshots`.
 
     Args:
-        words: names, ranges, and comma lists of both.
+        words: names, patterns, ranges, and comma lists of them.
         snapshots: all there are, the oldest first.
 
     Raises:
-        UsageError: a word is empty, or has more than one `%`.
-        SnapshotError: an unknown name, a range that runs backwards, or a `%` with no snapshots.
+        UsageError: a word is empty, has more than one `%`, or a pattern at an end of a range.
+        SnapshotError: an unknown name, a pattern that no name matches, a range that runs backwards,
+            or a `%` with no snapshots.
     """
     positions = {snapshot.name: index for index, snapshot in enumerate(snapshots)}
     chosen: set[int] = set()
     for word in words:
         for part in word.split(","):
-            chosen.update(_range(part, word, positions))
+            chosen.update(_positions(part, word, positions))
     return [snapshots[index] for index in sorted(chosen)]
+
+
+def is_pattern(word: str) -> bool:
+    """Whether a word that is not the name of a snapshot is a pattern."""
+    return any(character in word for character in "*?[")
 
 
 def unknown(name: str, names: Iterable[str]) -> SnapshotError:
@@ -53,24 +62,35 @@ def unknown(name: str, names: Iterable[str]) -> SnapshotError:
     return SnapshotError(f"there is no snapshot {name!r}{hint}; cowfs snapshot list shows them")
 
 
-def _range(part: str, word: str, positions: dict[str, int]) -> range:
+def _positions(part: str, word: str, positions: dict[str, int]) -> Sequence[int]:
     if not part:
         raise UsageError(
             "a snapshot name must not be empty" if not word else f"an empty name in {word!r}"
         )
     first, separator, last = part.partition("%")
     if not separator:
-        index = _position(part, positions)
-        return range(index, index + 1)
+        if part in positions or not is_pattern(part):
+            return [_position(part, positions)]
+        return _matching(part, positions)
     if "%" in last:
         raise UsageError(f"a range has one %, as in first%last: {part!r}")
     if not positions:
         raise SnapshotError(f"there are no snapshots for {part!r}")
+    for end in (first, last):
+        if end not in positions and is_pattern(end):
+            raise UsageError(f"a range has names at its ends, no patterns: {part!r}")
     start = _position(first, positions) if first else 0
     stop = _position(last, positions) if last else len(positions) - 1
     if start > stop:
         raise SnapshotError(f"{first!r} is newer than {last!r}; a range is oldest%newest")
     return range(start, stop + 1)
+
+
+def _matching(pattern: str, positions: dict[str, int]) -> list[int]:
+    found = [index for name, index in positions.items() if fnmatchcase(name, pattern)]
+    if not found:
+        raise SnapshotError(f"no snapshot matches {pattern!r}; cowfs snapshot list shows them")
+    return found
 
 
 def _position(name: str, positions: dict[str, int]) -> int:

@@ -205,6 +205,8 @@ def test_locked_image_is_refused_by_every_command_that_writes(image: Path) -> No
             ["snapshot", "create", image, "new"],
             ["snapshot", "delete", image, "one"],
             ["snapshot", "rename", image, "one", "1"],
+            ["snapshot", "hold", image, "one"],
+            ["snapshot", "release", image, "one"],
             ["rollback", image, "one"],
         ):
             assert_refused(run(*words), LOCKED, f"process {os.getpid()}")
@@ -229,7 +231,7 @@ def test_snapshots_are_created_listed_renamed_and_deleted(empty: Path) -> None:
     """Promise: the four verbs, each durable on return."""
     made = fields("snapshot", "create", empty, "first", "-m", "the first")["snapshot"]
     assert (made["name"], made["description"], made["parent"]) == ("first", "the first", None)
-    assert made["automatic"] is False
+    assert made["automatic"] is made["held"] is False
     assert output("snapshot", "create", empty, "second") == "created snapshot second\n"
     listed = fields("snapshot", "list", empty)["snapshots"]
     assert listed[0] == made
@@ -245,12 +247,13 @@ def test_snapshots_are_created_listed_renamed_and_deleted(empty: Path) -> None:
         "referenced_is_exact",
         "description",
         "automatic",
+        "held",
         "parent",
     }
     assert fields("snapshot", "rename", empty, "first", "1st")["snapshot"]["name"] == "1st"
     assert names(empty) == ["1st", "second"]
     deleted = fields("snapshot", "delete", empty, "1st", "--wait")
-    assert deleted == {"names": ["1st"], "dry_run": False, "reclaim_bytes": None}
+    assert deleted == {"names": ["1st"], "dry_run": False, "reclaim_bytes": None, "kept": {}}
     assert names(empty) == ["second"]
 
 
@@ -263,6 +266,7 @@ def test_snapshot_list_is_plain_for_people_and_exact_for_scripts(image: Path) ->
         "CREATED",
         "REFERENCED",
         "PARENT",
+        "HELD",
         "DESCRIPTION",
     ]
     assert "KiB" in table
@@ -274,6 +278,7 @@ def test_snapshot_list_is_plain_for_people_and_exact_for_scripts(image: Path) ->
             str(found["created_ns"] // 10**9),
             str(found["referenced_bytes"]),
             found["parent"] or "-",
+            "-",
             found["description"],
         ]
         for found in snapshots
@@ -349,6 +354,8 @@ def test_unknown_and_taken_names_are_refused_and_change_nothing(image: Path) -> 
         ["snapshot", "delete", image, "one", "nobody"],
         ["snapshot", "delete", image, "one%nobody"],
         ["snapshot", "rename", image, "nobody", "x"],
+        ["snapshot", "hold", image, "one", "nobody"],
+        ["snapshot", "release", image, "nobody"],
         ["rollback", image, "nobody"],
         ["rollback", "-n", image, "nobody"],
     ):
@@ -492,6 +499,8 @@ ON_A_TARGET: dict[str, list[str]] = {
     "snapshot create": ["x"],
     "snapshot delete": ["x"],
     "snapshot rename": ["x", "y"],
+    "snapshot hold": ["x"],
+    "snapshot release": ["x"],
     "rollback": ["x"],
     "undo": [],
 }

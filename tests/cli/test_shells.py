@@ -111,7 +111,7 @@ def test_the_tab_key_offers_what_would_be_accepted(
     """Promise: commands, options and names, for each program, and nothing for what is unknown."""
     for line, expected in (
         ("cowfs sn", {"snapshot"}),
-        ("cowfs snapshot ", {"create", "delete", "list", "rename"}),
+        ("cowfs snapshot ", {"create", "delete", "hold", "list", "release", "rename"}),
         ("cowfs umount --j", {"--json"}),
         ("cowfs rollback disk.img ", {"monday", "tuesday"}),
         ("cowfs snapshot delete disk.img mon", {"monday"}),

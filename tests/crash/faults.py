@@ -237,6 +237,30 @@ FAULTS = (
         "filesystem.catalog.remove(target)",
         "pass",
     ),
+    Fault(
+        "a hold is acknowledged and not kept",
+        f"{_HISTORY}.hold_snapshots",
+        "filesystem.catalog.put(record)",
+        "pass",
+    ),
+    Fault(
+        "a release is acknowledged and not kept",
+        f"{_HISTORY}.hold_snapshots",
+        "flag = FLAG_HELD if held else 0",
+        "flag = FLAG_HELD",
+    ),
+    Fault(
+        "rollback passes a hold on",
+        f"{_HISTORY}._successor",
+        "flags=target.flags & FLAG_SHARES",
+        "flags=target.flags",
+    ),
+    Fault(
+        "a renamed snapshot is held no more",
+        f"{_HISTORY}.rename_snapshot",
+        "flags=record.flags & ~FLAG_AUTOMATIC",
+        "flags=record.flags & FLAG_SHARES",
+    ),
     # files that share
     Fault(
         "blocks that files share are not counted",
@@ -329,6 +353,10 @@ WORKLOADS = (
     parse(
         "flat: write A/foo 0 900; freeze; snapshot new; rollback new; write A/foo 1 9; undo; "
         "fsync; end"
+    ),
+    parse(
+        "flat: hold old; rename-snapshot old kept; delete kept; rollback kept; release kept; "
+        "delete kept; fsync; end"
     ),
     parse("single: write C/1 0 9000; fsync; unlink C/1; fsync; write C/2 0 9000; fsync; end"),
     parse(

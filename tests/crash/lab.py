@@ -383,6 +383,7 @@ def _probe(filesystem: Filesystem, device: MemoryDevice, shown: Picture) -> None
     filesystem.reclaim_orphans()
     names = [record.name for record in filesystem.catalog.snapshots()]
     if names:
+        filesystem.apply(filesystem.hold_snapshots(names, False))
         filesystem.apply(filesystem.delete_snapshots(names))
     filesystem.work_drops()
     filesystem.commit()

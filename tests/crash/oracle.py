@@ -33,6 +33,7 @@ class Picture:
         trees: by the name of the snapshot, the live one under LIVE; facts by path.
         times: mtime_ns by tree and path, where it is known.
         undo: the snapshot that undo would go back to.
+        held: the snapshots that are held.
         damaged: trees and paths that could not be read; a damaged directory stands for all below it.
         damaged_metadata: those of them where more than a file's data was lost.
     """
@@ -40,6 +41,7 @@ class Picture:
     trees: dict[str, Tree]
     times: dict[tuple[str, bytes], int]
     undo: str | None
+    held: set[str]
     damaged: set[tuple[str, bytes]]
     damaged_metadata: set[tuple[str, bytes]]
 
@@ -49,7 +51,7 @@ class Picture:
 
 def picture_of_model(history: ReferenceHistory) -> Picture:
     """What must be seen."""
-    picture = Picture({}, {}, history.undo, set(), set())
+    picture = Picture({}, {}, history.undo, set(history.held), set(), set())
     for name, files in {LIVE: history.live, **history.snapshots}.items():
         tree: Tree = {}
         for path, file in _walk_model(files, ROOT, b""):
@@ -98,9 +100,11 @@ def picture_of(filesystem: Filesystem, *, damage: bool = False) -> Picture:
     """
     record = filesystem.record
     undo: RootRecord | None = filesystem.catalog.root(record.undo_id) if record.undo_id else None
-    picture = Picture({}, {}, undo.name if undo else None, set(), set())
+    picture = Picture({}, {}, undo.name if undo else None, set(), set(), set())
     _Camera(picture, LIVE, filesystem.live, damage).directory(ROOT, b"")
     for snapshot in filesystem.catalog.snapshots():
+        if snapshot.held:
+            picture.held.add(snapshot.name)
         volume = filesystem.volume(snapshot.root_id)
         assert volume is not None
         _Camera(picture, snapshot.name, volume, damage).directory(ROOT, b"")
@@ -177,6 +181,8 @@ def difference(shown: Picture, wanted: Picture) -> str:
         return f"undo would go to {shown.undo}, expected {wanted.undo}"
     if shown.trees != wanted.trees:
         return _tree_difference(shown, wanted)
+    if shown.held != wanted.held:
+        return f"held are {sorted(shown.held)}, expected {sorted(wanted.held)}"
     for place, mtime_ns in wanted.times.items():
         if shown.times[place] != mtime_ns:
             return f"mtime of {place} is {shown.times[place]}, expected {mtime_ns}"

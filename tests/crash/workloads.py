@@ -85,6 +85,7 @@ HISTORY_OPERATIONS = (
     "delete middle",
     "delete old,middle",
     "rename-snapshot old other",
+    "hold old",
     "rollback old",
     "rollback middle",
     "undo",
@@ -352,12 +353,22 @@ class Session:
         return self._edit(lambda: self.filesystem.delete_snapshots(names.split(",")), model)
 
     def _do_rename_snapshot(self, old: str, new: str) -> bool:
-        def model(_record: object) -> None:
-            self.model.snapshots[new] = self.model.snapshots.pop(old)
-            if self.model.undo == old:
-                self.model.undo = new
+        return self._edit(
+            lambda: self.filesystem.rename_snapshot(old, new),
+            lambda _record: self.model.rename_snapshot(old, new),
+        )
 
-        return self._edit(lambda: self.filesystem.rename_snapshot(old, new), model)
+    def _do_hold(self, name: str) -> bool:
+        return self._edit(
+            lambda: self.filesystem.hold_snapshots([name], True),
+            lambda _records: self.model.held.add(name),
+        )
+
+    def _do_release(self, name: str) -> bool:
+        return self._edit(
+            lambda: self.filesystem.hold_snapshots([name], False),
+            lambda _records: self.model.held.discard(name),
+        )
 
     def _replace_live(self, kept_name: str, target: ReferenceFiles) -> None:
         self.model.snapshots[kept_name] = self.files

@@ -52,6 +52,7 @@ def a_snapshot(name: str, description: str = "") -> SnapshotReport:
         referenced_is_exact=True,
         description=description,
         automatic=False,
+        held=False,
         parent=None,
     )
 
@@ -130,6 +131,8 @@ class FakeService:
                 except trio.BrokenResourceError:
                     self.progress_broke.set()
                     raise
+                return messages.SnapshotsReply(snapshots=tuple(map(a_snapshot, names)))
+            case messages.HoldSnapshots(names=names):
                 return messages.SnapshotsReply(snapshots=tuple(map(a_snapshot, names)))
             case messages.Sync() | messages.Stop():
                 return messages.Done(generation=9)
@@ -247,6 +250,8 @@ def test_every_request_arrives_and_is_answered(path: Path, service: FakeService)
         assert [found.name for found in client.snapshots()] == ["ü 0", "ü 1"]
         assert client.create_snapshot("日本", "text").name == "日本"
         assert client.rename_snapshot("a", "b").name == "b"
+        assert [found.name for found in client.hold_snapshots(["a", "b"], True)] == ["a", "b"]
+        assert [found.name for found in client.hold_snapshots(["a"], False)] == ["a"]
         assert client.rollback("r", force=True).name == "r"
         assert client.undo().name == "kept"
         assert client.sync() == 9
@@ -258,6 +263,8 @@ def test_every_request_arrives_and_is_answered(path: Path, service: FakeService)
         messages.Snapshots(),
         messages.CreateSnapshot(name="日本", description="text"),
         messages.RenameSnapshot(old="a", new="b"),
+        messages.HoldSnapshots(names=("a", "b"), held=True),
+        messages.HoldSnapshots(names=("a",), held=False),
         messages.Rollback(name="r", force=True),
         messages.Undo(force=False),
         messages.Sync(),

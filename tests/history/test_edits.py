@@ -8,7 +8,7 @@ from cowfs.care.check import check_image
 from cowfs.errors import SnapshotError, UsageError
 from cowfs.history.filesystem import Edit, Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
-from cowfs.history.records import RootRecord
+from cowfs.history.records import FLAG_HELD, RootRecord
 from tests.model.devices import MemoryDevice
 from tests.model.recount import recount
 
@@ -32,7 +32,7 @@ def names(filesystem: Filesystem) -> set[bytes]:
     return {entry.name for _, entry in filesystem.live.listing(ROOT)}
 
 
-def late(filesystem: Filesystem, kind: str, *words: str) -> Edit:
+def late(filesystem: Filesystem, kind: str, *words: object) -> Edit:
     """An edit that is made only when it runs, when those before it are done."""
     return Edit(lambda fs: getattr(fs, kind)(*words)(fs))
 
@@ -92,6 +92,109 @@ def test_delete_of_several_is_all_or_nothing() -> None:
     filesystem.apply(filesystem.delete_snapshots(["a", "a", "c"]))
     filesystem.work_drops()
     assert not filesystem.catalog.snapshots()
+    require_clean(disk)
+
+
+def held_names(filesystem: Filesystem) -> list[str]:
+    return [record.name for record in filesystem.catalog.snapshots() if record.held]
+
+
+def test_held_snapshot_is_not_deleted_until_released() -> None:
+    """Promise: refused with all that are named, each held one told, before and after a remount."""
+    disk, filesystem = make()
+    write(filesystem, b"file", b"x" * 9000)
+    for name in ("a", "b", "c"):
+        filesystem.apply(filesystem.create_snapshot(name))
+    records = filesystem.apply(filesystem.hold_snapshots(["a", "c", "a"], True))
+    assert isinstance(records, list)
+    assert [(record.name, record.held) for record in records] == [("a", True), ("c", True)]
+    filesystem.apply(filesystem.hold_snapshots(["a"], True))  # a second time is no error
+    for opened in (filesystem, open_filesystem(disk.crash(), writable=True)):
+        assert held_names(opened) == ["a", "c"]
+        with pytest.raises(SnapshotError, match=r"^snapshot 'a' is held; .* release it first$"):
+            opened.delete_snapshots(["b", "a"])
+        with pytest.raises(SnapshotError, match=r"^snapshots 'c', 'a' are held; .* release them"):
+            opened.delete_snapshots(["c", "a"])
+    filesystem.apply(filesystem.delete_snapshots(["b"]))
+    filesystem.apply(filesystem.hold_snapshots(["a", "c"], False))
+    filesystem.apply(filesystem.delete_snapshots(["a", "c"]))
+    filesystem.work_drops()
+    assert not filesystem.catalog.snapshots()
+    require_clean(disk)
+
+
+def test_hold_that_names_an_unknown_snapshot_holds_none() -> None:
+    """Promise C6: all or none, also when one of them goes in the same commit."""
+    disk, filesystem = make()
+    for name in ("a", "b"):
+        filesystem.apply(filesystem.create_snapshot(name))
+    with pytest.raises(SnapshotError, match="nope"):
+        filesystem.hold_snapshots(["a", "nope"], True)
+    gone = Edit(filesystem.delete_snapshots(["b"]))
+    hold = Edit(filesystem.hold_snapshots(["a", "b"], True))
+    with pytest.raises(SnapshotError, match="'b'"):
+        filesystem.commit([gone, hold])
+    assert gone.error is None
+    assert held_names(filesystem) == []
+    require_clean(disk)
+
+
+def test_hold_of_the_same_commit_comes_before_a_deletion() -> None:
+    """Promise C6: a deletion that was asked for before the hold was there is refused when it runs."""
+    disk, filesystem = make()
+    for name in ("a", "b"):
+        filesystem.apply(filesystem.create_snapshot(name))
+    hold = Edit(filesystem.hold_snapshots(["b"], True))
+    delete = Edit(filesystem.delete_snapshots(["a", "b"]))
+    with pytest.raises(SnapshotError, match="'b' is held"):
+        filesystem.commit([hold, delete])
+    assert [record.name for record in filesystem.catalog.snapshots()] == ["a", "b"]
+    new = Edit(filesystem.create_snapshot("c"))
+    filesystem.commit([new, late(filesystem, "hold_snapshots", ["c"], True)])
+    assert held_names(filesystem) == ["b", "c"]
+    require_clean(disk)
+
+
+def test_hold_is_kept_by_a_rename_and_inherited_by_nothing() -> None:
+    """Promise: new snapshots, rollbacks and undo's automatic ones are not held; renamed ones are."""
+    disk, filesystem = make()
+    write(filesystem, b"file", b"x" * 9000)
+    filesystem.apply(filesystem.create_snapshot("a"))
+    filesystem.apply(filesystem.hold_snapshots(["a"], True))
+    filesystem.apply(filesystem.rename_snapshot("a", "b"))
+    assert held_names(filesystem) == ["b"]
+    filesystem.apply(filesystem.rollback("b"))
+    filesystem.apply(filesystem.create_snapshot("c"))
+    filesystem.apply(filesystem.undo())
+    filesystem.apply(filesystem.create_snapshot("d"))
+    assert held_names(filesystem) == ["b"]
+    assert not filesystem.record.held
+    assert len(filesystem.catalog.snapshots()) == 4
+    require_clean(disk)
+    assert held_names(open_filesystem(disk.crash(), writable=True)) == ["b"]
+
+
+def test_undo_does_not_use_up_what_is_held() -> None:
+    """Promise: undo names the snapshot and what to do; nothing changes but the hold; release helps."""
+    disk, filesystem = make()
+    write(filesystem, b"one", b"1")
+    filesystem.apply(filesystem.create_snapshot("s"))
+    write(filesystem, b"two", b"2")
+    kept = filesystem.apply(filesystem.rollback("s"))
+    assert isinstance(kept, RootRecord)
+    hold = Edit(filesystem.hold_snapshots([kept.name], True))
+    undo = Edit(filesystem.undo())
+    says = f"use up snapshot '{kept.name}', which is held; cowfs snapshot release it"
+    with pytest.raises(SnapshotError, match=says):
+        filesystem.commit([hold, undo])
+    with pytest.raises(SnapshotError, match=says):
+        filesystem.undo()
+    assert names(filesystem) == {b"one"}
+    assert filesystem.catalog.snapshot(kept.name).flags == kept.flags | FLAG_HELD
+    filesystem.apply(filesystem.hold_snapshots([kept.name], False))
+    assert filesystem.catalog.snapshot(kept.name).flags == kept.flags
+    filesystem.apply(filesystem.undo())
+    assert names(filesystem) == {b"one", b"two"}
     require_clean(disk)
 
 

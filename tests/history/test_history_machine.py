@@ -102,16 +102,51 @@ class HistoryMachine(FilesMachine):
                 if self.model.undo == name:
                     self.model.undo = None
 
-        self._apply(lambda: self.filesystem.delete_snapshots(wanted), model, legal=not extra)
+        legal = not extra and self.model.held.isdisjoint(wanted)
+        self._apply(lambda: self.filesystem.delete_snapshots(wanted), model, legal=legal)
 
     @precondition(lambda self: self.model.snapshots)
+    @rule(
+        chosen=st.sets(picks, min_size=1, max_size=2),
+        undo=st.booleans(),
+        extra=st.sampled_from([[], [], [], ["none"]]),
+        held=st.booleans(),
+    )
+    def hold_or_release(self, chosen: set[int], undo: bool, extra: list[str], held: bool) -> None:
+        there = sorted(self.model.snapshots)
+        wanted = sorted({there[pick % len(there)] for pick in chosen}) + extra
+        if undo and self.model.undo is not None:
+            wanted.append(self.model.undo)
+
+        def model(_records: list[RootRecord]) -> None:
+            if held:
+                self.model.held.update(wanted)
+            else:
+                self.model.held.difference_update(wanted)
+
+        make = self.filesystem.hold_snapshots
+        self._apply(lambda: make(wanted, held), model, legal=not extra)
+        if undo:
+            self.undo()
+
+    @precondition(lambda self: self.model.held)
+    @rule(pick=picks, others=st.sets(picks, max_size=2), new=snapshot_names)
+    def delete_and_rename_held(self, pick: int, others: set[int], new: str) -> None:
+        there = sorted(self.model.snapshots)
+        held = there.index(sorted(self.model.held)[pick % len(self.model.held)])
+        self.delete({held, *others}, [])
+        self.rename_snapshot(held, new)
+        self.compare_all()
+
+    @precondition(lambda self: self.model.snapshots.keys() > self.model.held)
     @rule(chosen=st.sets(picks, min_size=1, max_size=5))
     def delete_frees_what_was_predicted(self, chosen: set[int]) -> None:
         """C11."""
         self.commit_now()
         self.filesystem.work_drops()
         there = sorted(self.model.snapshots)
-        wanted = sorted({there[pick % len(there)] for pick in chosen})
+        free = sorted(self.model.snapshots.keys() - self.model.held)
+        wanted = sorted({free[pick % len(free)] for pick in chosen})
         records = [self.filesystem.catalog.snapshot(name) for name in wanted]
         predicted = exclusive_blocks(self.filesystem, records)
         owners = owner_sets(self.filesystem)
@@ -152,9 +187,7 @@ class HistoryMachine(FilesMachine):
         old = there[pick % len(there)]
 
         def model(_record: RootRecord) -> None:
-            self.model.snapshots[new] = self.model.snapshots.pop(old)
-            if self.model.undo == old:
-                self.model.undo = new
+            self.model.rename_snapshot(old, new)
 
         legal = new not in self.model.snapshots
         self._apply(lambda: self.filesystem.rename_snapshot(old, new), model, legal=legal)
@@ -182,7 +215,7 @@ class HistoryMachine(FilesMachine):
             self.model.live = target.copy()
             self.model.undo = kept.name
 
-        legal = self.model.undo is not None
+        legal = self.model.undo is not None and self.model.undo not in self.model.held
         self._apply(lambda: self.filesystem.undo(), model, legal=legal)
 
     @rule(name=snapshot_names, seed=picks)
@@ -234,6 +267,7 @@ class HistoryMachine(FilesMachine):
         super().compare_all()
         records = {record.name: record for record in self.filesystem.catalog.snapshots()}
         assert records.keys() == self.model.snapshots.keys()
+        assert {name for name in records if records[name].held} == self.model.held
         for name, files in self.model.snapshots.items():
             volume = self.filesystem.volume(records[name].root_id)
             assert volume is not None

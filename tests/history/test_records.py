@@ -63,9 +63,9 @@ ROOTS = st.builds(
     parent_id=U64,
     undo_id=U64,
     origin_uuid=UUIDS,
-    flags=st.sampled_from([0, 1]),
+    flags=st.integers(0, 7),
     description=st.text(st.characters(codec="utf-8"), max_size=200),
-)
+).filter(lambda root: root.kind is RootKind.SNAPSHOT or not root.held)
 
 
 # --- root ---------------------------------------------------------------------------------------
@@ -78,6 +78,8 @@ def test_root_round_trip(root: RootRecord) -> None:
     assert decode_root(data) == root
     assert len(root) == len(data)
     assert root.automatic == bool(root.flags & 1)
+    assert root.shares == bool(root.flags & 2)
+    assert root.held == bool(root.flags & 4)
 
 
 def root(**changes: object) -> RootRecord:
@@ -137,6 +139,8 @@ def changed(at: int, value: bytes) -> bytes:
         (changed(8, b"\0"), "unknown kind"),
         (changed(8, b"\3"), "unknown kind"),
         (changed(0, bytes(8)), "unknown kind"),
+        (changed(12, b"\x08"), "unknown flags"),
+        (root(kind=RootKind.VOLUME, flags=4).encode(), "a volume is held"),
         (changed(9, b"\1"), "reserved bytes are not zero"),
         (changed(10, b"\1"), "reserved bytes are not zero"),
         (changed(160, b"\1"), "reserved bytes are not zero"),

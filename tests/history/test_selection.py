@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from cowfs.errors import SnapshotError, UsageError
-from cowfs.history.selection import select
+from cowfs.history.selection import is_pattern, select
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,47 @@ def test_select_gives_what_is_named_in_order_of_creation(
 ) -> None:
     """Promise: each once, the oldest first, ranges with both their ends."""
     assert names(*words) == expected
+
+
+PATTERNED = [Named(name) for name in ("auto-2", "manual", "auto-1", "a*", "Auto-3", "[x]")]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["auto-*"], ["auto-2", "auto-1"]),
+        (["auto-[13]"], ["auto-1"]),
+        (["auto-[!1]"], ["auto-2"]),
+        (["?anual"], ["manual"]),
+        (["*"], ["auto-2", "manual", "auto-1", "a*", "Auto-3", "[x]"]),
+        (["*-1,m*", "manual"], ["manual", "auto-1"]),
+        (["a*"], ["a*"]),
+        (["[x]"], ["[x]"]),
+        (["a[*]"], ["a*"]),
+        (["manual%a*"], ["manual", "auto-1", "a*"]),
+    ],
+    ids=str,
+)
+def test_select_pattern_matches_whole_names_unless_it_is_one(
+    words: list[str], expected: list[str]
+) -> None:
+    """Promise: as the shell's, upper and lower case apart; a name is that name, whatever is in it."""
+    assert [found.name for found in select(words, PATTERNED)] == expected
+
+
+@pytest.mark.parametrize("word", ["b*", "auto", "*-4", "manual,b*", "[y]", "[", "auto-?x"])
+def test_select_pattern_that_matches_nothing_is_refused(word: str) -> None:
+    """Promise: a slip in a pattern does not pass for an empty set; the error has the words."""
+    says = "no snapshot matches" if is_pattern(word) else "there is no snapshot"
+    with pytest.raises(SnapshotError, match=says):
+        select(["manual", word], PATTERNED)
+
+
+@pytest.mark.parametrize("word", ["auto-*%", "%auto-?", "manual%m*", "[m]anual%auto-1"])
+def test_select_pattern_at_the_end_of_a_range_is_a_usage_error(word: str) -> None:
+    """Promise: no guess which of the matching ones is meant."""
+    with pytest.raises(UsageError, match="no patterns"):
+        select([word], PATTERNED)
 
 
 @pytest.mark.parametrize("word", ["x", "a%x", "x%a", "x%", "%x", "a,x", "two", "A"])

@@ -342,12 +342,25 @@ class ReferenceFiles:
 
 @dataclass(slots=True)
 class ReferenceHistory:
-    """The live files, and those of every snapshot by name. `undo` names what the last rollback kept."""
+    """The live files, and those of every snapshot by name, with the names of those that are held.
+
+    `undo` names what the last rollback kept.
+    """
 
     live: ReferenceFiles = field(default_factory=ReferenceFiles)
     snapshots: dict[str, ReferenceFiles] = field(default_factory=dict)
     undo: str | None = None
+    held: set[str] = field(default_factory=set)
 
     def copy(self) -> "ReferenceHistory":
         # Snapshots never change, so they may be shared.
-        return ReferenceHistory(self.live.copy(), dict(self.snapshots), self.undo)
+        return ReferenceHistory(self.live.copy(), dict(self.snapshots), self.undo, set(self.held))
+
+    def rename_snapshot(self, old: str, new: str) -> None:
+        """Undo and a hold follow the snapshot."""
+        self.snapshots[new] = self.snapshots.pop(old)
+        if self.undo == old:
+            self.undo = new
+        if old in self.held:
+            self.held.remove(old)
+            self.held.add(new)
