@@ -76,7 +76,8 @@ needed_commands() {
         printf '%s\n' 'git git' 'rsync rsync' 'sqlite3 sqlite3' 'setfattr attr' 'setfacl acl' \
             'find findutils' 'du coreutils' 'man man-db' 'zsh zsh' 'fish fish' \
             'systemd-analyze systemd' 'nsenter util-linux' 'fio fio' 'dbench dbench' \
-            'stress-ng stress-ng' 'autoconf autoconf' 'automake automake' 'make make'
+            'stress-ng stress-ng' 'autoconf autoconf' 'automake automake' 'make make' \
+            'chromium chromium' 'chromedriver chromium-driver'
     fi
 }
 

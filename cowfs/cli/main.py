@@ -3,7 +3,6 @@
 Start-up is what a short command costs, so this file knows the commands by name alone.
 """
 
-import importlib
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -11,13 +10,14 @@ import click
 
 from cowfs import __version__
 from cowfs.cli.entry import Invocation, run
+from cowfs.cli.lazy import LazyGroup
 
 # Where each command is, and what it does in a line.
 _COMMANDS = {
     "mkfs": ("cowfs.cli.images:mkfs", "Make an image with an empty filesystem."),
     "mount": ("cowfs.cli.mounting:mount", "Mount an image on a directory."),
     "umount": ("cowfs.cli.mounting:umount", "Unmount, and wait until all is safe."),
-    "snapshot": ("cowfs.cli.snapshots:snapshot", "Create, list, delete, rename snapshots."),
+    "snapshot": ("cowfs.cli.snapshots:snapshot", "Create, list, delete, rename, hold snapshots."),
     "rollback": ("cowfs.cli.rollback:rollback", "Go back to a snapshot, while mounted."),
     "undo": ("cowfs.cli.rollback:undo", "Take back the last rollback."),
     "cp": ("cowfs.cli.copying:cp", "Copy files so that the copies share their blocks."),
@@ -32,27 +32,9 @@ _COMMANDS = {
 }
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they are used, and listed without that."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        place, _ = _COMMANDS[cmd_name]
-        module, _, name = place.partition(":")
-        command: click.Command = getattr(importlib.import_module(module), name)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, words) for name, (_, words) in _COMMANDS.items()])
-
-
 @click.group(
     cls=LazyGroup,
+    lazy_commands=_COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Sizes are in powers of 1024. Exit status: 0 done, 1 error, 2 usage, 10 image missing, "
     "11 image locked, 130 interrupted. Space per snapshot: cowdu.",

@@ -1,11 +1,13 @@
 """Owner sets: how many blocks each set of roots reaches, and no other root. DESIGN.md section 6.
 
-One pass over the distinct nodes, level by level from the roots, unites for each block the sets of roots
-that reach it. Every question after that is a sum over sets: what deleting any snapshots would free, what
-one references, what two share. A set is a number with a bit for each root: snapshots by age from bit 0,
-then the drop queue, then volumes, so that "all up to this snapshot" is a range of bits.
+One pass over the distinct nodes, level by level from the roots, unites for each block the sets of
+roots that reach it. Every question after that is a sum over sets: what deleting any snapshots would
+free, what one references, what two share. A set is a row of bits, one for each root: snapshots by age
+from bit 0, then the drop queue, then volumes, then the catalog, so that "all up to this snapshot" is a
+range of bits.
 
-All numbers are blocks, metadata and twins included; the catalog and the space map belong to no root.
+All numbers are blocks, metadata and twins included; the space map belongs to no root. What the earlier
+generations show that are kept for rescue is in no set: it is free to whoever waits (`retained`).
 """
 
 from collections.abc import Iterable
@@ -14,18 +16,38 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from cowfs.files.items import references
+from cowfs.errors import CorruptError, DeviceError, ImageError
+from cowfs.history.catalog import Catalog
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import RootKind
-from cowfs.storage.format import GROUP_BLOCKS, NODE_BLOCKS, Pointer
-from cowfs.storage.node import Node
+from cowfs.history.structure import (
+    Numbers,
+    Progress,
+    Root,
+    Structure,
+    covered,
+    read_structure,
+    spread,
+)
+from cowfs.storage.btree import Tree
+from cowfs.storage.format import Superblock
+from cowfs.storage.store import RETAINED_GENERATIONS, Store
+from cowfs.storage.superblock import read_earlier
+
+Words = npt.NDArray[np.uint64]  # sets, as rows of 64-bit words
+
+WORD_BITS = 64
+UNION_WORDS_MAX = 1 << 22  # united at a time: 32 MiB
+COUNTED_CELLS_MAX = 1 << 23  # of a table of sets by owners, at a time: 8 MiB
 
 
 class OwnerKind(StrEnum):
     SNAPSHOT = "snapshot"
     DROP = "drop"
     VOLUME = "volume"
+    CATALOG = "catalog"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,85 +74,155 @@ class Blocks(NamedTuple):
         return self.nodes + self.data
 
 
+class Retained(NamedTuple):
+    """An earlier generation that is kept for rescue: blocks that no root and no newer one has."""
+
+    generation: int
+    blocks: Blocks
+
+
 class OwnerSets:
     """What every set of roots holds alone.
 
     Args:
         owners: by bit.
-        blocks: of each set that reaches any.
+        sets: a row of words each, bit b of word b // 64 for owner b; no row twice, none empty.
+        nodes, data: blocks of each set.
+        retained: the newest first; None when they cannot be read whole.
     """
 
-    def __init__(self, owners: tuple[Owner, ...], blocks: dict[int, Blocks]) -> None:
+    def __init__(
+        self,
+        owners: tuple[Owner, ...],
+        sets: Words,
+        nodes: Numbers,
+        data: Numbers,
+        retained: tuple[Retained, ...] | None = (),
+    ) -> None:
         self.owners = owners
-        self.blocks = blocks
+        self.sets = sets
+        self.nodes = nodes
+        self.data = data
+        self.retained = retained
+        self._bits = {(owner.kind, owner.number): bit for bit, owner in enumerate(owners)}
+        self._per_owner: dict[str, Numbers] = {}
 
     def bit(self, kind: OwnerKind, number: int) -> int:
         """The bit of a root. Raises KeyError."""
-        for bit, owner in enumerate(self.owners):
-            if owner.kind == kind and owner.number == number:
-                return bit
-        raise KeyError(number)
+        return self._bits[(kind, number)]
+
+    @property
+    def snapshot_count(self) -> int:
+        """Snapshots have the bits below this one."""
+        return sum(owner.kind == OwnerKind.SNAPSHOT for owner in self.owners)
+
+    # --- sums -----------------------------------------------------------------------------------------
 
     def exclusive(self, bits: Iterable[int]) -> Blocks:
         """What only these roots reach: what deleting exactly them would free."""
-        chosen = 0
-        for bit in bits:
-            chosen |= 1 << bit
-        return self._sum(blocks for owners, blocks in self.blocks.items() if not owners & ~chosen)
+        return self._sum(self.within(bits))
+
+    def within(self, bits: Iterable[int]) -> npt.NDArray[np.bool_]:
+        """Which sets have no owner but these."""
+        outside = ~_row(bits, self.sets.shape[1])
+        return np.logical_not((self.sets & outside).any(axis=1))
 
     def referenced(self, bit: int) -> Blocks:
         """What a root reaches."""
-        return self._sum(blocks for owners, blocks in self.blocks.items() if owners >> bit & 1)
+        return self._sum(self._has(bit))
 
     def written(self, bit: int) -> Blocks:
         """What a root reaches, and the snapshot that it grew from does not."""
         parent = self.owners[bit].parent
-        if parent is None:
-            return self.referenced(bit)
-        return self._sum(
-            blocks
-            for owners, blocks in self.blocks.items()
-            if owners >> bit & 1 and not owners >> parent & 1
-        )
+        mine = self._has(bit)
+        return self._sum(mine if parent is None else mine & ~self._has(parent))
 
     def total(self) -> Blocks:
-        """All that roots hold."""
-        return self._sum(self.blocks.values())
+        """All that volumes, snapshots and the drop queue hold; the catalog is not among them."""
+        return self._sum(~self._only(OwnerKind.CATALOG))
 
-    @staticmethod
-    def _sum(parts: Iterable[Blocks]) -> Blocks:
-        nodes = data = 0
-        for part in parts:
-            nodes += part.nodes
-            data += part.data
-        return Blocks(nodes, data)
+    def _only(self, kind: OwnerKind) -> npt.NDArray[np.bool_]:
+        return self.within(bit for bit, owner in enumerate(self.owners) if owner.kind == kind)
 
+    def _has(self, bit: int) -> npt.NDArray[np.bool_]:
+        word, at = divmod(bit, WORD_BITS)
+        return (self.sets[:, word] >> np.uint64(at) & np.uint64(1)).astype(np.bool_)
 
-class _Interned:
-    """Sets as small numbers, for the arrays, and their unions, remembered. Number 0 is the empty set."""
+    def _sum(self, chosen: npt.NDArray[np.bool_]) -> Blocks:
+        return Blocks(int(self.nodes[chosen].sum()), int(self.data[chosen].sum()))
 
-    def __init__(self) -> None:
-        self.sets = [0]
-        self._numbers = {0: 0}
-        self._unions: dict[tuple[int, int], int] = {}
+    # --- of every root at once ------------------------------------------------------------------------
 
-    def number(self, owners: int) -> int:
-        found = self._numbers.get(owners)
-        if found is None:
-            found = self._numbers[owners] = len(self.sets)
-            self.sets.append(owners)
+    def each(self, what: str) -> Numbers:
+        """A number of every root, by bit: rows of (blocks of nodes, blocks of data).
+
+        Args:
+            what: "referenced", "exclusive", "written" (as the methods of these names), or
+                "cumulative": exclusive of all snapshots up to this one; 0 for other roots.
+        """
+        if not self._per_owner:
+            self._count_all()
+        return self._per_owner[what]
+
+    def _count_all(self) -> None:
+        count = len(self.owners)
+        parents = np.array([-1 if owner.parent is None else owner.parent for owner in self.owners])
+        grown = np.flatnonzero(parents >= 0)
+        amounts = np.stack([self.nodes, self.data], axis=1).astype(np.float64)  # exact to 2**53
+        referenced, exclusive, written, newest = (np.zeros((count, 2)) for _ in range(4))
+        step = max(1, COUNTED_CELLS_MAX // max(1, count))
+        for start in range(0, len(self.sets), step):
+            table = members(self.sets[start : start + step], count)
+            part = amounts[start : start + step]
+            referenced += table.T.astype(np.float64) @ part
+            last = count - 1 - np.argmax(table[:, ::-1], axis=1)
+            alone = np.bitwise_count(self.sets[start : start + step]).sum(axis=1) == 1
+            np.add.at(exclusive, last[alone], part[alone])
+            np.add.at(newest, last, part)
+            old = table[:, parents[grown]]
+            table[:, grown] &= ~old
+            written += table.T.astype(np.float64) @ part
+        cumulative = np.cumsum(newest, axis=0)
+        cumulative[self.snapshot_count :] = 0
+        self._per_owner = {
+            "referenced": referenced.astype(np.int64),
+            "exclusive": exclusive.astype(np.int64),
+            "written": written.astype(np.int64),
+            "cumulative": cumulative.astype(np.int64),
+        }
+
+    def pairs(self) -> dict[tuple[int, int], int]:
+        """What two snapshots share and no other root has: blocks by their bits, the older first."""
+        found = {}
+        for row in np.flatnonzero(np.bitwise_count(self.sets).sum(axis=1) == 2).tolist():
+            older, newer = np.flatnonzero(members(self.sets[row : row + 1], len(self.owners))[0])
+            if newer < self.snapshot_count:
+                found[(int(older), int(newer))] = int(self.nodes[row] + self.data[row])
         return found
 
-    def union(self, one: int, other: int) -> int:
-        if one == other or not other:
-            return one
-        if not one:
-            return other
-        pair = (one, other) if one < other else (other, one)
-        found = self._unions.get(pair)
-        if found is None:
-            found = self._unions[pair] = self.number(self.sets[one] | self.sets[other])
-        return found
+
+def members(sets: Words, count: int) -> npt.NDArray[np.bool_]:
+    """A table of sets by owners: whether the set has the owner."""
+    flat = np.ascontiguousarray(sets.astype("<u8")).view(np.uint8)
+    return np.unpackbits(flat, axis=1, count=count, bitorder="little").astype(np.bool_)
+
+
+def _row(bits: Iterable[int], words: int) -> Words:
+    row = np.zeros(words, np.uint64)
+    for bit in bits:
+        row[bit // WORD_BITS] |= np.uint64(1 << bit % WORD_BITS)
+    return row
+
+
+# --- the pass -----------------------------------------------------------------------------------------
+
+
+class Survey(NamedTuple):
+    """What a pass over an image gives. `labels`: of each node its row of `sets.sets`."""
+
+    structure: Structure
+    sets: OwnerSets
+    labels: Numbers
 
 
 def owner_sets(filesystem: Filesystem) -> OwnerSets:
@@ -139,46 +231,40 @@ def owner_sets(filesystem: Filesystem) -> OwnerSets:
     Raises:
         CorruptError: a node cannot be read; no number is better than a wrong one.
     """
+    return survey(filesystem).sets
+
+
+def survey(
+    filesystem: Filesystem, known: Structure | None = None, progress: Progress | None = None
+) -> Survey:
+    """Read what points at what, and who owns it.
+
+    Args:
+        filesystem: open read-only, or right after a commit.
+        known: the structure of an earlier look at this image.
+
+    Raises:
+        CorruptError: a node cannot be read.
+    """
     store = filesystem.store
-    owners, tops, partly = _roots(filesystem)
-    interned = _Interned()
-    levels: dict[int, dict[int, tuple[Pointer, int]]] = {}
-
-    def reach(pointer: Pointer, level: int, owner: int) -> None:
-        nodes = levels.setdefault(level, {})
-        found = nodes.get(pointer.block)
-        if found is None:
-            nodes[pointer.block] = (pointer, owner)
-        elif found[1] != owner:
-            nodes[pointer.block] = (pointer, interned.union(found[1], owner))
-
-    for bit, pointer in enumerate(tops):
-        reach(pointer, store.load(pointer, None).level, interned.number(1 << bit))
-    nodes: dict[int, int] = {}
-    data = _Data(interned)
-    for level in range(max(levels, default=-1), -1, -1):
-        for pointer, owner in levels.pop(level, {}).values():
-            node = store.load(pointer, level)
-            nodes[owner] = nodes.get(owner, 0) + NODE_BLOCKS * (2 if pointer.twin else 1)
-            if level:
-                for child in node.values[partly.get(pointer.block, 0) :]:
-                    reach(_pointer(child), level - 1, owner)
-            else:
-                for first, count in references(node.keys, node.values):
-                    data.reach(first, count, owner)
-    counts = data.counts()
-    return OwnerSets(
-        owners,
-        {
-            interned.sets[number]: Blocks(nodes.get(number, 0), counts.get(number, 0))
-            for number in nodes.keys() | counts.keys()
-        },
+    owners, roots = _roots(filesystem.catalog, store.superblock)
+    structure = read_structure(store, roots, known, progress)
+    table = _SetTable(len(owners))
+    labels = _node_labels(structure, table)
+    data = _data_blocks(structure, labels, table)
+    sizes = len(table.rows)
+    nodes = np.bincount(labels, structure.node_blocks(), sizes).astype(np.int64)
+    data = np.pad(data, (0, sizes - len(data)))
+    used = (nodes + data) > 0
+    renumbered = np.cumsum(used) - 1
+    sets = OwnerSets(
+        owners, table.rows[used], nodes[used], data[used], _retained(filesystem, structure)
     )
+    return Survey(structure, sets, renumbered[labels])
 
 
-def _roots(filesystem: Filesystem) -> tuple[tuple[Owner, ...], list[Pointer], dict[int, int]]:
-    """Owners by bit, their root nodes; and of nodes in the drop queue, how many entries are done."""
-    catalog = filesystem.catalog
+def _roots(catalog: Catalog, superblock: Superblock) -> tuple[tuple[Owner, ...], list[Root]]:
+    """Owners by bit, and their trees."""
     snapshots = catalog.snapshots()
     volumes = [record for record in catalog.roots() if record.kind == RootKind.VOLUME]
     bits = {record.root_id: bit for bit, record in enumerate(snapshots)}
@@ -193,56 +279,156 @@ def _roots(filesystem: Filesystem) -> tuple[tuple[Owner, ...], list[Pointer], di
             Owner(OwnerKind.VOLUME, record.name, record.root_id, bits.get(record.parent_id))
             for record in volumes
         ),
+        Owner(OwnerKind.CATALOG, "", 0),
     ]
-    tops = [
-        *(record.pointer for record in snapshots),
-        *(drop.path[0].pointer for drop in drops),
-        *(record.pointer for record in volumes),
+    roots = [
+        *(Root(record.pointer, {}) for record in snapshots),
+        *(
+            Root(drop.path[0].pointer, {step.pointer.block: step.done for step in drop.path})
+            for drop in drops
+        ),
+        *(Root(record.pointer, {}) for record in volumes),
+        Root(superblock.catalog, {}),
     ]
-    partly = {step.pointer.block: step.done for drop in drops for step in drop.path}
-    return tuple(owners), tops, partly
+    return tuple(owners), roots
 
 
-class _Data:
-    """The owners of data blocks: a number for each block of the groups that were touched."""
+class _SetTable:
+    """The distinct sets met so far, by number; the first are those of one owner each."""
 
-    def __init__(self, interned: _Interned) -> None:
-        self._interned = interned
-        self._groups: dict[int, np.ndarray] = {}
+    def __init__(self, owner_count: int) -> None:
+        words = -(-owner_count // WORD_BITS)
+        self.rows: Words = np.zeros((owner_count, words), np.uint64)
+        bits = np.arange(owner_count)
+        self.rows[bits, bits // WORD_BITS] = np.uint64(1) << (bits % WORD_BITS).astype(np.uint64)
+        self._random = np.random.default_rng(0)
 
-    def reach(self, first: int, count: int, owner: int) -> None:
-        while count:
-            group, start = divmod(first, GROUP_BLOCKS)
-            here = min(count, GROUP_BLOCKS - start)
-            owners = self._groups.get(group)
-            if owners is None:
-                owners = self._groups[group] = np.zeros(GROUP_BLOCKS, np.uint32)
-            if here == 1:
-                before = int(owners[start])
-                if before != owner:
-                    owners[start] = self._interned.union(before, owner)
-            else:
-                part = owners[start : start + here]
-                before = int(part[0])
-                if (part == before).all():
-                    if before != owner:
-                        part[:] = self._interned.union(before, owner)
-                else:
-                    for before in np.unique(part).tolist():
-                        part[part == before] = self._interned.union(before, owner)
-            first += here
-            count -= here
+    def unions(self, groups: Numbers, sets: Numbers) -> Numbers:
+        """The number of the union of each group's sets.
 
-    def counts(self) -> dict[int, int]:
-        """Blocks by the number of their set."""
-        counts: dict[int, int] = {}
-        for owners in self._groups.values():
-            numbers, found = np.unique(owners, return_counts=True)
-            for number, count in zip(numbers.tolist(), found.tolist(), strict=True):
-                if number:
-                    counts[number] = counts.get(number, 0) + count
-        return counts
+        Args:
+            groups: ascending, with the number of a set for each entry; every group appears.
+        """
+        starts = np.flatnonzero(np.diff(groups, prepend=-1))
+        counts = np.diff(starts, append=len(groups))
+        result = sets[starts].copy()
+        several = np.flatnonzero(counts > 1)
+        words = self.rows.shape[1]
+        step = max(1, UNION_WORDS_MAX // words)
+        done = 0
+        while done < len(several):
+            # As many groups as fit, at least one.
+            ends = np.cumsum(counts[several[done:]])
+            stop = done + max(1, int(np.searchsorted(ends, step, "right")))
+            chosen = several[done:stop]
+            entries = spread(starts[chosen], counts[chosen])
+            firsts = np.concatenate([[0], np.cumsum(counts[chosen])[:-1]])
+            rows = np.bitwise_or.reduceat(self.rows[sets[entries]], firsts, axis=0)
+            result[chosen] = self._numbers(rows)
+            done = stop
+        return result
+
+    def _numbers(self, rows: Words) -> Numbers:
+        """The number of each set; new ones are added."""
+        known = len(self.rows)
+        everything = np.concatenate([self.rows, rows])
+        while True:
+            # A random sum tells sets apart; that it did is seen below, and it is drawn anew if not.
+            factors = self._random.integers(0, 1 << 64, (2, everything.shape[1]), np.uint64)
+            mixed = everything * (factors[0] | np.uint64(1))
+            mixed ^= mixed >> np.uint64(32)  # a product carries upwards only
+            sums = (mixed * (factors[1] | np.uint64(1))).sum(axis=1, dtype=np.uint64)
+            _, first, where = np.unique(sums, return_index=True, return_inverse=True)
+            if (everything[first[where]] == everything).all():
+                break
+        numbers = np.full(len(first), -1)
+        old = first < known
+        numbers[old] = first[old]
+        fresh = np.flatnonzero(~old)
+        fresh = fresh[np.argsort(first[fresh])]
+        numbers[fresh] = known + np.arange(len(fresh))
+        self.rows = np.concatenate([self.rows, everything[first[fresh]]])
+        return numbers[where[known:]]
 
 
-def _pointer(child: Node | Pointer) -> Pointer:
-    return child.pointer() if isinstance(child, Node) else child
+def _node_labels(structure: Structure, table: _SetTable) -> Numbers:
+    """The set of each node: all roots that reach it."""
+    labels = np.zeros(len(structure.nodes), np.int64)
+    for level in range(structure.levels - 1, -1, -1):
+        here = structure.level(level)
+        tops = np.flatnonzero((structure.tops >= here.start) & (structure.tops < here.stop))
+        targets, sets = [structure.tops[tops]], [tops.astype(np.int64)]
+        if level + 1 < structure.levels:
+            above = structure.level(level + 1)
+            edges = slice(structure.child_from[above.start], structure.child_from[above.stop])
+            counts = np.diff(structure.child_from[above.start : above.stop + 1])
+            targets.append(structure.children[edges].astype(np.int64))
+            sets.append(np.repeat(labels[above], counts))
+        groups, of_group = _distinct_pairs(
+            np.concatenate(targets), np.concatenate(sets), len(table.rows)
+        )
+        labels[here] = table.unions(groups, of_group)
+    return labels
+
+
+def _data_blocks(structure: Structure, labels: Numbers, table: _SetTable) -> Numbers:
+    """How many data blocks each set has."""
+    if not len(structure.run_first):
+        return np.zeros(0, np.int64)
+    sets = np.repeat(labels, np.diff(structure.run_from))
+    # Between two neighbours of `cuts` all blocks are in the same runs.
+    first, count = structure.run_first, structure.run_count.astype(np.int64)
+    cuts = np.unique(np.concatenate([first, first + count]))
+    start = np.searchsorted(cuts, first)
+    pieces = np.searchsorted(cuts, first + count) - start
+    groups, of_group = _distinct_pairs(
+        spread(start, pieces), np.repeat(sets, pieces), len(table.rows)
+    )
+    numbers = table.unions(groups, of_group)
+    which = groups[np.flatnonzero(np.diff(groups, prepend=-1))]
+    lengths = np.diff(cuts)[which]
+    counts: Numbers = np.bincount(numbers, lengths, len(table.rows)).astype(np.int64)
+    return counts
+
+
+def _distinct_pairs(targets: Numbers, sets: Numbers, set_count: int) -> tuple[Numbers, Numbers]:
+    """Each pair once, by target and then by set."""
+    pairs = np.sort(targets * set_count + sets)
+    pairs = pairs[np.diff(pairs, prepend=-1) != 0]
+    groups, of_group = np.divmod(pairs, set_count)
+    return groups, of_group
+
+
+def _retained(filesystem: Filesystem, structure: Structure) -> tuple[Retained, ...] | None:
+    """What only earlier generations show, the newest first; None when one cannot be read."""
+    store, newest = filesystem.store, filesystem.store.superblock
+    oldest = max(newest.oldest_retained, newest.generation - RETAINED_GENERATIONS)
+    nodes = [structure.nodes]
+    first, count = structure.run_first, structure.run_count.astype(np.int64)
+    held = covered(first, count)
+    found = []
+    for generation in range(newest.generation - 1, oldest - 1, -1):
+        try:
+            earlier = read_earlier(store.device, newest, generation)
+            if earlier is None:
+                return None
+            shown = _structure_of(store, earlier, structure)
+        except (CorruptError, DeviceError, ImageError):
+            return None
+        met = np.concatenate([each["block"] for each in nodes])
+        fresh = ~np.isin(shown.nodes["block"], met)
+        nodes.append(shown.nodes[fresh])
+        first = np.concatenate([first, shown.run_first])
+        count = np.concatenate([count, shown.run_count.astype(np.int64)])
+        before, held = held, covered(first, count)
+        blocks = Blocks(int(shown.node_blocks()[fresh].sum()), held - before)
+        found.append(Retained(generation, blocks))
+    return tuple(found)
+
+
+def _structure_of(store: Store, superblock: Superblock, known: Structure) -> Structure:
+    """The structure of an earlier generation, whose catalog is read for it."""
+    catalog = Catalog(
+        Tree(store, superblock.catalog, 0, superblock.catalog_nodes), superblock.next_root_id
+    )
+    return read_structure(store, _roots(catalog, superblock)[1], known)

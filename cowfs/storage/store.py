@@ -33,6 +33,7 @@ from cowfs.storage.format import (
     NODE_SIZE_BYTES,
     NULL_POINTER,
     RING_SLOTS,
+    NodeImage,
     Pointer,
     Superblock,
     check_pointer,
@@ -188,14 +189,18 @@ class Store:
                 raise CorruptError("node", block, "level is wrong", node.level, level)
             return node
         check_pointer(pointer, self.superblock.total_blocks, self.generation, "node", block)
-        node = self._read(pointer, level)
+        node = node_from_image(self.read_image(pointer, level), pointer)
         if node.level:
             for child in node.values:
                 check_pointer(child, self.superblock.total_blocks, node.generation, "node", block)
         self.cache.put(node)
         return node
 
-    def _read(self, pointer: Pointer, level: int | None) -> Node:
+    def read_image(self, pointer: Pointer, level: int | None) -> NodeImage:
+        """The node on disk, checked for itself: whoever takes it looks at its children's pointers.
+
+        For reading whole trees, past the cache. Raises as `load`.
+        """
         problem: CorruptError | DeviceError | None = None
         for block in (pointer.block, pointer.twin):
             if not block:
@@ -205,7 +210,7 @@ class Store:
                 image = decode_node(data, pointer, self.superblock.image_id, self.seed, level)
                 if problem is not None:
                     self.repairs.add(pointer.block, block, data, problem)
-                return node_from_image(image, pointer)
+                return image
             except (CorruptError, DeviceError) as error:
                 problem = problem or error
         assert problem is not None

@@ -17,7 +17,7 @@ NAMES = ["one", "two", "three", "four"]
 
 
 def run(*words: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
-    program = "from tools.cowdu import main; main()"
+    program = "from tools.cowdu.main import main; main()"
     return subprocess.run(
         [sys.executable, "-c", program, *map(os.fspath, words)],
         capture_output=True,
@@ -99,8 +99,11 @@ def test_cowdu_prints_tables_for_people_and_for_scripts(image: Path) -> None:
     assert lines[3].startswith("deleting these 2 snapshots would free ")
     assert "\x1b" not in text
     bare = [line.split("\t") for line in run(image, "-H", "-p").stdout.splitlines()]
-    rows = usage(image)["snapshots"]
-    assert bare == [
+    report = usage(image)
+    rows = report["snapshots"]
+    assert len(bare) == len(rows) + len(report["others"])
+    assert bare[len(rows)][0] == "(live)"
+    assert bare[: len(rows)] == [
         [
             row["name"],
             str(row["created_ns"] // 10**9),
@@ -112,13 +115,14 @@ def test_cowdu_prints_tables_for_people_and_for_scripts(image: Path) -> None:
     ]
 
 
-def test_cowdu_of_an_image_without_snapshots_is_an_empty_table(tmp_path: Path) -> None:
-    """Promise: nothing to show is no error."""
+def test_cowdu_of_an_image_without_snapshots_has_only_what_is_live(tmp_path: Path) -> None:
+    """Promise: no snapshot is no error, and what is live is told."""
     image = make_image(tmp_path / "disk.img")
     report = usage(image)
     assert report["snapshots"] == []
     assert report["reclaim"] == {"names": [], "reclaim_bytes": 0}
-    assert run(image, "-H").stdout == ""
+    assert [row["kind"] for row in report["others"]][:1] == ["volume"]
+    assert run(image, "-H").stdout.splitlines()[0].startswith("(live)\t")
 
 
 def test_cowdu_refuses_in_one_line(tmp_path: Path, image: Path) -> None:

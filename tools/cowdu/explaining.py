@@ -1,0 +1,341 @@
+"""`cowdu why`, `log` and `block`: which files keep the disk, in which versions, block by block."""
+
+import os
+from collections.abc import Sequence
+
+import click
+from msgspec import Struct
+
+from cowfs.cli.entry import printable
+from cowfs.cli.output import (
+    Column,
+    Numbers,
+    as_fields,
+    json_option,
+    list_options,
+    print_facts,
+    print_json,
+    print_table,
+)
+from cowfs.cli.snapshots import complete_name, retention_options, target_argument
+from cowfs.cli.target import open_target
+from cowfs.errors import UsageError
+from cowfs.history.blocks import explain_block
+from cowfs.history.names import resolve
+from cowfs.history.owners import Owner, OwnerKind
+from cowfs.history.pinned import Pinned, pinned_by
+from cowfs.history.reports import image_name
+from cowfs.history.retention import Rules
+from cowfs.history.versions import Version, versions_of
+from cowfs.storage.format import BLOCK_SIZE_BYTES
+
+from .choosing import LIVE, chosen_records, spans
+from .inside import inside, meaning
+from .looking import Look, look, look_at
+
+METADATA = "(metadata and small files)"
+DEPTH_SHOWN = 3
+ENTRIES_SHOWN = 10
+
+
+class PathUsage(Struct, kw_only=True):
+    """A file or directory, and the blocks below it that only the snapshots keep.
+
+    `deleted`: nothing is at the path among the live files any more. `files`: how many below have any.
+    """
+
+    name: str
+    path: str
+    bytes: int = 0
+    files: int = 0
+    deleted: bool = False
+    children: list["PathUsage"] = []
+
+
+@click.command()
+@target_argument
+@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=complete_name)
+@retention_options
+@click.option(
+    "--depth",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=DEPTH_SHOWN,
+    show_default=True,
+    help="How deep directories are opened.",
+)
+@click.option(
+    "--top",
+    "count",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=ENTRIES_SHOWN,
+    show_default=True,
+    help="How many entries of each directory, the largest first.",
+)
+@click.option("--flat", is_flag=True, help="Only files, with their whole paths.")
+@list_options
+def why(
+    target: str,
+    names: tuple[str, ...],
+    rules: Rules,
+    depth: int,
+    count: int,
+    flat: bool,
+    as_json: bool,
+    bare: bool,
+    exact: bool,
+) -> None:
+    """Name the files and directories whose blocks only these snapshots keep, the largest first.
+
+    The sum is what deleting exactly these snapshots frees. A block that several of them have, or
+    several files, is told once, at the newest snapshot's file. `deleted` is what the live files do
+    not have any more; the rest is there, with other contents. Files of at most 2 KiB lie in the
+    metadata, which belongs to no single file.
+
+    \b
+    cowdu why ~/data monday
+    cowdu why ~/data monday%friday --depth 5 --top 20
+    cowdu why ~/data 'auto-*' --older-than 30d --flat --top 50
+    """
+    if not (names or rules.any):
+        raise UsageError("name a snapshot, or % for all of them together")
+    with look(target) as found:
+        records = chosen_records(found.snapshots, names, rules)
+        pinned = pinned_by(found.filesystem, records, found.progress)
+        tree = _tree(found, pinned, flat=flat)
+        image = image_name(found.filesystem)
+    metadata = sum(pinned.metadata.values()) * BLOCK_SIZE_BYTES
+    numbers = Numbers(exact)
+    if as_json:
+        fields = {
+            "image": image,
+            "names": [record.name for record in records],
+            "reclaim_bytes": pinned.blocks * BLOCK_SIZE_BYTES,
+            "metadata_bytes": metadata,
+            "tree": as_fields(tree),
+        }
+        print_json("cowdu why", fields)
+        return
+    rows: list[list[str]] = []
+    _lines(tree, 0, depth, count, flat or bare, numbers, rows)
+    rows.append([numbers.size(metadata), "-", METADATA])
+    print_table([Column("ONLY HERE", right=True), Column("STATE"), Column("PATH")], rows, bare=bare)
+    if not bare:
+        total = numbers.size(pinned.blocks * BLOCK_SIZE_BYTES)
+        which = "this snapshot" if len(records) == 1 else f"these {len(records)} snapshots"
+        click.echo(f"deleting {which} would free {total}")
+
+
+def _tree(found: Look, pinned: Pinned, *, flat: bool) -> PathUsage:
+    """Directories with what is below them, each sorted by size; flat: files right below the top."""
+    top = PathUsage(name="/", path="")
+    by_path: dict[bytes, PathUsage] = {b"": top}
+    amounts: dict[bytes, int] = {}
+    for file in pinned.files:
+        amounts[file.path] = amounts.get(file.path, 0) + file.blocks * BLOCK_SIZE_BYTES
+    for path, amount in amounts.items():
+        ways = [path] if flat else _ways(path)
+        above = top
+        for at in ways:
+            found_here = by_path.get(at)
+            if found_here is None:
+                name = at if flat else at.rpartition(b"/")[2]
+                found_here = by_path[at] = PathUsage(name=os.fsdecode(name), path=os.fsdecode(at))
+                above.children.append(found_here)
+            above = found_here
+        for at in [b"", *ways]:
+            by_path[at].bytes += amount
+            by_path[at].files += 1
+    live = found.filesystem.live
+    for path, usage in by_path.items():
+        usage.children.sort(key=lambda each: (-each.bytes, each.name))
+        usage.deleted = resolve(live, path) is None
+    return top
+
+
+def _ways(path: bytes) -> list[bytes]:
+    """a/b/c as a, a/b, a/b/c."""
+    words = path.split(b"/")
+    return [b"/".join(words[: number + 1]) for number in range(len(words))]
+
+
+def _lines(
+    usage: PathUsage,
+    depth: int,
+    depth_max: int,
+    count: int,
+    whole_paths: bool,
+    numbers: Numbers,
+    rows: list[list[str]],
+) -> None:
+    indent = "" if whole_paths else "  " * depth
+    for child in usage.children[:count]:
+        name = child.path if whole_paths else child.name
+        slash = "/" if child.children else ""
+        state = "deleted" if child.deleted else "changed"
+        rows.append([numbers.size(child.bytes), state, f"{indent}{name}{slash}"])
+        if depth + 1 < depth_max:
+            _lines(child, depth + 1, depth_max, count, whole_paths, numbers, rows)
+    rest = usage.children[count:]
+    if rest:
+        amount = sum(child.bytes for child in rest)
+        rows.append([numbers.size(amount), "-", f"{indent}({len(rest)} more)"])
+
+
+# --- log --------------------------------------------------------------------------------------------
+
+
+class VersionReport(Struct, frozen=True, kw_only=True):
+    """A version of a file. `on_disk`: its blocks of data; `new`: those that no earlier version has."""
+
+    kind: str
+    inode: int
+    size_bytes: int
+    on_disk_bytes: int
+    new_bytes: int
+    modified_ns: int
+    snapshots: tuple[str, ...]
+    live: bool
+
+
+@click.command()
+@click.argument("path", metavar="PATH", type=click.Path())
+@click.option("--image", metavar="TARGET", help="PATH is inside of this image or mount.")
+@click.option("-a", "--all", "absent", is_flag=True, help="Also where there was no such file.")
+@list_options
+def log(path: str, image: str | None, absent: bool, as_json: bool, bare: bool, exact: bool) -> None:
+    """List the distinct versions of a file, and the snapshots that each lives in, the oldest first.
+
+    Versions are told apart by the blocks that they are made of, not by times: equal is what shares.
+    PATH is on a mount; there need be nothing at it any more. NEW is what no version before has.
+
+    \b
+    cowdu log ~/data/report.odt
+    cowdu log --image disk.img /report.odt
+    """
+    where = inside(path, image)
+    with open_target(where.target) as target, look_at(target) as found:
+        meant = meaning(found.filesystem, target, where.path)
+        if meant.record is None:
+            raise UsageError("name a file, not .snapshots")
+        records = [*found.snapshots, found.filesystem.record]
+        versions = versions_of(found.filesystem, records, meant.path)
+        names = [record.name for record in found.snapshots]
+    if all(version.kind == "absent" for version in versions):
+        raise UsageError(f"there is nothing at {path}, in no snapshot either")
+    shown = [version for version in versions if absent or version.kind != "absent"]
+    reports = [_version_report(version, names) for version in shown]
+    if as_json:
+        print_json("cowdu log", {"path": os.fsdecode(meant.path), "versions": as_fields(reports)})
+        return
+    numbers = Numbers(exact)
+    rows = []
+    for number, (version, report) in enumerate(zip(shown, reports, strict=True), 1):
+        there = version.kind != "absent"
+        rows.append(
+            [
+                str(number),
+                version.kind,
+                numbers.size(report.size_bytes) if there else "-",
+                numbers.size(report.on_disk_bytes) if there else "-",
+                numbers.size(report.new_bytes) if there else "-",
+                numbers.time(report.modified_ns) if there else "-",
+                spans(version.roots, [*names, LIVE]),
+            ]
+        )
+    columns = [
+        Column("#", right=True),
+        Column("KIND"),
+        Column("SIZE", right=True),
+        Column("ON DISK", right=True),
+        Column("NEW", right=True),
+        Column("MODIFIED"),
+        Column("IN"),
+    ]
+    print_table(columns, rows, bare=bare)
+
+
+def _version_report(version: Version, names: Sequence[str]) -> VersionReport:
+    return VersionReport(
+        kind=version.kind,
+        inode=version.ino,
+        size_bytes=version.size_bytes,
+        on_disk_bytes=version.data_blocks * BLOCK_SIZE_BYTES,
+        new_bytes=version.fresh_blocks * BLOCK_SIZE_BYTES,
+        modified_ns=version.mtime_ns,
+        snapshots=tuple(names[root] for root in version.roots if root < len(names)),
+        live=len(names) in version.roots,
+    )
+
+
+# --- block ------------------------------------------------------------------------------------------
+
+
+@click.command()
+@target_argument
+@click.argument("number", metavar="N", type=int)
+@json_option
+def block(target: str, number: int, as_json: bool) -> None:
+    """Explain one block: what it is, how many point at it, its age, who reaches it, in which file.
+
+    N is the number of a block of 4 KiB, as cowfs check, cowfs scrub and cowdump tell them.
+
+    \b
+    cowdu block disk.img 133126
+    """
+    with look(target) as found:
+        survey = found.survey()
+        report = explain_block(found.filesystem, survey, number)
+        image = image_name(found.filesystem)
+    owners = [_owner_words(owner) for owner in report.owners]
+    names = [_owner_words(owner) for owner in survey.sets.owners]
+    bits = [survey.sets.bit(owner.kind, owner.number) for owner in report.owners]
+    places = [
+        {
+            "in": _owner_words(place.root),
+            "path": None if place.path is None else os.fsdecode(place.path),
+            "inode": place.ino,
+            "offset_bytes": place.offset_bytes,
+        }
+        for place in report.places
+    ]
+    if as_json:
+        fields = {
+            "image": image,
+            "block": number,
+            "kind": report.kind,
+            "references": report.references,
+            "birth": report.birth,
+            "level": report.level,
+            "twin": report.twin,
+            "first_block": report.first,
+            "reached_by": owners,
+            "files": places,
+        }
+        print_json("cowdu block", fields)
+        return
+    facts = [("block", f"{number}, byte {number * BLOCK_SIZE_BYTES}"), ("kind", report.kind)]
+    if report.kind == "node":
+        copy = "second copy of a node" if report.twin else "node"
+        facts[1] = ("kind", f"{copy}, level {report.level}, from block {report.first}")
+    if report.kind in ("node", "data"):
+        facts.append(("references", str(report.references)))
+        facts.append(("written in generation", str(report.birth)))
+        facts.append(("reached by", spans(bits, names)))
+    elif report.kind == "free":
+        facts[1] = ("kind", "free, or kept for an earlier generation alone")
+    for place in places:
+        name = place["path"]
+        where = f"inode {place['inode']}" if name is None else printable(f"/{name}")
+        facts.append(("file", f"{where} at byte {place['offset_bytes']}, in {place['in']}"))
+    print_facts(facts)
+
+
+def _owner_words(owner: Owner) -> str:
+    return {
+        OwnerKind.SNAPSHOT: owner.name,
+        OwnerKind.VOLUME: LIVE,
+        OwnerKind.DROP: f"(deleted {owner.name})",
+        OwnerKind.CATALOG: "(catalog)",
+    }[owner.kind]

@@ -1,0 +1,82 @@
+"""A look at one generation of a filesystem, for every command of cowdu.
+
+The process takes the lowest priority: a mount that works goes on as if nobody looked. What was learned
+at an earlier look is used again (cache.py).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cowfs.cli.output import progress_bar
+from cowfs.cli.target import Target, open_target
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.owners import OwnerSets, Survey, survey
+from cowfs.history.records import RootRecord
+from cowfs.history.structure import Progress
+
+from .cache import Kept
+
+NICENESS = 19
+
+
+class Look:
+    """A filesystem at one generation, read-only, and who owns its blocks.
+
+    Attributes:
+        snapshots: the oldest first; number i is bit i of the owner sets.
+    """
+
+    def __init__(self, filesystem: Filesystem, progress: Progress | None = None) -> None:
+        self.filesystem = filesystem
+        self.progress = progress
+        self.snapshots: list[RootRecord] = filesystem.catalog.snapshots()
+        self._kept: Kept | None = None
+        self._sets: OwnerSets | None = None
+        self._survey: Survey | None = None
+
+    @property
+    def generation(self) -> int:
+        return self.filesystem.store.superblock.generation
+
+    def known_sets(self) -> OwnerSets | None:
+        """The owner sets, if an earlier look left them."""
+        if self._sets is None:
+            self._sets = self._cache().sets()
+        return self._sets
+
+    def sets(self) -> OwnerSets:
+        """The owner sets. Raises CorruptError: something cannot be read."""
+        return self.known_sets() or self.survey().sets
+
+    def survey(self) -> Survey:
+        """The owner sets, and the structure that they are of. Raises as `sets`."""
+        if self._survey is None:
+            kept = self._cache()
+            self._survey = kept.survey()
+            if self._survey is None:
+                self._survey = survey(self.filesystem, kept.structure(), self.progress)
+                kept.save(self._survey)
+            self._sets = self._survey.sets
+            self._kept = None  # its arrays are in the survey now
+        return self._survey
+
+    def _cache(self) -> Kept:
+        if self._kept is None:
+            self._kept = Kept(self.filesystem.store.superblock)
+        return self._kept
+
+
+@contextmanager
+def look_at(target: Target) -> Iterator[Look]:
+    """The newest state of a target, durable and kept whole while the block runs."""
+    with progress_bar("reading") as bar, target.reading() as filesystem:
+        yield Look(filesystem, bar)
+
+
+@contextmanager
+def look(path: str) -> Iterator[Look]:
+    """The same of a mount point or an image. Raises as `open_target`."""
+    os.nice(NICENESS)
+    with open_target(path) as target, look_at(target) as found:
+        yield found

@@ -1,0 +1,83 @@
+"""cowdu: which snapshots hold the disk, why, and what would deleting exactly these free?
+
+The numbers are exact: a deletion frees what is told here, to the block, metadata and its
+copies included (C11). It runs in its own process on the image, read-only; of a mounted filesystem
+the daemon keeps the generation whole that is read. Without the word of a command it is `cowdu list`.
+"""
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+from click.shell_completion import CompletionItem
+
+from cowfs import __version__
+from cowfs.cli.entry import Invocation, run
+from cowfs.cli.lazy import LazyGroup
+
+_COMMANDS = {
+    "list": ("cowfs_tools.cowdu.listing:list_roots", "Show what each snapshot holds (default)."),
+    "plan": ("cowfs_tools.cowdu.planning:plan", "Find the snapshots to delete for so much space."),
+    "why": ("cowfs_tools.cowdu.explaining:why", "Name the files that only these snapshots keep."),
+    "du": ("cowfs_tools.cowdu.paths:du", "Show what files and directories hold alone."),
+    "log": ("cowfs_tools.cowdu.explaining:log", "List the distinct versions of a file."),
+    "curve": ("cowfs_tools.cowdu.listing:curve", "Show what deleting the oldest 1, 2, 3... frees."),
+    "pairs": ("cowfs_tools.cowdu.listing:pairs", "Show what two snapshots alone share."),
+    "block": ("cowfs_tools.cowdu.explaining:block", "Explain one block: who points at it."),
+    "report": ("cowfs_tools.cowdu.report:report", "Write a page to look at in a browser."),
+    "top": ("cowfs_tools.cowdu.top:top", "Walk through the snapshots on the terminal."),
+}
+_OWN_OPTIONS = ("-h", "--help", "-V", "--version")
+
+
+class _DefaultGroup(LazyGroup):
+    """`cowdu TARGET` is `cowdu list TARGET`; --debug may stand anywhere."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        debug = ["--debug"] * ("--debug" in args[:end])
+        rest = [word for word in args[:end] if word != "--debug"] + args[end:]
+        if not rest and ctx.resilient_parsing:
+            return super().parse_args(ctx, debug)
+        if not rest or rest[0] not in (*_COMMANDS, *_OWN_OPTIONS):
+            rest.insert(0, "list")
+        return super().parse_args(ctx, debug + rest)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands, and paths, since a target may come first."""
+        path = CompletionItem(incomplete, type="file")
+        return [*super().shell_complete(ctx, incomplete), path]
+
+
+@click.group(
+    cls=_DefaultGroup,
+    lazy_commands=_COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 done, 1 error, 2 usage, 10 image missing, 130 interrupted.",
+)
+@click.version_option(__version__, "--version", "-V", prog_name="cowdu")
+@click.option("--debug", is_flag=True, help="Show where an error came from.")
+@click.pass_context
+def cowdu(context: click.Context, debug: bool) -> None:
+    """Show what snapshots hold, why, and what deleting them would free.
+
+    TARGET is a mount point or an image. Every number is exact, metadata included: it is what a
+    deletion frees. Without a command, cowdu TARGET is cowdu list TARGET; an image that is called
+    like a command is ./plan.
+
+    \b
+    cowdu ~/data                     what each snapshot holds
+    cowdu ~/data monday%friday       what deleting exactly these would free
+    cowdu plan ~/data --free 2G      which to delete, and why these
+    cowdu why ~/data monday          the files that only monday keeps
+    cowdu du ~/data/*                what directories hold alone
+    cowdu report ~/data --html disk.html
+    """
+    invocation = context.find_object(Invocation)
+    if invocation is not None:
+        invocation.debug = debug
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run `cowdu` and end the process."""
+    run(cowdu, "cowdu", arguments)

@@ -1,0 +1,230 @@
+"""`cowdu plan`: the snapshots to delete so that enough comes free and least is lost."""
+
+import shlex
+from collections.abc import Sequence
+
+import click
+from msgspec import Struct
+
+from cowfs.cli.output import (
+    Column,
+    Numbers,
+    as_fields,
+    list_options,
+    print_json,
+    print_table,
+)
+from cowfs.cli.snapshots import retention_options, target_argument
+from cowfs.daemon.options import parse_size
+from cowfs.errors import CowfsError
+from cowfs.history.owners import OwnerKind, OwnerSets
+from cowfs.history.plan import Loss, NotEnoughError, Plan, plan_reclaim
+from cowfs.history.records import RootRecord
+from cowfs.history.reports import image_name
+from cowfs.history.retention import Rules
+from cowfs.storage.format import BLOCK_SIZE_BYTES
+
+from .choosing import kept_records, names_argument
+from .looking import look
+
+RANGE_MIN = 3  # so many neighbours are written as a range
+
+
+class PlannedSnapshot(Struct, frozen=True, kw_only=True):
+    """A snapshot of the plan.
+
+    `alone`: what deleting it alone would free. `needed`: what the plan would free less without it.
+    """
+
+    name: str
+    created_ns: int
+    alone_bytes: int
+    needed_bytes: int
+    reason: str
+
+
+class PlanReport(Struct, frozen=True, kw_only=True):
+    """`reclaim` is what deleting exactly these frees. `exact`: nothing loses less, which is proved.
+
+    `at_least`: no set of fewer snapshots frees enough. `linear`: no rollback and no copy out of a
+    snapshot stands between the snapshots, so that the plan is always exact.
+    """
+
+    image: str
+    generation: int
+    wanted_bytes: int
+    reclaim_bytes: int
+    loss: str
+    exact: bool
+    at_least: int
+    linear: bool
+    snapshots: tuple[PlannedSnapshot, ...]
+    kept: dict[str, tuple[str, ...]]
+    command: str
+
+
+@click.command()
+@target_argument
+@names_argument
+@click.option("--free", "size", metavar="SIZE", required=True, help="How much: 500M, 2G, 1.5T.")
+@click.option(
+    "--lose",
+    type=click.Choice([each.value for each in Loss]),
+    default=Loss.FEWEST.value,
+    show_default=True,
+    help="The fewest snapshots, or the oldest: those before some day, and of them the fewest.",
+)
+@retention_options
+@list_options
+def plan(
+    target: str,
+    names: tuple[str, ...],
+    size: str,
+    lose: str,
+    rules: Rules,
+    as_json: bool,
+    bare: bool,
+    exact: bool,
+) -> None:
+    """Find the snapshots to delete so that SIZE comes free and least is lost; delete nothing.
+
+    Of those that the names choose, of all without any; what is held stays, and what a rule keeps.
+    Deleting exactly the plan frees what is told, to the byte. The fewest are found for certain as
+    long as there was no rollback and nothing was copied back out of a snapshot; else the last line
+    tells how many it takes at the least.
+
+    \b
+    cowdu plan ~/data --free 2G
+    cowdu plan ~/data --free 2G --lose oldest --keep-daily 7 --keep 'release-*'
+    cowdu plan ~/data 'auto-*' --free 500M --json
+    """
+    wanted_bytes = parse_size(size)
+    wanted_blocks = -(-wanted_bytes // BLOCK_SIZE_BYTES)
+    numbers = Numbers(exact)
+    with look(target) as found:
+        allowed, kept = kept_records(found.snapshots, names, rules)
+        sets = found.sets()
+        bits = [sets.bit(OwnerKind.SNAPSHOT, record.root_id) for record in allowed]
+        try:
+            made = plan_reclaim(sets, bits, wanted_blocks, Loss(lose))
+        except NotEnoughError as error:
+            raise _refusal(sets, allowed, error, wanted_bytes) from None
+        planned = _planned(found.snapshots, made, numbers)
+        report = PlanReport(
+            image=image_name(found.filesystem),
+            generation=found.generation,
+            wanted_bytes=wanted_bytes,
+            reclaim_bytes=made.blocks * BLOCK_SIZE_BYTES,
+            loss=lose,
+            exact=made.exact,
+            at_least=made.at_least,
+            linear=made.linear,
+            snapshots=planned,
+            kept=kept,
+            command=deletion_command(target, found.snapshots, {each.name for each in planned}),
+        )
+    if as_json:
+        print_json("cowdu plan", as_fields(report))
+    else:
+        _print(report, numbers, bare=bare)
+
+
+def _refusal(
+    sets: OwnerSets, allowed: Sequence[RootRecord], error: NotEnoughError, wanted_bytes: int
+) -> CowfsError:
+    numbers = Numbers()
+    everything = sets.exclusive(range(sets.snapshot_count)).total
+    most, more = error.most_blocks * BLOCK_SIZE_BYTES, everything - error.most_blocks
+    words = f"deleting all {_counted(len(allowed))} that may go frees {numbers.size(most)}"
+    if not allowed:
+        words = "there is no snapshot that may go"
+    words += f"; {numbers.size(wanted_bytes)} were asked for"
+    if more:
+        words += f", and those that must stay keep another {numbers.size(more * BLOCK_SIZE_BYTES)}"
+    return CowfsError(words)
+
+
+def _planned(
+    snapshots: Sequence[RootRecord], made: Plan, numbers: Numbers
+) -> tuple[PlannedSnapshot, ...]:
+    rows = []
+    for chosen in made.chosen:
+        record = snapshots[chosen.bit]
+        alone = chosen.alone * BLOCK_SIZE_BYTES
+        needed = chosen.needed * BLOCK_SIZE_BYTES
+        reason = f"alone keeps {numbers.size(alone)}"
+        if needed > alone:
+            reason += f", and {numbers.size(needed - alone)} together with others of the plan"
+        rows.append(
+            PlannedSnapshot(
+                name=record.name,
+                created_ns=record.created_ns,
+                alone_bytes=alone,
+                needed_bytes=needed,
+                reason=reason,
+            )
+        )
+    return tuple(rows)
+
+
+def deletion_command(target: str, snapshots: Sequence[RootRecord], chosen: set[str]) -> str:
+    """The command that deletes the chosen ones; neighbours are written as a range."""
+    words: list[str] = []
+    run: list[str] = []
+    for name in [*(record.name for record in snapshots), None]:
+        if name in chosen and name is not None:
+            run.append(name)
+            continue
+        words += [f"{run[0]}%{run[-1]}"] if len(run) >= RANGE_MIN else run
+        run = []
+    if not words:
+        return ""
+    place = target if not target.startswith("-") else f"./{target}"
+    return shlex.join(["cowfs", "snapshot", "delete", place, *words])
+
+
+def _print(report: PlanReport, numbers: Numbers, *, bare: bool) -> None:
+    print_table(
+        [
+            Column("NAME"),
+            Column("CREATED"),
+            Column("ALONE", right=True),
+            Column("IN PLAN", right=True),
+            Column("WHY"),
+        ],
+        [
+            [
+                row.name,
+                numbers.time(row.created_ns),
+                numbers.size(row.alone_bytes),
+                numbers.size(row.needed_bytes),
+                row.reason,
+            ]
+            for row in report.snapshots
+        ],
+        bare=bare,
+    )
+    if bare:
+        return
+    count = len(report.snapshots)
+    freed = numbers.size(report.reclaim_bytes)
+    if not count:
+        click.echo("nothing needs to be deleted for that")
+        return
+    click.echo(f"deleting {_counted(count)} frees {freed}")
+    if not report.exact:
+        click.echo(
+            "there were rollbacks or copies out of snapshots: perhaps fewer would do, but no "
+            f"fewer than {report.at_least}"
+        )
+    elif report.loss == Loss.OLDEST:
+        click.echo("no set of older snapshots frees enough, and no fewer of these")
+    else:
+        click.echo("no fewer snapshots free enough")
+    if report.kept:
+        click.echo(f"{_counted(len(report.kept))} must stay: held, or kept by a rule")
+    click.echo(report.command)
+
+
+def _counted(count: int) -> str:
+    return f"{count} snapshot" + "s" * (count != 1)

@@ -1,0 +1,196 @@
+"""`cowdu report`: one page with all numbers in it, to look at and to decide with in a browser.
+
+The owner sets are in the page, so it adds up any choice of snapshots exactly as cowdu does. They are
+counted twice before that, by owner sets and by virtual drop, and a page is only written if both agree.
+"""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cowfs.cli.output import Numbers, json_option, print_json
+from cowfs.cli.snapshots import target_argument
+from cowfs.errors import CorruptError, UsageError
+from cowfs.history.names import resolve
+from cowfs.history.owners import OwnerSets, members
+from cowfs.history.pinned import Pinned, pinned_by
+from cowfs.history.reports import image_name, space_report
+from cowfs.storage.format import BLOCK_SIZE_BYTES
+
+from .looking import Look, look
+
+PLACE = '<script type="application/json" id="data">{}</script>'
+FILES_MAX = 50_000  # entries for the treemap; what is smaller is told as one, by directory
+
+
+@click.command()
+@target_argument
+@click.option(
+    "--html",
+    "page",
+    metavar="FILE",
+    required=True,
+    type=click.Path(dir_okay=False),
+    help="The page to write; - for standard output.",
+)
+@click.option("-f", "--force", is_flag=True, help="Write over a file that is there.")
+@json_option
+def report(target: str, page: str, force: bool, as_json: bool) -> None:
+    """Write a page for the browser: a timeline, the reclaim curve, a map of the files, tables.
+
+    Choose snapshots in it, and it tells what deleting exactly these frees, to the byte, and the
+    command that does. One file, no network, no server.
+
+    \b
+    cowdu report ~/data --html disk.html
+    """
+    to_terminal = page == "-"
+    if not to_terminal and os.path.exists(page) and not force:
+        raise UsageError(f"{page} is there already; -f writes over it")
+    with look(target) as found:
+        data = report_data(found, target)
+    text = page_of(data)
+    if to_terminal:
+        click.echo(text)
+        return
+    Path(page).write_text(text, encoding="utf-8")
+    fields = {
+        "path": os.path.abspath(page),
+        "size_bytes": os.path.getsize(page),
+        "snapshot_count": len(data["snapshots"]),
+        "set_count": len(data["sets"]),
+        "path_count": len(data["paths"]),
+    }
+    if as_json:
+        print_json("cowdu report", fields)
+    else:
+        size = Numbers().size(os.path.getsize(page))
+        click.echo(f"wrote {page}: {size}, {len(data['snapshots'])} snapshots")
+
+
+def page_of(data: dict[str, Any]) -> str:
+    """The page with its data: nothing in the data can end the element that it stands in."""
+    template = (files(__package__) / "page.html").read_text(encoding="utf-8")
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    before, found, after = template.partition(PLACE)
+    assert found, "the template has no place for the data"
+    return f"{before}{PLACE.replace('{}', text)}{after}"
+
+
+def report_data(found: Look, target: str) -> dict[str, Any]:
+    """What the page knows. Sizes in blocks unless named otherwise.
+
+    Returns:
+        `sets`: [runs of snapshot numbers as first, last, ..., blocks of metadata, blocks of data];
+        `paths`: [number of the directory, name], the root first; `files`: [path, set, blocks];
+        `gone`: paths that the live files do not have.
+
+    Raises:
+        CorruptError: the two ways of counting do not agree.
+    """
+    sets = found.sets()
+    count = sets.snapshot_count
+    pinned = pinned_by(found.filesystem, found.snapshots, found.progress)
+    chosen = sets.within(range(count))
+    table = members(sets.sets[chosen], count)
+    rows = [
+        [_runs(row.nonzero()[0].tolist()), nodes, data]
+        for row, nodes, data in zip(
+            table, sets.nodes[chosen].tolist(), sets.data[chosen].tolist(), strict=True
+        )
+    ]
+    numbers = {
+        sum(1 << bit for bit in row.nonzero()[0].tolist()): number
+        for number, row in enumerate(table)
+    }
+    _require_equal(pinned, numbers, rows)
+    paths, entries, gone = _files(found, pinned, numbers)
+    superblock = found.filesystem.store.superblock
+    space = space_report(found.filesystem)
+    return {
+        "image": image_name(found.filesystem),
+        "target": os.path.abspath(target),
+        "label": superblock.label,
+        "generation": found.generation,
+        "made_ns": time.time_ns(),
+        "block_bytes": BLOCK_SIZE_BYTES,
+        "total_bytes": space.total_bytes,
+        "available_bytes": space.available_bytes,
+        "allocated_bytes": space.tree_bytes,
+        "snapshots": _snapshots(found, sets),
+        "sets": rows,
+        "paths": paths,
+        "files": entries,
+        "gone": gone,
+    }
+
+
+def _snapshots(found: Look, sets: OwnerSets) -> list[dict[str, Any]]:
+    each = {
+        what: sets.each(what).sum(axis=1).tolist()
+        for what in ("referenced", "exclusive", "written", "cumulative")
+    }
+    return [
+        {
+            "name": record.name,
+            "created_ns": record.created_ns,
+            "description": record.description,
+            "held": record.held,
+            **{what: column[bit] for what, column in each.items()},
+        }
+        for bit, record in enumerate(found.snapshots)
+    ]
+
+
+def _runs(numbers: Sequence[int]) -> list[int]:
+    """Ascending numbers as first, last, first, last, ..."""
+    runs: list[int] = []
+    for number in numbers:
+        if runs and runs[-1] + 1 == number:
+            runs[-1] = number
+        else:
+            runs += [number, number]
+    return runs
+
+
+def _require_equal(pinned: Pinned, numbers: dict[int, int], rows: list[list[Any]]) -> None:
+    """Both ways of counting must have found the same in every set."""
+    counted = {owners: [blocks, 0] for owners, blocks in pinned.metadata.items()}
+    for file in pinned.files:
+        counted.setdefault(file.owners, [0, 0])[1] += file.blocks
+    expected = {owners: rows[number][1:] for owners, number in numbers.items()}
+    if counted != expected:
+        raise CorruptError("space map", 0, "two ways of counting do not agree; run cowfs check")
+
+
+def _files(
+    found: Look, pinned: Pinned, numbers: dict[int, int]
+) -> tuple[list[list[Any]], list[list[int]], list[int]]:
+    """Paths, what of each file each set keeps, and the paths that are gone."""
+    places: dict[bytes, int] = {b"": 0}
+    paths: list[list[Any]] = [[0, ""]]
+
+    def place(path: bytes) -> int:
+        number = places.get(path)
+        if number is None:
+            directory, _, name = path.rpartition(b"/")
+            above = place(directory)
+            number = places[path] = len(paths)
+            paths.append([above, os.fsdecode(name)])
+        return number
+
+    files = sorted(pinned.files, key=lambda file: (-file.blocks, file.path, file.owners))
+    amounts: dict[tuple[int, int], int] = {}
+    for position, file in enumerate(files):
+        path = file.path if position < FILES_MAX else file.path.rpartition(b"/")[0]
+        where = (place(path), numbers[file.owners])
+        amounts[where] = amounts.get(where, 0) + file.blocks
+    live = found.filesystem.live
+    gone = [number for path, number in places.items() if resolve(live, path) is None]
+    return paths, [[*where, blocks] for where, blocks in amounts.items()], gone

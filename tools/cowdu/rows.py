@@ -1,0 +1,234 @@
+"""The numbers of cowdu list: a row for every root, from the owner sets or by virtual drop.
+
+By virtual drop where only some snapshots are asked about and no earlier look left the owner sets: that
+reads what they hold alone. Both give the same numbers.
+"""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.owners import OwnerKind, OwnerSets
+from cowfs.history.pathusage import usage_of_orphans
+from cowfs.history.records import RootRecord
+from cowfs.history.reports import ReclaimReport, image_name, space_report
+from cowfs.history.selection import select
+from cowfs.history.usage import exclusive_blocks, referenced_blocks, written_blocks
+from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_BLOCKS
+
+from .looking import Look
+
+FEW_SNAPSHOTS = 8  # so many are measured one by one
+
+
+class Usage(Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """Of one root. Bytes; None where the question has no meaning, or was not worth a pass over all.
+
+    `kind`: "snapshot", "volume" (what is live), "drop" (a deleted snapshot that is being given back),
+    "orphans" (files of the volume that were deleted while open), "generation" (an earlier commit, kept
+    for rescue: free as soon as its time is over).
+
+    `referenced`: all that it reaches. `exclusive`: what deleting it alone would free. `shared`: the
+    difference. `written`: what it holds and the snapshot that it grew from did not. `cumulative`: what
+    deleting it and all older snapshots would free. Each includes metadata, of which the
+    `..._metadata_bytes` are that part.
+    """
+
+    kind: str
+    name: str
+    created_ns: int | None = None
+    generation: int | None = None
+    held: bool = False
+    description: str = ""
+    referenced_bytes: int | None = None
+    exclusive_bytes: int
+    shared_bytes: int | None = None
+    written_bytes: int | None = None
+    cumulative_bytes: int | None = None
+    referenced_metadata_bytes: int | None = None
+    exclusive_metadata_bytes: int | None = None
+    written_metadata_bytes: int | None = None
+
+
+class Totals(Struct, frozen=True, kw_only=True):
+    """Of the whole image. Bytes.
+
+    `allocated`: what all volumes, snapshots and the drop queue hold. `snapshots`: of it, what deleting
+    all snapshots would free; None where that was not counted. `available`: for new data.
+    """
+
+    allocated_bytes: int
+    snapshots_bytes: int | None
+    available_bytes: int
+    total_bytes: int
+
+
+class UsageReport(Struct, frozen=True, kw_only=True):
+    """At one generation; `reclaim` is of exactly the snapshots that are listed."""
+
+    image: str
+    generation: int
+    snapshots: tuple[Usage, ...]
+    others: tuple[Usage, ...]
+    totals: Totals
+    reclaim: ReclaimReport
+
+
+def measure(filesystem: Filesystem, words: Sequence[str] = ()) -> UsageReport:
+    """The usage of the snapshots that the words select, of all roots when there are none.
+
+    Args:
+        filesystem: open read-only, at a generation that stays whole meanwhile.
+
+    Raises:
+        SnapshotError, UsageError: the words select nothing.
+        CorruptError: no number can be trusted.
+    """
+    look = Look(filesystem)
+    chosen = select(words, look.snapshots) if words else look.snapshots
+    return usage_report(look, chosen, others=not words)
+
+
+def usage_report(
+    look: Look, chosen: Sequence[RootRecord], *, others: bool, cumulative: bool = False
+) -> UsageReport:
+    """The usage of some snapshots.
+
+    Args:
+        others: also of what is no snapshot.
+        cumulative: that column is wanted, whatever it costs.
+    """
+    sets = look.known_sets()
+    if sets is None and (others or cumulative or len(chosen) > FEW_SNAPSHOTS):
+        sets = look.sets()
+    space = space_report(look.filesystem)
+    if sets is not None:
+        rows = _rows_of_sets(look, sets, chosen)
+        bits = [sets.bit(OwnerKind.SNAPSHOT, record.root_id) for record in chosen]
+        together = sets.exclusive(bits).total
+        held = sets.exclusive(range(sets.snapshot_count)).total * BLOCK_SIZE_BYTES
+    else:
+        rows = [_measured(look.filesystem, record) for record in chosen]
+        held = None
+        # What one snapshot frees is known; only a set needs another look.
+        together = (
+            rows[0].exclusive_bytes // BLOCK_SIZE_BYTES
+            if len(rows) == 1
+            else exclusive_blocks(look.filesystem, chosen)
+        )
+    names = tuple(record.name for record in chosen)
+    return UsageReport(
+        image=image_name(look.filesystem),
+        generation=look.generation,
+        snapshots=tuple(rows),
+        others=_others(look, sets) if others and sets is not None else (),
+        totals=Totals(
+            allocated_bytes=space.tree_bytes,
+            snapshots_bytes=held,
+            available_bytes=space.available_bytes,
+            total_bytes=space.total_bytes,
+        ),
+        reclaim=ReclaimReport(names=names, reclaim_bytes=together * BLOCK_SIZE_BYTES),
+    )
+
+
+def _rows_of_sets(look: Look, sets: OwnerSets, chosen: Sequence[RootRecord]) -> list[Usage]:
+    return [
+        _row(
+            sets,
+            sets.bit(OwnerKind.SNAPSHOT, record.root_id),
+            "snapshot",
+            record.name,
+            record,
+            cumulative=True,
+        )
+        for record in chosen
+    ]
+
+
+def _row(
+    sets: OwnerSets,
+    bit: int,
+    kind: str,
+    name: str,
+    record: RootRecord | None = None,
+    *,
+    cumulative: bool = False,
+) -> Usage:
+    referenced, exclusive, written, up_to = (
+        sets.each(what)[bit] * BLOCK_SIZE_BYTES
+        for what in ("referenced", "exclusive", "written", "cumulative")
+    )
+    is_drop = kind == OwnerKind.DROP
+    return Usage(
+        kind=kind,
+        name=name,
+        created_ns=None if record is None else record.created_ns,
+        generation=None if record is None else record.created_generation,
+        held=record is not None and record.held,
+        description="" if record is None else record.description,
+        referenced_bytes=int(referenced.sum()),
+        exclusive_bytes=int(exclusive.sum()),
+        shared_bytes=int(referenced.sum() - exclusive.sum()),
+        written_bytes=None if is_drop else int(written.sum()),
+        cumulative_bytes=int(up_to.sum()) if cumulative else None,
+        referenced_metadata_bytes=int(referenced[0]),
+        exclusive_metadata_bytes=int(exclusive[0]),
+        written_metadata_bytes=None if is_drop else int(written[0]),
+    )
+
+
+def _measured(filesystem: Filesystem, record: RootRecord) -> Usage:
+    referenced = referenced_blocks(filesystem, record) * BLOCK_SIZE_BYTES
+    exclusive = exclusive_blocks(filesystem, [record]) * BLOCK_SIZE_BYTES
+    nodes = record.node_count * NODE_BLOCKS * filesystem.store.copies
+    return Usage(
+        kind="snapshot",
+        name=record.name,
+        created_ns=record.created_ns,
+        generation=record.created_generation,
+        held=record.held,
+        description=record.description,
+        referenced_bytes=referenced,
+        exclusive_bytes=exclusive,
+        shared_bytes=referenced - exclusive,
+        written_bytes=written_blocks(filesystem, record) * BLOCK_SIZE_BYTES,
+        referenced_metadata_bytes=nodes * BLOCK_SIZE_BYTES,
+    )
+
+
+def _others(look: Look, sets: OwnerSets) -> tuple[Usage, ...]:
+    """What is no snapshot: the live volume, and what waits to be free."""
+    rows = []
+    for bit, owner in enumerate(sets.owners):
+        if owner.kind == OwnerKind.VOLUME:
+            record = look.filesystem.catalog.root(owner.number)
+            rows.append(_row(sets, bit, "volume", owner.name, record))
+        elif owner.kind == OwnerKind.DROP:
+            rows.append(_row(sets, bit, "drop", owner.name))
+    orphans = usage_of_orphans(look.filesystem)
+    if orphans is not None:
+        total, exclusive = orphans.total * BLOCK_SIZE_BYTES, orphans.exclusive * BLOCK_SIZE_BYTES
+        rows.append(
+            Usage(
+                kind="orphans",
+                name="",
+                referenced_bytes=total,
+                exclusive_bytes=exclusive,
+                shared_bytes=total - exclusive,
+                referenced_metadata_bytes=0,
+                exclusive_metadata_bytes=0,
+            )
+        )
+    for generation, blocks in sets.retained or ():
+        rows.append(
+            Usage(
+                kind="generation",
+                name=str(generation),
+                generation=generation,
+                exclusive_bytes=blocks.total * BLOCK_SIZE_BYTES,
+                exclusive_metadata_bytes=blocks.nodes * BLOCK_SIZE_BYTES,
+            )
+        )
+    return tuple(rows)
