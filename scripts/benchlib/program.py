@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from benchlib import report
+from benchlib.accounting import accounting_figures
 from benchlib.plan import WORKLOADS, as_json, measure_all, parameters, with_needs
 from benchlib.snapshots import all_figures
 from benchlib.targets import TARGETS
@@ -55,6 +56,9 @@ def main(checkout: Path) -> int:
     parser.add_argument("--runs", type=int, default=1, help="each on fresh filesystems")
     parser.add_argument("--quick", action="store_true", help="about a tenth of the work")
     parser.add_argument("--figures", action="store_true", help="also snapshots, 1 TiB and cowdu")
+    parser.add_argument(
+        "--accounting", action="store_true", help="cowdu and Btrfs's tools at 1,000 snapshots"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there as well")
     parser.add_argument("--dir", type=Path, help="where images go (default: .bench here)")
     arguments = parser.parse_args()
@@ -81,6 +85,10 @@ def main(checkout: Path) -> int:
         results = measure_all(targets, workloads, arguments.runs, arguments.quick, work, say)
         if arguments.figures:
             figures, failures = all_figures(work, arguments.quick, say)
+        if arguments.accounting:
+            more, failed = accounting_figures(work, arguments.quick, say)
+            figures |= more
+            failures += failed
     except KeyboardInterrupt:
         say("interrupted; everything is unmounted")
         return 130
@@ -99,7 +107,7 @@ def main(checkout: Path) -> int:
     ratios = report.ratios(results)
     report.print_rates(console, results, workloads)
     report.print_figures(console, "ratios (above 1: the first is faster)", ratios)
-    report.print_figures(console, "cowfs alone", figures)
+    report.print_figures(console, "cowfs alone, and Btrfs's accounting", figures)
     for failure in failures:
         console.print(f"cowfs: {failure}", markup=False)
     if arguments.json:

@@ -101,7 +101,8 @@ def test_cowdu_prints_tables_for_people_and_for_scripts(image: Path) -> None:
     bare = [line.split("\t") for line in run(image, "-H", "-p").stdout.splitlines()]
     report = usage(image)
     rows = report["snapshots"]
-    assert len(bare) == len(rows) + len(report["others"])
+    assert len(bare) == len(rows) + 1  # what is live; generations that are kept only with -a
+    assert len(run(image, "-H", "-a").stdout.splitlines()) == len(rows) + len(report["others"])
     assert bare[len(rows)][0] == "(live)"
     assert bare[: len(rows)] == [
         [

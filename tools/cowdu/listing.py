@@ -91,6 +91,9 @@ SPACE = "space"
     metavar="COLUMN,...",
     help=f"Columns: {', '.join(COLUMNS)}; all; or space, as zfs list has it.",
 )
+@click.option(
+    "-a", "--all", "everything", is_flag=True, help="Earlier generations, kept for rescue, too."
+)
 @click.option("-s", "ascending", metavar="COLUMN", help="Sort by a column, the least first.")
 @click.option("-S", "descending", metavar="COLUMN", help="Sort by a column, the most first.")
 @list_options
@@ -99,6 +102,7 @@ def list_roots(
     names: tuple[str, ...],
     rules: Rules,
     column_words: str | None,
+    everything: bool,
     ascending: str | None,
     descending: str | None,
     as_json: bool,
@@ -110,7 +114,7 @@ def list_roots(
     TARGET is a mount point or an image. NAME is a snapshot, a pattern such as 'auto-*', a range
     first%last (%last, first%, %), or several with commas; without any it is all snapshots, and what
     else holds space: the live files, deleted snapshots on their way, files that are open and have no
-    name any more, earlier generations.
+    name any more; with -a earlier generations, whose space is free when their time is over.
 
     \b
     REFERENCED  all that it reaches
@@ -145,7 +149,9 @@ def list_roots(
     elif SPACE in columns:
         _print_space(report, Numbers(exact), bare=bare)
     else:
-        _print(report, columns, order, falling, Numbers(exact), bare=bare)
+        others = [row for row in report.others if everything or row.kind != "generation"]
+        rows = _sorted([*report.snapshots, *others], order, falling)
+        _print(report, rows, columns, Numbers(exact), bare=bare)
 
 
 def _columns(words: str | None) -> tuple[str, ...]:
@@ -176,21 +182,24 @@ def _order(ascending: str | None, descending: str | None) -> tuple[str | None, b
     return (_column(word.lower()) if word else None), descending is not None
 
 
+def _sorted(rows: list[Usage], order: str | None, falling: bool) -> list[Usage]:
+    """By a column; those that have no value there come last."""
+    if order is None:
+        return rows
+    value = COLUMNS[order].value
+    known = [row for row in rows if value(row) is not None]
+    known.sort(key=lambda row: value(row) or 0, reverse=falling)
+    return known + [row for row in rows if value(row) is None]
+
+
 def _print(
     report: UsageReport,
+    rows: Sequence[Usage],
     columns: Sequence[str],
-    order: str | None,
-    falling: bool,
     numbers: Numbers,
     *,
     bare: bool,
 ) -> None:
-    rows = [*report.snapshots, *report.others]
-    if order is not None:
-        value = COLUMNS[order].value
-        known = [row for row in rows if value(row) is not None]
-        known.sort(key=lambda row: value(row) or 0, reverse=falling)
-        rows = known + [row for row in rows if value(row) is None]
     shown = [COLUMNS[name] for name in columns]
     print_table(
         [Column(column.title, right=column.kind in ("size", "number")) for column in shown],
@@ -202,7 +211,9 @@ def _print(
     count = len(report.snapshots)
     if count > 1:
         freed = numbers.size(report.reclaim.reclaim_bytes)
-        click.echo(f"deleting these {count} snapshots would free {freed}")
+        held = sum(row.held for row in report.snapshots)
+        words = f" ({held} of them must be released first)" if held else ""
+        click.echo(f"deleting these {count} snapshots would free {freed}{words}")
     if count > 1 and sys.stdout.isatty():
         line = spark_line([row.written_bytes or 0 for row in report.snapshots], sys.stdout.encoding)
         if line:

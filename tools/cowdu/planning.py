@@ -152,9 +152,13 @@ def _planned(
         record = snapshots[chosen.bit]
         alone = chosen.alone * BLOCK_SIZE_BYTES
         needed = chosen.needed * BLOCK_SIZE_BYTES
-        reason = f"alone keeps {numbers.size(alone)}"
-        if needed > alone:
-            reason += f", and {numbers.size(needed - alone)} together with others of the plan"
+        together = f"{numbers.size(needed - alone)} together with others of the plan"
+        if needed == alone:
+            reason = f"keeps {numbers.size(alone)} alone"
+        elif not alone:
+            reason = f"keeps {together}"
+        else:
+            reason = f"keeps {numbers.size(alone)} alone, {together}"
         rows.append(
             PlannedSnapshot(
                 name=record.name,

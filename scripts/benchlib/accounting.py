@@ -1,0 +1,259 @@
+"""Figures of cowdu at scale, and of Btrfs's own tools on the same history.
+
+The history is made through a mount, by the same calls on both: many files, then many snapshots, with
+a few files written anew before each. Then: the list of all snapshots with every column, cold and warm;
+a question about a set; what the mount's clients notice while cowdu reads everything, at the lowest
+priority.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from benchlib.targets import Btrfs, Cowfs, Target, TargetError, drop_caches, run
+
+FILES_PER_DIRECTORY = 100
+SIZES = (500, 1500, 3000, 8000, 20_000)
+CHANGES = 20  # files written anew before each snapshot
+SECONDS_MAX = 1800.0
+DU_SNAPSHOTS = 3  # btrfs filesystem du reads every file of each
+LOAD_ROUNDS, LOAD_SECONDS = 6, 5.0
+Say = Callable[[str], None]
+TakeSnapshot = Callable[[str], object]
+
+
+def make_history(
+    directory: Path, file_count: int, snapshot_count: int, take: TakeSnapshot
+) -> list[str]:
+    """The same files, changes and snapshots each time. Gives the names of the snapshots."""
+    chance = random.Random(1)
+    paths = []
+    for number in range(file_count):
+        place = directory / f"d{number // FILES_PER_DIRECTORY}"
+        if number % FILES_PER_DIRECTORY == 0:
+            place.mkdir()
+        paths.append(place / f"f{number % FILES_PER_DIRECTORY}")
+        paths[-1].write_bytes(chance.randbytes(chance.choice(SIZES)))
+    names = []
+    for number in range(snapshot_count):
+        near = chance.randrange(file_count)
+        for change in range(CHANGES):
+            # Half of the changes are near each other, as the work of a day is.
+            offset = (
+                int(chance.expovariate(1 / 200)) if change % 2 else chance.randrange(file_count)
+            )
+            path = paths[(near + offset) % file_count]
+            path.write_bytes(chance.randbytes(chance.choice(SIZES)))
+        names.append(f"s{number:04d}")
+        take(names[-1])
+    return names
+
+
+def accounting_figures(work: Path, quick: bool, say: Say) -> tuple[dict[str, float], list[str]]:
+    """Every figure that could be taken, and a line for each target that could not."""
+    files, snapshots = (10_000, 100) if quick else (100_000, 1000)
+    figures: dict[str, float] = {}
+    failures = []
+    for part in (_cowfs, _btrfs):
+        try:
+            figures |= part(work, files, snapshots, say)
+        except (TargetError, OSError) as error:
+            failures.append(str(error))
+    label = f"{snapshots:,} snapshots of {files:,} files"
+    slow = figures.get(f"btrfs quota rescan and qgroup show, {label}, s")
+    fast = figures.get(f"cowdu, all columns, {label}, cold, s")
+    if slow and fast:
+        figures[f"btrfs quota rescan and qgroup show / cowdu cold, {label}"] = slow / fast
+    return figures, failures
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    call()
+    return time.perf_counter() - start_s
+
+
+# --- cowfs --------------------------------------------------------------------------------------------
+
+
+def _cowfs(work: Path, file_count: int, snapshot_count: int, say: Say) -> dict[str, float]:
+    from cowfs.cli.target import open_target
+
+    label = f"{snapshot_count:,} snapshots of {file_count:,} files"
+    say(f"cowfs: making {label}")
+    target = Cowfs(work / "accounting", 32 << 30)
+    os.environ["XDG_CACHE_HOME"] = str(work / "cache")
+    cache = work / "cache"
+    program = Path(sys.executable).parent / "cowdu"
+    place = target.mountpoint
+
+    def cowdu(*words: str | Path) -> float:
+        return _seconds(lambda: run(program, *words, seconds_max=SECONDS_MAX))
+
+    def forget() -> None:
+        shutil.rmtree(cache, ignore_errors=True)
+
+    try:
+        target.set_up()
+        with open_target(place) as filesystem:
+            names = make_history(place, file_count, snapshot_count, filesystem.create_snapshot)
+        middle = snapshot_count // 2
+        some = f"{names[middle // 2]}%{names[middle]}"
+        say("cowfs: cowdu")
+        drop_caches(3)
+        one_s = cowdu(place, names[middle])
+        forget()
+        drop_caches(3)
+        figures = {
+            f"cowdu, all columns, {label}, cold, s": cowdu(place, "-o", "all", "-H"),
+            f"cowdu of one of {label}, nothing known, s": one_s,
+        }
+        warm = [cowdu(place, "-o", "all", "-H") for _ in range(5)]
+        figures[f"cowdu, all columns, {label}, again, s"] = median(warm)
+        changed = []
+        for number in range(5):
+            (place / "d0" / "f0").write_bytes(b"%d" % number * 5000)
+            changed.append(cowdu(place, "-o", "all", "-H"))
+        figures[f"cowdu, all columns, {label}, after a change, s"] = median(changed)
+        figures[f"cowdu of a quarter of {label}, whole command, s"] = median(
+            [cowdu(place, some) for _ in range(5)]
+        )
+        figures[f"a what-if over {label}, ms"] = _what_if_ms(place, middle)
+        figures[f"cowdu plan, {label}, s"] = cowdu("plan", place, "--free", "10M")
+        figures[f"cowdu why of a quarter of {label}, s"] = cowdu("why", place, some)
+        say("cowfs: the mount under load, with and without cowdu beside it")
+        figures |= _load_ratios(place, program, forget)
+    finally:
+        target.tear_down()
+        forget()
+    return figures
+
+
+def _what_if_ms(place: Path, count: int) -> float:
+    """A set of so many snapshots, when the owner sets are at hand as in `cowdu top` and the page."""
+    from cowfs_tools.cowdu.looking import look
+
+    with look(str(place)) as found:
+        sets = found.sets()
+        times = [
+            _seconds(lambda first=first: sets.exclusive(range(first, first + count)))  # type: ignore[misc]
+            for first in range(0, count, max(1, count // 20))
+        ]
+    return median(times) * 1000
+
+
+def _load_ratios(place: Path, program: Path, forget: Callable[[], None]) -> dict[str, float]:
+    """Latency of a busy client while cowdu reads everything, over that without it, in turns."""
+    plain: list[float] = []
+    beside: list[float] = []
+    rounds = []
+    for _ in range(LOAD_ROUNDS):
+        before = _load(place)
+        stop_s = time.monotonic() + LOAD_SECONDS
+        busy = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                "import shutil, subprocess, sys, time\n"
+                "program, place, cache, stop = sys.argv[1:]\n"
+                "while time.monotonic() < float(stop):\n"
+                "    shutil.rmtree(cache, ignore_errors=True)\n"
+                "    subprocess.run([program, place, '-o', 'all', '-H'], stdout=subprocess.DEVNULL)\n",
+                str(program),
+                str(place),
+                os.environ["XDG_CACHE_HOME"],
+                str(stop_s),
+            ]
+        )
+        try:
+            during = _load(place)
+        finally:
+            busy.wait()
+        plain += before
+        beside += during
+        rounds.append(median(during) / median(before))
+    forget()
+    return {
+        "latency beside cowdu / without, median of operations": median(beside) / median(plain),
+        "latency beside cowdu / without, mean": (sum(beside) / len(beside))
+        / (sum(plain) / len(plain)),
+        "latency beside cowdu / without, 99th of 100": _at(beside, 0.99) / _at(plain, 0.99),
+        "latency beside cowdu / without, lowest round": min(rounds),
+        "latency beside cowdu / without, highest round": max(rounds),
+    }
+
+
+def _at(values: list[float], share: float) -> float:
+    return sorted(values)[int(len(values) * share)]
+
+
+def _load(place: Path) -> list[float]:
+    """Seconds of each of many small jobs: make, write, read, look at and remove a file."""
+    times = []
+    stop_s = time.monotonic() + LOAD_SECONDS
+    directory = place / "load"
+    directory.mkdir(exist_ok=True)
+    data = os.urandom(4096)
+    number = 0
+    while time.monotonic() < stop_s:
+        path = directory / f"{number}"
+        number += 1
+        start_s = time.perf_counter()
+        path.write_bytes(data)
+        path.read_bytes()
+        path.stat()
+        path.unlink()
+        times.append(time.perf_counter() - start_s)
+    return times
+
+
+# --- Btrfs --------------------------------------------------------------------------------------------
+
+
+def _btrfs(work: Path, file_count: int, snapshot_count: int, say: Say) -> dict[str, float]:
+    label = f"{snapshot_count:,} snapshots of {file_count:,} files"
+    say(f"btrfs: making {label}")
+    target: Target = Btrfs(work / "accounting-btrfs", 32 << 30)
+    try:
+        target.set_up()
+        main = target.mountpoint / "main"
+        run("btrfs", "subvolume", "create", main)
+
+        def take(name: str) -> None:
+            run("btrfs", "subvolume", "snapshot", "-r", main, target.mountpoint / name)
+
+        names = make_history(main, file_count, snapshot_count, take)
+        say("btrfs: filesystem du")
+        drop_caches(3)
+        some = [target.mountpoint / name for name in names[:DU_SNAPSHOTS]]
+        du_s = _seconds(
+            lambda: run("btrfs", "filesystem", "du", "-s", *some, seconds_max=SECONDS_MAX)
+        )
+        say("btrfs: quota rescan")
+        drop_caches(3)
+
+        def show() -> str:
+            return run("btrfs", "qgroup", "show", target.mountpoint, seconds_max=SECONDS_MAX)
+
+        def scan() -> None:
+            run("btrfs", "quota", "enable", target.mountpoint)
+            run("btrfs", "quota", "rescan", "-w", target.mountpoint, seconds_max=SECONDS_MAX)
+            show()
+
+        scan_s = _seconds(scan)
+        show_s = median([_seconds(show) for _ in range(5)])
+    finally:
+        target.tear_down()
+    return {
+        f"btrfs quota rescan and qgroup show, {label}, s": scan_s,
+        f"btrfs qgroup show, {label}, again, s": show_s,
+        f"btrfs filesystem du of {DU_SNAPSHOTS} of {label}, s": du_s,
+    }

@@ -1,0 +1,475 @@
+"""Promises of the commands of cowdu beside the list: what they say is true, and changes nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from cowfs.files.items import ROOT_INO
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import open_filesystem
+from cowfs.history.usage import exclusive_blocks
+from cowfs.storage.device import FileDevice
+from cowfs.storage.format import BLOCK_SIZE_BYTES
+from tests.image_files import (
+    change,
+    history,
+    make_image,
+    remove,
+    require_clean,
+    snapshot,
+    tree_bytes,
+    write,
+)
+
+NAMES = ["one", "two", "three", "four", "five"]
+
+
+def run(*words: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+    program = "from tools.cowdu.main import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(os.fspath, words)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def answer(*words: str | os.PathLike[str]) -> dict[str, Any]:
+    result = run(*words, "--json")
+    assert result.returncode == 0, result.stderr
+    return cast(dict[str, Any], json.loads(result.stdout))
+
+
+def freed_bytes(image: Path, names: list[str]) -> int:
+    """What deleting these really frees."""
+    before = tree_bytes(image)
+
+    def delete(filesystem: Filesystem) -> None:
+        filesystem.apply(filesystem.delete_snapshots(names))
+        filesystem.work_drops()
+
+    change(image, delete)
+    return before - tree_bytes(image)
+
+
+def counted_bytes(image: Path, names: list[str]) -> int:
+    """What a virtual drop says that deleting these frees."""
+    filesystem = open_filesystem(FileDevice(image, writable=False), writable=False)
+    try:
+        records = [filesystem.catalog.snapshot(name) for name in names]
+        return exclusive_blocks(filesystem, records) * BLOCK_SIZE_BYTES
+    finally:
+        filesystem.close()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own for each test."""
+    place = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place))
+    return place / "cowfs"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = make_image(tmp_path_factory.mktemp("original") / "disk.img")
+    change(path, *history(NAMES))
+    require_clean(path)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def image(tmp_path: Path, original: bytes) -> Iterator[Path]:
+    path = tmp_path / "disk.img"
+    path.write_bytes(original)
+    yield path
+    require_clean(path)
+
+
+# --- list -------------------------------------------------------------------------------------------
+
+
+def test_list_tells_the_same_with_and_without_what_an_earlier_look_left(
+    image: Path, cache: Path
+) -> None:
+    """Promise (C11): a number is the same by virtual drop, by owner sets, and from the cache."""
+    alone = {name: answer(image, name)["snapshots"][0] for name in NAMES}
+    assert not list(cache.glob("*")), "one snapshot needs no pass over everything"
+    first = answer(image, "-o", "cumulative")
+    assert len(list(cache.glob("*"))) == 1
+    again = answer(image)
+    assert first == again
+    for row in again["snapshots"]:
+        measured = alone[row["name"]]
+        for column in ("referenced_bytes", "exclusive_bytes", "shared_bytes", "written_bytes"):
+            assert row[column] == measured[column], (row["name"], column)
+    ages = [row["name"] for row in again["snapshots"]]
+    for number, row in enumerate(again["snapshots"]):
+        assert row["cumulative_bytes"] == counted_bytes(image, ages[: number + 1])
+    # Now that the sets are known, they are used for one snapshot as well.
+    assert answer(image, "two")["snapshots"][0] == again["snapshots"][1]
+
+
+def test_list_after_a_change_is_not_what_the_cache_remembers(image: Path) -> None:
+    """Promise: a cache is never believed about another generation."""
+    before = answer(image)
+    change(image, write("late", 400_000), snapshot("six"), remove("late"))
+    after = answer(image)
+    assert [row["name"] for row in after["snapshots"]] == [*NAMES, "six"]
+    assert after["generation"] > before["generation"]
+    last = after["snapshots"][-1]
+    assert last["exclusive_bytes"] == counted_bytes(image, ["six"]) > 400_000
+    assert last["cumulative_bytes"] == counted_bytes(image, [*NAMES, "six"])
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "empty", "text", "other"])
+def test_list_with_a_damaged_cache_is_right_all_the_same(
+    image: Path, cache: Path, how: str
+) -> None:
+    """Promise: what is kept between calls may be anything; it can only be of no use."""
+    expected = answer(image)
+    (kept,) = cache.glob("*")
+    data = bytearray(kept.read_bytes())
+    if how == "flipped":
+        data[len(data) // 2] ^= 1
+    contents = {
+        "cut": bytes(data[: len(data) // 2]),
+        "flipped": bytes(data),
+        "empty": b"",
+        "text": b"cache",
+        "other": os.urandom(1000),
+    }
+    kept.write_bytes(contents[how])
+    assert answer(image) == expected
+    assert kept.stat().st_size == len(data), "a good one has taken its place"
+
+
+def test_list_works_where_no_cache_can_be_written(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: the cache saves time and is needed for nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert answer(image)["snapshots"][0]["name"] == "one"
+
+
+def test_list_adds_up_to_all_that_is_allocated(image: Path) -> None:
+    """Promise: what is live alone, what snapshots alone hold and what they share is all there is."""
+    report = answer(image)
+    totals = report["totals"]
+    assert totals["allocated_bytes"] == tree_bytes(image)
+    assert totals["snapshots_bytes"] == counted_bytes(image, NAMES)
+    live = report["others"][0]
+    assert live["kind"] == "volume"
+    assert live["referenced_bytes"] + totals["snapshots_bytes"] == totals["allocated_bytes"]
+    for row in [*report["snapshots"], live]:
+        assert row["shared_bytes"] + row["exclusive_bytes"] == row["referenced_bytes"]
+        assert 0 < row["referenced_metadata_bytes"] < row["referenced_bytes"]
+        assert row["exclusive_metadata_bytes"] <= row["exclusive_bytes"]
+
+
+def test_list_shows_the_columns_that_are_asked_for_in_the_order_asked_for(image: Path) -> None:
+    """Promise: -o, -s and -S; the words of zfs and btrfs are understood."""
+    rows = {row["name"]: row for row in answer(image)["snapshots"]}
+    lines = run(image, "-H", "-p", "-o", "excl,name,cum", "-S", "used").stdout.splitlines()
+    listed = [line.split("\t") for line in lines]
+    sizes = [int(cells[0]) for cells in listed]
+    assert sizes == sorted(sizes, reverse=True)
+    for size, name, cumulative in listed:
+        if name in rows:
+            assert int(size) == rows[name]["exclusive_bytes"]
+            assert int(cumulative) == rows[name]["cumulative_bytes"]
+    rising = run(image, "-H", "-o", "name", "-s", "name").stdout.split()
+    assert rising == sorted(rising)
+    space = run(image, "-o", "space").stdout.splitlines()
+    assert space[0].split() == ["NAME", "AVAIL", "USED", "USEDSNAP", "USEDDS"]
+    assert len(space) == 2 + len(NAMES)
+    every = run(image, "-o", "all", "-a").stdout.splitlines()
+    assert "WRITTEN-META" in every[0]
+    assert any(line.startswith("(generation ") for line in every)
+    for words in (["-o", "frob"], ["-s", "frob"], ["-s", "name", "-S", "name"]):
+        refused = run(image, *words)
+        assert refused.returncode == 2, refused
+        assert refused.stderr.count("\n") == 1
+
+
+def test_list_of_a_set_is_what_the_deletion_with_the_same_words_frees(image: Path) -> None:
+    """Promise (C11): names, patterns, ranges and rules mean the same to cowdu and to delete."""
+    for words in (["t*"], ["one%three"], ["--keep-last", "2"], ["t*", "--keep", "two"]):
+        told = answer(image, *words)["reclaim"]
+        program = "from cowfs.cli.main import main; main()"
+        result = subprocess.run(
+            [sys.executable, "-c", program, "snapshot", "delete", "-n", image, *words, "--json"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        deletion = json.loads(result.stdout)
+        assert deletion["names"] == told["names"] != []
+        assert deletion["reclaim_bytes"] == told["reclaim_bytes"] > 0
+    assert freed_bytes(image, told["names"]) == told["reclaim_bytes"]
+
+
+# --- plan -------------------------------------------------------------------------------------------
+
+
+def test_plan_frees_what_it_says_with_the_command_that_it_prints(image: Path) -> None:
+    """Promise (C11): the command of the plan frees exactly the announced bytes, and enough."""
+    everything = counted_bytes(image, NAMES)
+    told = answer("plan", image, "--free", f"{everything // 2 >> 10}K")
+    names = [row["name"] for row in told["snapshots"]]
+    assert told["exact"] is True
+    assert told["reclaim_bytes"] >= told["wanted_bytes"]
+    assert 0 < len(names) < len(NAMES)
+    assert told["command"].startswith(f"cowfs snapshot delete {image} ")
+    import shlex
+
+    words = shlex.split(told["command"])[1:]
+    before = tree_bytes(image)
+    program = "from cowfs.cli.main import main; main()"
+    subprocess.run([sys.executable, "-c", program, *words], check=True, timeout=60)
+    assert before - tree_bytes(image) == told["reclaim_bytes"]
+
+
+def test_plan_leaves_alone_what_is_held_or_kept(image: Path) -> None:
+    """Promise: neither a held snapshot nor one that a rule keeps is in a plan."""
+    change(image, lambda filesystem: filesystem.apply(filesystem.hold_snapshots(["two"], True)))
+    told = answer("plan", image, "--free", "4K", "--keep", "three")
+    assert {row["name"] for row in told["snapshots"]}.isdisjoint({"two", "three"})
+    assert told["kept"] == {"two": ["held"], "three": ["named"]}
+    refused = run("plan", image, "--free", "1G")
+    assert refused.returncode == 1
+    assert refused.stdout == ""
+    assert "deleting all 4 snapshots that may go frees" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_plan_prints_a_table_a_reason_and_the_command(image: Path) -> None:
+    """Promise: why each is in it, and that no fewer would do."""
+    lines = run("plan", image, "--free", "500K", "--lose", "oldest").stdout.splitlines()
+    assert lines[0].split() == ["NAME", "CREATED", "ALONE", "IN", "PLAN", "WHY"]
+    assert lines[1].startswith("one ")
+    assert "keeps" in lines[1]
+    assert lines[-1].startswith("cowfs snapshot delete ")
+    assert run("plan", image, "--free", "0").stdout.splitlines()[-1].startswith("nothing needs")
+    for words in (["--free", "much"], [], ["--free", "1M", "--lose", "all"]):
+        assert run("plan", image, *words).returncode == 2
+
+
+# --- why --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [["two"], ["two", "four"], NAMES])
+def test_why_names_files_that_add_up_to_what_is_freed(image: Path, names: list[str]) -> None:
+    """Promise (C11): files and metadata together are the number of the deletion."""
+    told = answer("why", image, *names)
+    assert told["reclaim_bytes"] == counted_bytes(image, names)
+    tree = told["tree"]
+    assert tree["bytes"] + told["metadata_bytes"] == told["reclaim_bytes"]
+    assert sum(child["bytes"] for child in tree["children"]) == tree["bytes"]
+    states = {child["name"]: child["deleted"] for child in tree["children"]}
+    for name, later in zip(NAMES, [*NAMES[1:], "five"], strict=True):  # removed after the next one
+        kept_by_these = {name, later} <= {*names}
+        assert states.get(f"file of {name}", False) is kept_by_these, "deleted files are told"
+    assert states["always"] is False
+
+
+def test_why_opens_directories_and_shows_the_largest_first(tmp_path: Path) -> None:
+    """Promise: a tree of directories, --depth deep, --top wide, the rest as one line."""
+    image = make_image(tmp_path / "disk.img")
+
+    def files(filesystem: Filesystem) -> None:
+        live = filesystem.live
+        outer = live.create(ROOT_INO, b"outer", 0o40755, 0, 0).ino
+        inner = live.create(outer, b"inner", 0o40755, 0, 0).ino
+        for number in range(5):
+            ino = live.create(inner, b"f%d" % number, 0o100644, 0, 0).ino
+            live.write(ino, 0, os.urandom(4096 * (number + 1)))
+
+    def cut(filesystem: Filesystem) -> None:
+        live = filesystem.live
+        outer = live.find(ROOT_INO, b"outer")
+        assert outer is not None
+        inner = live.find(outer.ino, b"inner")
+        assert inner is not None
+        for number in range(4):
+            gone = live.unlink(inner.ino, b"f%d" % number)
+            while not live.reclaim(gone.ino):
+                pass
+        last = live.find(inner.ino, b"f4")
+        assert last is not None
+        live.write(last.ino, 0, os.urandom(4096))
+
+    change(image, files, snapshot("s"), cut)
+    lines = run("why", image, "s", "-p").stdout.splitlines()
+    assert [line.split()[:3] for line in lines[1:7]] == [
+        ["45056", "changed", "outer/"],
+        ["45056", "changed", "inner/"],
+        ["16384", "deleted", "f3"],
+        ["12288", "deleted", "f2"],
+        ["8192", "deleted", "f1"],
+        ["4096", "deleted", "f0"],
+    ]
+    assert lines[7].split() == ["4096", "changed", "f4"]
+    short = run("why", image, "s", "--depth", "3", "--top", "2", "-p").stdout.splitlines()
+    assert short[5].split() == ["16384", "-", "(3", "more)"]
+    assert len(run("why", image, "s", "--depth", "1").stdout.splitlines()) == 4
+    flat = run("why", image, "s", "--flat", "-H", "-p").stdout.splitlines()
+    assert flat[0] == "16384\tdeleted\touter/inner/f3"
+    assert run("why", image).returncode == 2
+
+
+# --- du ---------------------------------------------------------------------------------------------
+
+
+def test_du_prints_the_words_of_btrfs_with_the_right_numbers(image: Path) -> None:
+    """Promise: Total, Exclusive, Set shared, Filename; what is shared is told on every row."""
+    text = run("du", "--image", image, "/", "-p").stdout.splitlines()
+    assert text[0] == "     Total   Exclusive  Set shared  Filename"
+    rows = {line.split(maxsplit=3)[3]: line.split()[:3] for line in text[1:]}
+    for total, exclusive, shared in rows.values():
+        assert int(total) == int(exclusive) + int(shared)
+    assert int(rows["/always"][0]) == -(-300_000 // 4096) * 4096
+    together = run(
+        "du", "-s", "-c", "-H", "-p", "--image", image, "/.snapshots/one", "/.snapshots/two"
+    ).stdout.splitlines()
+    total = together[2].split("\t")
+    assert total[3] == "total"
+    assert int(total[1]) >= sum(int(line.split("\t")[1]) for line in together[:2])
+    every = answer("du", "--image", image, "/.snapshots", "-d", "1")["paths"]
+    assert [row["path"] for row in every] == [f"/.snapshots/{name}" for name in NAMES] + [
+        "/.snapshots"
+    ]
+    why = answer("why", image, "%")
+    assert every[-1]["exclusive_bytes"] == why["reclaim_bytes"] - why["metadata_bytes"]
+    missing = run("du", "--image", image, "/none")
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert "nothing at /none" in missing.stderr
+    assert run("du", "/etc").returncode == 1
+
+
+# --- log --------------------------------------------------------------------------------------------
+
+
+def test_log_lists_the_versions_of_a_file_and_where_they_live(image: Path) -> None:
+    """Promise: a version for each state, its new blocks alone, ranges of snapshots; deleted ones too."""
+    told = answer("log", "--image", image, "/always")["versions"]
+    assert [version["snapshots"] for version in told] == [[name] for name in NAMES]
+    assert [version["live"] for version in told] == [False] * 4 + [True]
+    assert told[0]["new_bytes"] == told[0]["on_disk_bytes"] == -(-300_000 // 4096) * 4096
+    assert {version["new_bytes"] for version in told[1:]} == {3 * 4096}
+    gone = answer("log", "--image", image, "/file of two")["versions"]
+    assert [(version["snapshots"], version["live"]) for version in gone] == [
+        (["two", "three"], False)
+    ]
+    small = answer("log", "--image", image, "/small one 1")["versions"]
+    assert [version["snapshots"] for version in small] == [["one"]] or len(small) == 1
+    lines = run("log", "--image", image, "file of two", "-a").stdout.splitlines()
+    assert [line.split()[1] for line in lines[1:]] == ["absent", "file"]
+    assert lines[1].endswith("one, four%five, (live)")
+    for path in ("/none", "/../x"):
+        refused = run("log", "--image", image, path)
+        assert (refused.returncode, refused.stdout) == (2, ""), refused
+
+
+# --- curve, pairs, block ----------------------------------------------------------------------------
+
+
+def test_curve_is_what_deleting_the_oldest_frees(image: Path) -> None:
+    """Promise (C11): each step is the number of that deletion."""
+    steps = answer("curve", image)["steps"]
+    assert [step["count"] for step in steps] == [1, 2, 3, 4, 5]
+    for step in steps:
+        assert step["reclaim_bytes"] == counted_bytes(image, NAMES[: step["count"]])
+    some = answer("curve", image, "t*", "--keep-last", "1")["steps"]
+    assert [step["name"] for step in some] == ["two"]
+    assert len(run("curve", image, "-H").stdout.splitlines()) == 5
+
+
+def test_pairs_tells_what_two_share_and_nobody_else_has(image: Path) -> None:
+    """Promise: the difference between deleting both and deleting each."""
+    told = answer("pairs", image)["pairs"]
+    assert told
+    alone = {name: counted_bytes(image, [name]) for name in NAMES}
+    for pair in told:
+        names = [pair["older"], pair["newer"]]
+        both = counted_bytes(image, names)
+        assert pair["shared_bytes"] == both - sum(alone[name] for name in names) > 0
+    matrix = run("pairs", image, "--matrix", "-H", "-p").stdout.splitlines()
+    assert len(matrix) == len(NAMES)
+    assert int(matrix[0].split("\t")[1]) == alone["one"]
+
+
+def test_block_explains_what_is_there(image: Path) -> None:
+    """Promise: kind, references, age, who reaches it, and in which file at which byte."""
+    assert answer("block", image, "3")["kind"] == "superblock ring"
+    filesystem = open_filesystem(FileDevice(image, writable=False), writable=False)
+    try:
+        node = filesystem.record.pointer
+        always = filesystem.live.find(ROOT_INO, b"always")
+        assert always is not None
+        (start, extent), *_ = filesystem.live.data.extents(always.ino, 20, 21)
+    finally:
+        filesystem.close()
+    told = answer("block", image, str(node.block))
+    assert (told["kind"], told["twin"], told["birth"]) == ("node", False, node.birth)
+    assert told["reached_by"] == ["(live)"]
+    assert answer("block", image, str(node.twin))["twin"] is True
+    told = answer("block", image, str(extent.block))
+    assert (told["kind"], told["birth"]) == ("data", extent.birth)
+    assert told["reached_by"] == [*NAMES, "(live)"]
+    assert {(place["path"], place["offset_bytes"]) for place in told["files"]} == {
+        ("always", start * BLOCK_SIZE_BYTES)
+    }
+    assert (
+        "reached by             one%five, (live)" in run("block", image, str(extent.block)).stdout
+    )
+    refused = run("block", image, str(1 << 40))
+    assert (refused.returncode, refused.stdout) == (2, "")
+
+
+# --- report -----------------------------------------------------------------------------------------
+
+
+def test_report_writes_one_file_and_never_over_another(image: Path, tmp_path: Path) -> None:
+    """Promise: a page that holds everything; a file that is there stays unless -f says otherwise."""
+    page = tmp_path / "page.html"
+    told = answer("report", image, "--html", page)
+    assert told["size_bytes"] == page.stat().st_size
+    assert told["snapshot_count"] == len(NAMES)
+    text = page.read_text(encoding="utf-8")
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in text
+    refused = run("report", image, "--html", page)
+    assert refused.returncode == 2
+    assert "-f" in refused.stderr
+    assert run("report", image, "--html", page, "-f").returncode == 0
+    assert run("report", image, "--html", "-").stdout.rstrip() != ""
+
+
+def test_commands_come_without_their_word_and_images_may_be_called_like_one(
+    tmp_path: Path, original: bytes
+) -> None:
+    """Promise: cowdu TARGET is cowdu list TARGET; ./plan is an image."""
+    (tmp_path / "plan").write_bytes(original)
+    program = "from tools.cowdu.main import main; main()"
+    texts = []
+    for words in (["./plan"], ["list", "plan"]):
+        result = subprocess.run(
+            [sys.executable, "-c", program, *words, "-H", "--debug"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+        texts.append(result.stdout)
+    assert texts[0] == texts[1] != ""
