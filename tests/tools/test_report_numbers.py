@@ -1,0 +1,93 @@
+"""Promise: what the page of cowdu report says about a real image is what cowdu says of it."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+
+from tests.image_files import change, history, make_image, require_clean, tree_bytes
+from tests.tools.report_driver import chromium
+
+NAMES = [f"day <{number}> & 'more'" for number in range(8)]
+
+
+def cowdu(*words: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+    program = "from tools.cowdu.main import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(os.fspath, words)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+
+@pytest.fixture
+def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = make_image(tmp_path / "disk.img")
+    change(path, *history(NAMES))
+    change(path, lambda filesystem: filesystem.apply(filesystem.rollback(NAMES[2])))
+    change(path, lambda filesystem: filesystem.apply(filesystem.hold_snapshots([NAMES[5]], True)))
+    return path
+
+
+def test_page_of_an_image_tells_what_cowdu_tells(image: Path, tmp_path: Path) -> None:
+    """Promise (C11): whatever is chosen with the mouse or by keys, the bytes are those of the CLI."""
+    page = tmp_path / "page.html"
+    cowdu("report", image, "--html", page)
+    report = json.loads(cowdu(image, "--json").stdout)
+    names = [row["name"] for row in report["snapshots"]]
+    assert len(names) == len(NAMES) + 1  # what the rollback kept
+    free = [name for name in names if name != NAMES[5]]
+    chance = random.Random(3)
+    with chromium() as browser:
+        browser.get(page.as_uri())
+
+        def number(selector: str) -> int:
+            found = browser.find_element(By.CSS_SELECTOR, selector).get_attribute("data-bytes")
+            assert found is not None
+            return int(found)
+
+        def box(name: str) -> WebElement:
+            boxes = browser.find_elements(By.CSS_SELECTOR, "#snapshots input[data-name]")
+            found = next(each for each in boxes if each.get_attribute("data-name") == name)
+            browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
+            return found
+
+        assert number("#total-allocated") == report["totals"]["allocated_bytes"]
+        for row in report["snapshots"]:
+            line = next(
+                each
+                for each in browser.find_elements(By.CSS_SELECTOR, "#snapshots tr[data-name]")
+                if each.get_attribute("data-name") == row["name"]
+            )
+            for key in ("referenced", "exclusive", "shared", "written", "cumulative"):
+                cell = line.find_element(By.CSS_SELECTOR, f"td[data-key={key}]")
+                assert cell.get_attribute("data-bytes") == str(row[f"{key}_bytes"]), (row, key)
+        assert not box(NAMES[5]).is_enabled()
+        for _ in range(4):
+            browser.find_element(By.ID, "choose-none").click()
+            chosen = chance.sample(free, chance.randint(1, len(free)))
+            for name in chosen:
+                box(name).click()
+            told = json.loads(cowdu(image, *chosen, "--json").stdout)["reclaim"]["reclaim_bytes"]
+            assert number("#reclaim-bytes") == told == number("#treemap-bytes")
+        browser.find_element(By.ID, "choose-none").click()
+        timeline = browser.find_element(By.CSS_SELECTOR, "[role=listbox]")
+        timeline.send_keys(Keys.HOME, Keys.SPACE, Keys.ARROW_RIGHT, Keys.SPACE)
+        oldest = json.loads(cowdu(image, *names[:2], "--json").stdout)["reclaim"]["reclaim_bytes"]
+        assert number("#reclaim-bytes") == oldest
+        command = browser.find_element(By.ID, "command").text
+    before = tree_bytes(image)
+    shell = f"cowfs() {{ {sys.executable} -c 'from cowfs.cli.main import main; main()' \"$@\"; }}; "
+    subprocess.run(["bash", "-c", shell + command], check=True, timeout=60)
+    assert before - tree_bytes(image) == oldest, "the command of the page frees what it said"
+    require_clean(image)
