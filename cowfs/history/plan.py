@@ -6,7 +6,8 @@ blind to it. In a linear history (no rollback, nothing copied back out of a snap
 one snapshot to another, its owners are a run of neighbours, and dynamic programming over runs finds the
 fewest snapshots exactly. Elsewhere each set is *relaxed* to the longest run within it, which is freed
 no later than the set itself: the fewest snapshots of the relaxed problem are a lower bound, and if they
-free enough in truth, they are the answer as well.
+free enough in truth, they are the answer as well. Another bound shares the blocks of each set out among
+its members: so many snapshots are needed as it takes of the largest shares.
 """
 
 from collections.abc import Sequence
@@ -139,14 +140,15 @@ class _Problem:
         picked = runs.pick(fewest, wanted)
         if self.freed(picked) >= wanted:
             return picked, fewest
-        # Not a linear history: what the relaxed problem takes for enough is not. Two ways to a good set.
+        # Not a linear history: what the relaxed problem takes for enough is not. Two ways to a good set,
+        # and two to a bound.
         best = self._thinned(~nothing, wanted)
         for count in range(fewest + 1, int(best.sum())):
             picked = runs.pick(count, wanted)
             if self.freed(picked) >= wanted:
                 best = self._thinned(picked, wanted)
                 break
-        return best, fewest
+        return best, max(fewest, self._bound(wanted))
 
     def _bound(self, wanted: int) -> int:
         """A number of snapshots below which no set frees enough: each set's blocks are shared out."""

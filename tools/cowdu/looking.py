@@ -1,12 +1,12 @@
 """A look at one generation of a filesystem, for every command of cowdu.
 
-The process takes the lowest priority: a mount that works goes on as if nobody looked. What was learned
-at an earlier look is used again (cache.py).
+The process runs only when nobody else wants the processor, in one thread: a mount that works goes on as
+if nobody looked. What was learned at an earlier look is used again (cache.py).
 """
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from cowfs.cli.output import progress_bar
 from cowfs.cli.target import Target, open_target
@@ -16,8 +16,6 @@ from cowfs.history.records import RootRecord
 from cowfs.history.structure import Progress
 
 from .cache import Kept
-
-NICENESS = 19
 
 
 class Look:
@@ -67,6 +65,12 @@ class Look:
         return self._kept
 
 
+def stand_back() -> None:
+    """Run when nobody else wants the processor."""
+    with suppress(OSError):  # where a sandbox forbids it, we are in the way a little
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 @contextmanager
 def look_at(target: Target) -> Iterator[Look]:
     """The newest state of a target, durable and kept whole while the block runs."""
@@ -77,6 +81,6 @@ def look_at(target: Target) -> Iterator[Look]:
 @contextmanager
 def look(path: str) -> Iterator[Look]:
     """The same of a mount point or an image. Raises as `open_target`."""
-    os.nice(NICENESS)
+    stand_back()
     with open_target(path) as target, look_at(target) as found:
         yield found

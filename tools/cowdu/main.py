@@ -5,6 +5,7 @@ copies included (C11). It runs in its own process on the image, read-only; of a 
 the daemon keeps the generation whole that is read. Without the word of a command it is `cowdu list`.
 """
 
+import os
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -14,6 +15,9 @@ from click.shell_completion import CompletionItem
 from cowfs import __version__
 from cowfs.cli.entry import Invocation, run
 from cowfs.cli.lazy import LazyGroup
+
+# numpy's threads would start before the priority is lowered, and keep theirs; one is enough.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 _COMMANDS = {
     "list": ("cowfs_tools.cowdu.listing:list_roots", "Show what each snapshot holds (default)."),
