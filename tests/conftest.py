@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -315,6 +316,14 @@ def pytest_runtest_makereport(
         if item.parent is not None:
             item.parent.stash[FAILED] = True
     return report
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What commands keep between calls goes to a place of this run, and not to the user's own."""
+    if PLAIN_BASE is None:
+        place = tempfile.mkdtemp(prefix="cowfs-test-cache-")
+        config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
+        os.environ["XDG_CACHE_HOME"] = place
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
