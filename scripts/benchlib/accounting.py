@@ -103,8 +103,12 @@ def _cowfs(work: Path, file_count: int, snapshot_count: int, say: Say) -> dict[s
 
     try:
         target.set_up()
-        with open_target(place) as filesystem:
-            names = make_history(place, file_count, snapshot_count, filesystem.create_snapshot)
+
+        def take(name: str) -> None:
+            with open_target(place) as filesystem:  # the daemon does not wait for long
+                filesystem.create_snapshot(name)
+
+        names = make_history(place, file_count, snapshot_count, take)
         middle = snapshot_count // 2
         some = f"{names[middle // 2]}%{names[middle]}"
         say("cowfs: cowdu")

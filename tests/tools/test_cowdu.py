@@ -1,36 +1,22 @@
 """Promises that cowdu tells what deleting frees, to the byte (C11), and changes nothing."""
 
 import itertools
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from tests.image_files import change, history, make_image, require_clean, tree_bytes
+from tests.tools.running import cowdu as run
+from tests.tools.running import cowdu_answer
 
 NAMES = ["one", "two", "three", "four"]
 
 
-def run(*words: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
-    program = "from tools.cowdu.main import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", program, *map(os.fspath, words)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 def usage(*words: str | os.PathLike[str]) -> dict[str, Any]:
-    result = run(*words, "--json")
-    assert result.returncode == 0, result.stderr
-    answer = cast(dict[str, Any], json.loads(result.stdout))
+    answer = cowdu_answer(*words)
     assert answer.pop("output_version") == {"command": "cowdu", "vers_major": 0, "vers_minor": 1}
     return answer
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 
@@ -26,25 +25,10 @@ from tests.image_files import (
     tree_bytes,
     write,
 )
+from tests.tools.running import cowdu as run
+from tests.tools.running import cowdu_answer as answer
 
 NAMES = ["one", "two", "three", "four", "five"]
-
-
-def run(*words: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
-    program = "from tools.cowdu.main import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", program, *map(os.fspath, words)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
-def answer(*words: str | os.PathLike[str]) -> dict[str, Any]:
-    result = run(*words, "--json")
-    assert result.returncode == 0, result.stderr
-    return cast(dict[str, Any], json.loads(result.stdout))
 
 
 def freed_bytes(image: Path, names: list[str]) -> int:

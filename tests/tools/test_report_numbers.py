@@ -1,7 +1,5 @@
 """Promise: what the page of cowdu report says about a real image is what cowdu says of it."""
 
-import json
-import os
 import random
 import subprocess
 import sys
@@ -12,21 +10,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
+from tests.conftest import require_success
 from tests.image_files import change, history, make_image, require_clean, tree_bytes
 from tests.tools.report_driver import chromium
+from tests.tools.running import cowdu, cowdu_answer
 
 NAMES = [f"day <{number}> & 'more'" for number in range(8)]
-
-
-def cowdu(*words: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
-    program = "from tools.cowdu.main import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", program, *map(os.fspath, words)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
 
 
 @pytest.fixture
@@ -42,8 +31,8 @@ def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_page_of_an_image_tells_what_cowdu_tells(image: Path, tmp_path: Path) -> None:
     """Promise (C11): whatever is chosen with the mouse or by keys, the bytes are those of the CLI."""
     page = tmp_path / "page.html"
-    cowdu("report", image, "--html", page)
-    report = json.loads(cowdu(image, "--json").stdout)
+    require_success(cowdu("report", image, "--html", page))
+    report = cowdu_answer(image)
     names = [row["name"] for row in report["snapshots"]]
     assert len(names) == len(NAMES) + 1  # what the rollback kept
     free = [name for name in names if name != NAMES[5]]
@@ -78,12 +67,12 @@ def test_page_of_an_image_tells_what_cowdu_tells(image: Path, tmp_path: Path) ->
             chosen = chance.sample(free, chance.randint(1, len(free)))
             for name in chosen:
                 box(name).click()
-            told = json.loads(cowdu(image, *chosen, "--json").stdout)["reclaim"]["reclaim_bytes"]
+            told = cowdu_answer(image, *chosen)["reclaim"]["reclaim_bytes"]
             assert number("#reclaim-bytes") == told == number("#treemap-bytes")
         browser.find_element(By.ID, "choose-none").click()
         timeline = browser.find_element(By.CSS_SELECTOR, "[role=listbox]")
         timeline.send_keys(Keys.HOME, Keys.SPACE, Keys.ARROW_RIGHT, Keys.SPACE)
-        oldest = json.loads(cowdu(image, *names[:2], "--json").stdout)["reclaim"]["reclaim_bytes"]
+        oldest = cowdu_answer(image, *names[:2])["reclaim"]["reclaim_bytes"]
         assert number("#reclaim-bytes") == oldest
         command = browser.find_element(By.ID, "command").text
     before = tree_bytes(image)
