@@ -71,6 +71,8 @@ def df(target: str, as_json: bool, bare: bool, exact: bool) -> None:
         for each in largest:
             names = ",".join(map(printable, each.names))
             click.echo(f"nearly full: deleting {names} frees {numbers.size(each.reclaim_bytes)}")
+        if len(largest) > 1:
+            click.echo("for so much and the least loss: cowdu plan TARGET --free SIZE")
 
 
 def _largest(filesystem: Target, space: SpaceReport) -> list[ReclaimReport]:

@@ -113,7 +113,7 @@ def _argument(found: Look, meant: Meant, path: Inside) -> Argument:
     inode = resolve(volume, meant.path)
     if inode is None:
         raise UsageError(f"there is nothing at {path.shown}; cowdu log tells where there was")
-    return Argument(meant.record, volume, inode, os.fsencode(path.shown))
+    return Argument(meant.record, volume, inode, os.fsencode(path.shown), meant.path)
 
 
 def _rows(top: Place, shown: str, limit: int | None) -> Iterator[tuple[str, Place]]:

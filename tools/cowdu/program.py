@@ -1,0 +1,240 @@
+"""The program of `cowdu top`: it does the work that its pages ask for, and looks what has changed.
+
+One piece of work at a time, in a thread (widgets.py): the newest numbers come in by themselves, but what
+somebody asked for is not disturbed by that.
+"""
+
+import shlex
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import ClassVar
+
+from textual.app import App
+from textual.binding import Binding, BindingType
+
+from cowfs.cli.entry import printable
+from cowfs.errors import SnapshotError
+
+from .dialogs import Help, Question
+from .pages import InsidePage, Page, SnapshotsPage
+from .walking import Inside, Root, Roots, Source
+from .widgets import AbandonedError, run_in_thread
+from .wording import NUMBERS, plural, whole_size, words_of
+
+REST_FACTOR = 5  # after a look that took a second, nobody looks for five
+
+
+class Top(App[None]):
+    """`cowdu top`.
+
+    Args:
+        refresh_s: how often to look whether something changed; 0 for never.
+    """
+
+    TITLE = "cowdu top"
+    CSS_PATH = "top.tcss"
+    ENABLE_COMMAND_PALETTE = False
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+c", "quit", "Quit", show=False, priority=True)
+    ]
+
+    def __init__(self, source: Source, *, read_only: bool, refresh_s: float) -> None:
+        super().__init__()
+        self.source = source
+        self.read_only = read_only
+        self.page = SnapshotsPage()
+        self.failure: Exception | None = None
+        self._refresh_s = refresh_s
+        self._rest_until = 0.0
+        self.is_refreshing = False
+        self._refresh_failed = False
+        self.is_working = False
+        self._can_stop = True
+
+    def run_to_end(self) -> None:
+        """Run until somebody leaves. Raises what made it impossible to go on."""
+        self.run()
+        if self.failure is not None:
+            raise self.failure
+
+    def on_mount(self) -> None:
+        self.push_screen(self.page)
+        self.work(self._read_first)
+        if self._refresh_s:
+            self.set_interval(self._refresh_s, self._look_again)
+
+    def say(self, text: str, *, error: bool = False) -> None:
+        """Show what happened on the page that is seen."""
+        pages = [screen for screen in self.screen_stack if isinstance(screen, Page)]
+        for page in pages[-1:]:
+            page.say(text, error=error)
+
+    def be_silent(self) -> None:
+        for screen in self.screen_stack:
+            if isinstance(screen, Page):
+                screen.be_silent()
+
+    # --- work, one piece at a time
+
+    def work(self, piece: Callable[[], Awaitable[None]]) -> None:
+        """Do what somebody asked for; an error is told, whatever it is."""
+        if self.is_working:
+            self.say("something else is being done" + "; Escape stops it" * self._can_stop)
+            return
+        self.workers.cancel_group(self, "refresh")
+        self.is_working = True
+
+        async def guarded() -> None:
+            try:
+                await piece()
+            except OSError as error:  # every CowfsError is one
+                if self.page.roots is None:
+                    self._fail(error)
+                self.say(words_of(error), error=True)
+            except Exception as error:
+                self._fail(error)
+            finally:
+                self.is_working = False
+                self._can_stop = True
+
+        self.run_worker(guarded(), group="work")
+
+    def _fail(self, error: Exception) -> None:
+        self.failure = error
+        self.exit()
+
+    def action_stop(self) -> None:
+        if self.is_working and self._can_stop:
+            self.workers.cancel_group(self, "work")
+            self.say("stopped")
+
+    def _show_nodes(self, words: str, done: int, total: int) -> None:
+        self.say(f"{printable(words)}: {done:,}" + f" of {total:,}" * bool(total))
+
+    def _show_bytes(self, words: str, done: int, total: int) -> None:
+        self.say(f"{printable(words)}: {NUMBERS.size(done)} of at most {NUMBERS.size(total)}")
+
+    def _take(self, roots: Roots) -> None:
+        self.page.take(roots)
+        for screen in self.screen_stack:
+            if isinstance(screen, InsidePage):
+                screen.take_newest(roots.generation)
+
+    # --- reading
+
+    async def _read_first(self) -> None:
+        self.say("reading")
+        await self._read()
+        self.be_silent()
+
+    async def _read(self) -> Roots:
+        roots = await run_in_thread(self.source.roots, self._show_nodes)
+        self._take(roots)
+        return roots
+
+    def action_read_again(self) -> None:
+        page = self.screen
+
+        async def piece() -> None:
+            self.say("reading")
+            if isinstance(page, InsidePage):
+                roots = await self._read()
+                page.take(await self._read_inside(page.inside.root, roots))
+            else:
+                await self._read()
+            self.be_silent()
+
+        self.work(piece)
+
+    def open_root(self, root: Root) -> None:
+        """Show what is in it."""
+
+        async def piece() -> None:
+            assert self.page.roots is not None
+            self.say("reading")
+            inside = await self._read_inside(root, self.page.roots)
+            self.be_silent()
+            self.push_screen(InsidePage(inside))
+
+        self.work(piece)
+
+    async def _read_inside(self, root: Root, roots: Roots) -> Inside:
+        inside = await run_in_thread(
+            lambda progress: self.source.inside(root, roots, progress), self._show_nodes
+        )
+        if inside.roots.generation != roots.generation:
+            self._take(inside.roots)
+        return inside
+
+    def _look_again(self) -> None:
+        if not (self.is_working or self.is_refreshing or time.monotonic() < self._rest_until):
+            self.is_refreshing = True
+            self.run_worker(self._refresh_roots(), group="refresh")
+
+    async def _refresh_roots(self) -> None:
+        try:
+            started = time.monotonic()
+            generation = await run_in_thread(lambda _: self.source.generation())
+            if self.page.roots is None or self.page.roots.generation != generation:
+                roots = await run_in_thread(
+                    lambda progress: self.source.roots(progress, durable=True)
+                )
+                ended = time.monotonic()
+                self._rest_until = ended + REST_FACTOR * (ended - started)
+                self._take(roots)
+            if self._refresh_failed:
+                self._refresh_failed = False
+                self.be_silent()
+        except AbandonedError:
+            pass
+        except OSError as error:
+            self._refresh_failed = True
+            self.say(words_of(error), error=True)
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self.is_refreshing = False
+
+    # --- deleting
+
+    def delete(self, root_ids: Sequence[int]) -> None:
+        """Delete snapshots, if the answer is yes."""
+
+        async def piece() -> None:
+            self.say("reading")
+            roots = await self._read()  # the number in the question is that of now
+            self.be_silent()
+            chosen = [root for root in roots.roots if root.root_id in root_ids]
+            if len(chosen) < len(root_ids):
+                raise SnapshotError("somebody else deleted one of them; nothing was done")
+            self._require_released(chosen)
+            names = [root.usage.name for root in chosen]
+            freed = roots.frees_bytes(root_ids)
+            self._can_stop = False
+            if not await self.push_screen_wait(Question(names, freed)):
+                self.say("nothing was deleted")
+                return
+            self.say("deleting")
+            await run_in_thread(
+                lambda progress: self.source.delete(
+                    names, lambda at: progress(at.what, at.done_bytes, at.total_bytes)
+                ),
+                self._show_bytes,
+                must_end=True,
+            )
+            await self._read()
+            self.say(f"deleted {plural(len(names), 'snapshot')}, which freed {whole_size(freed)}")
+
+        self.work(piece)
+
+    def _require_released(self, roots: Sequence[Root]) -> None:
+        held = [shlex.quote(root.usage.name) for root in roots if root.usage.held]
+        if held:
+            are = "is" if len(held) == 1 else "are"
+            raise SnapshotError(
+                f"{len(held)} of {len(roots)} {are} held; to release: cowfs snapshot release "
+                f"{shlex.quote(self.source.path)} {' '.join(held)}"
+            )
+
+    def action_show_help(self) -> None:
+        self.push_screen(Help())

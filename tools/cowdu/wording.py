@@ -1,0 +1,69 @@
+"""How `cowdu top` writes sizes, times and names into the cells that there are."""
+
+import time
+
+from rich.cells import cell_len
+
+from cowfs.cli.entry import printable
+from cowfs.cli.output import Numbers
+from cowfs.errors import CowfsError
+
+from .choosing import LIVE
+from .rows import Usage
+
+RECENT_NS = 300 * 24 * 3600 * 10**9  # what is older is shown with its year
+
+NUMBERS = Numbers()
+
+
+def short_size(size_bytes: int) -> str:
+    """A size in at most eight characters."""
+    size, unit = float(size_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    digits = 1 if unit != "B" and size < 99.95 else 0
+    return f"{size:.{digits}f} {unit}"
+
+
+def whole_size(size_bytes: int) -> str:
+    """A size to read, and to the byte."""
+    if size_bytes < 1024:
+        return f"{size_bytes} bytes"
+    return f"{NUMBERS.size(size_bytes)} ({size_bytes:,} bytes)"
+
+
+def short_time(time_ns: int) -> str:
+    """A time in eleven characters: the day of the year and the hour, or the date."""
+    text = NUMBERS.time(time_ns)
+    if abs(time.time_ns() - time_ns) < RECENT_NS:
+        return text[5:16]
+    return text[:10]
+
+
+def shorter(text: str, cells: int) -> str:
+    """A text without its middle where it is too long: names that programs make differ at the end."""
+    if cell_len(text) <= cells:
+        return text
+    start, end = text[: cells // 2], text[-(cells // 2) :]
+    while cell_len(start) + 1 + cell_len(end) > cells:
+        start, end = (start[:-1], end) if cell_len(start) >= cell_len(end) else (start, end[1:])
+    return f"{start}…{end}"
+
+
+def shown_root(usage: Usage, *, live: bool) -> str:
+    """The name of a root."""
+    return LIVE if live else printable(usage.name)
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def words_of(error: OSError) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, CowfsError):
+        return printable(error.message)
+    place = f": {error.filename}" if error.filename else ""
+    return printable(f"{error.strerror or error}{place}")
