@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cowfs.errors import UsageError
+from cowfs.errors import CorruptError, UsageError
 from cowfs.files.items import KEY_BYTES, TYPE_EXTENT, decode_extent, split_key
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.names import PathFinder
@@ -56,6 +56,10 @@ class BlockReport:
 
 def explain_block(filesystem: Filesystem, survey: Survey, block: int) -> BlockReport:
     """Everything that points at a block.
+
+    Args:
+        filesystem: open read-only; a writable one has blocks that wait to be free, which look like those
+            of the space map.
 
     Raises:
         UsageError: the image has no such block.
@@ -133,7 +137,10 @@ def _find_places(
     )
     for owner, record, files in wanted.values():
         volume = filesystem.volume(record.root_id)
-        assert volume is not None, "its record was just read"
+        if volume is None:
+            raise CorruptError(
+                f"root record {record.root_id}", 0, "a volume that is not the live one"
+            )
         paths = finder.paths(volume, {ino for ino, _ in files})
         report.places += [FilePlace(owner, paths.get(ino), ino, offset) for ino, offset in files]
     del report.places[PATHS_MAX:]

@@ -49,11 +49,12 @@ class Catalog:
         value = self.tree.get(root_key(root_id))
         if value is None or isinstance(value, RootRecord):
             return value
+        return self._decoded(root_key(root_id), value)
+
+    def _decoded(self, item: bytes, value: bytes) -> RootRecord:
         record = decode_root(value)
-        if record.root_id != root_id:
-            raise CorruptError(
-                "catalog", 0, "a root record has another id", record.root_id, root_id
-            )
+        if item != root_key(record.root_id):
+            raise CorruptError("catalog", 0, "a root record has another id", record.root_id)
         return record
 
     def find(self, name: str) -> RootRecord | None:
@@ -82,8 +83,8 @@ class Catalog:
 
     def roots(self) -> Iterator[RootRecord]:
         """All roots, in the order of their ids."""
-        for _, value in self.tree.items(b"R", b"S"):
-            yield value if isinstance(value, RootRecord) else decode_root(value)
+        for item, value in self.tree.items(b"R", b"S"):
+            yield value if isinstance(value, RootRecord) else self._decoded(item, value)
 
     def snapshots(self) -> list[RootRecord]:
         """All snapshots, the oldest first."""

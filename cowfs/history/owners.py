@@ -402,7 +402,7 @@ def _distinct_pairs(targets: Numbers, sets: Numbers, set_count: int) -> tuple[Nu
 def _retained(filesystem: Filesystem, structure: Structure) -> tuple[Retained, ...] | None:
     """What only earlier generations show, the newest first; None when one cannot be read."""
     store, newest = filesystem.store, filesystem.store.superblock
-    oldest = max(newest.oldest_retained, newest.generation - RETAINED_GENERATIONS)
+    oldest = max(1, newest.oldest_retained, newest.generation - RETAINED_GENERATIONS)
     nodes = [structure.nodes]
     first, count = structure.run_first, structure.run_count.astype(np.int64)
     held = covered(first, count)

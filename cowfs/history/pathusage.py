@@ -18,6 +18,7 @@ import numpy as np
 
 from cowfs.errors import CorruptError
 from cowfs.files.items import (
+    INO_MAX,
     TYPE_EXTENT,
     TYPE_ORPHAN,
     Inode,
@@ -28,11 +29,11 @@ from cowfs.files.items import (
 )
 from cowfs.files.volume import Volume
 from cowfs.history.filesystem import Filesystem
-from cowfs.history.names import DEPTH_MAX, DIRECTORY
+from cowfs.history.names import DEPTH_MAX, DIRECTORY, require
 from cowfs.history.owners import OwnerSets
 from cowfs.history.records import RootRecord
 from cowfs.history.simulation import Freed, pieces_of, simulate_deletion
-from cowfs.history.structure import Numbers, Progress, covered
+from cowfs.history.structure import Numbers, Progress, covered, require_inside
 
 SCAN_SHARE = 8  # with more than an eighth of all inodes, the whole tree is read in order
 
@@ -61,12 +62,18 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """What is asked about: a file or directory in the tree of a root."""
+    """What is asked about: a file or directory in the tree of a root.
+
+    Attributes:
+        name: that it is shown by.
+        path: inside of the tree; that of the root is empty.
+    """
 
     record: RootRecord
     volume: Volume
     inode: Inode
     name: bytes
+    path: bytes = b""
 
 
 class Whole(NamedTuple):
@@ -111,7 +118,7 @@ def usage_together(
     """What several hold together, and what is freed if all of them go.
 
     Args:
-        arguments: files and directories.
+        arguments: files and directories; some may be below others, or come twice.
         whole: roots that go altogether.
     """
     records = {argument.record.root_id: argument.record for argument in arguments}
@@ -119,6 +126,7 @@ def usage_together(
     entire = {record.root_id for record in whole.records} if whole is not None else set()
     inside: dict[int, dict[int, int]] = {root: {} for root in records}  # names below, by inode
     met: dict[int, set[int]] = {root: set() for root in records}
+    files: dict[int, dict[tuple[int, bytes], int]] = {root: {} for root in records}
     first, count = ([whole.run_first], [whole.run_count]) if whole is not None else ([], [])
     for argument in arguments:
         root = argument.record.root_id
@@ -127,8 +135,18 @@ def usage_together(
         runs = np.array([run[1:] for run in _runs(argument.volume, fresh)], np.int64).reshape(-1, 2)
         first.append(runs[:, 0])
         count.append(runs[:, 1])
+        if not tree.top.is_directory:
+            words = [word for word in argument.path.split(b"/") if word not in (b"", b".")]
+            above, _, name = b"/".join(words).rpartition(b"/")
+            directory = require(argument.volume, above).ino
+            files[root][directory, name] = argument.inode.ino
+            continue
         for ino, places in tree.places.items():
             inside[root][ino] = inside[root].get(ino, 0) + len(places)
+    for root, named in files.items():
+        for (directory, _), ino in named.items():
+            if directory not in met[root]:  # else the name is counted already
+                inside[root][ino] = inside[root].get(ino, 0) + 1
     goes_with = {
         root: {ino for ino, found in names.items() if _link_count(volumes[root], ino) == found}
         for root, names in inside.items()
@@ -244,6 +262,9 @@ def _runs(volume: Volume, inos: set[int] | None) -> Iterator[tuple[int, int, int
                 ino, kind, _ = split_key(keys[at])
                 if kind == TYPE_EXTENT and (inos is None or ino in inos):
                     extent = decode_extent(ino, values[at])
+                    require_inside(tree.store, extent.block, extent.count)
+                    if ino > INO_MAX:
+                        raise CorruptError("extent", extent.block, "of an impossible inode", ino)
                     yield ino, extent.block, extent.count
 
 
@@ -252,8 +273,6 @@ def _runs(volume: Volume, inos: set[int] | None) -> Iterator[tuple[int, int, int
 
 def _count_totals(tree: _Tree) -> None:
     rows = np.array(list(_runs(tree.volume, set(tree.places))), np.int64).reshape(-1, 3)
-    if len(rows) and int((rows[:, 1] + rows[:, 2]).max()) > tree.volume.store.map.total_blocks:
-        raise CorruptError("extent", int(rows[:, 1].max()), "leaves the image")
     _, counts, starts, runs = pieces_of(rows[:, 1], rows[:, 2])
     inos = rows[:, 0][runs]
     for holders, blocks in _by_holders(starts, inos, counts).items():

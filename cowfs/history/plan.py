@@ -124,9 +124,11 @@ class _Problem:
 
     def shortest_prefix(self, wanted: int) -> int:
         """How many of the oldest must go so that enough is freed."""
+        if wanted <= 0:
+            return 0
         ends = self._count - 1 - np.argmax(self._table[:, ::-1], axis=1)
         freed = np.cumsum(np.bincount(ends, self._blocks, self._count).astype(np.int64))
-        return int(np.searchsorted(freed, wanted)) + 1 if wanted > 0 else 0
+        return int(np.searchsorted(freed, wanted)) + 1
 
     def solve(self, wanted: int) -> tuple[npt.NDArray[np.bool_], int]:
         """The snapshots to pick, and how many it takes at the least."""

@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cowfs.errors import CorruptError
-from cowfs.files.items import KEY_BYTES, TYPE_EXTENT, decode_extent, split_key
+from cowfs.files.items import INO_MAX, KEY_BYTES, TYPE_EXTENT, decode_extent, split_key
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import RootRecord
-from cowfs.history.structure import Numbers, Progress, child_pointer, spread
+from cowfs.history.structure import Numbers, Progress, child_pointer, require_inside, spread
 from cowfs.storage.format import GROUP_BLOCKS, NODE_BLOCKS, Pointer
 from cowfs.storage.spacemap import SpaceMap
+from cowfs.storage.store import Store
 
 PROGRESS_NODES = 256
 
@@ -105,10 +106,14 @@ def simulate_deletion(
         level = store.load(record.pointer, None).level
         _meet(levels.setdefault(level, {}), record.pointer, 1 << number)
     node_blocks: dict[int, int] = {}
-    gathered = _Gathered()
+    gathered = _Gathered(store)
+    seen: set[int] = set()
     read = 0
     for level in range(max(levels, default=-1), -1, -1):
         for block, met in levels.pop(level, {}).items():
+            if block in seen:
+                raise CorruptError("node", block, "is pointed at from two levels")
+            seen.add(block)
             count = store.map.refcount(block)
             if met.hits > count:
                 raise CorruptError("space map", block, "refcount is too low", count, met.hits)
@@ -148,7 +153,8 @@ def _meet(nodes: dict[int, _Met], pointer: Pointer, mask: int) -> None:
 class _Gathered:
     """Runs as they are met."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._numbers: dict[int, int] = {}
         self._masks: list[int] = []
         self._rows: list[tuple[int, int, int, int]] = []
@@ -162,6 +168,9 @@ class _Gathered:
             if len(item) == KEY_BYTES and item[8] == TYPE_EXTENT:
                 ino = split_key(item)[0]
                 extent = decode_extent(ino, value)
+                require_inside(self._store, extent.block, extent.count)
+                if ino > INO_MAX:
+                    raise CorruptError("extent", extent.block, "of an impossible inode", ino)
                 self._rows.append((extent.block, extent.count, number, ino))
 
     def runs(self) -> Runs:

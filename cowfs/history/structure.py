@@ -151,8 +151,10 @@ class _Reader:
         for root in roots:
             partly |= root.partly
         waiting: dict[int, list[Pointer]] = {}
-        for root in roots:
-            waiting.setdefault(self._level_of(root.pointer), []).append(root.pointer)
+        total = self._store.superblock.total_blocks
+        for pointer in dict.fromkeys(root.pointer for root in roots):
+            check_pointer(pointer, total, self._store.generation, "root", pointer.block)
+            waiting.setdefault(self._level_of(pointer), []).append(pointer)
         found: list[_Found] = []
         top = max(waiting, default=-1)
         nodes = np.zeros(0, NODE)
@@ -167,7 +169,6 @@ class _Reader:
         at = self._match(_rows([pointer]), slice(0, len(self._known.nodes)))
         if at[0] >= 0:
             return self._known.level_of(int(at[0]))
-        self._check(_rows([pointer]), self._store.generation)
         return self._store.read_image(pointer, None).level
 
     def _match(self, nodes: npt.NDArray[Any], among: slice) -> Numbers:
@@ -222,9 +223,6 @@ class _Reader:
         counts[old] = np.diff(known.run_from)[indices]
         counts[fresh] = [len(each) for each in runs]
         flat = np.array([run for each in runs for run in each], np.int64).reshape(-1, 2)
-        end = self._store.superblock.total_blocks
-        if len(flat) and int(flat.sum(axis=1).max()) > end:
-            raise CorruptError("extent", int(flat[:, 0].max()), "leaves the image")
         at = spread(known.run_from[indices], counts[old])
         first = _interleave(counts, old, known.run_first[at], flat[:, 0])
         count = _interleave(counts, old, known.run_count[at], flat[:, 1].astype(np.int32))
@@ -250,7 +248,10 @@ class _Reader:
         for pointer in self._pointers(nodes):
             image = self._store.read_image(pointer, 0)
             skip = partly.get(pointer.block, 0)
-            found.append(references(image.keys[skip:], image.values[skip:]))
+            runs = references(image.keys[skip:], image.values[skip:])
+            for first, count in runs:
+                require_inside(self._store, first, count)
+            found.append(runs)
         return found
 
     def _pointers(self, nodes: npt.NDArray[Any]) -> Iterator[Pointer]:
@@ -276,6 +277,12 @@ class _Reader:
             total = self._store.superblock.total_blocks
             check_pointer(_pointer(row), total, birth, "node", int(row["block"]))
             raise CorruptError("node", int(row["block"]), "pointer leaves the image")
+
+
+def require_inside(store: Store, first: int, count: int) -> None:
+    """Raise CorruptError for a data run that leaves the image; numbers of arrays end before 1 << 64."""
+    if first + count > store.superblock.total_blocks:
+        raise CorruptError("extent", first, "leaves the image")
 
 
 def child_pointer(child: Node | Pointer) -> Pointer:

@@ -17,7 +17,7 @@ from cowfs.files.volume import Volume
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.names import resolve
 from cowfs.history.records import RootRecord
-from cowfs.history.structure import Numbers, covered
+from cowfs.history.structure import Numbers, covered, require_inside
 
 KINDS = {
     stat.S_IFREG: "file",
@@ -105,6 +105,7 @@ def _identity(volume: Volume, inode: Inode | None) -> tuple[tuple[object, ...], 
         return (kind, inode.rdev, inode.size_bytes, value and xxh3_128_digest(value)), none
     extents: list[tuple[int, int, int]] = []  # first and last + 1 in the file, first block
     for start, extent in volume.data.extents(inode.ino, 0, FILE_BLOCK_MAX):
+        require_inside(volume.store, extent.block, extent.count)
         # Where one extent ends and the next begins says nothing about the file.
         if extents:
             begin, end, block = extents[-1]

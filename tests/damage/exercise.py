@@ -34,12 +34,24 @@ from cowfs.files.acl import (
 )
 from cowfs.files.items import ROOT_INO
 from cowfs.files.volume import Changes, Volume
+from cowfs.history.blocks import explain_block
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
-from cowfs.history.owners import owner_sets
-from cowfs.history.records import RootKind
+from cowfs.history.owners import Survey, owner_sets, survey
+from cowfs.history.pathusage import (
+    Argument,
+    usage_of_orphans,
+    usage_of_path,
+    usage_of_snapshots,
+    usage_together,
+)
+from cowfs.history.pinned import pinned_by
+from cowfs.history.plan import plan_reclaim
+from cowfs.history.records import RootKind, RootRecord
 from cowfs.history.reports import info_report, snapshot_reports, space_report
+from cowfs.history.simulation import simulate_deletion
 from cowfs.history.usage import exclusive_blocks, written_blocks
+from cowfs.history.versions import versions_of
 from tests.care.image_builder import MemoryDevice
 from tests.damage.hostile import write_image
 
@@ -67,7 +79,7 @@ def exercise(device: MemoryDevice, folder: Path) -> None:
     Args:
         folder: empty; what salvage and cowdump need is put there.
     """
-    for step in (look, measure, mend, work, rescue):
+    for step in (look, measure, account, mend, work, rescue):
         with bounded(step.__name__):
             step(_copy(device), folder)
 
@@ -195,6 +207,46 @@ def measure(device: MemoryDevice, folder: Path) -> None:
         if error is not None and not isinstance(error, (SystemExit, OSError)):
             raise error
     image.unlink()
+
+
+def account(device: MemoryDevice, _folder: Path) -> None:
+    """What snapshots, files and blocks cost, in every way that it is asked about."""
+    filesystem = attempt(lambda: open_filesystem(device, writable=False))
+    if not isinstance(filesystem, Filesystem):
+        return
+    records = attempt(filesystem.catalog.snapshots)
+    snapshots = list(records) if isinstance(records, list) else []
+    surveyed = attempt(survey, filesystem)
+    if isinstance(surveyed, Survey):
+        again = attempt(survey, filesystem, surveyed.structure)
+        assert isinstance(again, Survey)
+        assert (again.sets.sets == surveyed.sets.sets).all()
+        attempt(usage_of_snapshots, surveyed.sets)
+        attempt(surveyed.sets.pairs)
+        attempt(surveyed.sets.each, "written")
+        attempt(plan_reclaim, surveyed.sets, range(surveyed.sets.snapshot_count), 20)
+        for block in range(0, device.size_bytes // 4096, 97):
+            attempt(explain_block, filesystem, surveyed, block)
+    live = filesystem.record
+    for chosen in (*([record] for record in snapshots), snapshots, [live]):
+        attempt(simulate_deletion, filesystem, chosen)
+        attempt(pinned_by, filesystem, chosen)
+    attempt(usage_of_orphans, filesystem)
+    arguments = []
+    for record in (*snapshots, live):
+        argument = attempt(_root_of, filesystem, record)
+        if isinstance(argument, Argument):
+            attempt(usage_of_path, filesystem, argument)
+            arguments.append(argument)
+    attempt(usage_together, filesystem, arguments)
+    for path in (b"", b"big", b"hello", b"sub/hard", b"link", b"many"):
+        attempt(versions_of, filesystem, [*snapshots, live], path)
+
+
+def _root_of(filesystem: Filesystem, record: RootRecord) -> Argument:
+    volume = filesystem.volume(record.root_id)
+    assert volume is not None
+    return Argument(record, volume, volume.get(ROOT_INO), b"")
 
 
 def work(device: MemoryDevice, _folder: Path) -> None:
