@@ -1,7 +1,7 @@
 """A look at one generation of a filesystem, for every command of cowdu.
 
-The process runs only when nobody else wants the processor, in one thread: a mount that works goes on as
-if nobody looked. What was learned at an earlier look is used again (cache.py).
+The process gives way to others, in one thread: a mount that works goes on as if nobody looked. What was
+learned at an earlier look is used again (cache.py).
 """
 
 import os
@@ -16,6 +16,8 @@ from cowfs.history.records import RootRecord
 from cowfs.history.structure import Progress
 
 from .cache import Kept
+
+NICENESS = 10  # about a tenth of a processor that others want too; below that, reading does not end
 
 
 class Look:
@@ -66,9 +68,9 @@ class Look:
 
 
 def stand_back() -> None:
-    """Run when nobody else wants the processor."""
-    with suppress(OSError):  # where a sandbox forbids it, we are in the way a little
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    """Give way to others in the calling thread, and still come to an end on a machine that is busy."""
+    with suppress(OSError):  # who stands back already stays there
+        os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 A `Source` opens its target anew for each question and lets go of it with the answer: no generation is
 kept whole while somebody only looks at a screen, and a filesystem may be mounted and unmounted
-meanwhile. One question at a time; the thread that asks runs when nobody else wants the processor.
+meanwhile. One question at a time; the thread that asks gives way to others.
 """
 
 import threading
