@@ -119,7 +119,7 @@ FAULTS = (
     Fault("twin of a map page not written", _COMMIT, "if twin:", "if False:"),
     Fault(
         "twin of a node not read",
-        f"{_STORE}._read",
+        f"{_STORE}.read_image",
         "(pointer.block, pointer.twin)",
         "(pointer.block,)",
     ),

@@ -13,7 +13,16 @@ from hypothesis import settings
 
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem, restore_generation
-from cowfs.history.owners import Owner, OwnerKind, OwnerSets, Survey, members, owner_sets, survey
+from cowfs.history.owners import (
+    Owner,
+    OwnerKind,
+    OwnerSets,
+    Survey,
+    _SetTable,
+    members,
+    owner_sets,
+    survey,
+)
 from cowfs.history.records import RootRecord
 from cowfs.history.simulation import simulate_deletion
 from cowfs.history.usage import exclusive_blocks, referenced_blocks, written_blocks
@@ -245,8 +254,40 @@ def test_seventy_snapshots_need_two_words() -> None:
     cumulative = sets.each("cumulative").sum(axis=1).tolist()
     keys = [key_of(owner) for owner in sets.owners]
     assert referenced == [len(found.held[key].blocks) for key in keys]
+    for bit in (0, 1, 62, 63, 64, 65, len(keys) - 1):
+        assert sets.referenced(bit).total == referenced[bit]
+        assert list(sets.written(bit)) == sets.each("written")[bit].tolist()
     for bit in range(sets.snapshot_count):
         assert cumulative[bit] == len(found.exclusive(keys[: bit + 1]))
+
+
+class FirstOnes:
+    """Numbers by chance, but at first such as do not tell sets apart."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+        self._random = np.random.default_rng(1)
+
+    def integers(
+        self, low: int, high: int, shape: tuple[int, int], kind: type[np.uint64]
+    ) -> np.ndarray:
+        self.drawn += 1
+        if self.drawn == 1:
+            return np.ones(shape, kind)
+        return self._random.integers(low, high, shape, kind)
+
+
+def test_sets_that_look_alike_by_their_sums_are_told_apart() -> None:
+    """Promise: which sets are the same is seen by looking at them, whatever numbers are drawn."""
+    table = _SetTable(70)
+    table._random = FirstOnes()  # type: ignore[assignment]
+    # With these sums the set of 0 and 3 looks like that of 64 and 67, in the other word.
+    groups, members_of = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 3, 64, 67, 0, 3])
+    numbers = table.unions(groups, members_of)
+    assert table._random.drawn == 2  # type: ignore[attr-defined]
+    assert numbers[0] == numbers[2] != numbers[1]
+    rows = table.rows[numbers].tolist()
+    assert rows == [[0b1001, 0], [0, 0b1001], [0b1001, 0]]
 
 
 def test_tree_of_three_levels_is_counted() -> None:

@@ -94,6 +94,27 @@ def require_report(found: Holdings, report: BlockReport) -> None:
         assert not report.owners
 
 
+def test_block_is_told_where_the_newest_root_shows_it() -> None:
+    """Promise: of the roots that share a leaf the live volume tells the path, else the newest."""
+    history = History(0, small_files=0)
+    live, filesystem = history.live, history.filesystem
+    ino = live.create(1, b"file", 0o100644, 0, 0).ino
+    live.write(ino, 0, b"1" * 4 * BLOCK_SIZE_BYTES)
+    for name in ("one", "two"):
+        filesystem.apply(filesystem.create_snapshot(name))
+
+    def told() -> list[tuple[str, bytes | None]]:
+        surveyed = survey(open_filesystem(history.disk, writable=False))
+        block = int(surveyed.structure.run_first[0])
+        places = explain_block(filesystem, surveyed, block).places
+        return [(place.root.name, place.path) for place in places]
+
+    assert told() == [("main", b"file")]
+    live.reclaim(live.unlink(1, b"file").ino)
+    history.commit()
+    assert told() == [("two", b"file")]
+
+
 def test_block_of_more_files_than_are_told_has_some_of_them() -> None:
     """Promise: the list of files ends, and what it names is right."""
     history = History(0, small_files=0)

@@ -14,6 +14,7 @@ from tests.history.test_accounting import seeds
 from tests.model.histories import History
 
 CASES = 400  # of made-up owner sets, at the default length
+LEAST_SHARE = 0.95  # measured: 0.97 to 0.99
 
 Masks = dict[int, int]  # blocks by the owners that have them, as bits
 
@@ -126,7 +127,7 @@ def cases(count: int = CASES) -> range:
 @pytest.mark.parametrize("runs", [True, False])
 def test_plan_of_made_up_sets_is_right(runs: bool, loss: Loss) -> None:
     """Promise: a plan frees enough and what it says, is never below its bound, and exact is exact."""
-    exact = 0
+    exact = least = plans = 0
     for seed in cases():
         choice = random.Random(seed)
         snapshots = choice.randint(1, 9)
@@ -141,15 +142,19 @@ def test_plan_of_made_up_sets_is_right(runs: bool, loss: Loss) -> None:
                 continue
             try:
                 plan = plan_reclaim(sets, allowed, wanted, loss)
-                require_right(masks, allowed, wanted, loss, plan)
+                right, taken = require_right(masks, allowed, wanted, loss, plan)
             except BaseException as error:
                 error.add_note(f"seed {seed}, wanted {wanted} of {allowed}: {masks}")
                 raise
+            plans += 1
             exact += plan.exact
+            least += right == taken
         with pytest.raises(NotEnoughError) as caught:
             plan_reclaim(sets, allowed, most + 1, loss)
         assert caught.value.most_blocks == most
-    assert exact > len(cases())
+    # How often the fewest are found where that cannot be proved: no promise, but it must not get worse.
+    assert exact <= least
+    assert least >= plans * (1 if runs else LEAST_SHARE)
 
 
 @pytest.mark.parametrize("loss", list(Loss))
