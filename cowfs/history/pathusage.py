@@ -127,7 +127,10 @@ def usage_together(
     inside: dict[int, dict[int, int]] = {root: {} for root in records}  # names below, by inode
     met: dict[int, set[int]] = {root: set() for root in records}
     files: dict[int, dict[tuple[int, bytes], int]] = {root: {} for root in records}
-    first, count = ([whole.run_first], [whole.run_count]) if whole is not None else ([], [])
+    none = np.zeros(0, np.int64)
+    first, count = [none], [none]
+    if whole is not None:
+        first, count = [whole.run_first], [whole.run_count]
     for argument in arguments:
         root = argument.record.root_id
         tree = _tree(argument, met[root])

@@ -232,6 +232,7 @@ def test_file_that_is_named_beside_its_directory_goes_once() -> None:
         place = usage_together(filesystem, arguments)
         return place.total, place.exclusive
 
+    assert together() == (0, 0)
     assert together(b"below/file") == (10, 10)
     assert together(b"below/file", b"below/file") == (10, 10)
     assert together(b"below", b"below/file") == (10, 10)

@@ -7,7 +7,7 @@ somebody asked for is not disturbed by that.
 import shlex
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual.app import App
 from textual.binding import Binding, BindingType
@@ -97,7 +97,8 @@ class Top(App[None]):
                 self.is_working = False
                 self._can_stop = True
 
-        self.run_worker(guarded(), group="work")
+        whole: Any = guarded
+        self.run_worker(whole, group="work")
 
     def _fail(self, error: Exception) -> None:
         self.failure = error
@@ -168,10 +169,13 @@ class Top(App[None]):
 
     def _look_again(self) -> None:
         if not (self.is_working or self.is_refreshing or time.monotonic() < self._rest_until):
-            self.is_refreshing = True
-            self.run_worker(self._refresh_roots(), group="refresh")
+            # A worker that is cancelled before it begins leaves nothing behind: neither a coroutine that
+            # nobody awaits nor a flag that nobody takes back.
+            piece: Any = self._refresh_roots  # textual's type of it is one that no coroutine has
+            self.run_worker(piece, group="refresh", exclusive=True)
 
     async def _refresh_roots(self) -> None:
+        self.is_refreshing = True
         try:
             started = time.monotonic()
             generation = await run_in_thread(lambda _: self.source.generation())
