@@ -253,6 +253,8 @@ def _link_count(volume: Volume, ino: int) -> int:
 def _runs(volume: Volume, inos: set[int] | None) -> Iterator[tuple[int, int, int]]:
     """(inode, first block, count) of each data run of these files; of all when None."""
     tree = volume.tree
+    if inos and max(inos) > INO_MAX:
+        raise CorruptError("item", 0, "names an impossible inode", max(inos))
     scan = inos is None or len(inos) * SCAN_SHARE > volume.inodes.count
     ranges = (
         [(inode_key(1), b"\xff" * 17)]
