@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cowfs.errors import CorruptError, UsageError
+from cowfs.errors import UsageError
 from cowfs.files.items import KEY_BYTES, TYPE_EXTENT, decode_extent, split_key
 from cowfs.history.filesystem import Filesystem
-from cowfs.history.names import PathFinder
+from cowfs.history.names import PathFinder, volume_of
 from cowfs.history.owners import Owner, OwnerKind, Survey, members
 from cowfs.history.records import RootRecord
 from cowfs.history.structure import Numbers
@@ -136,11 +136,7 @@ def _find_places(
         [(record.pointer, {ino for ino, _ in files}) for _, record, files in wanted.values()],
     )
     for owner, record, files in wanted.values():
-        volume = filesystem.volume(record.root_id)
-        if volume is None:
-            raise CorruptError(
-                f"root record {record.root_id}", 0, "a volume that is not the live one"
-            )
+        volume = volume_of(filesystem, record)
         paths = finder.paths(volume, {ino for ino, _ in files})
         report.places += [FilePlace(owner, paths.get(ino), ino, offset) for ino, offset in files]
     del report.places[PATHS_MAX:]

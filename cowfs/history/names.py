@@ -9,7 +9,7 @@ import errno
 import stat
 from collections.abc import Iterable, Set
 
-from cowfs.errors import UsageError, posix_error
+from cowfs.errors import CorruptError, UsageError, posix_error
 from cowfs.files.items import (
     KEY_BYTES,
     ROOT_INO,
@@ -19,6 +19,8 @@ from cowfs.files.items import (
     split_key,
 )
 from cowfs.files.volume import Volume
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.records import RootRecord
 from cowfs.history.structure import Progress, child_pointer
 from cowfs.storage.format import Pointer
 from cowfs.storage.store import Store
@@ -106,6 +108,18 @@ class PathFinder:
                 found[ino] = above + b"/" + name if above else name
                 break
         return found[ino]
+
+
+def volume_of(filesystem: Filesystem, record: RootRecord) -> Volume:
+    """The files of a root whose record was read just now.
+
+    Raises:
+        CorruptError: the catalog lists it and does not find it, or it is a second volume.
+    """
+    volume = filesystem.volume(record.root_id)
+    if volume is None:
+        raise CorruptError("catalog", 0, "a root is listed and not found", record.root_id)
+    return volume
 
 
 def resolve(volume: Volume, path: bytes) -> Inode | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cowfs.history.filesystem import Filesystem
-from cowfs.history.names import PathFinder
+from cowfs.history.names import PathFinder, volume_of
 from cowfs.history.records import RootRecord
 from cowfs.history.simulation import Freed, simulate_deletion
 from cowfs.history.structure import Progress
@@ -76,8 +76,7 @@ def pinned_by(
     by_path: dict[tuple[bytes, int], int] = {}
     named = {}
     for root in sorted(inos):
-        volume = filesystem.volume(records[root].root_id)
-        assert volume is not None, "its record was just read"
+        volume = volume_of(filesystem, records[root])
         named[root] = finder.paths(volume, inos[root])
     for (root, ino, owners), blocks in amounts.items():
         path = named[root].get(ino)

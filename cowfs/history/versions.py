@@ -15,7 +15,7 @@ from xxhash import xxh3_128_digest
 from cowfs.files.items import FILE_BLOCK_MAX, INODE_INLINE, TYPE_INLINE, TYPE_SYMLINK, Inode, key
 from cowfs.files.volume import Volume
 from cowfs.history.filesystem import Filesystem
-from cowfs.history.names import resolve
+from cowfs.history.names import resolve, volume_of
 from cowfs.history.records import RootRecord
 from cowfs.history.structure import Numbers, covered, require_inside
 
@@ -64,8 +64,7 @@ def versions_of(
     met: dict[tuple[object, ...], list[int]] = {}
     first: dict[tuple[object, ...], tuple[Inode | None, Numbers]] = {}
     for number, record in enumerate(records):
-        volume = filesystem.volume(record.root_id)
-        assert volume is not None
+        volume = volume_of(filesystem, record)
         inode = resolve(volume, path)
         identity, runs = _identity(volume, inode)
         met.setdefault(identity, []).append(number)

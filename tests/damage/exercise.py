@@ -37,6 +37,7 @@ from cowfs.files.volume import Changes, Volume
 from cowfs.history.blocks import explain_block
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
+from cowfs.history.names import volume_of
 from cowfs.history.owners import Survey, owner_sets, survey
 from cowfs.history.pathusage import (
     Argument,
@@ -244,8 +245,7 @@ def account(device: MemoryDevice, _folder: Path) -> None:
 
 
 def _root_of(filesystem: Filesystem, record: RootRecord) -> Argument:
-    volume = filesystem.volume(record.root_id)
-    assert volume is not None
+    volume = volume_of(filesystem, record)
     return Argument(record, volume, volume.get(ROOT_INO), b"")
 
 

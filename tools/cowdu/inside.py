@@ -10,7 +10,6 @@ from typing import NamedTuple
 from cowfs.cli.target import Target
 from cowfs.daemon import places
 from cowfs.errors import MountError, UsageError
-from cowfs.files.volume import Volume
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import RootRecord
 
@@ -78,10 +77,3 @@ def meaning(filesystem: Filesystem, target: Target, path: bytes) -> Meant:
         return Meant(None, b"")
     record = filesystem.catalog.snapshot(os.fsdecode(words[1]))
     return Meant(record, b"/".join(words[2:]))
-
-
-def volume_of(filesystem: Filesystem, record: RootRecord) -> Volume:
-    """The files of a root."""
-    volume = filesystem.volume(record.root_id)
-    assert volume is not None, "its record was just read"
-    return volume

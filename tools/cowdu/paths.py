@@ -10,7 +10,7 @@ from cowfs.cli.entry import printable
 from cowfs.cli.output import Numbers, list_options, print_json
 from cowfs.cli.target import open_target
 from cowfs.errors import UsageError
-from cowfs.history.names import resolve
+from cowfs.history.names import resolve, volume_of
 from cowfs.history.pathusage import (
     Argument,
     Place,
@@ -21,7 +21,7 @@ from cowfs.history.pathusage import (
 )
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
-from .inside import Inside, Meant, inside, meaning, one_target, volume_of
+from .inside import Inside, Meant, inside, meaning, one_target
 from .looking import Look, look_at
 
 
