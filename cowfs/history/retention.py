@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from datetime import date
-from fnmatch import fnmatchcase
 from typing import Protocol, TypeVar
 
 from cowfs.errors import SnapshotError, UsageError
@@ -124,20 +123,6 @@ def divide(
     return [snapshot for snapshot in named if snapshot.name not in reasons], reasons
 
 
-def kept(rules: Rules, snapshots: Sequence[Snapshot], now_ns: int) -> dict[str, tuple[str, ...]]:
-    """Why each snapshot that must stay does, by name, the oldest first. Without rules none must.
-
-    Args:
-        snapshots: those that the rules look at, the oldest first.
-    """
-    if not rules.any:
-        return {}
-    names = {snapshot.name for snapshot in snapshots}
-    patterns = [word for word in rules.keep if word not in names]
-    matching = {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    return _reasons(rules, names.intersection(rules.keep) | matching, snapshots, now_ns)
-
-
 def require_released(snapshots: Iterable[Dated]) -> None:
     """Refuse to delete what is held.
 
@@ -156,7 +141,12 @@ def require_released(snapshots: Iterable[Dated]) -> None:
 def _reasons(
     rules: Rules, names: Set[str], snapshots: Sequence[Snapshot], now_ns: int
 ) -> dict[str, tuple[str, ...]]:
-    """As `kept`, with the names that `rules.keep` stands for."""
+    """Why each of the snapshots that must stay does, by name, the oldest first.
+
+    Args:
+        names: those that `rules.keep` stands for.
+        snapshots: that the rules look at, the oldest first.
+    """
     reasons: dict[str, list[str]] = {snapshot.name: [] for snapshot in snapshots}
 
     def keep(found: Iterable[Snapshot], reason: str) -> None:

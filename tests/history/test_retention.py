@@ -1,7 +1,7 @@
 """Promises of the rules by which snapshots stay: what each keeps, why, and that nothing else goes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -16,7 +16,6 @@ from cowfs.history.retention import (
     Rules,
     choose,
     divide,
-    kept,
     parse_duration,
     require_released,
 )
@@ -49,6 +48,11 @@ def at(text: str) -> int:
 def dated(*times: str) -> list[Dated]:
     """Snapshots of these times, each named so."""
     return [Dated(text, at(text)) for text in times]
+
+
+def kept(rules: Rules, snapshots: Sequence[Dated], now_ns: int) -> dict[str, tuple[str, ...]]:
+    """Of all snapshots, the reasons why each that stays does, as a command gets them."""
+    return divide((), rules, snapshots, now_ns)[1]
 
 
 def staying(rules: Rules, snapshots: list[Dated], now: str = "2027-01-01") -> list[str]:

@@ -339,6 +339,32 @@ def test_du_prints_the_words_of_btrfs_with_the_right_numbers(image: Path) -> Non
     assert run("du", "/etc").returncode == 1
 
 
+def test_du_of_paths_below_each_other_counts_each_name_once(tmp_path: Path) -> None:
+    """Promise (C11): a file with a name elsewhere frees nothing, however often one of them is named."""
+    image = make_image(tmp_path / "disk.img")
+
+    def files(filesystem: Filesystem) -> None:
+        live = filesystem.live
+        folder = live.create(ROOT_INO, b"folder", 0o40755, 0, 0).ino
+        for name in (b"linked", b"alone"):
+            ino = live.create(folder, name, 0o100644, 0, 0).ino
+            live.write(ino, 0, os.urandom(40_960))
+            if name == b"linked":
+                live.link(ino, ROOT_INO, b"elsewhere")
+
+    change(image, files)
+
+    def together(*paths: str) -> tuple[int, int]:
+        row = answer("du", "-s", "-c", "--image", image, *paths)["paths"][-1]
+        assert row["path"] == "total"
+        return row["total_bytes"], row["exclusive_bytes"]
+
+    alone = (81_920, 40_960)
+    assert together("/folder") == together("/folder", "/folder/linked") == alone
+    assert together("/folder/linked", "/folder", "/folder/linked") == alone
+    assert together("/folder", "/elsewhere") == (81_920, 81_920)
+
+
 # --- log --------------------------------------------------------------------------------------------
 
 
