@@ -537,8 +537,10 @@ class Store:
             return False
         # Nodes need blocks that lie together: free ones that lie apart are room for data only.
         copies = self.shared_nodes * NODE_BLOCKS * self.copies if tier == TIER_ADD else 0
-        reserve = self.reserve_blocks * tier // 4
-        places = (need + reserve // 2 + copies) // NODE_BLOCKS + 4
+        # `need` is the worst case of this commit. The margin is for those after it, in which single
+        # blocks of data and of the map break places up: adding must leave four times that of removing.
+        margin = self.reserve_blocks * tier // (8 if tier == TIER_ADD else 16)
+        places = (need + margin + copies) // NODE_BLOCKS + 4
         return self.map.node_places(places) >= places
 
     # --- freezing -----------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ def image(tmp_path: Path) -> Path:
 def blocked_socket(image: Path) -> Iterator[Path]:
     """A directory where the control socket would be: the last step of a start cannot succeed."""
     path = places.make_directory() / places.socket_name(image)
+    for name in runtime_files(image):  # of an image that is gone, whose inode this one has now
+        (path.parent / name).unlink()
     path.mkdir()
     yield path
     path.rmdir()
