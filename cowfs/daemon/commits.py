@@ -98,10 +98,11 @@ class Committer:
     def kick_if_due(self) -> None:
         """Start a commit soon if a lot is in memory."""
         store = self.filesystem.store
+        admission = store.admission
         if (
-            store.promised_blocks + store.queued_blocks > self._dirty_blocks_max // 16
-            or store.dirty_nodes > self._dirty_nodes_max
-            or store.promised_items - store.promised_blocks > DIRTY_ITEMS_MAX
+            admission.promised_blocks + store.queued_blocks > self._dirty_blocks_max // 16
+            or admission.dirty_nodes > self._dirty_nodes_max
+            or admission.promised_items - admission.promised_blocks > DIRTY_ITEMS_MAX
         ):
             self._due.set()
 
@@ -109,7 +110,7 @@ class Committer:
     def over_limit(self) -> bool:
         """Whether a writer should wait."""
         store = self.filesystem.store
-        return store.promised_blocks + store.queued_blocks > self._dirty_blocks_max
+        return store.admission.promised_blocks + store.queued_blocks > self._dirty_blocks_max
 
     async def throttle(self) -> None:
         """Wait until there is room in memory for more dirty data."""

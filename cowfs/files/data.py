@@ -26,10 +26,11 @@ from cowfs.files.items import (
     key,
     split_key,
 )
+from cowfs.storage.admission import TIER_ADD, TIER_REMOVE
 from cowfs.storage.btree import Tree
 from cowfs.storage.device import Buffer
 from cowfs.storage.format import BLOCK_SIZE_BYTES, DATA_CHECKSUM_BYTES
-from cowfs.storage.store import TIER_ADD, TIER_REMOVE, Store
+from cowfs.storage.store import Store
 
 _TYPE_END = 9  # of a key: inode and type are before it, the offset behind
 ZERO_BLOCK = bytes(BLOCK_SIZE_BYTES)
@@ -213,7 +214,7 @@ class Data:
             return
         first, head = divmod(offset, BLOCK_SIZE_BYTES)
         stop = -(-end // BLOCK_SIZE_BYTES)
-        self.store.admit(stop - first, TIER_ADD)
+        self.store.admission.admit(stop - first, TIER_ADD)
         self.reach(inode, first, stop)
         dirty = self.open_dirty(inode)
         before = len(dirty)
@@ -263,7 +264,7 @@ class Data:
         if size < old_size:
             stop, tail = divmod(size, BLOCK_SIZE_BYTES)
             if tail:
-                self.store.admit(1, TIER_REMOVE)
+                self.store.admission.admit(1, TIER_REMOVE)
             self.reach(inode, stop, stop + 1)
             if inode.data_blocks:  # damage must stop us before anything is cut off
                 for _ in self.extents(inode.ino, stop, FILE_BLOCK_MAX + 1):
@@ -281,7 +282,7 @@ class Data:
             if inode.data_blocks:
                 self.punch(inode, stop, FILE_BLOCK_MAX + 1)
         elif inode.flags & INODE_INLINE:
-            self.store.admit(1, TIER_ADD)
+            self.store.admission.admit(1, TIER_ADD)
             self.reach(inode, 0, 1)
             self.open_dirty(inode)
         else:
@@ -487,8 +488,7 @@ class Data:
         tree.reach_range(reached, key(ino, TYPE_EXTENT, stop))
 
     def promise(self, blocks: int) -> None:
-        self.store.promised_blocks += blocks
-        self.store.promised_items += blocks
+        self.store.admission.promise(blocks, blocks)
 
     def _drop_inline(self, inode: Inode) -> None:
         self._tree.delete(key(inode.ino, TYPE_INLINE, 0))

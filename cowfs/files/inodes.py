@@ -69,7 +69,7 @@ class Inodes:
         if ino not in self.dirty:
             self.dirty[ino] = inode
             self._clean.pop(ino, None)
-            self._tree.store.promised_items += 1
+            self._tree.store.admission.promise(0, 1)
 
     def free_ino(self) -> int:
         """The number that `create` gives to the next inode; its place is reached.
@@ -108,7 +108,7 @@ class Inodes:
         """The inode is gone, and its item, if it had one, with it."""
         ino = inode.ino
         if self.dirty.pop(ino, None) is not None:
-            self._tree.store.promised_items -= 1
+            self._tree.store.admission.promise(0, -1)
         self._clean.pop(ino, None)
         self._fresh.discard(ino)
         self.count = max(0, self.count - 1)  # the image may say any number
@@ -123,7 +123,7 @@ class Inodes:
         """Put every dirty inode into the tree."""
         dirty = self.dirty
         self._tree.put_ascending([(inode_key(ino), dirty[ino].encode()) for ino in sorted(dirty)])
-        self._tree.store.promised_items -= len(self.dirty)
+        self._tree.store.admission.promise(0, -len(self.dirty))
         self._clean.update(self.dirty)
         self.dirty.clear()
         self._fresh.clear()

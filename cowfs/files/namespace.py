@@ -30,8 +30,8 @@ from cowfs.files.orphans import Orphans
 from cowfs.files.ranges import Ranges
 from cowfs.files.stored_acls import StoredAcls
 from cowfs.files.xattrs import Xattrs
+from cowfs.storage.admission import TIER_ADD, TIER_REMOVE
 from cowfs.storage.btree import Tree
-from cowfs.storage.store import TIER_ADD, TIER_REMOVE
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -372,7 +372,7 @@ class Namespace:
 
     def _admit(self, tier: int) -> None:
         self._require_writable()
-        self.store.admit(0, tier)
+        self.store.admission.admit(0, tier)
 
     def _touch(self, inode: Inode) -> None:
         self.changed = True

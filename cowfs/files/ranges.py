@@ -9,7 +9,7 @@ copies it through read and write. Callers set times and touch the inode; sizes a
 import errno
 from collections.abc import Iterator
 
-from cowfs.errors import NoSpaceError, posix_error
+from cowfs.errors import posix_error
 from cowfs.files.data import ZERO_BLOCK, Data
 from cowfs.files.items import (
     EXTENT_BYTES,
@@ -19,8 +19,8 @@ from cowfs.files.items import (
     Extent,
     Inode,
 )
+from cowfs.storage.admission import TIER_ADD, TIER_REMOVE
 from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_BLOCKS
-from cowfs.storage.store import TIER_ADD, TIER_REMOVE
 
 # What one call shares at the most. Extents: 64 MiB where they are long, about a millisecond. Blocks,
 # which may be holes: 1 GiB; the answer to the kernel has 32 bits for the number of bytes.
@@ -101,7 +101,7 @@ class Ranges:
         tail = end % BLOCK_SIZE_BYTES
         if tail and end < inode.size_bytes and stop - 1 not in edges:
             edges[stop - 1] = (0, tail)
-        data.store.admit(len(edges), TIER_REMOVE)
+        data.store.admission.admit(len(edges), TIER_REMOVE)
         for edge in (first, stop - 1):
             data.reach(inode, edge, edge + 1)
         if inode.data_blocks:  # damage must stop us before anything is given back
@@ -141,15 +141,9 @@ class Ranges:
             if start >= end:
                 break
             missing -= (min(stop, end) - max(start, offset)) // BLOCK_SIZE_BYTES
-        store = self._data.store
-        available = store.available_blocks()
-        # No commit helps then, and the filesystem is not full for what is smaller.
-        if missing > available:
-            raise NoSpaceError(
-                f"{missing * BLOCK_SIZE_BYTES} bytes do not fit, "
-                f"{max(0, available) * BLOCK_SIZE_BYTES} are available"
-            )
-        store.admit(max(0, missing), TIER_ADD)
+        admission = self._data.store.admission
+        admission.require_blocks(missing)  # the filesystem is not full for what is smaller
+        admission.admit(max(0, missing), TIER_ADD)
 
     # --- sharing ------------------------------------------------------------------------------------
 
@@ -200,7 +194,7 @@ class Ranges:
         store = data.store
         leaf_bytes = sum(EXTENT_BYTES + len(piece.checksums) for _, piece in pieces)
         leaf_blocks = -(-2 * leaf_bytes // BLOCK_SIZE_BYTES) + NODE_BLOCKS  # of leaves half full
-        store.admit(leaf_blocks * store.copies, TIER_ADD)
+        store.admission.admit(leaf_blocks * store.copies, TIER_ADD)
         for _, piece in pieces:
             store.map.require(piece.block, piece.count)
         data.reach(inode, first, first + count)

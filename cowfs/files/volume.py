@@ -24,9 +24,9 @@ from cowfs.files.items import (
     key,
 )
 from cowfs.files.namespace import Namespace
+from cowfs.storage.admission import TIER_ADD, TIER_REMOVE
 from cowfs.storage.device import Buffer
 from cowfs.storage.format import BLOCK_SIZE_BYTES
-from cowfs.storage.store import TIER_ADD, TIER_REMOVE
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class Volume(Namespace):
         stale = inode.atime_ns < inode.mtime_ns or inode.atime_ns < inode.ctime_ns
         if not self.writable or not (stale or now_ns - inode.atime_ns > RELATIME_NS):
             return
-        if self.store.would_admit():
+        if self.store.admission.would_admit():
             try:
                 self.inodes.reach(inode)
             except (CorruptError, DeviceError):

@@ -13,8 +13,9 @@ from cowfs.errors import CorruptError
 from cowfs.files.items import references
 from cowfs.history.catalog import Catalog
 from cowfs.history.records import DropRecord, DropStep
+from cowfs.storage.admission import TIER_DROP
 from cowfs.storage.format import NODE_BLOCKS, Pointer
-from cowfs.storage.store import TIER_DROP, Store
+from cowfs.storage.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class DropQueue:
                 continue
             try:
                 while nodes and drop.path:
-                    self._store.admit(0, TIER_DROP)
+                    self._store.admission.admit(0, TIER_DROP)
                     freed_now = self._visit(drop.path)
                     drop.freed_blocks += freed_now
                     freed += freed_now

@@ -101,10 +101,10 @@ class Filesystem:
         self._snapshot_volumes: dict[int, Volume] = {}
         self._shared_is_stale = False
         if store.writable:
-            store.relieve = self._relieve
-            store.full = self._say_full
+            store.admission.relieve = self._relieve
+            store.admission.on_full = self._say_full
             self.live.load_orphans()
-            store.share(self.record.node_count, superblock.generation)
+            store.admission.set_shared(self.record.node_count, superblock.generation)
             self._shared_is_stale = True
             self._count_shared()
 
@@ -163,12 +163,11 @@ class Filesystem:
         if len(description.encode()) > DESCRIPTION_BYTES_MAX or "\0" in description:
             raise UsageError(f"the description is longer than {DESCRIPTION_BYTES_MAX} bytes")
         self._require_unused(name)
-        self.store.admit_snapshot(self.live.tree.node_count, relieve=True)
+        self.store.admission.admit_snapshot(self.live.tree.node_count)
 
         def apply(filesystem: "Filesystem") -> RootRecord:
             filesystem._require_unused(name)
             live = filesystem.record
-            filesystem.store.admit_snapshot(live.node_count, relieve=False)
             snapshot = replace(
                 live,
                 root_id=filesystem.catalog.take_root_id(),
@@ -185,7 +184,7 @@ class Filesystem:
             filesystem.store.add_reference(root.block, root.twin)  # type: ignore[union-attr]
             filesystem._put_new(snapshot)
             filesystem._set_live(replace(live, parent_id=snapshot.root_id))
-            filesystem.store.share(live.node_count, filesystem.store.generation)
+            filesystem.store.admission.set_shared(live.node_count, filesystem.store.generation)
             return snapshot
 
         return apply
@@ -378,7 +377,7 @@ class Filesystem:
         self.catalog.put_name(record)
         self._set_live(record)
         self.live = volume
-        self.store.share(record.node_count, self.store.generation)
+        self.store.admission.set_shared(record.node_count, self.store.generation)
         return kept
 
     def _require_unused(self, name: str) -> None:
@@ -420,14 +419,14 @@ class Filesystem:
         self._shared_is_stale = False
         snapshots = self.catalog.snapshots()
         if not snapshots:
-            store.share(0, 0)
+            store.admission.set_shared(0, 0)
             return
         newest = max(record.created_generation for record in snapshots)
         try:
             newer = tree.count_newer(newest, SHARED_READS_MAX)
         except (CorruptError, DeviceError):
             newer = 0  # more than is shared: the safe side
-        store.share(tree.node_count - newer, newest)
+        store.admission.set_shared(tree.node_count - newer, newest)
 
     # --- commit -------------------------------------------------------------------------------------
 
@@ -559,7 +558,7 @@ class Filesystem:
         """Empty the drop queue, committing as it goes."""
         while self.drops.working:
             self.drops.step(256)
-            if self.store.dirty_nodes > 1024 or self.store.map.dirty_groups > 1024:
+            if self.store.admission.dirty_nodes > 1024 or self.store.map.dirty_groups > 1024:
                 self.commit()
         if self.changed:
             self.commit()
@@ -578,7 +577,7 @@ class Filesystem:
             system=space_map.system_blocks,
             pending=space_map.pending_blocks,
             free=space_map.free_blocks,
-            promised=store.promised_blocks,
-            reserved=store.held_blocks(),
-            available=max(0, store.available_blocks()),
+            promised=store.admission.promised_blocks,
+            reserved=store.admission.held_blocks(),
+            available=store.admission.available_blocks(),
         )

@@ -10,6 +10,7 @@ from cowfs.files.volume import Volume
 from cowfs.history.catalog import Catalog
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import MAIN_VOLUME, RootKind, RootRecord
+from cowfs.storage.admission import DEFAULT_LIMITS, Limits
 from cowfs.storage.btree import Tree
 from cowfs.storage.commit import begin, finish
 from cowfs.storage.device import Device
@@ -34,6 +35,7 @@ def open_filesystem(
     cache_bytes: int = CACHE_BYTES_DEFAULT,
     discard: bool = True,
     snapshot: str | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> Filesystem:
     """The filesystem in an image.
 
@@ -41,6 +43,7 @@ def open_filesystem(
         device: of the image, locked when `writable`. Closed by `Filesystem.close`.
         generation: an older one to look at, read-only.
         snapshot: the one whose tree takes the place of the live volume, read-only.
+        limits: of admission.
 
     Raises:
         SnapshotError: there is no such snapshot.
@@ -52,7 +55,7 @@ def open_filesystem(
         raise ImageError(
             "the image uses features that this cowfs can only read; mount it with -o ro"
         )
-    store = Store(device, superblock, writable=writable, cache_bytes=cache_bytes)
+    store = Store(device, superblock, writable=writable, cache_bytes=cache_bytes, limits=limits)
     return Filesystem(store, discard=discard, snapshot=snapshot)
 
 

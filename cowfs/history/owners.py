@@ -33,7 +33,7 @@ from cowfs.history.structure import (
 )
 from cowfs.storage.btree import Tree
 from cowfs.storage.format import Superblock
-from cowfs.storage.store import RETAINED_GENERATIONS, Store
+from cowfs.storage.store import Store
 from cowfs.storage.superblock import read_earlier
 
 Words = npt.NDArray[np.uint64]  # sets, as rows of 64-bit words
@@ -402,7 +402,8 @@ def _distinct_pairs(targets: Numbers, sets: Numbers, set_count: int) -> tuple[Nu
 def _retained(filesystem: Filesystem, structure: Structure) -> tuple[Retained, ...] | None:
     """What only earlier generations show, the newest first; None when one cannot be read."""
     store, newest = filesystem.store, filesystem.store.superblock
-    oldest = max(1, newest.oldest_retained, newest.generation - RETAINED_GENERATIONS)
+    retained = store.admission.limits.retained_generations
+    oldest = max(1, newest.oldest_retained, newest.generation - retained)
     nodes = [structure.nodes]
     first, count = structure.run_first, structure.run_count.astype(np.int64)
     held = covered(first, count)

@@ -147,8 +147,8 @@ def begin(
     )
     store.data_writes = []
     store.queued_blocks = 0
-    store.dirty_nodes = 0
     store.generation += 1
+    store.admission.opened(store.generation)
     return commit
 
 

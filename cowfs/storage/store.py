@@ -18,13 +18,13 @@ from typing import Any
 
 from xxhash import xxh3_64_digest
 
-from cowfs.errors import CorruptError, DeviceError, ImageError, NoSpaceError, ReadOnlyError
+from cowfs.errors import CorruptError, DeviceError, ImageError, ReadOnlyError
+from cowfs.storage.admission import DEFAULT_LIMITS, Admission, Limits
 from cowfs.storage.allocator import Allocator
 from cowfs.storage.device import Buffer, Device
 from cowfs.storage.format import (
     BLOCK_SIZE_BYTES,
     DATA_CHECKSUM_BYTES,
-    GROUP_BLOCKS,
     INCOMPAT_DUPLICATED_METADATA,
     KIND_DATA,
     KIND_NODES,
@@ -47,29 +47,6 @@ from cowfs.storage.superblock import next_generation, read_earlier
 
 log = logging.getLogger(__name__)
 
-RETAINED_GENERATIONS = 2  # older ones kept whole beside the newest, for rescue
-
-# What is held back of the image, so that a full one can still delete (C10): 1/32, within these limits.
-RESERVE_BLOCKS_MIN = 512
-RESERVE_BLOCKS_MAX = 32768
-# How much of the reserve an operation must leave: adding all of it, removing half, dropping a snapshot
-# a quarter; a commit may use it all. Where snapshots share nodes of the live tree, adding must leave
-# TIER_CHURN and room for a copy of each of those: removing a name copies what a snapshot holds.
-TIER_ADD, TIER_REMOVE, TIER_DROP = 4, 2, 1
-TIER_CHURN = 3
-# After commits did not help against ENOSPC, so many generations pass before they are tried again for
-# a request that is no smaller: refusing must be cheap.
-HOPELESS_GENERATIONS = 16
-
-# With plenty of room, so many operations of at most so many blocks go on without another look: what
-# they can need together was found to be there. A rename dirties a dozen nodes, two copies of each.
-PASSES = 256
-PASS_BLOCKS = 16
-PASS_NEED_BLOCKS = PASS_BLOCKS + 128
-
-# Nodes that a commit may take beside those that are dirty: of the catalog, and at splits.
-COMMIT_NODES = 24
-
 References = Callable[[list[bytes], list[Any]], list[Run]]
 
 
@@ -81,6 +58,7 @@ class Store:
         superblock: the newest, or the one to look at.
         writable: whether transactions may be made.
         cache_bytes: bound of the node cache.
+        limits: of admission.
     """
 
     def __init__(
@@ -90,6 +68,7 @@ class Store:
         *,
         writable: bool,
         cache_bytes: int = CACHE_BYTES_DEFAULT,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.device = device
         self.superblock = superblock
@@ -114,25 +93,16 @@ class Store:
         if superblock.space_map != NULL_POINTER:
             self.map.open(superblock.space_map, superblock.used_blocks)
         self.allocator = Allocator(self.map)
-        self.dirty_nodes = 0
-        self._passes = 0  # operations that need not ask for room
-        self.promised_blocks = 0  # data in memory that will need a block at the next freeze
-        self.promised_items = 0  # items in memory that will go into leaves at the next freeze
+        self._retained = limits.retained_generations
+        self.admission = Admission(self.map, self.copies, limits)
+        if not writable:
+            self.admission.closed = ReadOnlyError("the image is open read-only")
+        self.admission.opened(self.generation)
         self.pins: dict[object, int] = {}  # generations that readers outside hold
-        self.relieve: Callable[[], bool] | None = None  # commits, so that blocks come free
-        self.full: Callable[[], None] | None = None  # told when ENOSPC begins
-        self._said_full = False
-        # Relief did not help: by how much it should have been enough, and in which generation.
-        self._hopeless = (-1, -HOPELESS_GENERATIONS)
-        # Nodes of the live tree, at most, that snapshots hold too: those born until `_shared_until`.
-        self.shared_nodes = 0
-        self._shared_until = 0
         self.data_writes: list[tuple[int, list[Buffer]]] = []
         self.queued_blocks = 0  # in `data_writes`
         self.unwritten: dict[int, Buffer] = {}  # data blocks that are allocated, not yet on disk
         self._frozen_nodes: dict[int, Node] = {}
-        total = superblock.total_blocks
-        self.reserve_blocks = max(RESERVE_BLOCKS_MIN, min(RESERVE_BLOCKS_MAX, total // 32))
         if writable:
             self._hold_retained()
             if self.generation > superblock.generation + 1:  # a promise reaches over no gap
@@ -142,7 +112,7 @@ class Store:
         """Leave whole the generations that the superblock promises: the next crash may need them."""
         newest = self.superblock
         for generation in range(newest.generation - 1, newest.oldest_retained - 1, -1):
-            if newest.generation - generation > RETAINED_GENERATIONS:
+            if newest.generation - generation > self._retained:
                 return
             try:
                 earlier = read_earlier(self.device, newest, generation)
@@ -259,7 +229,7 @@ class Store:
         self, level: int, keys: list[bytes], values: list[Any], used: int, owner: int
     ) -> Node:
         """A node born in the open transaction."""
-        self.dirty_nodes += 1
+        self.admission.dirty_nodes += 1
         return Node(level, keys, values, used, self.generation, owner)
 
     def shadow(self, node: Node, owner: int, references: References) -> Node:
@@ -296,9 +266,10 @@ class Store:
             for first, count in runs:
                 self.map.add(first, count)
         self.drop_reference(node.block, node.twin)
-        if owner and node.generation <= self._shared_until:
-            self.shared_nodes -= 1
-        self.dirty_nodes += 1
+        admission = self.admission
+        if owner:
+            admission.copied_from(node.generation)
+        admission.dirty_nodes += 1
         return Node(
             node.level, node.keys.copy(), node.values.copy(), node.used_bytes, generation, owner
         )
@@ -306,7 +277,7 @@ class Store:
     def forget(self, node: Node) -> None:
         """Give up a node born in the open transaction."""
         assert node.generation == self.generation
-        self.dirty_nodes -= 1
+        self.admission.dirty_nodes -= 1
 
     def add_reference(self, block: int, twin: int) -> None:
         """One more parent points at this node."""
@@ -403,146 +374,6 @@ class Store:
             parts.append(part)
         return b"".join(parts)
 
-    # --- space --------------------------------------------------------------------------------------
-
-    def metadata_need(self) -> int:
-        """Blocks that the open transaction's commit takes beside data, at the most."""
-        nodes = self.dirty_nodes + self.promised_items + COMMIT_NODES
-        node_blocks = nodes * NODE_BLOCKS * self.copies
-        groups = (
-            self.map.dirty_groups + 8 + 2 * (node_blocks + self.promised_blocks) // GROUP_BLOCKS
-        )
-        return node_blocks + self.map.pages_to_write(groups) * self.copies
-
-    def held_blocks(self, tier: int = TIER_ADD) -> int:
-        """Blocks that an operation of that tier must leave."""
-        held = self.reserve_blocks * tier // 4
-        if tier == TIER_ADD and self.shared_nodes:
-            return max(held, self._held_with(self.shared_nodes))
-        return held
-
-    def _held_with(self, shared_nodes: int) -> int:
-        return self.reserve_blocks * TIER_CHURN // 4 + shared_nodes * NODE_BLOCKS * self.copies
-
-    def available_blocks(self, tier: int = TIER_ADD) -> int:
-        """Blocks that an operation of that tier may still ask for; what the next commits free counts."""
-        room = self.map.free_blocks + self.map.pending_blocks - self.promised_blocks
-        return room - self.held_blocks(tier)
-
-    def share(self, nodes: int, until: int) -> None:
-        """Snapshots hold nodes of the live tree: so many at most, all born in `until` or before."""
-        self.shared_nodes = nodes
-        self._shared_until = until
-        self._passes = 0
-
-    def admit(self, blocks: int, tier: int) -> None:
-        """Let an operation go on that needs that many data blocks, and some metadata.
-
-        Raises:
-            NoSpaceError: it would not fit, also after the commits that bring blocks free.
-            ReadOnlyError: nothing may change here.
-            DeviceError: a commit failed before (C8).
-        """
-        if self.failed is not None:
-            raise self.failed
-        if not self.writable:
-            raise ReadOnlyError("the image is open read-only")
-        if self._passes and blocks <= PASS_BLOCKS:
-            self._passes -= 1
-            return
-        if self._fits(blocks, tier, self.held_blocks(tier)):
-            if self._fits(blocks + PASSES * PASS_NEED_BLOCKS, TIER_ADD, self.held_blocks()):
-                self._passes = PASSES
-            if self._said_full and self.available_blocks() > self.reserve_blocks:
-                self._said_full = False
-            return
-        if not self._relieved(blocks, tier):
-            if self.full is not None and not self._said_full:
-                self._said_full = True
-                self.full()
-            raise NoSpaceError(
-                "the filesystem is full; delete files or snapshots (cowdu shows which)"
-            )
-
-    def would_admit(self) -> bool:
-        """Whether something small fits as it is; for what can as well be left out."""
-        if self.failed is not None or not self.writable:
-            return False
-        return self._passes > 0 or self._fits(0, TIER_ADD, self.held_blocks())
-
-    def admit_snapshot(self, nodes: int, *, relieve: bool) -> None:
-        """Let a snapshot be made that shares all nodes of the live tree, if there is room to copy them.
-
-        Deleting a file that a snapshot holds copies nodes and frees nothing. That room is promised
-        when the snapshot is made, so that a full filesystem can always delete (C10).
-
-        Args:
-            relieve: commit if that may help; not while one is being frozen.
-
-        Raises:
-            NoSpaceError: there is no such room.
-        """
-        self.require_writable()
-        missing = self._held_with(nodes) - self._room()
-        if missing > 0:
-            raise NoSpaceError(
-                "no room for a snapshot: deleting files that it holds would need "
-                f"{missing * BLOCK_SIZE_BYTES >> 10} KiB more than there is; delete files or "
-                "snapshots first (cowdu shows which)"
-            )
-        places = self._held_with(nodes) // NODE_BLOCKS
-        for _ in range(RETAINED_GENERATIONS + 2):
-            if self.map.node_places(places) >= places:
-                return
-            if not relieve or self.relieve is None or not self.relieve():
-                break
-        raise NoSpaceError(
-            "no room for a snapshot: what is free lies in pieces too small to delete files that it "
-            "holds; delete files or snapshots first (cowdu shows which)"
-        )
-
-    def _room(self) -> int:
-        """Blocks that the next commits leave free, less what each commit may take: at the most."""
-        space = self.map
-        ripe = space.free_blocks + space.pending_blocks + space.pending_system_blocks
-        idle = COMMIT_NODES * NODE_BLOCKS * self.copies + space.pages_to_write(8) * self.copies
-        return ripe - idle - self.dirty_nodes * NODE_BLOCKS * self.copies
-
-    def _relieved(self, blocks: int, tier: int) -> bool:
-        """Commit until an operation fits. Returns whether it does."""
-        held = self.held_blocks(tier)
-        hopeless, generation = self._hopeless
-        spare = self._room() - blocks - held
-        if (
-            tier == TIER_ADD
-            and spare <= hopeless
-            and self.generation < generation + HOPELESS_GENERATIONS
-        ):
-            return False
-        for _ in range(RETAINED_GENERATIONS + 2):
-            spare = self._room() - blocks - held
-            if spare < 0 and not self.promised_items:
-                return False  # not even if all that is pending were free
-            if self.relieve is None or not self.relieve():
-                break
-            held = self.held_blocks(tier)
-            if self._fits(blocks, tier, held):
-                return True
-        self._hopeless = (spare, self.generation)
-        return False
-
-    def _fits(self, blocks: int, tier: int, held: int) -> bool:
-        need = blocks + self.promised_blocks + self.metadata_need()
-        if self.map.free_blocks - need < held:
-            return False
-        # Nodes need blocks that lie together: free ones that lie apart are room for data only.
-        copies = self.shared_nodes * NODE_BLOCKS * self.copies if tier == TIER_ADD else 0
-        # `need` is the worst case of this commit. The margin is for those after it, in which single
-        # blocks of data and of the map break places up: adding must leave four times that of removing.
-        margin = self.reserve_blocks * tier // (8 if tier == TIER_ADD else 16)
-        places = (need + margin + copies) // NODE_BLOCKS + 4
-        return self.map.node_places(places) >= places
-
     # --- freezing -----------------------------------------------------------------------------------
 
     def place(self, root: Node | Pointer) -> list[Node]:
@@ -579,12 +410,11 @@ class Store:
 
     def release_limit(self) -> int:
         """The newest generation whose freed blocks may be allocated, once this commit is durable."""
-        limit = self.generation - RETAINED_GENERATIONS
-        return min([limit, *self.pins.values()])
+        return min([self.generation - self._retained, *self.pins.values()])
 
     def oldest_retained(self) -> int:
         """The oldest generation that the open transaction's commit leaves whole."""
-        return max(self.oldest_held, self.generation - RETAINED_GENERATIONS)
+        return max(self.oldest_held, self.generation - self._retained)
 
     def settle(self, nodes: Sequence[Node], data: Sequence[tuple[int, list[Buffer]]]) -> None:
         """A commit is durable: its nodes are clean, its data is read from disk from now on."""
@@ -606,13 +436,12 @@ class Store:
             f"generation {self.superblock.generation + 1} was not written: {error}; "
             "unmount and mount again"
         )
+        self.admission.closed = self.failed
 
     def require_writable(self) -> None:
         """Raise the error that ends every change here, if there is one."""
-        if self.failed is not None:
-            raise self.failed
-        if not self.writable:
-            raise ReadOnlyError("the image is open read-only")
+        if self.admission.closed is not None:
+            raise self.admission.closed
 
 
 def _collect(node: Node, generation: int, nodes: list[Node]) -> None:

@@ -149,14 +149,14 @@ FAULTS = (
     Fault(
         "pending blocks released at once",
         f"{_STORE}.release_limit",
-        "self.generation - RETAINED_GENERATIONS",
+        "self.generation - self._retained",
         "self.generation",
     ),
     Fault(
         "pending blocks released one generation early",
         f"{_STORE}.release_limit",
-        "self.generation - RETAINED_GENERATIONS",
-        "self.generation - RETAINED_GENERATIONS + 1",
+        "self.generation - self._retained",
+        "self.generation - self._retained + 1",
     ),
     Fault(
         "a block that was freed is used in the same transaction",
@@ -183,8 +183,8 @@ FAULTS = (
     Fault(
         "more generations promised than are kept",
         f"{_STORE}.oldest_retained",
-        "max(self.oldest_held, self.generation - RETAINED_GENERATIONS)",
-        "max(1, self.generation - RETAINED_GENERATIONS - 2)",
+        "max(self.oldest_held, self.generation - self._retained)",
+        "max(1, self.generation - self._retained - 2)",
     ),
     Fault(
         "discard of blocks that are still shown",
@@ -314,7 +314,7 @@ FAULTS = (
         "a commit between the halves of a rename",
         f"{_VOLUME}.rename",
         "self.names.remove(old_directory, old_name)",
-        "self.store.relieve()\nself.names.remove(old_directory, old_name)",
+        "self.store.admission.relieve()\nself.names.remove(old_directory, old_name)",
     ),
     Fault(
         "a snapshot is taken before what was written",

@@ -217,13 +217,15 @@ def test_write_into_a_damaged_block_is_refused_whole(where: int) -> None:
         volume.write(ino, 100, bytes(4 * BLOCK)) if where in (0, 4) else volume.write(
             ino, 2 * BLOCK + 1, b"x"
         )
-    assert filesystem.store.promised_blocks == 0
+    assert filesystem.store.admission.promised_blocks == 0
     for index in range(6):
         if index != where:
             found = volume.read(ino, index * BLOCK, BLOCK)
             assert found == expected[index * BLOCK :][:BLOCK], f"block {index} was changed"
     filesystem.commit()
-    assert filesystem.store.promised_blocks == filesystem.store.promised_items == 0
+    assert (
+        filesystem.store.admission.promised_blocks == filesystem.store.admission.promised_items == 0
+    )
     volume.write(ino, where * BLOCK, bytes(BLOCK))  # a whole block heals it
     assert volume.read(ino, where * BLOCK, BLOCK) == bytes(BLOCK)
     filesystem.commit()

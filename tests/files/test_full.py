@@ -19,6 +19,7 @@ from cowfs.errors import NoSpaceError
 from cowfs.files.volume import Changes, Volume
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
+from cowfs.storage.admission import DEFAULT_LIMITS, Limits
 from tests.model.devices import MemoryDevice
 from tests.model.profiles import machine_settings
 from tests.model.recount import recount
@@ -27,10 +28,10 @@ ROOT = 1
 BLOCK = 4096
 
 
-def make(total_blocks: int, *, copies: bool = True) -> Filesystem:
+def make(total_blocks: int, *, copies: bool = True, limits: Limits = DEFAULT_LIMITS) -> Filesystem:
     disk = MemoryDevice(total_blocks)
     make_filesystem(disk, duplicate_metadata=copies)
-    return open_filesystem(disk, writable=True)
+    return open_filesystem(disk, writable=True, limits=limits)
 
 
 def require_clean(filesystem: Filesystem) -> None:
@@ -163,6 +164,40 @@ def test_fill_to_the_end_keeps_everything_and_can_delete_all(
     require_clean(filesystem)
 
 
+@pytest.mark.parametrize(
+    ("total_blocks", "operations"),
+    [(65536, DEFAULT_LIMITS.ceiling_operations), (16384, 16), (4096, 2), (8192, 1)],
+    ids=["256 MiB", "64 MiB", "16 MiB", "32 MiB"],
+)
+@pytest.mark.parametrize("step_blocks", [1, 16], ids=["4 KiB", "64 KiB"])
+def test_room_that_large_writes_took_is_not_given_to_small_ones_again(
+    total_blocks: int, operations: int, step_blocks: int
+) -> None:
+    """Promise C10: what one comparison found free ends with the room, whoever uses it up.
+
+    Small operations once went on without another look after large writes had filled the image.
+    """
+    filesystem = make(total_blocks, limits=Limits(ceiling_operations=operations))
+    volume = filesystem.live
+    available = filesystem.space().available
+    create(volume, b"touched")
+    ino = create(volume, b"large")
+    chunk = bytes(256 * BLOCK)
+    size = 0
+    for part in (chunk, chunk[: step_blocks * BLOCK], chunk[:BLOCK]):
+        with contextlib.suppress(NoSpaceError):
+            while True:
+                volume.write(ino, size, part)
+                size += len(part)
+    filesystem.commit()
+    assert filesystem.store.failed is None
+    # What is announced can be written, but for the last large write and its like.
+    assert available * 97 // 100 - 256 <= size // BLOCK <= available
+    volume.unlink(ROOT, b"touched")
+    delete_everything(filesystem)
+    require_clean(filesystem)
+
+
 ORDERS = ["listing", "shuffled"]  # of deletion: that of the tree, and one that copies every node
 
 
@@ -289,16 +324,16 @@ def test_room_to_delete_under_a_snapshot_is_known_after_a_remount() -> None:
     assert try_snapshot(filesystem, "one")
     fill_names_some(filesystem.live, 5000)
     filesystem.commit()
-    held = filesystem.store.held_blocks()
-    assert held > filesystem.store.reserve_blocks
+    held = filesystem.store.admission.held_blocks()
+    assert held > filesystem.store.admission.reserve_blocks
     filesystem = crashed(filesystem)
-    assert filesystem.store.held_blocks() == held
+    assert filesystem.store.admission.held_blocks() == held
     filesystem.apply(filesystem.delete_snapshots(["one"]))
     filesystem = crashed(filesystem)
-    assert filesystem.store.held_blocks() >= held, "a dropped snapshot still shares"
+    assert filesystem.store.admission.held_blocks() >= held, "a dropped snapshot still shares"
     filesystem.work_drops()
     filesystem.commit()
-    assert filesystem.store.held_blocks() == filesystem.store.reserve_blocks
+    assert filesystem.store.admission.held_blocks() == filesystem.store.admission.reserve_blocks
 
 
 def fill_names_some(volume: Volume, stop: int) -> None:
@@ -458,7 +493,7 @@ def test_first_refusal_is_told_once_and_again_after_room_came_back() -> None:
     """Somebody can be told that the filesystem is full: at the start of it, not at every call."""
     filesystem = make(16384)
     told: list[int] = []
-    filesystem.store.full = lambda: told.append(1)
+    filesystem.store.admission.on_full = lambda: told.append(1)
     for round_number in (1, 2):
         fill_large(filesystem.live)
         fill_names(filesystem.live)

@@ -74,7 +74,7 @@ def test_what_never_could_be_allocated_is_refused_without_commits_or_alarm(mode:
     """Promise: an impossible wish is ENOSPC at once, and does not make the filesystem full."""
     _, filesystem, one, _ = make()
     told: list[None] = []
-    filesystem.store.full = lambda: told.append(None)
+    filesystem.store.admission.on_full = lambda: told.append(None)
     generation = filesystem.store.generation
     with pytest.raises(NoSpaceError, match="do not fit"):
         filesystem.live.allocate(one, mode, 0, 1 << 40)

@@ -120,14 +120,14 @@ class FilesMachine(RuleBasedStateMachine):
             return commit
 
         filesystem.freeze = recorded  # type: ignore[method-assign]
-        relieve = filesystem.store.relieve
+        relieve = filesystem.store.admission.relieve
         assert relieve is not None
 
         def relieved() -> bool:
             self.settle()  # here no thread writes a frozen commit while the store waits for it
             return relieve()
 
-        filesystem.store.relieve = relieved
+        filesystem.store.admission.relieve = relieved
 
     @property
     def volume(self) -> Volume:
@@ -584,8 +584,8 @@ class FilesMachine(RuleBasedStateMachine):
         space = self.filesystem.space()
         assert space.used + space.free + space.system + space.pending == space.total, "I6"
         store = self.filesystem.store
-        assert store.promised_blocks >= 0
-        assert store.promised_items >= 0
+        assert store.admission.promised_blocks >= 0
+        assert store.admission.promised_items >= 0
         assert store.failed is None, f"the filesystem failed by itself: {store.failed}"
 
     def compare_all(self) -> None:

@@ -127,7 +127,7 @@ def test_emptied_tree_is_one_leaf_again(tree: Tree) -> None:
     require_sound(tree)
     assert tree.root_node().level == 0
     assert tree.node_count == 1
-    assert tree.store.dirty_nodes == 1
+    assert tree.store.admission.dirty_nodes == 1
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -12,8 +12,8 @@ from cowfs.care.check import check_image
 from cowfs.errors import DeviceError
 from cowfs.history.filesystem import Edit, Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
+from cowfs.storage.admission import DEFAULT_LIMITS
 from cowfs.storage.format import BLOCK_SIZE_BYTES, RING_SLOTS
-from cowfs.storage.store import RETAINED_GENERATIONS
 from cowfs.storage.superblock import read_newest
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 from tests.model.recount import recount
@@ -63,7 +63,7 @@ def protect_what_is_retained(disk: MemoryDevice) -> None:
     blocks: set[int] = set()
     for generation in range(newest.generation, max(newest.oldest_retained, 1) - 1, -1):
         blocks |= recount(disk, generation).reachable
-        if generation == newest.generation + 1 - RETAINED_GENERATIONS:
+        if generation == newest.generation + 1 - DEFAULT_LIMITS.retained_generations:
             disk.kept = set(blocks)  # what the next commit retains, once it is durable
     disk.protected = blocks
 
@@ -95,7 +95,10 @@ def test_commit_never_writes_what_a_retained_generation_shows(seed: int) -> None
         protect_what_is_retained(disk)
         protected += len(disk.protected)
     assert protected
-    assert read_newest(disk).generation - read_newest(disk).oldest_retained <= RETAINED_GENERATIONS
+    assert (
+        read_newest(disk).generation - read_newest(disk).oldest_retained
+        <= DEFAULT_LIMITS.retained_generations
+    )
     recount(disk).require_exact()
 
 
