@@ -9,6 +9,7 @@ Every block read from the device is verified against its extent's checksum (C9).
 import errno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cowfs.errors import CorruptError, posix_error
 from cowfs.files.items import (
@@ -76,6 +77,25 @@ class Reading:
         if self.skip_bytes or len(whole) != self.size_bytes:
             return memoryview(whole)[self.skip_bytes : self.skip_bytes + self.size_bytes]
         return whole
+
+
+class Patch(NamedTuple):
+    """Blocks that are to take the place of a file's: read, put together, and not yet in it.
+
+    `inline` is the first block of a file whose data is inline and not in memory yet, else None.
+    `blocks` are whole blocks by their index in the file.
+    """
+
+    inline: Buffer | None
+    blocks: dict[int, Buffer]
+
+
+class Removal(NamedTuple):
+    """The extents of a file that lie in one leaf: their keys are in [start, stop)."""
+
+    start: bytes
+    stop: bytes
+    extents: list[Extent]
 
 
 class Data:
@@ -190,6 +210,8 @@ class Data:
         dirty = self.dirty.get(inode.ino)
         if dirty is not None and index in dirty:
             return dirty[index]
+        if index == 0 and (inline := self.inline_block(inode)) is not None:
+            return inline
         piece = next(self._pieces(inode, index, index + 1))
         if isinstance(piece, int):
             return ZERO_BLOCK
@@ -199,94 +221,120 @@ class Data:
 
     # --- writing ------------------------------------------------------------------------------------
 
-    def write(self, inode: Inode, offset: int, data: Buffer) -> None:
-        """Write all of `data` at `offset`, into memory.
+    def reach_write(self, inode: Inode, offset: int, data: Buffer) -> Patch:
+        """Reach what a write of all of `data` at `offset` changes.
+
+        Returns:
+            What `put` puts there.
 
         Raises:
             OSError: EFBIG.
-            NoSpaceError: it would not fit into the image.
+            CorruptError, DeviceError: a block that is written in part cannot be read (C9).
         """
         size = len(data)
         end = offset + size
         if end > FILE_SIZE_MAX:
             raise posix_error(errno.EFBIG)
-        if not size:
-            return
         first, head = divmod(offset, BLOCK_SIZE_BYTES)
         stop = -(-end // BLOCK_SIZE_BYTES)
-        self.store.admission.admit(stop - first, TIER_ADD)
         self.reach(inode, first, stop)
-        dirty = self.open_dirty(inode)
-        before = len(dirty)
+        inline = self.inline_block(inode)
+        blocks: dict[int, Buffer] = {}
         if not head and not size % BLOCK_SIZE_BYTES:
             if size == BLOCK_SIZE_BYTES:
-                dirty[first] = data
+                blocks[first] = data
             else:
                 view = memoryview(data)
                 for at in range(0, size, BLOCK_SIZE_BYTES):
-                    dirty[first] = view[at : at + BLOCK_SIZE_BYTES]
+                    blocks[first] = view[at : at + BLOCK_SIZE_BYTES]
                     first += 1
-        else:
-            view = memoryview(data)
-            changed: dict[int, Buffer] = {}  # reading a damaged block must leave the others alone
-            at = 0
-            for index in range(first, stop):
-                count = min(BLOCK_SIZE_BYTES - head, size - at)
-                part = view[at : at + count]
-                if count == BLOCK_SIZE_BYTES:
-                    changed[index] = part
-                elif index * BLOCK_SIZE_BYTES >= inode.size_bytes:  # nothing of it to keep
-                    changed[index] = bytes(head) + part.tobytes().ljust(
-                        BLOCK_SIZE_BYTES - head, b"\0"
-                    )
-                else:
-                    old = bytearray(self.block(inode, index))
-                    old[head : head + count] = part
-                    changed[index] = bytes(old)
-                at += count
-                head = 0
-            dirty.update(changed)
-        self.promise(len(dirty) - before)
-        if end > inode.size_bytes:
-            inode.size_bytes = end
+            return Patch(inline, blocks)
+        view = memoryview(data)
+        at = 0
+        for index in range(first, stop):
+            count = min(BLOCK_SIZE_BYTES - head, size - at)
+            part = view[at : at + count]
+            if count == BLOCK_SIZE_BYTES:
+                blocks[index] = part
+            elif index * BLOCK_SIZE_BYTES >= inode.size_bytes:  # nothing of it to keep
+                blocks[index] = bytes(head) + part.tobytes().ljust(BLOCK_SIZE_BYTES - head, b"\0")
+            else:
+                old = bytearray(self.block(inode, index))
+                old[head : head + count] = part
+                blocks[index] = bytes(old)
+            at += count
+            head = 0
+        return Patch(inline, blocks)
 
-    def truncate(self, inode: Inode, size: int) -> None:
-        """Set the size; what lies beyond is gone, what is added is a hole.
+    def put(self, inode: Inode, patch: Patch) -> None:
+        """Let the blocks of a patch be those of the file, in memory."""
+        dirty = self.dirty.get(inode.ino)
+        if dirty is None:
+            dirty = self.dirty[inode.ino] = {}
+            if patch.inline is not None:
+                dirty[0] = patch.inline
+                self.promise(1)
+        before = len(dirty)
+        dirty.update(patch.blocks)
+        self.promise(len(dirty) - before)
+
+    def write(self, inode: Inode, offset: int, data: Buffer, patch: Patch) -> None:
+        """Write what `reach_write` prepared."""
+        self.put(inode, patch)
+        inode.size_bytes = max(inode.size_bytes, offset + len(data))
+
+    def truncation(self, inode: Inode, size: int) -> tuple[int, int]:
+        """How to admit a change of the size: tier and blocks of data."""
+        if size < inode.size_bytes:
+            return TIER_REMOVE, 1 if size % BLOCK_SIZE_BYTES else 0
+        if size > inode.size_bytes and inode.flags & INODE_INLINE:
+            return TIER_ADD, 1
+        return TIER_REMOVE, 0
+
+    def reach_truncate(self, inode: Inode, size: int) -> Patch | None:
+        """Reach what a change of the size changes.
+
+        Returns:
+            What `truncate` takes.
 
         Raises:
             OSError: EFBIG.
+            CorruptError, DeviceError: the new last block, or an extent behind it, cannot be read (C9).
         """
         if size > FILE_SIZE_MAX:
             raise posix_error(errno.EFBIG)
-        old_size = inode.size_bytes
-        if size == old_size:
-            return
-        if size < old_size:
-            stop, tail = divmod(size, BLOCK_SIZE_BYTES)
-            if tail:
-                self.store.admission.admit(1, TIER_REMOVE)
-            self.reach(inode, stop, stop + 1)
-            if inode.data_blocks:  # damage must stop us before anything is cut off
-                for _ in self.extents(inode.ino, stop, FILE_BLOCK_MAX + 1):
-                    pass
-            if inode.flags & INODE_INLINE:
-                self.open_dirty(inode)
-            if tail:
-                block = self.block(inode, stop)
-                if block is not ZERO_BLOCK:
-                    dirty = self.open_dirty(inode)
-                    self.promise(stop not in dirty)
-                    dirty[stop] = bytes(block[:tail]).ljust(BLOCK_SIZE_BYTES, b"\0")
-                stop += 1
+        if size == inode.size_bytes:
+            return None
+        if size > inode.size_bytes:
+            if not inode.flags & INODE_INLINE:
+                self._tree.reach(inode_key(inode.ino))
+                return None
+            self.reach(inode, 0, 1)
+            return Patch(self.inline_block(inode), {})
+        stop, tail = divmod(size, BLOCK_SIZE_BYTES)
+        self.reach(inode, stop, stop + 1)
+        blocks: dict[int, Buffer] = {}
+        if tail:
+            block = self.block(inode, stop)
+            if block is not ZERO_BLOCK:
+                blocks[stop] = bytes(block[:tail]).ljust(BLOCK_SIZE_BYTES, b"\0")
+        self.reach_punch(inode, stop, FILE_BLOCK_MAX + 1)
+        inline = self.inline_block(inode)
+        return Patch(inline, blocks) if blocks or inline is not None else None
+
+    def truncate(self, inode: Inode, size: int, patch: Patch | None) -> None:
+        """Set the size; what lies beyond is gone, what is added is a hole.
+
+        Args:
+            patch: that `reach_truncate` prepared.
+        """
+        if patch is not None:
+            self.put(inode, patch)
+        if size < inode.size_bytes:
+            stop = -(-size // BLOCK_SIZE_BYTES)
             self.forget_dirty(inode, stop, FILE_BLOCK_MAX + 1)
             if inode.data_blocks:
                 self.punch(inode, stop, FILE_BLOCK_MAX + 1)
-        elif inode.flags & INODE_INLINE:
-            self.store.admission.admit(1, TIER_ADD)
-            self.reach(inode, 0, 1)
-            self.open_dirty(inode)
-        else:
-            self._tree.reach(inode_key(inode.ino))
         inode.size_bytes = size
 
     def allocated_blocks(self, inode: Inode) -> int:
@@ -298,23 +346,45 @@ class Data:
             return len(dirty)
         return max(inode.data_blocks, len(dirty))
 
-    def remove(self, inode: Inode, budget: int) -> bool:
-        """Give back the data of a file that is gone, at most `budget` leaves at once.
+    def reach_removal(self, inode: Inode) -> Removal | None:
+        """Reach one leaf's extents of a file that is gone; None when it has no more.
 
-        Returns whether it is all given back.
+        Raises:
+            CorruptError, DeviceError: they cannot be given back (C9).
         """
+        if not inode.data_blocks:
+            return None
+        start, stop = (
+            key(inode.ino, TYPE_EXTENT, 0),
+            key(inode.ino, TYPE_EXTENT, FILE_BLOCK_MAX + 1),
+        )
+        found = next(self._tree.leaf_slices(start, stop), None)
+        if found is None:
+            return None
+        keys, values, first, last = found
+        self._tree.reach(keys[first])
+        extents = [decode_extent(inode.ino, value) for value in values[first:last]]
+        for extent in extents:
+            self.store.map.require(extent.block, extent.count)
+        return Removal(keys[first], stop, extents)
+
+    def remove(self, inode: Inode, removal: Removal) -> None:
+        """Give back what `reach_removal` found."""
+        self._tree.pop_from(removal.start, removal.stop)
+        drop, generation = self.store.map.drop, self.store.generation
+        for extent in removal.extents:
+            drop(extent.block, extent.count, generation)
+            inode.data_blocks = max(0, inode.data_blocks - extent.count)
+            self.data_blocks = max(0, self.data_blocks - extent.count)
+
+    def remove_memory(self, inode: Inode) -> None:
+        """Give back what a file that is gone has in memory and in its leaf; that leaf was reached."""
         dirty = self.dirty.pop(inode.ino, None)
         if dirty is not None:
             self.promise(-len(dirty))
         if inode.flags & INODE_INLINE:
             self._tree.delete(key(inode.ino, TYPE_INLINE, 0))
             inode.flags &= ~INODE_INLINE
-        if inode.data_blocks:
-            while self._punch_some(inode, key(inode.ino, TYPE_EXTENT, 0), 0, FILE_BLOCK_MAX + 1):
-                if not budget:
-                    return False
-                budget -= 1
-        return True
 
     def forget(self, inode: Inode, extents: list[Extent]) -> None:
         """A file is gone, and the items of these extents, all that it had, with it."""
@@ -433,16 +503,15 @@ class Data:
             self.data_blocks = max(0, self.data_blocks - count)
         return True
 
-    def open_dirty(self, inode: Inode) -> dict[int, Buffer]:
-        """The dirty blocks of a file, with its inline data among them."""
-        dirty = self.dirty.get(inode.ino)
-        if dirty is None:
-            dirty = {}
-            if inode.flags & INODE_INLINE:
-                dirty[0] = self._inline(inode).ljust(BLOCK_SIZE_BYTES, b"\0")
-                self.promise(1)
-            self.dirty[inode.ino] = dirty
-        return dirty
+    def inline_block(self, inode: Inode) -> Buffer | None:
+        """The first block of a file whose data is inline and not in memory yet, for a `Patch`.
+
+        Raises:
+            CorruptError: the data is missing.
+        """
+        if not inode.flags & INODE_INLINE or inode.ino in self.dirty:
+            return None
+        return self._inline(inode).ljust(BLOCK_SIZE_BYTES, b"\0")
 
     def forget_dirty(self, inode: Inode, first: int, stop: int) -> None:
         """Let what waits in memory for the blocks [first, stop) of the file be nothing."""
@@ -494,6 +563,16 @@ class Data:
         self._tree.delete(key(inode.ino, TYPE_INLINE, 0))
         inode.flags &= ~INODE_INLINE
 
+    def reach_punch(self, inode: Inode, first: int, stop: int) -> None:
+        """Read all that `punch` gives back; the leaves at the edges are reached by `reach`.
+
+        Raises:
+            CorruptError, DeviceError: some of it cannot be given back (C9).
+        """
+        if inode.data_blocks:
+            for _, extent in self.extents(inode.ino, first, stop):
+                self.store.map.require(extent.block, extent.count)
+
     def punch(self, inode: Inode, first: int, stop: int) -> None:
         """Let the blocks [first, stop) of the file hold nothing; extents at the edges are cut."""
         begin = self._extent_key(inode.ino, first)
@@ -510,11 +589,6 @@ class Data:
         found = next(tree.leaf_slices(begin, stop_key), None)
         if found is None:
             return False
-        _, values, at, last = found
-        # What cannot be read must stop us before anything is taken out.
-        for value in values[at:last]:
-            extent = decode_extent(ino, value)
-            self.store.map.require(extent.block, extent.count)
         removed = tree.pop_range(begin, stop_key)
         for item, value in removed:
             start = split_key(item)[2]

@@ -3,10 +3,11 @@
 The hash and the entry's slot make the readdir cookie, which stays valid while other names come and go.
 """
 
+import errno
 import logging
 from collections.abc import Iterator
 
-from cowfs.errors import CorruptError, NoSpaceError
+from cowfs.errors import CorruptError, NoSpaceError, posix_error
 from cowfs.files.items import (
     NAME_ENTRY_BYTES,
     NAME_SLOTS,
@@ -55,11 +56,7 @@ class Names:
         return None if value is None else find_name(directory, value, name)
 
     def add(self, directory: int, name: bytes, ino: int, type_: int) -> None:
-        """Add a name that is not there yet.
-
-        Raises:
-            NoSpaceError: sixteen names of one hash, which only their author can bring about.
-        """
+        """Add a name whose place `reach_new` reached."""
         value = self._item(directory, name)
         item, self._last = self._last_item, None
         if value is None:
@@ -67,15 +64,30 @@ class Names:
             return
         names = decode_names(directory, value)
         taken = {entry.slot for entry in names}
-        slot = next((slot for slot in range(NAME_SLOTS) if slot not in taken), None)
-        if slot is None:
-            raise NoSpaceError("too many names of one hash in the directory")
+        slot = next(slot for slot in range(NAME_SLOTS) if slot not in taken)
         names.append(Name(name, ino, type_, slot))
         self._tree.put(item, encode_names(sorted(names, key=lambda entry: entry.slot)))
 
+    def reach_new(self, directory: int, name: bytes) -> None:
+        """Reach the place of a name that is to be added.
+
+        Raises:
+            OSError: EEXIST, it is there.
+            NoSpaceError: sixteen names of one hash, which only their author can bring about.
+        """
+        value = self._item(directory, name)
+        if value is not None:
+            names = decode_names(directory, value)
+            if any(entry.name == name for entry in names):
+                raise posix_error(errno.EEXIST)
+            if len(names) >= NAME_SLOTS:
+                raise NoSpaceError("too many names of one hash in the directory")
+        self._tree.reach(self._last_item)
+
     def reach(self, directory: int, name: bytes) -> None:
         """See to it that a change of the name cannot fail. Raises CorruptError, DeviceError."""
-        self._tree.reach(key(directory, TYPE_NAME, name_hash(name, self._seed)))
+        self._item(directory, name)
+        self._tree.reach(self._last_item)
 
     def change(self, directory: int, name: bytes, ino: int, type_: int) -> None:
         """Let an existing name mean another inode; its cookie stays."""

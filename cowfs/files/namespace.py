@@ -1,8 +1,9 @@
 """Names: what makes, finds, moves and removes files and directories of one tree.
 
-Every method is one operation of the history: it happens whole or not at all, and never suspends. What
-it will change is *reached* first (btree.py), so that damage refuses the operation, and neither half of
-it nor the commit meets it (C9). POSIX answers are `OSError`.
+Every method is one operation of the history: it happens whole or not at all, and never suspends. It is
+admitted, reaches what it will change, and only then changes it (operation.py): so damage and a full
+image refuse the operation, and neither half of it nor the commit meets them (C9, C10). POSIX answers are
+`OSError`.
 """
 
 import errno
@@ -32,6 +33,7 @@ from cowfs.files.stored_acls import StoredAcls
 from cowfs.files.xattrs import Xattrs
 from cowfs.storage.admission import TIER_ADD, TIER_REMOVE
 from cowfs.storage.btree import Tree
+from cowfs.storage.operation import Operation
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -59,6 +61,7 @@ class Namespace:
     ) -> None:
         self.tree = tree
         self.store = tree.store
+        self.operation = tree.operation = Operation(tree.store.admission, tree.store.fail)
         self.inodes = Inodes(tree, next_ino, inode_count)
         self.data = Data(tree, data_blocks)
         self.ranges = Ranges(self.data)
@@ -71,10 +74,13 @@ class Namespace:
 
     def make_root(self, mode: int, uid: int, gid: int) -> None:
         """The root directory of a new, empty tree."""
-        inode = self.inodes.create(stat.S_IFDIR | mode, uid, gid, ROOT_INO)
-        assert inode.ino == ROOT_INO
-        inode.nlink = 2
-        self.changed = True
+        with self.operation.begin_admitted() as operation:
+            self.inodes.reach_new()
+            operation.change()
+            inode = self.inodes.create(stat.S_IFDIR | mode, uid, gid, ROOT_INO)
+            assert inode.ino == ROOT_INO
+            inode.nlink = 2
+            self.changed = True
 
     # --- looking ------------------------------------------------------------------------------------
 
@@ -128,28 +134,47 @@ class Namespace:
             OSError: EEXIST, ENOENT, ENOTDIR, EMLINK, ENAMETOOLONG.
             NoSpaceError: the image is full.
         """
-        self._admit(TIER_ADD)
-        parent = self._living(directory)
-        self._free_name(directory, name)
-        is_directory = stat.S_ISDIR(mode)
-        if parent.mode & stat.S_ISGID:
-            gid = parent.gid
+        return self._make(directory, name, mode, uid, gid, rdev, b"", umask, inherits)
+
+    def _make(
+        self,
+        directory: int,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        rdev: int,
+        target: bytes,
+        umask: int,
+        inherits: bool,
+    ) -> Inode:
+        """As `create`, and `symlink` with its target."""
+        with self._begin(TIER_ADD) as operation:
+            parent = self._living(directory)
+            self._reach_new_name(directory, name)
+            is_directory = stat.S_ISDIR(mode)
+            if parent.mode & stat.S_ISGID:
+                gid = parent.gid
+                if is_directory:
+                    mode |= stat.S_ISGID
+            if is_directory and parent.nlink >= LINK_MAX:
+                raise posix_error(errno.EMLINK)
+            mode, access, default = self._inherited(parent, mode, umask, inherits)
+            self.inodes.reach(parent)
+            self.inodes.reach_new()
+            operation.change()
+            inode = self.inodes.create(mode, uid, gid, directory if is_directory else rdev)
+            self.names.add(directory, name, inode.ino, mode >> 12)
             if is_directory:
-                mode |= stat.S_ISGID
-        if is_directory and parent.nlink >= LINK_MAX:
-            raise posix_error(errno.EMLINK)
-        mode, access, default = self._inherited(parent, mode, umask, inherits)
-        self.inodes.reach(parent)
-        # The name first: only it can be refused, and must then leave no inode behind.
-        self.names.add(directory, name, self.inodes.free_ino(), mode >> 12)
-        inode = self.inodes.create(mode, uid, gid, directory if is_directory else rdev)
-        if is_directory:
-            inode.nlink = 2
-            parent.nlink += 1
-        if default is not None:
-            self.acls.put_inherited(inode, access, default)
-        self._renamed(parent, len(name), inode.mtime_ns)
-        return inode
+                inode.nlink = 2
+                parent.nlink += 1
+            if target:
+                self.tree.put(key(inode.ino, TYPE_SYMLINK, 0), target)
+                inode.size_bytes = len(target)
+            if default is not None:
+                self.acls.put_inherited(inode, access, default)
+            self._renamed(parent, len(name), inode.mtime_ns)
+            return inode
 
     def _inherited(
         self, parent: Inode, mode: int, umask: int, inherits: bool
@@ -183,19 +208,20 @@ class Namespace:
             OSError: ENOENT, ENOTDIR.
             NoSpaceError: the image is full.
         """
-        self._admit(TIER_ADD)
-        parent = self._living(directory)
-        self.tree.reach(key(0, TYPE_ORPHAN, self.inodes.free_ino()))
-        if parent.mode & stat.S_ISGID:
-            gid = parent.gid
-        mode, access, _ = self._inherited(parent, stat.S_IFREG | mode & 0o7777, umask, inherits)
-        inode = self.inodes.create(mode, uid, gid, 0)
-        inode.nlink = 0
-        self.acls.put_access(inode, access)
-        self._orphans.inos.add(inode.ino)
-        self._orphans.unnamed.add(inode.ino)
-        self.changed = True
-        return inode
+        with self._begin(TIER_ADD) as operation:
+            parent = self._living(directory)
+            self.tree.reach(key(0, TYPE_ORPHAN, self.inodes.reach_new()))
+            if parent.mode & stat.S_ISGID:
+                gid = parent.gid
+            mode, access, _ = self._inherited(parent, stat.S_IFREG | mode & 0o7777, umask, inherits)
+            operation.change()
+            inode = self.inodes.create(mode, uid, gid, 0)
+            inode.nlink = 0
+            self.acls.put_access(inode, access)
+            self._orphans.inos.add(inode.ino)
+            self._orphans.unnamed.add(inode.ino)
+            self.changed = True
+            return inode
 
     def symlink(self, directory: int, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
         """A symbolic link. Raises as `create`; ENAMETOOLONG, ENOENT also for the target."""
@@ -203,34 +229,33 @@ class Namespace:
             raise posix_error(errno.ENOENT)
         if len(target) > SYMLINK_BYTES_MAX:
             raise posix_error(errno.ENAMETOOLONG)
-        inode = self.create(directory, name, stat.S_IFLNK | 0o777, uid, gid)
-        self.tree.put(key(inode.ino, TYPE_SYMLINK, 0), target)
-        inode.size_bytes = len(target)
-        return inode
+        mode = stat.S_IFLNK | 0o777
+        return self._make(directory, name, mode, uid, gid, 0, target, 0, False)
 
     def link(self, ino: int, directory: int, name: bytes) -> Inode:
         """Another name for a file. Raises OSError EPERM for a directory, EMLINK, EEXIST, ENOENT."""
-        self._admit(TIER_ADD)
-        inode = self.get(ino)
-        parent = self._living(directory)
-        if stat.S_ISDIR(inode.mode):
-            raise posix_error(errno.EPERM)
-        if inode.nlink >= LINK_MAX:
-            raise posix_error(errno.EMLINK)
-        if not inode.nlink and ino not in self._orphans.unnamed:
-            raise posix_error(errno.ENOENT)
-        self._free_name(directory, name)
-        now_ns = time.time_ns()
-        self.inodes.reach(parent)
-        self._orphans.reach(inode)
-        self.names.add(directory, name, ino, inode.mode >> 12)
-        inode.nlink += 1
-        if inode.nlink == 1:
-            self._orphans.named(ino)
-        inode.ctime_ns = now_ns
-        self.inodes.touch(inode)
-        self._renamed(parent, len(name), now_ns)
-        return inode
+        with self._begin(TIER_ADD) as operation:
+            inode = self.get(ino)
+            parent = self._living(directory)
+            if stat.S_ISDIR(inode.mode):
+                raise posix_error(errno.EPERM)
+            if inode.nlink >= LINK_MAX:
+                raise posix_error(errno.EMLINK)
+            if not inode.nlink and ino not in self._orphans.unnamed:
+                raise posix_error(errno.ENOENT)
+            self._reach_new_name(directory, name)
+            self.inodes.reach(parent)
+            self._orphans.reach(inode)
+            operation.change()
+            now_ns = time.time_ns()
+            self.names.add(directory, name, ino, inode.mode >> 12)
+            inode.nlink += 1
+            if inode.nlink == 1:
+                self._orphans.named(ino)
+            inode.ctime_ns = now_ns
+            self.inodes.touch(inode)
+            self._renamed(parent, len(name), now_ns)
+            return inode
 
     def unlink(self, directory: int, name: bytes) -> Inode:
         """Remove a name that is not a directory's. With the last one the file is an orphan.
@@ -238,37 +263,41 @@ class Namespace:
         Returns:
             The inode; when its nlink is 0, `reclaim` it as soon as nobody uses it.
         """
-        self._admit(TIER_REMOVE)
-        parent = self._directory(directory)
-        inode = self.lookup(directory, name)
-        if stat.S_ISDIR(inode.mode):
-            raise posix_error(errno.EISDIR)
-        self._require_linked(inode)
-        now_ns = time.time_ns()
-        self.inodes.reach(parent)
-        self._orphans.reach(inode)
-        self.names.remove(directory, name)
-        self._renamed(parent, -len(name), now_ns)
-        self._unlinked(inode, now_ns)
-        return inode
+        with self._begin(TIER_REMOVE) as operation:
+            parent = self._directory(directory)
+            inode = self.lookup(directory, name)
+            if stat.S_ISDIR(inode.mode):
+                raise posix_error(errno.EISDIR)
+            self._require_linked(inode)
+            self.names.reach(directory, name)
+            self.inodes.reach(parent)
+            self._orphans.reach(inode)
+            operation.change()
+            now_ns = time.time_ns()
+            self.names.remove(directory, name)
+            self._renamed(parent, -len(name), now_ns)
+            self._unlinked(inode, now_ns)
+            return inode
 
     def rmdir(self, directory: int, name: bytes) -> Inode:
         """Remove an empty directory. Raises OSError ENOTEMPTY, ENOTDIR, EINVAL for `.`."""
-        self._admit(TIER_REMOVE)
-        if name in (b".", b".."):
-            raise posix_error(errno.EINVAL if name == b"." else errno.ENOTEMPTY)
-        parent = self._directory(directory)
-        inode = self.lookup(directory, name)
-        self._require_empty(inode)
-        self._require_linked(inode)
-        now_ns = time.time_ns()
-        self.inodes.reach(parent)
-        self._orphans.reach(inode)
-        self.names.remove(directory, name)
-        self._count_link(parent, -1)
-        self._renamed(parent, -len(name), now_ns)
-        self._unlinked(inode, now_ns)
-        return inode
+        with self._begin(TIER_REMOVE) as operation:
+            if name in (b".", b".."):
+                raise posix_error(errno.EINVAL if name == b"." else errno.ENOTEMPTY)
+            parent = self._directory(directory)
+            inode = self.lookup(directory, name)
+            self._require_empty(inode)
+            self._require_linked(inode)
+            self.names.reach(directory, name)
+            self.inodes.reach(parent)
+            self._orphans.reach(inode)
+            operation.change()
+            now_ns = time.time_ns()
+            self.names.remove(directory, name)
+            self._count_link(parent, -1)
+            self._renamed(parent, -len(name), now_ns)
+            self._unlinked(inode, now_ns)
+            return inode
 
     def rename(
         self, old_directory: int, old_name: bytes, directory: int, name: bytes, flags: int = 0
@@ -290,54 +319,62 @@ class Namespace:
         for part in (old_name, name):
             if part in (b".", b".."):
                 raise posix_error(errno.EBUSY)
-        self._admit(TIER_ADD)
-        old_parent, parent = self._directory(old_directory), self._living(directory)
-        moving = self.lookup(old_directory, old_name)
-        self._check_name(name)
-        target = self.find(directory, name)
-        if target is not None and flags == RENAME_NOREPLACE:
-            raise posix_error(errno.EEXIST)
-        if target is None and flags == RENAME_EXCHANGE:
-            raise posix_error(errno.ENOENT)
-        if target is moving:
-            return None
-        if stat.S_ISDIR(moving.mode):
-            self._require_outside(moving.ino, directory)
-        if target is None:
-            if stat.S_ISDIR(moving.mode) and parent is not old_parent and parent.nlink >= LINK_MAX:
-                raise posix_error(errno.EMLINK)
-        elif flags == RENAME_EXCHANGE:
-            if stat.S_ISDIR(target.mode):
-                self._require_outside(target.ino, old_directory)
-        else:
+        with self._begin(TIER_ADD) as operation:
+            old_parent, parent = self._directory(old_directory), self._living(directory)
+            moving = self.lookup(old_directory, old_name)
+            self._check_name(name)
+            target = self.find(directory, name)
+            if target is not None and flags == RENAME_NOREPLACE:
+                raise posix_error(errno.EEXIST)
+            if target is None and flags == RENAME_EXCHANGE:
+                raise posix_error(errno.ENOENT)
+            if target is moving:
+                return None
             if stat.S_ISDIR(moving.mode):
-                self._require_empty(target)
-            elif stat.S_ISDIR(target.mode):
-                raise posix_error(errno.EISDIR)
-            self._require_linked(target)
-        self.names.reach(old_directory, old_name)
-        self.names.reach(directory, name)
-        for inode in (old_parent, parent, moving):
-            self.inodes.reach(inode)
-        if target is not None:
-            self._orphans.reach(target)
-        now_ns = time.time_ns()
-        if target is None:
-            self.names.add(directory, name, moving.ino, moving.mode >> 12)
-            self._renamed(parent, len(name), now_ns)
-        elif flags == RENAME_EXCHANGE:
-            self._exchange(old_parent, old_name, moving, parent, name, target)
-            return None
-        else:
-            if stat.S_ISDIR(moving.mode):
-                self._count_link(parent, -1)
-            self.names.change(directory, name, moving.ino, moving.mode >> 12)
-            self._renamed(parent, 0, now_ns)
-            self._unlinked(target, now_ns)
-        self.names.remove(old_directory, old_name)
-        self._renamed(old_parent, -len(old_name), now_ns)
-        self._moved(moving, old_parent, parent, now_ns)
-        return target
+                self._require_outside(moving.ino, directory)
+            if target is None:
+                if (
+                    stat.S_ISDIR(moving.mode)
+                    and parent is not old_parent
+                    and parent.nlink >= LINK_MAX
+                ):
+                    raise posix_error(errno.EMLINK)
+            elif flags == RENAME_EXCHANGE:
+                if stat.S_ISDIR(target.mode):
+                    self._require_outside(target.ino, old_directory)
+            else:
+                if stat.S_ISDIR(moving.mode):
+                    self._require_empty(target)
+                elif stat.S_ISDIR(target.mode):
+                    raise posix_error(errno.EISDIR)
+                self._require_linked(target)
+            self.names.reach(old_directory, old_name)
+            if target is None:
+                self.names.reach_new(directory, name)
+            else:
+                self.names.reach(directory, name)
+            for inode in (old_parent, parent, moving):
+                self.inodes.reach(inode)
+            if target is not None:
+                self._orphans.reach(target)
+            operation.change()
+            now_ns = time.time_ns()
+            if target is None:
+                self.names.add(directory, name, moving.ino, moving.mode >> 12)
+                self._renamed(parent, len(name), now_ns)
+            elif flags == RENAME_EXCHANGE:
+                self._exchange(old_parent, old_name, moving, parent, name, target)
+                return None
+            else:
+                if stat.S_ISDIR(moving.mode):
+                    self._count_link(parent, -1)
+                self.names.change(directory, name, moving.ino, moving.mode >> 12)
+                self._renamed(parent, 0, now_ns)
+                self._unlinked(target, now_ns)
+            self.names.remove(old_directory, old_name)
+            self._renamed(old_parent, -len(old_name), now_ns)
+            self._moved(moving, old_parent, parent, now_ns)
+            return target
 
     def _exchange(
         self,
@@ -370,9 +407,10 @@ class Namespace:
         if not self.writable:
             raise ReadOnlyError("a snapshot cannot be changed")
 
-    def _admit(self, tier: int) -> None:
+    def _begin(self, tier: int, blocks: int = 0) -> Operation:
+        """Begin an operation that adds so many blocks of data."""
         self._require_writable()
-        self.store.admission.admit(0, tier)
+        return self.operation.begin(tier, blocks)
 
     def _touch(self, inode: Inode) -> None:
         self.changed = True
@@ -411,10 +449,11 @@ class Namespace:
         if not name or b"/" in name or b"\0" in name:
             raise posix_error(errno.EINVAL)
 
-    def _free_name(self, directory: int, name: bytes) -> None:
+    def _reach_new_name(self, directory: int, name: bytes) -> None:
         self._check_name(name)
-        if name in (b".", b"..") or self.names.find(directory, name) is not None:
+        if name in (b".", b".."):
             raise posix_error(errno.EEXIST)
+        self.names.reach_new(directory, name)
 
     def _renamed(self, directory: Inode, bytes_more: int, now_ns: int) -> None:
         directory.size_bytes = max(0, min(FILE_SIZE_MAX, directory.size_bytes + bytes_more))

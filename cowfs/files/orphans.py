@@ -22,10 +22,9 @@ from cowfs.files.items import (
 )
 from cowfs.files.xattrs import Xattrs
 from cowfs.storage.btree import Tree
+from cowfs.storage.operation import Operation
 
 log = logging.getLogger(__name__)
-
-RECLAIM_LEAVES = 64  # of a file's extents, at once: about 450 MiB of data, some milliseconds
 
 
 class Orphans:
@@ -58,19 +57,22 @@ class Orphans:
             self._tree.reach(key(0, TYPE_ORPHAN, inode.ino))
 
     def named(self, ino: int) -> None:
-        """A file that never had a name has got one."""
+        """It is no orphan any more: it is gone, or a file that never had a name has got one."""
         self.unnamed.discard(ino)
         self.inos.discard(ino)
 
-    def reclaim(self, ino: int) -> bool:
-        """Give back what an orphan holds, a bounded part of it.
+    def reclaim(self, ino: int, operation: Operation) -> bool:
+        """Give back what an orphan holds: all of a small file, else what lies in one leaf.
+
+        Args:
+            operation: begun for this.
 
         Returns:
             Whether it is gone; otherwise call again.
         """
         inode = self._inodes.find(ino)
         if inode is None:  # a mark in the image for nothing: it goes with the next flush
-            self.inos.discard(ino)
+            self.named(ino)
             return True
         if inode.nlink:
             raise CorruptError(f"inode {ino}", ino, "an orphan mark, but names", inode.nlink)
@@ -86,19 +88,28 @@ class Orphans:
             for extent in extents:
                 self._data.store.map.require(extent.block, extent.count)
             if items:
+                self._tree.reach(items[0][0])
+            operation.change()
+            if items:
                 self._tree.pop_from(items[0][0], stop)
             self._data.forget(inode, extents)
             self._inodes.forget(inode)
-        else:
-            if not self._data.remove(inode, RECLAIM_LEAVES):
-                self._inodes.touch(inode)
-                return False
-            self._xattrs.remove_all(inode)
-            if stat.S_ISLNK(inode.mode):
-                self._tree.delete(key(ino, TYPE_SYMLINK, 0))
-            self._inodes.remove(inode)
-        self.inos.discard(ino)
-        self.unnamed.discard(ino)
+            self.named(ino)
+            return True
+        removal = self._data.reach_removal(inode)
+        if removal is not None:
+            operation.change()
+            self._data.remove(inode, removal)
+            self._inodes.touch(inode)
+            return False
+        self._tree.reach_range(start, key(ino, TYPE_EXTENT, 0))
+        operation.change()
+        self._data.remove_memory(inode)
+        self._xattrs.remove_all(inode)
+        if stat.S_ISLNK(inode.mode):
+            self._tree.delete(key(ino, TYPE_SYMLINK, 0))
+        self._inodes.remove(inode)
+        self.named(ino)
         return True
 
     def flush(self) -> None:

@@ -8,9 +8,11 @@ copies it through read and write. Callers set times and touch the inode; sizes a
 
 import errno
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from cowfs.errors import posix_error
-from cowfs.files.data import ZERO_BLOCK, Data
+from cowfs.files.data import ZERO_BLOCK, Data, Patch
 from cowfs.files.items import (
     EXTENT_BYTES,
     FILE_SIZE_MAX,
@@ -19,13 +21,39 @@ from cowfs.files.items import (
     Extent,
     Inode,
 )
-from cowfs.storage.admission import TIER_ADD, TIER_REMOVE
+from cowfs.storage.device import Buffer
 from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_BLOCKS
 
 # What one call shares at the most. Extents: 64 MiB where they are long, about a millisecond. Blocks,
 # which may be holes: 1 GiB; the answer to the kernel has 32 bits for the number of bytes.
 SHARE_EXTENTS_MAX = 64
 SHARE_BLOCKS_MAX = 1 << 18
+
+
+class Zeroing(NamedTuple):
+    """What `Ranges.zero` does: new blocks at the edges, and blocks [first, stop) that go."""
+
+    patch: Patch
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Extents that a file is to share, by their first blocks in it; holes lie between them.
+
+    They stand for `count` blocks from `first`, of which `size_bytes` bytes are the file's.
+    """
+
+    extents: list[tuple[int, Extent]]
+    first: int
+    count: int
+    size_bytes: int
+
+    def leaf_blocks(self, copies: int) -> int:
+        """Blocks that their items take in leaves that are half full."""
+        leaf_bytes = sum(EXTENT_BYTES + len(extent.checksums) for _, extent in self.extents)
+        return (-(-2 * leaf_bytes // BLOCK_SIZE_BYTES) + NODE_BLOCKS) * copies
 
 
 class Ranges:
@@ -81,18 +109,18 @@ class Ranges:
 
     # --- zeroing ------------------------------------------------------------------------------------
 
-    def zero(self, inode: Inode, offset: int, length: int) -> None:
-        """Let a part of a file read as zeros, and give back the blocks that lie in it whole.
+    def reach_zero(self, inode: Inode, offset: int, length: int) -> Zeroing | None:
+        """Reach what `zero` changes; None where there is nothing to zero.
 
         Bytes behind the end of the file are none, and stay so.
 
         Raises:
-            NoSpaceError: no room for the blocks at its edges.
+            CorruptError, DeviceError: a block at the edges, or an extent, cannot be read (C9).
         """
         data = self._data
         end = min(offset + length, inode.size_bytes)
         if offset >= end:
-            return
+            return None
         first, head = divmod(offset, BLOCK_SIZE_BYTES)
         stop = -(-end // BLOCK_SIZE_BYTES)
         edges: dict[int, tuple[int, int]] = {}  # block: which bytes of it
@@ -101,53 +129,42 @@ class Ranges:
         tail = end % BLOCK_SIZE_BYTES
         if tail and end < inode.size_bytes and stop - 1 not in edges:
             edges[stop - 1] = (0, tail)
-        data.store.admission.admit(len(edges), TIER_REMOVE)
         for edge in (first, stop - 1):
             data.reach(inode, edge, edge + 1)
-        if inode.data_blocks:  # damage must stop us before anything is given back
-            for _ in data.extents(inode.ino, first, stop):
-                pass
-        if inode.flags & INODE_INLINE:
-            data.open_dirty(inode)
-        changed = {}
+        data.reach_punch(inode, first, stop)
+        changed: dict[int, Buffer] = {}
         for index, (begin, finish) in edges.items():
             block = data.block(inode, index)
             if block is not ZERO_BLOCK:
                 changed[index] = b"".join(
                     (block[:begin], bytes(finish - begin), block[finish:BLOCK_SIZE_BYTES])
                 )
-        if changed:
-            dirty = data.open_dirty(inode)
-            data.promise(len(changed.keys() - dirty.keys()))
-            dirty.update(changed)
-        whole_first = first + (first in edges)
-        whole_stop = stop - (stop - 1 in edges)
-        data.forget_dirty(inode, whole_first, whole_stop)
-        if inode.data_blocks and whole_first < whole_stop:
-            data.punch(inode, whole_first, whole_stop)
+        patch = Patch(data.inline_block(inode), changed)
+        return Zeroing(patch, first + (first in edges), stop - (stop - 1 in edges))
 
-    def require_room(self, inode: Inode, offset: int, length: int) -> None:
-        """See that writing a part of a file, holes included, would fit as things are now.
+    def zero(self, inode: Inode, zeroing: Zeroing) -> None:
+        """Let a part of a file read as zeros, and give back the blocks that lie in it whole."""
+        data = self._data
+        patch, first, stop = zeroing
+        if patch.blocks or patch.inline is not None:
+            data.put(inode, patch)
+        data.forget_dirty(inode, first, stop)
+        if inode.data_blocks and first < stop:
+            data.punch(inode, first, stop)
 
-        Raises:
-            OSError: EFBIG.
-            NoSpaceError: it would not.
-        """
+    def missing_blocks(self, inode: Inode, offset: int, length: int) -> int:
+        """Blocks that writing a part of a file, holes included, would add."""
         end = offset + length
-        if end > FILE_SIZE_MAX:
-            raise posix_error(errno.EFBIG)
         missing = -(-end // BLOCK_SIZE_BYTES) - offset // BLOCK_SIZE_BYTES
         for start, stop in self._runs(inode, offset):
             if start >= end:
                 break
             missing -= (min(stop, end) - max(start, offset)) // BLOCK_SIZE_BYTES
-        admission = self._data.store.admission
-        admission.require_blocks(missing)  # the filesystem is not full for what is smaller
-        admission.admit(max(0, missing), TIER_ADD)
+        return max(0, missing)
 
     # --- sharing ------------------------------------------------------------------------------------
 
-    def share(
+    def find_pieces(
         self,
         source: Data,
         source_inode: Inode,
@@ -155,23 +172,23 @@ class Ranges:
         inode: Inode,
         offset: int,
         length: int,
-    ) -> int:
-        """Let a part of a file be made of blocks of another: whole ones, and the last of both files.
+    ) -> Pieces | None:
+        """What of a file another can share: whole blocks, and the last of both files.
+
+        Looks only. The data of the source was settled before: all of it has blocks.
 
         Args:
             source: the data of the tree of `source_inode`.
 
         Returns:
-            How many bytes are shared; maybe less than `length`, then call again for the rest.
+            None where there is nothing; maybe less than `length`, then ask again for the rest.
 
         Raises:
             OSError: EXDEV where nothing can be shared; EINVAL where a range overlaps itself; EFBIG.
-            NoSpaceError: no room for the extents.
         """
-        data = self._data
         length = min(length, source_inode.size_bytes - source_offset)
         if length <= 0:
-            return 0
+            return None
         if offset + length > FILE_SIZE_MAX:
             raise posix_error(errno.EFBIG)
         if source_offset % BLOCK_SIZE_BYTES or offset % BLOCK_SIZE_BYTES:
@@ -187,29 +204,37 @@ class Ranges:
         small = source_inode.size_bytes <= INLINE_BYTES_MAX and not source_inode.data_blocks
         if not count or small:
             raise posix_error(errno.EXDEV)
-        source.settle(source_inode)
         count = min(count, SHARE_BLOCKS_MAX)
         begin, first = source_offset // BLOCK_SIZE_BYTES, offset // BLOCK_SIZE_BYTES
-        pieces, count = self._pieces(source, source_inode, begin, count, first)
-        store = data.store
-        leaf_bytes = sum(EXTENT_BYTES + len(piece.checksums) for _, piece in pieces)
-        leaf_blocks = -(-2 * leaf_bytes // BLOCK_SIZE_BYTES) + NODE_BLOCKS  # of leaves half full
-        store.admission.admit(leaf_blocks * store.copies, TIER_ADD)
-        for _, piece in pieces:
-            store.map.require(piece.block, piece.count)
-        data.reach(inode, first, first + count)
-        if inode.flags & INODE_INLINE:
-            data.open_dirty(inode)
+        extents, count = self._pieces(source, source_inode, begin, count, first)
+        return Pieces(extents, first, count, min(count * BLOCK_SIZE_BYTES, length))
+
+    def reach_share(self, inode: Inode, pieces: Pieces) -> Patch:
+        """Reach what `share` changes.
+
+        Raises:
+            CorruptError, DeviceError: the blocks, or what they replace, cannot be read (C9).
+        """
+        data = self._data
+        for _, extent in pieces.extents:
+            data.store.map.require(extent.block, extent.count)
+        data.reach(inode, pieces.first, pieces.first + pieces.count)
+        return Patch(data.inline_block(inode), {})
+
+    def share(self, inode: Inode, offset: int, pieces: Pieces, patch: Patch) -> None:
+        """Let a part of a file be made of the blocks of another."""
+        data = self._data
+        if patch.inline is not None:
+            data.put(inode, patch)
         self.shared = True
-        for _, piece in pieces:  # before the old ones go: they may be the same blocks
-            store.map.add(piece.block, piece.count)
-        data.forget_dirty(inode, first, first + count)
+        for _, extent in pieces.extents:  # before the old ones go: they may be the same blocks
+            data.store.map.add(extent.block, extent.count)
+        first, stop = pieces.first, pieces.first + pieces.count
+        data.forget_dirty(inode, first, stop)
         if inode.data_blocks:
-            data.punch(inode, first, first + count)
-        data.add_extents(inode, pieces)
-        shared = min(count * BLOCK_SIZE_BYTES, length)
-        inode.size_bytes = max(inode.size_bytes, offset + shared)
-        return shared
+            data.punch(inode, first, stop)
+        data.add_extents(inode, pieces.extents)
+        inode.size_bytes = max(inode.size_bytes, offset + pieces.size_bytes)
 
     def _pieces(
         self, source: Data, inode: Inode, begin: int, count: int, first: int

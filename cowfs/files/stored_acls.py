@@ -24,11 +24,11 @@ class StoredAcls:
         """Raise CorruptError unless a value from the image is an ACL."""
         _decode(inode, name, value)
 
-    def set(self, inode: Inode, name: bytes, value: bytes) -> int:
-        """Store an ACL, or remove the one there is if the mode says it all.
+    def reach_set(self, inode: Inode, name: bytes, value: bytes) -> tuple[int, bytes | None]:
+        """Prepare the storing of an ACL.
 
         Returns:
-            The mode that the inode must be given.
+            The mode that the inode must be given, and what `set` stores: None if the mode says it all.
 
         Raises:
             OSError: EINVAL it is malformed, E2BIG; EOPNOTSUPP for a symlink; EACCES a default ACL for
@@ -49,10 +49,18 @@ class StoredAcls:
         else:
             mode = mode & ~0o777 | acl.mode_of(entries)
             if acl.is_mode_only(entries):
-                self._xattrs.remove(inode, name)
-                return mode
-        self._xattrs.set(inode, name, acl.encode_acl(entries))
-        return mode
+                self._xattrs.reach_remove(inode, name)
+                return mode, None
+        encoded = acl.encode_acl(entries)
+        self._xattrs.reach_set(inode, name, encoded)
+        return mode, encoded
+
+    def set(self, inode: Inode, name: bytes, encoded: bytes | None) -> None:
+        """Store what `reach_set` prepared, or remove the ACL there is."""
+        if encoded is None:
+            self._xattrs.remove(inode, name)
+        else:
+            self._xattrs.set(inode, name, encoded)
 
     def reach_mode(self, inode: Inode, mode: int) -> bytes | None:
         """Prepare a change of the mode.
@@ -68,7 +76,7 @@ class StoredAcls:
         changed = acl.encode_acl(acl.with_mode(_decode(inode, acl.ACCESS_NAME, value), mode))
         if changed == value:
             return None
-        self._xattrs.reach(inode, acl.ACCESS_NAME)
+        self._xattrs.reach_set(inode, acl.ACCESS_NAME, changed)
         return changed
 
     def put_access(self, inode: Inode, value: bytes | None) -> None:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 CAPABILITY_XATTR = b"security.capability"
 KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10  # FALLOC_FL_* of linux/falloc.h
+RECLAIM_LEAVES = 64  # of an orphan's extents, at once: about 450 MiB of data, some milliseconds
 RELATIME_NS = 24 * 3600 * 10**9
 
 
@@ -87,21 +88,35 @@ class Volume(Namespace):
         Raises:
             OSError: EISDIR, EINVAL for the size of what has none; EFBIG.
         """
-        self._admit(TIER_REMOVE)
-        inode = self.get(ino)
-        now_ns = time.time_ns()
-        clear_capability = changes.clear_capability and inode.xattr_count
-        if clear_capability:
-            self.xattrs.reach(inode, CAPABILITY_XATTR)
-        if changes.size_bytes is not None:
+        size = changes.size_bytes
+        tier, blocks = TIER_REMOVE, 0
+        if size is not None:
+            self._require_writable()
+            inode = self.get(ino)
             if stat.S_ISDIR(inode.mode):
                 raise posix_error(errno.EISDIR)
-            if not stat.S_ISREG(inode.mode) or changes.size_bytes < 0:
+            if not stat.S_ISREG(inode.mode) or size < 0:
                 raise posix_error(errno.EINVAL)
-        access = None if changes.mode is None else self.acls.reach_mode(inode, changes.mode)
-        if changes.size_bytes is not None:
-            self.data.truncate(inode, changes.size_bytes)
-        self.inodes.reach(inode)
+            tier, blocks = self.data.truncation(inode, size)
+        with self._begin(tier, blocks) as operation:
+            inode = self.get(ino)
+            clear_capability = changes.clear_capability and bool(inode.xattr_count)
+            if clear_capability:
+                self.xattrs.reach_remove(inode, CAPABILITY_XATTR)
+            access = None if changes.mode is None else self.acls.reach_mode(inode, changes.mode)
+            patch = None if size is None else self.data.reach_truncate(inode, size)
+            self.inodes.reach(inode)
+            operation.change()
+            if size is not None:
+                self.data.truncate(inode, size, patch)
+            self._set_attributes(inode, changes, access, clear_capability)
+            return inode
+
+    def _set_attributes(
+        self, inode: Inode, changes: Changes, access: bytes | None, clear_capability: bool
+    ) -> None:
+        """Change all that `setattr` is to change but the size; the inode and its xattrs are reached."""
+        now_ns = time.time_ns()
         if changes.size_bytes is not None:
             inode.mtime_ns = now_ns
         if changes.mode is not None:
@@ -120,7 +135,6 @@ class Volume(Namespace):
             inode.mtime_ns = _time_range(changes.mtime_ns)
         inode.ctime_ns = now_ns if changes.ctime_ns is None else _time_range(changes.ctime_ns)
         self._touch(inode)
-        return inode
 
     def accessed(self, inode: Inode) -> None:
         """The file was read: relatime, as the kernel's own filesystems keep it by default.
@@ -132,12 +146,14 @@ class Volume(Namespace):
         if not self.writable or not (stale or now_ns - inode.atime_ns > RELATIME_NS):
             return
         if self.store.admission.would_admit():
-            try:
-                self.inodes.reach(inode)
-            except (CorruptError, DeviceError):
-                return  # what was read is good all the same
-            inode.atime_ns = now_ns
-            self._touch(inode)
+            with self.operation.begin_admitted() as operation:
+                try:
+                    self.inodes.reach(inode)
+                except (CorruptError, DeviceError):
+                    return  # what was read is good all the same
+                operation.change()
+                inode.atime_ns = now_ns
+                self._touch(inode)
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
         """Raises OSError ENODATA."""
@@ -163,28 +179,34 @@ class Volume(Namespace):
         Raises:
             OSError: ERANGE, E2BIG, ENOSPC; for an ACL as StoredAcls.set.
         """
-        self._admit(TIER_ADD)
-        inode = self.get(ino)
-        self.inodes.reach(inode)
-        if name in ACL_NAMES:
-            mode = self.acls.set(inode, name, value)
-            inode.mode = mode if keep_setgid else mode & ~stat.S_ISGID
-        else:
-            self.xattrs.set(inode, name, value)
-        inode.ctime_ns = time.time_ns()
-        self._touch(inode)
+        with self._begin(TIER_ADD) as operation:
+            inode = self.get(ino)
+            self.inodes.reach(inode)
+            if name in ACL_NAMES:
+                mode, encoded = self.acls.reach_set(inode, name, value)
+                operation.change()
+                self.acls.set(inode, name, encoded)
+                inode.mode = mode if keep_setgid else mode & ~stat.S_ISGID
+            else:
+                self.xattrs.reach_set(inode, name, value)
+                operation.change()
+                self.xattrs.set(inode, name, value)
+            inode.ctime_ns = time.time_ns()
+            self._touch(inode)
 
     def removexattr(self, ino: int, name: bytes) -> None:
         """Raises OSError ENODATA; not for an ACL, which everything has or could have."""
-        self._admit(TIER_REMOVE)
-        inode = self.get(ino)
-        self.inodes.reach(inode)
-        if not self.xattrs.remove(inode, name):
-            if name in ACL_NAMES:
-                return
-            raise posix_error(errno.ENODATA)
-        inode.ctime_ns = time.time_ns()
-        self._touch(inode)
+        with self._begin(TIER_REMOVE) as operation:
+            inode = self.get(ino)
+            self.inodes.reach(inode)
+            if not self.xattrs.reach_remove(inode, name):
+                if name in ACL_NAMES:
+                    return
+                raise posix_error(errno.ENODATA)
+            operation.change()
+            self.xattrs.remove(inode, name)
+            inode.ctime_ns = time.time_ns()
+            self._touch(inode)
 
     # --- data ---------------------------------------------------------------------------------------
 
@@ -205,14 +227,21 @@ class Volume(Namespace):
             OSError: EISDIR, EINVAL, EFBIG.
             NoSpaceError: no room.
         """
-        self._require_writable()
         inode = self._regular(ino)
-        self.data.write(inode, offset, data)
-        if keep_times:
-            self._touch(inode)
-        else:
-            self._written(inode)
-        return inode
+        if not data:
+            self._require_writable()
+            return inode
+        blocks = -(-(offset + len(data)) // BLOCK_SIZE_BYTES) - offset // BLOCK_SIZE_BYTES
+        with self._begin(TIER_ADD, blocks) as operation:
+            inode = self._regular(ino)
+            patch = self.data.reach_write(inode, offset, data)
+            operation.change()
+            self.data.write(inode, offset, data, patch)
+            if keep_times:
+                self._touch(inode)
+            else:
+                self._written(inode)
+            return inode
 
     def seek(self, ino: int, offset: int, whence: int) -> int:
         """SEEK_DATA and SEEK_HOLE. Raises OSError ENXIO behind the end or the last data; EINVAL."""
@@ -249,16 +278,30 @@ class Volume(Namespace):
             raise posix_error(errno.EOPNOTSUPP)
         if offset + length > FILE_SIZE_MAX:
             raise posix_error(errno.EFBIG)
-        before = inode.size_bytes
-        self.inodes.reach(inode)
-        if mode & (PUNCH_HOLE | ZERO_RANGE):
-            self.ranges.zero(inode, offset, length)
+        end = offset + length
+        zeroes = bool(mode & (PUNCH_HOLE | ZERO_RANGE))
+        grows = not mode & KEEP_SIZE and end > inode.size_bytes
+        if zeroes:
+            tier, blocks = TIER_REMOVE, 2  # at the edges
         else:
-            self.ranges.require_room(inode, offset, length)
-        if not mode & KEEP_SIZE and offset + length > before:
-            self.data.truncate(inode, offset + length)
-        self._written(inode)
-        return inode
+            tier, blocks = TIER_ADD, self.ranges.missing_blocks(inode, offset, length)
+            # No commit helps against that, and the filesystem is not full for what is smaller.
+            self.store.admission.require_blocks(blocks)
+        if grows:
+            more_tier, more = self.data.truncation(inode, end)
+            tier, blocks = max(tier, more_tier), blocks + more
+        with self._begin(tier, blocks) as operation:
+            inode = self._regular(ino)
+            self.inodes.reach(inode)
+            zeroing = self.ranges.reach_zero(inode, offset, length) if zeroes else None
+            patch = self.data.reach_truncate(inode, end) if grows else None
+            operation.change()
+            if zeroing is not None:
+                self.ranges.zero(inode, zeroing)
+            if grows:
+                self.data.truncate(inode, end, patch)
+            self._written(inode)
+            return inode
 
     def share(
         self,
@@ -283,11 +326,25 @@ class Volume(Namespace):
         source_inode = source._regular(source_ino)
         if source_offset < 0 or offset < 0 or length < 0:
             raise posix_error(errno.EINVAL)
-        self.inodes.reach(inode)
-        shared = self.ranges.share(source.data, source_inode, source_offset, inode, offset, length)
-        if shared:
+        source.settle(source_ino)
+        where = (source.data, source_inode, source_offset, inode, offset, length)
+        pieces = self.ranges.find_pieces(*where)
+        if pieces is None:
+            return 0
+        with self._begin(TIER_ADD, pieces.leaf_blocks(self.store.copies)) as operation:
+            self.inodes.reach(inode)
+            patch = self.ranges.reach_share(inode, pieces)
+            operation.change()
+            self.ranges.share(inode, offset, pieces, patch)
             self._written(inode)
-        return shared
+            return pieces.size_bytes
+
+    def settle(self, ino: int) -> None:
+        """Give the data of a file its blocks before the freeze does, so that it can be shared."""
+        if ino in self.data.dirty:  # it was admitted and reached when it was written
+            with self.operation.begin_admitted() as operation:
+                operation.change()
+                self.data.settle(self.get(ino))
 
     # --- orphans --------------------------------------------------------------------------------------
 
@@ -306,20 +363,25 @@ class Volume(Namespace):
         Returns:
             Whether it is gone; otherwise call again.
         """
-        self._admit(TIER_REMOVE)
         assert ino in self.orphans
-        self.changed = True
-        return self._orphans.reclaim(ino)
+        for _ in range(RECLAIM_LEAVES):
+            with self._begin(TIER_REMOVE) as operation:
+                self.changed = True
+                if self._orphans.reclaim(ino, operation):
+                    return True
+        return False
 
     # --- freezing -----------------------------------------------------------------------------------
 
     def flush(self) -> None:
         """Put all that is in memory into the tree. The store must have room: `admit` saw to it."""
-        for inode in self.data.flush(self.inodes.get):
-            self.inodes.touch(inode)
-        self._orphans.flush()
-        self.inodes.flush()
-        self.changed = False
+        with self.operation.begin_admitted() as operation:
+            operation.change()
+            for inode in self.data.flush(self.inodes.get):
+                self.inodes.touch(inode)
+            self._orphans.flush()
+            self.inodes.flush()
+            self.changed = False
 
     # --- inside -------------------------------------------------------------------------------------
 

@@ -46,7 +46,13 @@ class Xattrs:
             raise CorruptError(f"xattr of inode {inode.ino}", inode.ino, "wrong length", len(value))
         return value
 
-    def set(self, inode: Inode, name: bytes, value: bytes) -> None:
+    def reach_set(self, inode: Inode, name: bytes, value: bytes) -> None:
+        """Reach what `set` changes.
+
+        Raises:
+            OSError: ERANGE, E2BIG; ENOSPC, there are too many attributes.
+            CorruptError, DeviceError: it cannot be read.
+        """
         if not 0 < len(name) <= NAME_BYTES_MAX:
             raise posix_error(errno.ERANGE)
         if len(value) > XATTR_VALUE_BYTES_MAX:
@@ -55,6 +61,10 @@ class Xattrs:
         if found is None and (free is None or inode.xattr_count == XATTR_COUNT_MAX):
             raise posix_error(errno.ENOSPC)
         self._reach(inode, free if found is None else found)  # type: ignore[arg-type]
+
+    def set(self, inode: Inode, name: bytes, value: bytes) -> None:
+        """Give an attribute a value; `reach_set` came before, or the inode is new."""
+        found, free = self._find(inode, name) if inode.xattr_count else (None, self._hash(name))
         if found is not None:
             self._clear(inode, found)
         else:
@@ -64,21 +74,23 @@ class Xattrs:
         for chunk, part in enumerate(encode_xattr(name, value)):
             self._tree.put(self._key(inode, found + chunk), part)
 
-    def reach(self, inode: Inode, name: bytes) -> None:
-        """See to it that an attribute that is there can be removed or replaced (C9).
+    def reach_remove(self, inode: Inode, name: bytes) -> bool:
+        """Reach what `remove` changes. Returns whether the attribute is there.
 
         Raises:
-            CorruptError, DeviceError: it cannot be.
+            CorruptError, DeviceError: it cannot be read (C9).
         """
-        found = self._find(inode, name)[0] if inode.xattr_count else None
-        if found is not None:
-            self._reach(inode, found)
-
-    def remove(self, inode: Inode, name: bytes) -> bool:
         found = self._find(inode, name)[0] if inode.xattr_count else None
         if found is None:
             return False
         self._reach(inode, found)
+        return True
+
+    def remove(self, inode: Inode, name: bytes) -> bool:
+        """Remove an attribute that `reach_remove` reached. Returns whether it was there."""
+        found = self._find(inode, name)[0] if inode.xattr_count else None
+        if found is None:
+            return False
         self._clear(inode, found)
         inode.xattr_count -= 1
         return True
@@ -121,10 +133,10 @@ class Xattrs:
         """See to it that the chunks of an attribute are changed all or none."""
         last = self._key(inode, offset + XATTR_CHUNKS - 1)
         self._tree.reach_range(self._key(inode, offset), last)
+        for _ in self._tree.leaf_slices(self._key(inode, offset), last):
+            pass  # leaves that do not follow one on the other must refuse it, not end it halfway
 
     def _clear(self, inode: Inode, offset: int) -> None:
         start, stop = self._key(inode, offset), self._key(inode, offset + XATTR_CHUNKS)
-        for _ in self._tree.leaf_slices(start, stop):
-            pass  # what cannot be read must refuse all of it, not end it halfway
         while self._tree.pop_range(start, stop):
             pass

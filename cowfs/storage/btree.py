@@ -10,7 +10,8 @@ no lock: a tree must not change while one of its iterators is used.
 
 Each change happens whole or not at all, also where it meets damage. What a change must not meet is
 *reached* first: the leaf is shadowed then, and until the next freeze every change of a key in its range
-finds all that it needs in memory, whatever becomes of the leaf (C9).
+finds all that it needs in memory, whatever becomes of the leaf (C9). A tree that has an `operation`
+asserts that order (operation.py).
 Keeps I5. Source: Rodeh 2008; FORMAT.md "Nodes".
 """
 
@@ -27,6 +28,7 @@ from cowfs.storage.format import (
     Pointer,
 )
 from cowfs.storage.node import Node
+from cowfs.storage.operation import CHANGING, REACHING, Operation
 from cowfs.storage.store import References, Store
 
 MERGE_BELOW_BYTES = NODE_CAPACITY_BYTES // 4
@@ -53,6 +55,9 @@ class Tree:
         owner: root id written into new nodes.
         node_count: nodes reachable from the root.
         references: the data runs that a leaf's items point at.
+
+    Attributes:
+        operation: whose steps its callers keep; None where nobody's order is asserted.
     """
 
     __slots__ = (
@@ -64,6 +69,7 @@ class Tree:
         "_tail_from",
         "end_reached",
         "node_count",
+        "operation",
         "owner",
         "references",
         "root",
@@ -83,6 +89,7 @@ class Tree:
         self.owner = owner
         self.node_count = node_count
         self.references = references
+        self.operation: Operation | None = None
         self._emptied: list[bytes] = []  # keys of the leaves without entries, until the freeze
         # The ranges of the leaf that was reached last, and of the tree's first and last leaf when
         # they were: orphan marks are in the one, new inodes in the other.
@@ -261,6 +268,8 @@ class Tree:
         Raises:
             CorruptError, DeviceError: its leaf cannot be read (EIO); nothing was changed.
         """
+        if self.operation is not None:
+            assert self.operation.step == REACHING, "reached outside the second step"
         if self._reached_generation != self.store.generation:
             self._reached_generation = self.store.generation
             self._reached_to, self._head_to, self._tail_from = b"", b"", None
@@ -342,11 +351,13 @@ class Tree:
 
     def put(self, key: bytes, value: Any) -> None:
         """Insert, or replace the value of an existing key."""
+        self._require_changing()
         path: Path = []
         self._put_into(self._writable_leaf(key, path), key, value, path)
 
     def put_ascending(self, entries: Iterable[tuple[bytes, Any]]) -> None:
         """Put entries whose keys ascend; those of one leaf cost one descent."""
+        self._require_changing()
         leaf: Node | None = None
         high: bytes | None = None
         for key, value in entries:
@@ -356,6 +367,10 @@ class Tree:
                 high = _upper_bound(path)
             if self._put_into(leaf, key, value, path):
                 leaf = None
+
+    def _require_changing(self) -> None:
+        if self.operation is not None:
+            assert self.operation.step == CHANGING, "changed outside the third step"
 
     def _put_into(self, leaf: Node, key: bytes, value: Any, path: Path) -> bool:
         """Put an entry into its writable leaf. Returns whether that changed the nodes above it."""
@@ -378,6 +393,7 @@ class Tree:
 
     def delete(self, key: bytes) -> bool:
         """Remove `key`. Returns whether it was there."""
+        self._require_changing()
         path: Path = []
         leaf = self._writable_leaf(key, path)
         at = bisect_left(leaf.keys, key)
@@ -410,6 +426,7 @@ class Tree:
 
     def pop_from(self, start: bytes, stop: bytes) -> list[tuple[bytes, Any]]:
         """The same where `start` is known to be an entry's key."""
+        self._require_changing()
         path: Path = []
         leaf = self._writable_leaf(start, path)
         first = bisect_left(leaf.keys, start)
@@ -434,6 +451,7 @@ class Tree:
         Returns:
             Whether it was done. It is not where more than one leaf may have to do with it.
         """
+        self._require_changing()
         path: Path = []
         leaf = self._writable_leaf(start, path)
         keys = leaf.keys

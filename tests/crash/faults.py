@@ -265,7 +265,7 @@ FAULTS = (
     Fault(
         "blocks that files share are not counted",
         f"{_RANGES}.share",
-        "store.map.add(piece.block, piece.count)",
+        "data.store.map.add(extent.block, extent.count)",
         "pass",
     ),
     # orphans and the drop queue
@@ -314,7 +314,10 @@ FAULTS = (
         "a commit between the halves of a rename",
         f"{_VOLUME}.rename",
         "self.names.remove(old_directory, old_name)",
-        "self.store.admission.relieve()\nself.names.remove(old_directory, old_name)",
+        "operation.step = 0\n"
+        "self.store.admission.relieve()\n"
+        "operation.step = 2\n"
+        "self.names.remove(old_directory, old_name)",
     ),
     Fault(
         "a snapshot is taken before what was written",

@@ -33,6 +33,7 @@ from cowfs.files.acl import (
 from cowfs.files.volume import Changes, Volume
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
+from tests.model.behind import changing
 from tests.model.devices import MemoryDevice
 
 ROOT = 1
@@ -371,7 +372,8 @@ def test_malformed_acls_in_an_image_are_an_error_of_what_needs_them(
     """Promise: EIO for what an ACL decides, nothing half done, and removing it mends it (C9)."""
     ino = make(volume, b"d", stat.S_IFDIR | 0o755)
     for name in NAMES:
-        volume.xattrs.set(volume.get(ino), name, value)  # as if the image had it
+        with changing(volume):
+            volume.xattrs.set(volume.get(ino), name, value)  # as if the image had it
     count = volume.inodes.count
     for call in (
         lambda: volume.getxattr(ino, ACCESS_NAME),

@@ -28,8 +28,10 @@ from cowfs.files.items import ROOT_INO
 from cowfs.files.volume import CAPABILITY_XATTR, Changes, Volume
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
+from cowfs.storage.admission import TIER_ADD
 from cowfs.storage.format import BLOCK_SIZE_BYTES, Pointer
 from cowfs.storage.node import CACHE_BYTES_DEFAULT, NodeCache
+from cowfs.storage.operation import CHANGING, IDLE
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 
 TOTAL_BLOCKS = 16384
@@ -347,3 +349,134 @@ def test_read_that_fails_at_any_moment_leaves_an_operation_undone(
             again = open_filesystem(device.device, writable=False)
             assert read_all(again.live, model, may_fail=False) == len(model)
     assert failures > 60
+
+
+class NotInMemoryError(Exception):
+    """What a store that must not wait says of what it would have to read."""
+
+
+@dataclass
+class Wait:
+    """Lets the read after `reads` others say that it would wait; not while an operation changes."""
+
+    filesystem: Filesystem
+    reads: int
+    fired: bool = False
+    over: bool = False
+
+    def instead_of(self, read: Callable[..., object]) -> Callable[..., object]:
+        def refuse(*args: object, **options: object) -> object:
+            if not self.over and self.filesystem.live.operation.step != CHANGING:
+                if not self.reads and not self.fired:
+                    self.fired = True
+                    raise NotInMemoryError
+                self.reads -= 1
+            return read(*args, **options)
+
+        return refuse
+
+
+@pytest.mark.parametrize("cache_bytes", [CACHE_BYTES_DEFAULT, 1], ids=["cached", "uncached"])
+def test_operation_that_would_wait_is_given_up_without_a_trace_and_tried_again(
+    populated: tuple[MemoryDevice, Model, list[Pointer]],
+    cache_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Promise: until its first change an operation can be given up; tried again, it is done once.
+
+    Each read of a node, of data, and of refcounts says in turn that it is not in memory.
+    """
+    original, first_model, _ = populated
+    waits = 0
+    for seed in range(7):
+        reads = 0
+        while True:
+            model = copy_of(first_model)
+            filesystem = open_filesystem(original.copy(), writable=True)
+            store, volume = filesystem.store, filesystem.live
+            read_all_inodes(volume)
+            wait = Wait(filesystem, reads)
+            store.cache = NodeCache(cache_bytes)
+            for owner, name in (
+                (store, "read_image"),
+                (store, "read_data"),
+                (store.map, "_read_page"),
+            ):
+                monkeypatch.setattr(owner, name, wait.instead_of(getattr(owner, name)))
+            try:
+                operate(volume, model, random.Random(seed))
+            except NotInMemoryError:
+                waits += 1
+                assert volume.operation.step == IDLE
+                if model == first_model:
+                    assert not volume.inodes.dirty, "an inode was changed before the third step"
+                    assert not volume.data.dirty, "data was changed before the third step"
+                    assert store.admission.promised_items == store.admission.promised_blocks == 0
+                    operate(volume, model, random.Random(seed))
+            wait.over = True
+            assert read_all(volume, model, may_fail=False) == len(model)
+            filesystem.reclaim_orphans()
+            filesystem.close()
+            device = store.device
+            assert isinstance(device, MemoryDevice)
+            report = check_image(device)
+            assert report.clean, (seed, reads, [str(finding) for finding in report.findings])
+            again = open_filesystem(device, writable=False)
+            assert read_all(again.live, model, may_fail=False) == len(model)
+            if not wait.fired:
+                break
+            reads += 1
+    assert waits > 15
+
+
+def test_exception_while_an_operation_changes_ends_all_writing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Promise C8: half of an operation is never written, whatever mistake of ours stopped it."""
+    device = MemoryDevice(TOTAL_BLOCKS)
+    make_filesystem(device)
+    filesystem = open_filesystem(device, writable=True)
+    volume = filesystem.live
+    volume.create(ROOT_INO, b"before", MODE, 0, 0)
+    filesystem.commit()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(volume.names, "add", broken)
+    with pytest.raises(RuntimeError):
+        volume.create(ROOT_INO, b"half", MODE, 0, 0)
+    with pytest.raises(DeviceError):
+        filesystem.commit()
+    with pytest.raises(DeviceError):
+        volume.unlink(ROOT_INO, b"before")
+    again = open_filesystem(device.crash(), writable=False).live
+    assert [entry.name for _, entry in again.listing(ROOT_INO)] == [b"before"]
+    assert again.inodes.count == 2
+    assert "the filesystem is read-only now" in caplog.text
+    caplog.clear()
+
+
+def test_tree_asserts_that_an_operation_reaches_and_then_changes() -> None:
+    """The order of an operation's steps is not prose: whoever breaks it is told at once."""
+    device = MemoryDevice(TOTAL_BLOCKS)
+    make_filesystem(device)
+    volume = open_filesystem(device, writable=True).live
+    key = b"\0" * 17
+    with pytest.raises(AssertionError):
+        volume.tree.reach(key)  # before it was admitted, which may commit
+    with volume.operation.begin(TIER_ADD) as operation:
+        for change in (
+            lambda: volume.tree.put(key, b""),
+            lambda: volume.tree.put_ascending([(key, b"")]),
+            lambda: volume.tree.delete(key),
+            lambda: volume.tree.pop_range(b"", b"\xff"),
+            lambda: volume.tree.rewrite(key, key, lambda keys, values: []),
+            lambda: volume.operation.begin(TIER_ADD),
+        ):
+            with pytest.raises(AssertionError):
+                change()
+        volume.tree.reach(key)
+        operation.change()
+        with pytest.raises(AssertionError):
+            volume.tree.reach(key)

@@ -20,6 +20,7 @@ from cowfs.files.volume import Changes, Volume
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.admission import DEFAULT_LIMITS, Limits
+from tests.model.behind import changing
 from tests.model.devices import MemoryDevice
 from tests.model.profiles import machine_settings
 from tests.model.recount import recount
@@ -543,9 +544,9 @@ def test_free_space_in_single_blocks_never_fails_a_commit(
 def _punch_by_copy(volume: Volume, ino: int, first: int, count: int) -> None:
     """Free one block of a file; what stays is not moved."""
     inode = volume.get(ino)
-    volume.data.punch(inode, first, first + 1)
-    volume.inodes.touch(inode)
-    volume.changed = True
+    with changing(volume):
+        volume.data.punch(inode, first, first + 1)
+        volume.inodes.touch(inode)
 
 
 def test_random_work_at_the_edge_of_full_fails_with_nothing_but_enospc() -> None:

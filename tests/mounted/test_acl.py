@@ -21,6 +21,7 @@ import pytest
 from cowfs.history.images import open_filesystem
 from cowfs.storage.device import FileDevice
 from tests.conftest import Mounted, require_clean, require_success, run_command
+from tests.model.behind import changing
 from tests.mounted.peers import (
     ANN,
     BOB,
@@ -649,7 +650,8 @@ def test_a_malformed_acl_in_an_image_is_an_error_and_can_be_removed(shared: Moun
         inode = volume.lookup(1, name)
         volume.setxattr(inode.ino, b"user.x", b"x")
         for attribute in (ACCESS, DEFAULT):
-            volume.xattrs.set(volume.get(inode.ino), attribute.encode(), b"\2\0\0\0not an ACL")
+            with changing(volume):
+                volume.xattrs.set(volume.get(inode.ino), attribute.encode(), b"\2\0\0\0not an ACL")
     filesystem.commit()
     filesystem.close()
     found = run_command("check", shared.image).stdout
