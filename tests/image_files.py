@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cowfs.care.check import check_image
@@ -62,6 +63,16 @@ def snapshot(name: str) -> Callable[[Filesystem], None]:
 
     def step(filesystem: Filesystem) -> None:
         filesystem.apply(filesystem.create_snapshot(name, f"the state {name}"))
+
+    return step
+
+
+def dated(name: str, created_ns: int) -> Callable[[Filesystem], None]:
+    """A step for `change`: let a snapshot have been made when a clock said this time."""
+
+    def step(filesystem: Filesystem) -> None:
+        record = replace(filesystem.catalog.snapshot(name), created_ns=created_ns)
+        filesystem.apply(lambda frozen: frozen.catalog.put(record))
 
     return step
 

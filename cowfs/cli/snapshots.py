@@ -6,13 +6,13 @@ the number is the one that the deletion frees (C11).
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar, cast
 
 import click
 
-from cowfs.cli.entry import printable
+from cowfs.cli.entry import printable, warn
 from cowfs.cli.output import (
     Column,
     Numbers,
@@ -28,10 +28,12 @@ from cowfs.cli.target import open_target
 from cowfs.daemon.messages import Progress
 from cowfs.errors import CowfsError, UsageError
 from cowfs.history.reports import SnapshotReport
-from cowfs.history.retention import Rules, divide, parse_duration, require_released
+from cowfs.history.retention import FUTURE, Rules, divide, parse_duration, require_released
 from cowfs.history.selection import select
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+FUTURE_SHOWN_MAX = 10  # names in one line
 
 target_argument = click.argument("target", metavar="TARGET", type=click.Path())
 
@@ -72,6 +74,17 @@ def retention_options(function: Function) -> Function:
     return cast(Function, decorated)
 
 
+def warn_of_future(program: str, kept: Mapping[str, Sequence[str]]) -> None:
+    """Name those that a rule kept only because a clock was wrong when they were made, or is now."""
+    names = [name for name, reasons in kept.items() if FUTURE in reasons]
+    if not names:
+        return
+    shown = ", ".join(map(repr, names[:FUTURE_SHOWN_MAX]))
+    if len(names) > FUTURE_SHOWN_MAX:
+        shown += f" and {len(names) - FUTURE_SHOWN_MAX} more"
+    warn(program, f"kept, whatever the rules say, for a date in the future: {shown}")
+
+
 _COUNTED = (
     ("last", "Keep the newest N."),
     ("hourly", "Keep the newest of each of the last N hours that have any."),
@@ -90,7 +103,7 @@ _RETENTION_OPTIONS = (
     click.option(
         "--keep-within",
         metavar="DURATION",
-        help="Keep those that long before the newest: 12h, 30d.",
+        help="Keep those that long before the newest that is not automatic: 12h, 30d.",
     ),
     click.option("--older-than", metavar="DURATION", help="Delete only what is older: 2w, 1y6m."),
     click.option(
@@ -201,7 +214,8 @@ def delete(
 
     With --keep-..., --older-than: of those that are named, or of all if none is, only what no rule
     keeps. Days, weeks and months are those of the local clock, and only those with a snapshot count.
-    What is held is kept by every rule, and refused when there is none.
+    What is held is kept by every rule, and refused when there is none. What is dated in the future,
+    as of a clock that was wrong, is kept by every rule and counts for none; name it without a rule.
 
     \b
     cowfs snapshot delete -n ~/data monday%friday     what would that free?
@@ -217,6 +231,7 @@ def delete(
     with ExitStack() as stack:
         filesystem = stack.enter_context(open_target(target))
         found, kept = divide(names, rules, filesystem.snapshots(), time.time_ns())
+        warn_of_future("cowfs", kept)
         require_released(found)  # all of them: a daemon is asked in several requests
         chosen = [each.name for each in found]
         reclaim_bytes = None

@@ -4,15 +4,15 @@ A rule says what to keep; a command acts on the rest. The newest snapshot of an 
 a month or a year (by the local clock) stands for it, and only those that have a snapshot count:
 `keep_daily = 7` reaches further back than a week when there were days without. The rules look at all
 the snapshots that the words of the command name, so a snapshot that stays for one reason counts for
-the other rules too. One that is held always stays. Pure functions over anything with a name, a time
-and a hold, the oldest first.
+the other rules too. One that is held always stays. So does one whose date is still to come, made
+while a clock was wrong: how old it is cannot be told, so no rule deletes it, counts it, or measures
+from it. Pure functions over anything with a name, a time and a hold, the oldest first.
 """
 
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
-from datetime import date
 from typing import Protocol, TypeVar
 
 from cowfs.errors import SnapshotError, UsageError
@@ -37,13 +37,17 @@ _UNIT_WORDS = "|".join(UNITS_NS)
 _PART = re.compile(rf"([0-9]{{1,9}})({_UNIT_WORDS})(?![a-z])")
 _DURATION = re.compile(rf"(?:[0-9]{{1,9}}(?:{_UNIT_WORDS})(?![a-z]))+")
 
+FUTURE = "dated in the future"  # the reason that keeps what is newer than now
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
     """What stays. 0, None and () are no rule.
 
-    `keep_within_ns` reaches back from the newest snapshot, so that it does not lose its effect when
-    no new ones are made; `older_than_ns` from now. `keep` has names and patterns.
+    `keep_within_ns` reaches back from the newest snapshot that somebody made, so that it does not
+    lose its effect when no new ones are made: neither one dated in the future nor an automatic one of
+    a rollback makes the others look old. `older_than_ns` reaches back from now. `keep` has names and
+    patterns.
     """
 
     keep_last: int = 0
@@ -67,6 +71,9 @@ class Dated(Named, Protocol):
 
     @property
     def created_ns(self) -> int: ...
+
+    @property
+    def automatic(self) -> bool: ...
 
     @property
     def held(self) -> bool: ...
@@ -153,8 +160,9 @@ def _reasons(
         for snapshot in found:
             reasons[snapshot.name].append(reason)
 
+    past = [snapshot for snapshot in snapshots if snapshot.created_ns <= now_ns]
     if rules.keep_last:
-        keep(snapshots[-rules.keep_last :], "last")
+        keep(past[-rules.keep_last :], "last")
     for reason, count, period in (
         ("hourly", rules.keep_hourly, _hour),
         ("daily", rules.keep_daily, _day),
@@ -162,27 +170,29 @@ def _reasons(
         ("monthly", rules.keep_monthly, _month),
         ("yearly", rules.keep_yearly, _year),
     ):
-        keep(_newest_of_each(snapshots, period, count), reason)
-    if rules.keep_within_ns and snapshots:
-        # A time that is still to come must not make the others look old.
-        newest_ns = min(now_ns, max(snapshot.created_ns for snapshot in snapshots))
+        keep(_newest_of_each(past, period, count), reason)
+    if rules.keep_within_ns and past:
+        made = [snapshot for snapshot in past if not snapshot.automatic] or past
+        newest_ns = max(snapshot.created_ns for snapshot in made)
         keep(
-            _not_before(snapshots, newest_ns - rules.keep_within_ns),
+            _not_before(past, newest_ns - rules.keep_within_ns),
             f"within {_duration_text(rules.keep_within_ns)}",
         )
     keep((snapshot for snapshot in snapshots if snapshot.held), "held")
     keep((snapshot for snapshot in snapshots if snapshot.name in names), "named")
     if rules.older_than_ns is not None:
         keep(
-            _not_before(snapshots, now_ns - rules.older_than_ns),
+            _not_before(past, now_ns - rules.older_than_ns),
             f"newer than {_duration_text(rules.older_than_ns)}",
         )
+    keep((snapshot for snapshot in snapshots if snapshot.created_ns > now_ns), FUTURE)
     return {name: tuple(found) for name, found in reasons.items() if found}
 
 
 # --- time -----------------------------------------------------------------------------------------
 
 Period = tuple[int, ...]
+SECONDS_MAX = 1 << 40  # some 34,000 years around 1970
 
 
 def _newest_of_each(
@@ -196,8 +206,14 @@ def _newest_of_each(
         if len(found) == count:
             break
         snapshot = snapshots[index]
-        found.setdefault(period(time.localtime(snapshot.created_ns // SECOND_NS)), snapshot)
+        found.setdefault(period(_local(snapshot.created_ns)), snapshot)
     return list(found.values())
+
+
+def _local(time_ns: int) -> time.struct_time:
+    # A record may say any number; no clock reaches what is cut off here.
+    seconds = min(max(time_ns // SECOND_NS, -SECONDS_MAX), SECONDS_MAX)
+    return time.localtime(seconds)
 
 
 def _not_before(snapshots: Sequence[Snapshot], limit_ns: int) -> list[Snapshot]:
@@ -214,7 +230,9 @@ def _day(local: time.struct_time) -> Period:
 
 
 def _week(local: time.struct_time) -> Period:
-    return date(local.tm_year, local.tm_mon, local.tm_mday).isocalendar()[:2]
+    # Not by datetime.date, which ends with the year 9999.
+    year, week = time.strftime("%G %V", local).split()
+    return int(year), int(week)
 
 
 def _month(local: time.struct_time) -> Period:

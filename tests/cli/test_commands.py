@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -12,8 +13,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cowfs.cli.main import _COMMANDS, cli
+from cowfs.history.retention import DAY_NS
 from cowfs.storage.device import FileDevice
-from tests.image_files import change, history, make_image, require_clean, tree_bytes, write
+from tests.image_files import change, dated, history, make_image, require_clean, tree_bytes, write
 
 ERROR, USAGE, IMAGE_MISSING, LOCKED = 1, 2, 10, 11
 NAMES = ["one", "two", "three", "four"]
@@ -331,6 +333,26 @@ def test_delete_frees_to_the_byte_what_the_dry_run_told(
     assert before - tree_bytes(image) == told["reclaim_bytes"]
     assert names(image) == [name for name in NAMES if name not in expected]
     assert fields("df", image)["drops"] == []
+
+
+def test_rules_keep_and_name_what_a_wrong_clock_dated(image: Path) -> None:
+    """Promise: one of 2042 is kept and told, and costs no other its place; its name deletes it."""
+    quarter_ns = 90 * DAY_NS
+    now_ns = time.time_ns()
+    change(
+        image,
+        *[dated(name, now_ns - quarter_ns + at) for at, name in enumerate(NAMES)],
+        dated("two", now_ns + 16 * 365 * DAY_NS),
+    )
+    kept = fields("snapshot", "delete", "-n", image, "--keep-within", "30d")["kept"]
+    assert list(kept) == NAMES
+    assert kept["two"] == ["dated in the future"]
+    result = run("snapshot", "delete", image, "--keep-daily", "1")
+    assert result.stdout == "destroyed one\ndestroyed three\n"
+    words = "kept, whatever the rules say, for a date in the future: 'two'"
+    assert result.stderr == f"cowfs: {words}\n"
+    assert output("snapshot", "delete", image, "two") == "destroyed two\n"
+    assert names(image) == ["four"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cowfs.errors import SnapshotError, UsageError
 from cowfs.history.retention import (
     DAY_NS,
+    FUTURE,
     SECOND_NS,
     Rules,
     choose,
@@ -28,6 +29,7 @@ class Dated:
     name: str
     created_ns: int
     held: bool = False
+    automatic: bool = False
 
 
 @pytest.fixture(autouse=True)
@@ -117,8 +119,9 @@ def test_last_keeps_the_newest_in_the_order_of_creation() -> None:
     snapshots = dated(
         "2026-05-01 12:00", "2030-01-01 12:00", "2026-05-03 12:00", "2026-05-04 12:00"
     )
-    assert staying(Rules(keep_last=2), snapshots) == ["2026-05-03 12:00", "2026-05-04 12:00"]
-    assert len(staying(Rules(keep_last=9), snapshots)) == 4
+    now = "2030-02-01"
+    assert staying(Rules(keep_last=2), snapshots, now) == ["2026-05-03 12:00", "2026-05-04 12:00"]
+    assert len(staying(Rules(keep_last=9), snapshots, now)) == 4
 
 
 def test_hours_and_days_are_those_of_the_local_clock() -> None:
@@ -192,6 +195,55 @@ def test_within_reaches_back_from_the_newest() -> None:
         "2040-01-01 12:00",
     ]
     assert staying(rules, []) == []
+
+
+def test_within_does_not_reach_back_from_a_rollback_or_a_wrong_date() -> None:
+    """Promise: after a rest neither an automatic snapshot of today nor one of 2042 ages others."""
+    rest = dated("2026-02-01 12:00", "2026-02-03 12:00")
+    kept_by_rollback = Dated("auto", at("2026-05-05 12:00"), automatic=True)
+    wrong = Dated("wrong", at("2042-01-01 12:00"))
+    rules = Rules(keep_within_ns=30 * DAY_NS)
+    for more in ([wrong], [kept_by_rollback], [kept_by_rollback, wrong]):
+        names = [found.name for found in [*rest, *more]]
+        assert staying(rules, [*rest, *more], "2026-05-06") == names
+    assert kept(rules, [kept_by_rollback], at("2026-07-06")) == {"auto": ("within 30d",)}
+
+
+def test_future_is_kept_by_any_rule_named_and_counts_for_none() -> None:
+    """Promise: a snapshot of a wrong clock takes no place of another, and is never deleted by a rule."""
+    times = ("2026-05-03 12:00", "2042-01-01 12:00", "2026-05-04 12:00", "2042-01-02 12:00")
+    snapshots = dated(*times)
+    now_ns = at("2026-05-04 12:00")  # that of the third: what is of now is not in the future
+    for rules in (
+        Rules(keep_last=1),
+        Rules(keep_hourly=1),
+        Rules(keep_daily=1),
+        Rules(keep_weekly=1, keep=("2026-05-04 12:00",)),
+        Rules(keep_monthly=1),
+        Rules(keep_yearly=1),
+        Rules(keep_within_ns=SECOND_NS),
+        Rules(older_than_ns=SECOND_NS),
+        Rules(keep=("2026-05-04 12:00",)),
+    ):
+        reasons = kept(rules, snapshots, now_ns)
+        assert list(reasons) == list(times[1:]), rules
+        assert reasons[times[1]] == reasons[times[3]] == (FUTURE,)
+        assert FUTURE not in reasons[times[2]]
+    assert staying(Rules(keep_last=9), snapshots, "1970-01-02") == list(
+        times
+    )  # a clock that is reset
+
+
+def test_time_beyond_any_calendar_is_a_time() -> None:
+    """Promise: a date before the year 1 or after 9999, which a record may say, ends no command."""
+    year_ns = 31_556_952 * SECOND_NS
+    numbers = [-(1 << 200), -30_000 * year_ns, 0, 9_000 * year_ns, 30_000 * year_ns, 1 << 200]
+    snapshots = [Dated(str(number), number) for number in numbers]
+    everything = Rules(
+        keep_hourly=9, keep_daily=9, keep_weekly=9, keep_monthly=9, keep_yearly=9, keep_within_ns=1
+    )
+    for now_ns in numbers:
+        assert list(kept(everything, snapshots, now_ns)) == [str(number) for number in numbers]
 
 
 def test_older_than_keeps_what_is_not_older_than_that_now() -> None:
@@ -312,13 +364,17 @@ RULES = st.builds(
     older_than_ns=st.sampled_from([None, 0, 40 * DAY_NS]),
 )
 TIMES = st.lists(
-    st.tuples(st.integers(0, 3 * 365 * 24).map(lambda hours: hours * HOUR_NS), st.booleans()),
+    st.tuples(
+        st.integers(0, 4 * 365 * 24).map(lambda hours: hours * HOUR_NS),
+        st.booleans(),
+        st.booleans(),
+    ),
     max_size=25,
 )
 
 
 @given(rules=RULES, times=TIMES)
-def test_more_to_keep_never_chooses_more(rules: Rules, times: list[tuple[int, bool]]) -> None:
+def test_more_to_keep_never_chooses_more(rules: Rules, times: list[tuple[int, bool, bool]]) -> None:
     """Promise: each rule only adds to what stays; what is chosen is what no rule alone keeps."""
     snapshots = [Dated(str(index), *each) for index, each in enumerate(times)]
     now_ns = 3 * 365 * DAY_NS

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cowfs.storage.device import FileDevice
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 from tests.image_files import (
     change,
+    dated,
     history,
     make_image,
     remove,
@@ -401,6 +403,45 @@ def test_curve_is_what_deleting_the_oldest_frees(image: Path) -> None:
     some = answer("curve", image, "t*", "--keep-last", "1")["steps"]
     assert [step["name"] for step in some] == ["two"]
     assert len(run("curve", image, "-H").stdout.splitlines()) == 5
+
+
+def test_curve_and_cumulative_say_by_what_order(image: Path) -> None:
+    """Promise: older is what was created before; where dates say otherwise, it is told."""
+    words = "older is what was created before; by the dates the order is another one"
+    columns = ("-o", "name,cumulative")
+    for told in (run("curve", image), run(image, *columns)):
+        assert words not in told.stdout.splitlines()
+    change(image, dated("two", time.time_ns() + 10**18))
+    for told in (run("curve", image), run(image, *columns)):
+        assert words in told.stdout.splitlines()
+    for quiet in (run("curve", image, "-H"), run(image, "-H", *columns), run(image)):
+        assert words not in quiet.stdout
+    found = answer("curve", image)
+    assert found["order"] == "creation"
+    assert [step["name"] for step in found["steps"]] == NAMES
+    rows = answer(image)["snapshots"]
+    for at, step in enumerate(found["steps"]):
+        assert step["reclaim_bytes"] == counted_bytes(image, NAMES[: at + 1])
+        assert rows[at]["cumulative_bytes"] == step["reclaim_bytes"]
+
+
+def test_rules_of_cowdu_name_what_a_wrong_clock_dated(image: Path) -> None:
+    """Promise: a rule chooses what the deletion does, and what is kept for its date is told."""
+    change(image, dated("two", time.time_ns() + 10**18))
+    for words in (
+        ("list", image),
+        ("curve", image),
+        ("plan", image, "--free", "1"),
+        ("why", image),
+    ):
+        told = run(*words, "--keep-last", "3")
+        assert told.stderr == (
+            "cowdu: kept, whatever the rules say, for a date in the future: 'two'\n"
+        ), words
+    assert answer(image, "--keep-last", "3")["reclaim"]["names"] == ["one"]
+    assert answer("plan", image, "--free", "1", "--keep-last", "3")["kept"]["two"] == [
+        "dated in the future"
+    ]
 
 
 def test_pairs_tells_what_two_share_and_nobody_else_has(image: Path) -> None:

@@ -815,6 +815,7 @@ def test_help_comes_and_goes(image: Path) -> None:
         assert "mark all that are not held; none" in text
         assert "sort by age, name, referenced, exclusive, written" in text
         assert "all older go" in text
+        assert "Older is what was created before, whatever the dates say." in text
         await press(top, pilot, "q")
         assert isinstance(top.screen, SnapshotsPage)
         assert "mark all that are not held" not in "\n".join(seen(top))

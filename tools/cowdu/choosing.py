@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import click
 
-from cowfs.cli.snapshots import complete_name
+from cowfs.cli.snapshots import complete_name, warn_of_future
 from cowfs.history.records import RootRecord
-from cowfs.history.retention import Rules, choose, divide
+from cowfs.history.retention import Rules, divide
 from cowfs.history.selection import select
 
 LIVE = "(live)"  # how the live files are called beside snapshots
@@ -20,10 +20,10 @@ names_argument = click.argument(
 def chosen_records(
     snapshots: Sequence[RootRecord], names: Sequence[str], rules: Rules
 ) -> list[RootRecord]:
-    """Those that the words and rules choose; all of them without any. Raises as `choose`."""
+    """Those that the words and rules choose; all of them without any. Raises as `divide`."""
     if not names and not rules.any:
         return list(snapshots)
-    return choose(names, rules, snapshots, time.time_ns())
+    return _divided(snapshots, names, rules)[0]
 
 
 def kept_records(
@@ -34,11 +34,18 @@ def kept_records(
     What is held stays, whether there is a rule or not. Raises as `divide`.
     """
     if rules.any:
-        may_go, reasons = divide(names, rules, snapshots, time.time_ns())
-        return may_go, reasons
+        return _divided(snapshots, names, rules)
     named = select(names, snapshots) if names else list(snapshots)
     held: dict[str, tuple[str, ...]] = {each.name: ("held",) for each in named if each.held}
     return [record for record in named if not record.held], held
+
+
+def _divided(
+    snapshots: Sequence[RootRecord], names: Sequence[str], rules: Rules
+) -> tuple[list[RootRecord], dict[str, tuple[str, ...]]]:
+    may_go, reasons = divide(names, rules, snapshots, time.time_ns())
+    warn_of_future("cowdu", reasons)
+    return may_go, reasons
 
 
 def spans(chosen: Sequence[int], names: Sequence[str]) -> str:

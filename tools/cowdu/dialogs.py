@@ -84,7 +84,8 @@ s n x                    in a snapshot: by total, name, exclusive
 R   Escape               read again, with all that is written; stop
 
 REFERENCED  all that it reaches          EXCLUSIVE   freed if it goes
-WRITTEN     new in it since the last     CUMULATIVE  and all older go"""
+WRITTEN     new in it since the last     CUMULATIVE  and all older go
+Older is what was created before, whatever the dates say."""
 
 
 class Help(ModalScreen[None]):

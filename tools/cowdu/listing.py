@@ -28,6 +28,7 @@ from .rows import Usage, UsageReport, usage_report
 from .sparks import spark_line
 
 PAIRS_SHOWN = 20
+ORDER = "creation"  # of what is called older: not that of dates, which a wrong clock may have made
 
 
 class _Shown(NamedTuple):
@@ -121,10 +122,11 @@ def list_roots(
     EXCLUSIVE   what deleting it alone would free
     SHARED      the difference of the two
     WRITTEN     what it holds and the snapshot before it did not
-    CUMULATIVE  what deleting it and all older ones would free
+    CUMULATIVE  what deleting it and all that were made before it would free
 
     What several hold together is in none of their EXCLUSIVE numbers: name them, or say what to
-    keep, and the last line tells what deleting exactly these would free.
+    keep, and the last line tells what deleting exactly these would free. Rows and CUMULATIVE are in
+    the order of creation, which the filesystem knows whatever the clock said: see CREATED.
 
     \b
     cowdu ~/data
@@ -208,6 +210,8 @@ def _print(
     )
     if bare:
         return
+    if "cumulative" in columns:
+        _say_order([row.created_ns for row in report.snapshots])
     count = len(report.snapshots)
     if count > 1:
         freed = numbers.size(report.reclaim.reclaim_bytes)
@@ -218,6 +222,13 @@ def _print(
         line = spark_line([row.written_bytes or 0 for row in report.snapshots], sys.stdout.encoding)
         if line:
             click.echo(f"written, by age: {line}")
+
+
+def _say_order(times_ns: Sequence[int | None]) -> None:
+    """What "older" means, where the dates of snapshots in the order of creation say otherwise."""
+    known = [time_ns for time_ns in times_ns if time_ns is not None]
+    if known != sorted(known):
+        click.echo("older is what was created before; by the dates the order is another one")
 
 
 def _cell(column: _Shown, row: Usage, numbers: Numbers) -> str:
@@ -274,7 +285,8 @@ def curve(
 ) -> None:
     """Show what deleting the oldest 1, 2, 3... snapshots frees, everything else staying.
 
-    Of those that the names and rules choose; of all without any.
+    Of those that the names and rules choose; of all without any. The oldest are the first in the
+    order of creation, which the filesystem knows whatever the clock said: see CREATED.
 
     \b
     cowdu curve ~/data
@@ -297,7 +309,7 @@ def curve(
                 )
             )
     if as_json:
-        print_json("cowdu curve", {"image": image, "steps": as_fields(steps)})
+        print_json("cowdu curve", {"image": image, "order": ORDER, "steps": as_fields(steps)})
         return
     numbers = Numbers(exact)
     before = 0
@@ -317,6 +329,8 @@ def curve(
     columns = [Column("OLDEST", True), Column("UP TO"), Column("CREATED")]
     columns += [Column("FREES", True), Column("MORE", True)]
     print_table(columns, rows, bare=bare)
+    if not bare:
+        _say_order([step.created_ns for step in steps])
     if len(steps) > 1 and not bare and sys.stdout.isatty():
         line = spark_line([step.reclaim_bytes for step in steps], sys.stdout.encoding)
         if line:

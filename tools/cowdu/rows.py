@@ -31,8 +31,8 @@ class Usage(Struct, frozen=True, kw_only=True, omit_defaults=False):
 
     `referenced`: all that it reaches. `exclusive`: what deleting it alone would free. `shared`: the
     difference. `written`: what it holds and the snapshot that it grew from did not. `cumulative`: what
-    deleting it and all older snapshots would free. Each includes metadata, of which the
-    `..._metadata_bytes` are that part.
+    deleting it and all that were created before it would free, whatever their dates say. Each includes
+    metadata, of which the `..._metadata_bytes` are that part.
     """
 
     kind: str
