@@ -115,8 +115,9 @@ def wait_for_end(pid: int, seconds_max: float = DAEMON_END_SECONDS_MAX) -> bool:
 def is_mount_point(path: Path) -> bool:
     """True if something is mounted exactly there, alive or dead."""
     with open("/proc/self/mountinfo", "rb") as table:
-        places = {line.split()[4].decode("unicode_escape") for line in table}
-    return str(path) in places
+        # Octal escapes, and for the rest the bytes as they are, which need not be text.
+        places = {line.split()[4].decode("unicode_escape").encode("latin-1") for line in table}
+    return os.fsencode(path) in places
 
 
 def unmount_lazily(path: Path) -> None:

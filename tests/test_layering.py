@@ -17,12 +17,13 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 FLOORS = ("errors", "storage", "files", "history", "care", "daemon", "cli", "tools")
 
 # Files directly in cowfs/, and the floor they count as.
-TOP_LEVEL_FILES = {"__init__": "errors", "errors": "errors", "__main__": "cli"}
+TOP_LEVEL_FILES = {"__init__": "errors", "errors": "errors", "escapes": "errors", "__main__": "cli"}
 
 # The checker shares no code with what it checks: not the allocator, not the trees, not the volume.
 CARE_MAY_IMPORT = (
     "cowfs.care",
     "cowfs.errors",
+    "cowfs.escapes",
     "cowfs.storage.device",
     "cowfs.storage.format",
     "cowfs.files.items",

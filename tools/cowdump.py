@@ -21,8 +21,9 @@ from rich.text import Text
 from cowfs.care.contents import FILE_TYPE_WORDS
 from cowfs.care.reader import EMPTY, MetadataReader, choose_superblock, read_ring
 from cowfs.care.references import index_pointer, pointer_fault
-from cowfs.care.report import shown
+from cowfs.cli.entry import accept_any_text, warn
 from cowfs.errors import EXIT_ERROR, CorruptError, CowfsError, UsageError
+from cowfs.escapes import escaped
 from cowfs.files.items import (
     KEY_BYTES,
     TYPE_EXTENT,
@@ -334,7 +335,7 @@ class Dump:
 def _superblock_facts(superblock: Superblock) -> Record:
     return {
         "uuid": superblock.uuid.hex(),
-        "label": shown(superblock.label.encode()),
+        "label": escaped(superblock.label.encode()),
         "generation": superblock.generation,
         "committed": _time(superblock.committed_ns),
         "created": _time(superblock.created_ns),
@@ -367,7 +368,7 @@ def _root_facts(record: RootRecord) -> Record:
         "node_count": record.node_count,
         "data_blocks": record.data_blocks,
         "inode_count": record.inode_count,
-        "description": shown(record.description.encode()),
+        "description": escaped(record.description.encode()),
         "tree": _pointer(record.pointer),
     }
 
@@ -379,7 +380,7 @@ def _catalog_key(key: bytes) -> str:
         return key.hex()
     if key[:1] in b"RD":
         return f"{word} {int.from_bytes(key[1:], 'big')}"
-    return f"{word} {shown(key[1:])}"
+    return f"{word} {escaped(key[1:])}"
 
 
 def _catalog(key: bytes, value: bytes) -> Record:
@@ -392,7 +393,7 @@ def _catalog(key: bytes, value: bytes) -> Record:
         path = [{**_pointer(step.pointer), "done": step.done} for step in drop.path]
         return {
             "root_id": drop.root_id,
-            "name": shown(drop.name.encode()),
+            "name": escaped(drop.name.encode()),
             "deleted": _time(drop.deleted_ns),
             "freed_blocks": drop.freed_blocks,
             "referenced_blocks": drop.referenced_blocks,
@@ -432,7 +433,7 @@ def _item(key: bytes, value: bytes) -> Record:
         return {
             "names": [
                 {
-                    "name": shown(name.name),
+                    "name": escaped(name.name),
                     "ino": name.ino,
                     "type": FILE_TYPE_WORDS[name.type],
                     "slot": name.slot,
@@ -450,9 +451,9 @@ def _item(key: bytes, value: bytes) -> Record:
         }
     if type_ == TYPE_XATTR and not offset % XATTR_CHUNKS:
         name, size_bytes, part = decode_xattr_first(ino, value)
-        return {"name": shown(name), "size_bytes": size_bytes, "bytes": _preview(part)}
+        return {"name": escaped(name), "size_bytes": size_bytes, "bytes": _preview(part)}
     if type_ == TYPE_SYMLINK:
-        return {"target": shown(value)}
+        return {"target": escaped(value)}
     if type_ == TYPE_ORPHAN:
         return {"orphan": offset}
     return {"size_bytes": len(value), "bytes": _preview(value)}
@@ -588,6 +589,7 @@ def main(
     items ROOT INO   all items of one inode
     map [GROUP]      the space map: groups, or the refcounts of one group
     """
+    accept_any_text()
     try:
         device = FileDevice(image, writable=False)
         try:
@@ -596,7 +598,7 @@ def main(
         finally:
             device.close()
     except CowfsError as error:
-        click.echo(f"cowdump: {error}", err=True)
+        warn("cowdump", str(error))
         raise SystemExit(error.exit_code) from None
     if as_json:
         click.echo(json.dumps({"title": view.title, **view.facts, "rows": view.rows}, indent=2))
@@ -606,7 +608,7 @@ def main(
             console = Console(highlight=False, width=PIPE_WIDTH)
         _print(console, view)
     for line in dump.damage:
-        click.echo(f"cowdump: {line}", err=True)
+        warn("cowdump", line)
     if dump.damage:
         raise SystemExit(EXIT_ERROR)
 

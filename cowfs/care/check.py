@@ -27,6 +27,7 @@ from cowfs.care.references import References, SpaceMapCheck, index_pointer, poin
 from cowfs.care.report import CheckProgress, CheckReport, Finding, Findings
 from cowfs.care.walk import CatalogEntry, NodeFacts, Walk
 from cowfs.errors import CorruptError
+from cowfs.escapes import escaped
 from cowfs.files.items import INO_MAX, KEY_BYTES, TYPE_EXTENT, decode_extent, split_key
 from cowfs.history.records import (
     COUNTER_MAX,
@@ -284,14 +285,14 @@ class _Roots:
             wanted = volume_key(record.name) if volume else snapshot_key(record.name)
             keys = named.pop(root_id, [])
             if keys != [wanted]:
-                found = ", ".join(ascii(key.decode("utf-8", "replace")) for key in keys) or "none"
+                found = ", ".join(f"'{escaped(key)}'" for key in keys) or "none"
                 findings.error(
                     "I7",
                     f"root {root_id} is called {record.name}, but its catalog names are {found}",
                     block=entry.block,
                 )
         for root_id, keys in named.items():
-            names = ", ".join(ascii(key[1:].decode("utf-8", "replace")) for key in keys)
+            names = ", ".join(f"'{escaped(key[1:])}'" for key in keys)
             findings.error("I7", f"the catalog name {names} is of root {root_id}, which is none")
         if not any(
             record.kind is RootKind.VOLUME and record.name == MAIN_VOLUME

@@ -24,8 +24,9 @@ import numpy.typing as npt
 from xxhash import xxh3_64_digest, xxh3_64_intdigest
 
 from cowfs.care.references import ROLE_DATA, References, pieces
-from cowfs.care.report import Findings, shown
+from cowfs.care.report import Findings
 from cowfs.errors import CorruptError, DeviceError
+from cowfs.escapes import escaped
 from cowfs.files.acl import DEFAULT_NAME as DEFAULT_ACL_NAME
 from cowfs.files.acl import NAMES as ACL_NAMES
 from cowfs.files.acl import decode_acl, mode_of
@@ -265,10 +266,10 @@ class Contents:
                 total.parent_balance += weight
             if name_hash(name, self._name_seed) != offset:
                 self._item_error(
-                    image, part.ino, f"the name {shown(name)} is filed under another name's hash"
+                    image, part.ino, f"the name {escaped(name)} is filed under another name's hash"
                 )
             if name in seen:
-                self._item_error(image, part.ino, f"the name {shown(name)} is there twice")
+                self._item_error(image, part.ino, f"the name {escaped(name)} is there twice")
             seen.add(name)
 
     def _extent(self, part: FilePart, offset: int, extent: Extent, image: NodeImage) -> None:
@@ -508,9 +509,9 @@ class Contents:
                 next_offset = base
                 probe, chunk = divmod(base - xattr_hash(name, self._name_seed), XATTR_CHUNKS)
                 if chunk or not 0 <= probe < XATTR_PROBES:
-                    wrong(f"the xattr {shown(name)} is filed under another name's hash")
+                    wrong(f"the xattr {escaped(name)} is filed under another name's hash")
                 if name in names:
-                    wrong(f"the xattr {shown(name)} is there twice")
+                    wrong(f"the xattr {escaped(name)} is there twice")
                 names.add(name)
                 if name in ACL_NAMES:
                     acls[name] = first
@@ -590,11 +591,11 @@ def _check_acl(name: bytes, value: bytes, inode: Inode, wrong: Callable[[str], N
     """An ACL is one that the kernel takes, of a file that may have it, and in step with its mode."""
     type_ = stat.S_IFMT(inode.mode)
     if type_ == stat.S_IFLNK or (name == DEFAULT_ACL_NAME and type_ != stat.S_IFDIR):
-        wrong(f"a {FILE_TYPE_WORDS[type_ >> 12]} has the ACL {shown(name)}")
+        wrong(f"a {FILE_TYPE_WORDS[type_ >> 12]} has the ACL {escaped(name)}")
     try:
         mode = mode_of(decode_acl(value))
     except ValueError as error:
-        wrong(f"the ACL {shown(name)} is malformed: {error}")
+        wrong(f"the ACL {escaped(name)} is malformed: {error}")
         return
     if name != DEFAULT_ACL_NAME and mode != inode.mode & 0o777:
         wrong(f"the permissions are {inode.mode & 0o777:03o}, but those of its ACL are {mode:03o}")
@@ -675,5 +676,5 @@ def paths_of(leaves: Iterator[NodeImage], wanted: set[int]) -> dict[int, str]:
             at, word = parents[at]
             words.append(word)
         if at == ROOT_INO:
-            paths[ino] = "/" + "/".join(shown(word) for word in reversed(words))
+            paths[ino] = "/" + "/".join(escaped(word) for word in reversed(words))
     return paths

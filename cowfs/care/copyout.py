@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from cowfs.errors import UsageError
+from cowfs.escapes import escaped
 from cowfs.files.acl import ACCESS_NAME, decode_acl, mode_without
 from cowfs.files.items import Inode
 
@@ -121,9 +122,7 @@ class Destination:
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
             try:
                 names = self._set_xattrs(descriptor, xattrs)
-                refused = [
-                    f"its attribute {name.decode(errors='backslashreplace')}" for name in names
-                ]
+                refused = [f"its attribute {escaped(name)}" for name in names]
                 mode = inode.mode & 0o7777
                 if ACCESS_NAME in names:
                     mode &= 0o7000 | _mode_without(dict(xattrs)[ACCESS_NAME])

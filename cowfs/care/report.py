@@ -23,7 +23,7 @@ class Finding:
         what: the fault, in words, with the value found and the value expected.
         root: what it belongs to: "volume main", "snapshot x", "catalog", "space map", "superblock".
             Of nodes that several roots share, the first root that reaches them.
-        path: of the file, from the root directory of that root, where one is known, else "".
+        path: of the file, from the root directory of that root, escaped (escapes.py); "" if unknown.
         ino: of the file, 0 where it is no matter of one file.
         block: the first block concerned, None where there is none.
         repairable: `repair_image` can mend it, from what is intact elsewhere in the image.
@@ -152,12 +152,3 @@ class Findings:
 
     def all(self) -> tuple[Finding, ...]:
         return tuple(self._found)
-
-
-def shown(name: bytes) -> str:
-    """A name as text: bytes that are not UTF-8, and control characters, as escapes."""
-    text = name.decode("utf-8", "backslashreplace")
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )

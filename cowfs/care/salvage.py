@@ -24,9 +24,9 @@ from xxhash import xxh3_64_digest
 from cowfs.care.copyout import Destination, Path, is_safe_name
 from cowfs.care.generations import superblocks
 from cowfs.care.reader import MetadataReader
-from cowfs.care.report import shown
 from cowfs.care.scan import FoundNode, Scan, scan_image
 from cowfs.errors import CorruptError, DeviceError, ImageError
+from cowfs.escapes import escaped
 from cowfs.files.items import (
     KEY_BYTES,
     ROOT_INO,
@@ -756,7 +756,7 @@ def _parents_first(places: dict[int, list[Path]], inodes: dict[int, int]) -> lis
 
 
 def _shown(path: Path) -> str:
-    return "/".join(map(shown, path))
+    return "/".join(map(escaped, path))
 
 
 def _ignore(_invariant: str, _what: str, _block: int) -> None:

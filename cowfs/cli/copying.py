@@ -14,10 +14,11 @@ from pathlib import Path
 
 import click
 
-from cowfs.cli.entry import printable, warn
+from cowfs.cli.entry import warn
 from cowfs.cli.output import Numbers, json_option, print_json, progress_bar
 from cowfs.cli.target import open_target
 from cowfs.errors import EXIT_ERROR, CowfsError, UsageError
+from cowfs.escapes import printable
 from cowfs.files.items import INLINE_BYTES_MAX
 
 SHARE = "copy_file_range"  # what a mount must be able to do, as `cowfs info` says it
@@ -134,8 +135,8 @@ class _Copier:
                 self._file(source, target, status)
         except OSError as error:
             words = f"{source}: {error.strerror or error}"
-            self.done.errors.append(words)
-            warn("cowfs cp", printable(words))
+            self.done.errors.append(printable(words))
+            warn("cowfs cp", words)
 
     def _directory(self, source: Path, target: Path, status: os.stat_result) -> None:
         if not self._dry_run and not target.is_dir():

@@ -4,6 +4,7 @@
 shown to those who ask with --debug, and to nobody else.
 """
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import NoReturn
 import click
 
 from cowfs.errors import EXIT_ERROR, EXIT_USAGE, CowfsError
+from cowfs.escapes import printable
 
 EXIT_INTERRUPTED = 130
 
@@ -31,6 +33,7 @@ def run(command: click.Command, name: str, arguments: Sequence[str] | None = Non
         arguments: without the program's name; the process's own by default.
     """
     invocation = Invocation()
+    accept_any_text()
     try:
         code = command.main(
             list(sys.argv[1:] if arguments is None else arguments),
@@ -65,14 +68,11 @@ def run(command: click.Command, name: str, arguments: Sequence[str] | None = Non
         _fail(name, words, EXIT_ERROR, invocation)
 
 
-def printable(text: str) -> str:
-    """The text on one line, with whatever a terminal might obey as escapes."""
-    return "".join(
-        character
-        if character.isprintable()
-        else character.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for character in text
-    )
+def accept_any_text() -> None:
+    r"""Give a terminal of few characters, as of Latin-1, \uNNNN for others: no list ends there."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def warn(name: str, message: str) -> None:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cowfs.cli.entry import printable, warn
+from cowfs.cli.entry import warn
 from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
 from cowfs.cli.target import confirm, connect, offline_device, open_target, yes_option
 from cowfs.errors import EXIT_ERROR, ImageError, LockedError, UsageError
+from cowfs.escapes import escaped_path, printable
 
 if TYPE_CHECKING:
     from cowfs.care.report import CheckProgress, CheckReport
@@ -82,7 +83,7 @@ def mkfs(
         uuid = _make(device, label, duplicate_metadata=not single)
 
     if as_json:
-        fields = {"image": device.name, "uuid": uuid, "label": label}
+        fields = {"image": escaped_path(device.name), "uuid": uuid, "label": label}
         fields_of_size = {"total_bytes": device.size_bytes, "duplicated_metadata": not single}
         print_json("cowfs mkfs", fields | fields_of_size)
     else:
@@ -268,7 +269,8 @@ def check(
         report = check_image(device, generation=generation, progress=show, data=not no_data)
 
     if as_json:
-        print_json("cowfs check", {"image": filesystem.image, **_check_fields(report)})
+        image = escaped_path(filesystem.image)
+        print_json("cowfs check", {"image": image, **_check_fields(report)})
     else:
         _print_check(filesystem.image, report)
     context.exit(0 if report.clean else EXIT_ERROR)
@@ -310,7 +312,8 @@ def _repair(
             done = repair_image(device, accept_loss=accept_loss)
             clean = check_image(device, data=data).clean
     if as_json:
-        fields = {"image": os.path.abspath(image), "dry_run": dry_run, "clean": clean}
+        name = escaped_path(os.path.abspath(image))
+        fields = {"image": name, "dry_run": dry_run, "clean": clean}
         repaired = {"generation": done.generation, "changes": list(plan.changes)}
         remaining = [as_fields(asdict(finding)) for finding in plan.remaining]
         print_json("cowfs check", fields | repaired | {"remaining": remaining})

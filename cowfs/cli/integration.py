@@ -14,6 +14,7 @@ import click
 
 from cowfs.cli.output import json_option, print_json
 from cowfs.errors import CowfsError
+from cowfs.escapes import escaped_path, printable
 
 UNIT = "cowfs@.service"
 
@@ -64,9 +65,9 @@ def integrate(
             path = destdir.absolute() / path.relative_to("/")
         if not dry_run:
             _write(piece, path)
-        written.append(str(path))
+        written.append(escaped_path(path))
         if not as_json:
-            click.echo(path)
+            click.echo(printable(str(path)))
     if as_json:
         print_json("cowfs integrate", {"paths": written, "dry_run": dry_run})
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from getopt import GetoptError, gnu_getopt
 from typing import NoReturn
 
+from cowfs.escapes import printable
+
 WRONG_USE, SYSTEM_FAULT, INTERNAL_FAULT, INTERRUPTED, FAILED = 1, 2, 4, 8, 32
 MOUNT_HELPER, UMOUNT_HELPER = "mount.fuse.cowfs", "umount.fuse.cowfs"
 MOUNT_USAGE = f"{MOUNT_HELPER} IMAGE DIRECTORY [-sfnv] [-o OPTIONS]"
@@ -37,9 +39,10 @@ def umount_main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(
     name: str, action: Callable[[list[str]], None], arguments: Sequence[str] | None
 ) -> NoReturn:
-    from cowfs.cli.entry import warn
+    from cowfs.cli.entry import accept_any_text, warn
     from cowfs.errors import CowfsError, UsageError
 
+    accept_any_text()
     os.environ["PATH"] = f"{os.environ['PATH']}:{_PATH}" if os.environ.get("PATH") else _PATH
     try:
         action(list(sys.argv[1:] if arguments is None else arguments))
@@ -78,7 +81,7 @@ def _mount(arguments: list[str]) -> None:
     options = MountOptions(image=os.path.abspath(image), mountpoint=os.path.realpath(mountpoint))
     options = parse_options(",".join(words), options, sloppy="-s" in names)
     if "-v" in names:
-        print(f"mounting {options.image} on {options.mountpoint}")
+        print(printable(f"mounting {options.image} on {options.mountpoint}"))
     if "-f" in names:
         return  # a rehearsal
 
@@ -99,7 +102,7 @@ def _umount(arguments: list[str]) -> None:
         raise UsageError(f"used as: {UMOUNT_USAGE}")
     names = {flag for flag, _ in flags}
     if "-v" in names:
-        print(f"unmounting {places[0]}")
+        print(printable(f"unmounting {places[0]}"))
     if names & {"-f", "-l"}:  # whoever says this does not want to wait
         from cowfs.daemon.mount import unmount
 

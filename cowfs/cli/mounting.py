@@ -14,6 +14,7 @@ import click
 from cowfs.cli.entry import warn
 from cowfs.cli.output import json_option, print_json
 from cowfs.errors import ImageError, MountError
+from cowfs.escapes import escaped_path
 
 if TYPE_CHECKING:
     from cowfs.daemon.places import Mount
@@ -125,7 +126,10 @@ def umount(directory: str, as_json: bool) -> None:
     """
     mount = end_mount("cowfs", directory)
     if as_json:
-        print_json("cowfs umount", {"mount_point": mount.mount_point, "image": mount.image})
+        print_json(
+            "cowfs umount",
+            {"mount_point": escaped_path(mount.mount_point), "image": escaped_path(mount.image)},
+        )
 
 
 def end_mount(program: str, directory: str) -> "Mount":

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from cowfs.cli.entry import printable
+from cowfs.escapes import printable
 
 MAJOR_VERSION = 0
 MINOR_VERSION = 1
@@ -34,7 +34,10 @@ def list_options(function: Function) -> Function:
 
 
 def print_json(command: str, fields: Mapping[str, Any]) -> None:
-    """One object: the envelope that names the command and its version, then the fields."""
+    """One object: the envelope that names the command and its version, then the fields.
+
+    Paths and names in it are escaped by who made them (escapes.py), so that they can be turned back.
+    """
     import json
 
     version = {"command": command, "vers_major": MAJOR_VERSION, "vers_minor": MINOR_VERSION}

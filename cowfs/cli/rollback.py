@@ -2,11 +2,11 @@
 
 import click
 
-from cowfs.cli.entry import printable
 from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
 from cowfs.cli.snapshots import complete_name, target_argument
 from cowfs.cli.target import confirm, offline_device, open_target, yes_option
 from cowfs.errors import ImageError, UsageError
+from cowfs.escapes import printable, quoted
 from cowfs.history.selection import select
 
 force_option = click.option(
@@ -61,7 +61,7 @@ def rollback(
         if dry_run:
             chosen = select([name], filesystem.snapshots())
             if len(chosen) != 1 or chosen[0].name != name:
-                raise UsageError(f"{name!r} is not the name of one snapshot")
+                raise UsageError(f"{quoted(name)} is not the name of one snapshot")
             kept = None
         else:
             kept = filesystem.rollback(name, force=force)

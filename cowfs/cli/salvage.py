@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cowfs.cli.entry import printable
 from cowfs.cli.output import Numbers, json_option, print_json, progress_bar
 from cowfs.cli.target import offline_device
 from cowfs.errors import EXIT_ERROR
+from cowfs.escapes import escaped_path, printable
 
 if TYPE_CHECKING:
     from cowfs.care.salvage import SalvageReport
@@ -52,7 +52,11 @@ def salvage(
     ):
         report = salvage_image(device, folder, dry_run=dry_run, snapshots=snapshots, progress=bar)
     if as_json:
-        fields = {"image": device.name, "dry_run": dry_run, "complete": report.complete}
+        fields = {
+            "image": escaped_path(device.name),
+            "dry_run": dry_run,
+            "complete": report.complete,
+        }
         print_json("cowfs salvage", fields | asdict(report))
     else:
         _print(report, dry_run=dry_run)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cowfs.cli.entry import printable
 from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
 from cowfs.cli.snapshots import target_argument
 from cowfs.cli.target import Target, open_target
 from cowfs.errors import EXIT_ERROR, CowfsError, UsageError
+from cowfs.escapes import escaped_path, printable, quoted
 
 if TYPE_CHECKING:
     from cowfs.care.scrub_report import BadCopy, ScrubReport
@@ -186,6 +186,7 @@ def _spawn(
         stderr=subprocess.PIPE,
         start_new_session=True,
         text=True,
+        errors="surrogateescape",
     )
     deadline_s = time.monotonic() + START_WAIT_S
     while time.monotonic() < deadline_s:
@@ -218,7 +219,7 @@ def _scrub(
             def work(scrub: Scrub) -> None:
                 nonlocal told_s, saved_s
                 now_s = time.monotonic()
-                report = report_of(scrub, target.image, "running", started_ns, 0)
+                report = report_of(scrub, escaped_path(target.image), "running", started_ns, 0)
                 if now_s - told_s > REPORT_INTERVAL_S:
                     told_s = now_s
                     state.save(report)
@@ -235,7 +236,7 @@ def _scrub(
                 kept = state.marks(scrub.superblock.total_blocks)
                 if kept is not None:
                     scrub.marks = kept
-            state.save(report_of(scrub, target.image, "running", started_ns, 0))
+            state.save(report_of(scrub, escaped_path(target.image), "running", started_ns, 0))
             state.save_marks(scrub.marks)
             _stop_on_signals(stack)
             ended = "finished"
@@ -244,7 +245,7 @@ def _scrub(
             except _StopError:
                 ended = "interrupted"
         repaired = _count_good(target, scrub.bad_copies) if scrub.bad_copies else 0
-        report = report_of(scrub, target.image, ended, started_ns, repaired)
+        report = report_of(scrub, escaped_path(target.image), ended, started_ns, repaired)
         state.save(report)
         state.save_marks(scrub.marks if ended == "interrupted" else None)
         return report
@@ -283,7 +284,7 @@ def _rate(text: str | None) -> int | None:
     shift = _UNITS.get(digits[-1:], 0)
     number = digits[:-1] if shift else digits
     if not (number.isascii() and number.isdigit()) or not int(number):
-        raise UsageError(f"--rate {text!r} is no number of bytes; 50M is one")
+        raise UsageError(f"--rate {quoted(text)} is no number of bytes; 50M is one")
     return int(number) << shift
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
-from cowfs.cli.entry import printable, warn
+from cowfs.cli.entry import warn
 from cowfs.cli.output import (
     Column,
     Numbers,
@@ -27,6 +27,7 @@ from cowfs.cli.output import (
 from cowfs.cli.target import open_target
 from cowfs.daemon.messages import Progress
 from cowfs.errors import CowfsError, UsageError
+from cowfs.escapes import printable
 from cowfs.history.reports import SnapshotReport
 from cowfs.history.retention import FUTURE, Rules, divide, parse_duration, require_released
 from cowfs.history.selection import select

@@ -2,7 +2,6 @@
 
 import click
 
-from cowfs.cli.entry import printable
 from cowfs.cli.output import (
     Column,
     Numbers,
@@ -16,6 +15,7 @@ from cowfs.cli.output import (
 )
 from cowfs.cli.snapshots import target_argument
 from cowfs.cli.target import Target, open_target
+from cowfs.escapes import escaped_path, printable
 from cowfs.history.reports import InfoReport, ReclaimReport, SpaceReport, reclaim_report
 
 NEARLY_FULL_SHARE = 20  # when less than a twentieth of the image is available
@@ -146,7 +146,8 @@ def _show_generations(target: str, numbers: Numbers, *, as_json: bool, bare: boo
             device, None if bar is None else lambda done, total: bar("looking", done, total)
         )
     if as_json:
-        fields = {"image": filesystem.image, "generations": [asdict(found) for found in reports]}
+        image = escaped_path(filesystem.image)
+        fields = {"image": image, "generations": [asdict(found) for found in reports]}
         print_json("cowfs info", fields)
         return
     print_table(

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import click
 
-from cowfs.cli.entry import printable
 from cowfs.daemon import places
 from cowfs.daemon.client import Client, ShowProgress
 from cowfs.errors import (
@@ -30,6 +29,7 @@ from cowfs.errors import (
     ReadOnlyError,
     UsageError,
 )
+from cowfs.escapes import host_path, printable
 from cowfs.history.reports import (
     DropReport,
     InfoReport,
@@ -222,7 +222,7 @@ def connect_mount(mount: places.Mount) -> Client | None:
         ) from None
     if client is not None:
         serves = client.info().mount_point
-        if serves is not None and os.path.realpath(serves) != mount.mount_point:
+        if serves is not None and os.path.realpath(host_path(serves)) != mount.mount_point:
             client.close()
             raise MountError(
                 f"{mount.image} was replaced since it was mounted on {mount.mount_point}, and the "

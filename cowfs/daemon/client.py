@@ -52,6 +52,7 @@ from cowfs.daemon.messages import (
     Stop,
     Sync,
     Undo,
+    encode_request,
     error_of,
     frame,
 )
@@ -211,9 +212,7 @@ class Client:
         return reply
 
     def _send(self, request: Request) -> None:
-        envelope = Envelope(
-            version=PROTOCOL_VERSION, request=msgspec.Raw(msgspec.json.encode(request))
-        )
+        envelope = Envelope(version=PROTOCOL_VERSION, request=msgspec.Raw(encode_request(request)))
         whole = frame(REQUEST, msgspec.json.encode(envelope))
         if len(whole) > FRAME_BYTES_MAX:
             raise UsageError(f"a request of {len(whole)} bytes is too long for the daemon")
@@ -274,7 +273,7 @@ def _batches(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
     batch: list[str] = []
     used = 0
     for name in names:
-        size = len(msgspec.json.encode(name)) + 1
+        size = len(encode_request(Rollback(name=name)))  # more than the name alone
         if batch and used + size > room:
             yield tuple(batch)
             batch, used = [], 0

@@ -19,7 +19,8 @@ import msgspec
 from msgspec import Struct
 
 from cowfs import errors
-from cowfs.errors import CorruptError, CowfsError
+from cowfs.errors import CorruptError, CowfsError, UsageError
+from cowfs.escapes import encodable, quoted
 from cowfs.history.reports import DropReport, InfoReport, SnapshotReport, SpaceReport
 
 PROTOCOL_VERSION = 1
@@ -233,7 +234,7 @@ def message_of(error: CowfsError) -> ErrorMessage:
     kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in kinds)
     return ErrorMessage(
         kind=kind,
-        message=str(error),
+        message=encodable(str(error)),
         errno=error.errno or errno.EIO,
         exit_code=error.exit_code,
     )
@@ -250,6 +251,20 @@ def error_of(message: ErrorMessage) -> CowfsError:
         error.owner, error.block, error.reason = "", 0, message.message
         error.found = error.expected = None
     return error
+
+
+def encode_request(request: Request) -> bytes:
+    """A request as JSON.
+
+    Raises:
+        UsageError: a name or a description in it is no text, so no image can have it.
+    """
+    try:
+        return msgspec.json.encode(request)
+    except UnicodeEncodeError as error:
+        which = "the description" if error.object == getattr(request, "description", None) else ""
+        words = f"{which or 'snapshot name'} {quoted(error.object)} is not valid UTF-8"
+        raise UsageError(words) from None
 
 
 def frame(kind: int, payload: bytes | memoryview) -> bytes:

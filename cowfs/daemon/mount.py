@@ -33,6 +33,7 @@ from cowfs.daemon.operations import Operations
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.service import MountService
 from cowfs.errors import CowfsError, LockedError, MountError
+from cowfs.escapes import encodable, printable
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
 from cowfs.storage.device import FileDevice
@@ -125,7 +126,13 @@ def unmount(directory: str, *, lazy: bool = False, force: bool = False) -> None:
     if os.getuid():
         command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", directory]
     path = os.environ.get("PATH", "") + ":/usr/bin:/bin:/usr/sbin:/sbin"
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        env={**os.environ, "PATH": path},
+    )
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["umount failed"]
         if "busy" in reason[0]:
@@ -200,19 +207,29 @@ def _leave_terminal() -> None:
 
 def _report_failure(writer: int, error: BaseException) -> None:
     if isinstance(error, CowfsError):
-        failure = _StartFailure(error.message, error.exit_code)
+        failure = _StartFailure(encodable(error.message), error.exit_code)
     else:
-        failure = _StartFailure(f"the daemon failed: {error!r}", errors.EXIT_ERROR)
+        failure = _StartFailure(encodable(f"the daemon failed: {error!r}"), errors.EXIT_ERROR)
         log.error("the daemon failed", exc_info=error)
     with contextlib.suppress(OSError):
         os.write(writer, msgspec.json.encode(failure))
+
+
+class _Line(logging.Formatter):
+    """A message on one line, with bytes of paths that are not text as escapes: no handler fails."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's own name
+        return printable(super().formatMessage(record))
+
+    def format(self, record: logging.LogRecord) -> str:
+        return encodable(super().format(record))  # where it came from has lines of its own
 
 
 class _LogFile(logging.FileHandler):
     """A new file, made at its first message, and removed at the end unless somebody must act on it."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(path, mode="w", delay=True)
+        super().__init__(path, mode="w", encoding="utf-8", delay=True)
         self._is_wanted = False
 
     def _open(self) -> io.TextIOWrapper:
@@ -238,14 +255,14 @@ def _set_up_log(options: MountOptions) -> None:
     handler: logging.Handler
     if options.log == "journald" and os.path.exists(JOURNAL_SOCKET):
         handler = logging.handlers.SysLogHandler(JOURNAL_SOCKET)
-        handler.setFormatter(logging.Formatter("cowfs[%(process)d]: %(levelname)s: %(message)s"))
+        handler.setFormatter(_Line("cowfs[%(process)d]: %(levelname)s: %(message)s"))
     elif options.foreground:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("cowfs: %(levelname)s: %(message)s"))
+        handler.setFormatter(_Line("cowfs: %(levelname)s: %(message)s"))
     else:
         log_path = places.prepare_socket(options.image).with_suffix(".log")
         handler = _LogFile(log_path)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+        handler.setFormatter(_Line("%(asctime)s %(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
@@ -444,7 +461,7 @@ def _caught_stderr(lines: list[str]) -> Iterator[None]:
         os.close(before)
         with open(caught, "rb") as file:
             file.seek(0)
-            lines += file.read().decode(errors="replace").splitlines()
+            lines += os.fsdecode(file.read()).splitlines()
 
 
 def _keep_memory() -> None:
@@ -471,7 +488,7 @@ class _Utf8(str):
     """A mount option with bytes beyond ASCII, which pyfuse3 would refuse to encode."""
 
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
-        return str.encode(self, "utf-8", "surrogateescape")
+        return os.fsencode(str(self))  # as the kernel has the path
 
 
 def _raise_read_ahead(device: int) -> None:

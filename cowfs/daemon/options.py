@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cowfs.errors import UsageError
+from cowfs.escapes import quoted
 
 SnapshotsOption = Literal["hidden", "visible", "disabled"]
 LogOption = Literal["stderr", "journald"]
@@ -166,7 +167,7 @@ def parse_options(text: str, options: MountOptions, *, sloppy: bool = False) -> 
         elif not sloppy:
             if name in _VALUES:
                 raise UsageError(f"mount option {name} needs a value: {name}=...")
-            raise UsageError(f"unknown mount option {word!r}; cowfs mount --help lists them")
+            raise UsageError(f"unknown mount option {quoted(word)}; cowfs mount --help lists them")
     for name in ("generation", "snapshot"):
         if name in settings:
             if settings.get("read_only") is False:
@@ -193,7 +194,7 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise UsageError(f"{text!r} is not a size; write it as 512M, 4G or 1.5TiB")
+        raise UsageError(f"{quoted(text)} is not a size; write it as 512M, 4G or 1.5TiB")
     unit = 1024 ** _POWERS[match[2].lower()]
     return int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
 
@@ -226,7 +227,7 @@ def _seconds(name: str, value: str) -> float:
 def _choice(name: str, value: str) -> str:
     choices = _CHOICES[name]
     if value not in choices:
-        raise UsageError(f"mount option {name} is one of {', '.join(choices)}, not {value!r}")
+        raise UsageError(f"mount option {name} is one of {', '.join(choices)}, not {quoted(value)}")
     return value
 
 

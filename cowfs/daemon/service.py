@@ -18,6 +18,7 @@ from cowfs.daemon.operations import Operations
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.processes import open_for_writing
 from cowfs.errors import BusyError, CowfsError, ReadOnlyError, UsageError
+from cowfs.escapes import escaped_path
 from cowfs.history import reports
 from cowfs.history.filesystem import EditAction, Filesystem
 from cowfs.history.records import RootRecord
@@ -134,7 +135,7 @@ class MountService:
             settings["commit_bytes"] = self._committer.written_bytes
         return reports.info_report(
             self._filesystem,
-            mount_point=self._mountpoint,
+            mount_point=escaped_path(self._mountpoint),
             daemon_pid=os.getpid(),
             daemon_settings=settings,
             features=SESSION_FEATURES if session is not None else (),

@@ -58,8 +58,11 @@ class Catalog:
         return record
 
     def find(self, name: str) -> RootRecord | None:
-        """The snapshot of that name."""
-        value = self.tree.get(snapshot_key(name))
+        """The snapshot of that name; None for what no snapshot can be called, too."""
+        try:
+            value = self.tree.get(snapshot_key(name))
+        except UnicodeEncodeError:
+            return None
         return None if value is None else self._named(value, name)
 
     def snapshot(self, name: str) -> RootRecord:

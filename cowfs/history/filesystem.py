@@ -17,14 +17,12 @@ from cowfs.errors import (
     CowfsError,
     DeviceError,
     SnapshotError,
-    UsageError,
 )
 from cowfs.files.items import references
 from cowfs.files.volume import Volume
 from cowfs.history.catalog import Catalog
 from cowfs.history.drops import DropQueue
 from cowfs.history.records import (
-    DESCRIPTION_BYTES_MAX,
     FLAG_AUTOMATIC,
     FLAG_HELD,
     FLAG_SHARES,
@@ -33,6 +31,7 @@ from cowfs.history.records import (
     DropStep,
     RootKind,
     RootRecord,
+    check_description,
     check_snapshot_name,
 )
 from cowfs.history.retention import require_released
@@ -160,8 +159,7 @@ class Filesystem:
             NoSpaceError: there would be no room to delete what it holds (C10).
         """
         check_snapshot_name(name)
-        if len(description.encode()) > DESCRIPTION_BYTES_MAX or "\0" in description:
-            raise UsageError(f"the description is longer than {DESCRIPTION_BYTES_MAX} bytes")
+        check_description(description)
         self._require_unused(name)
         self.store.admission.admit_snapshot(self.live.tree.node_count)
 

@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from cowfs.errors import CorruptError, UsageError
+from cowfs.escapes import quoted
 from cowfs.storage.format import (
     NODE_BLOCKS,
     NODE_LEVEL_MAX,
@@ -61,7 +62,7 @@ def check_snapshot_name(name: str) -> str:
     Raises:
         UsageError: with the rule that it breaks.
     """
-    shown = ascii(name) if len(name) <= 40 else ascii(name[:40]) + "..."
+    shown = quoted(name, 40)
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
@@ -83,6 +84,21 @@ def check_snapshot_name(name: str) -> str:
     if name.startswith("-"):
         raise UsageError(f"snapshot name {shown} must not begin with -")
     return name
+
+
+def check_description(text: str) -> str:
+    """The description, when a snapshot can have it.
+
+    Raises:
+        UsageError: with the rule that it breaks.
+    """
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise UsageError(f"the description {quoted(text)} is not valid UTF-8") from None
+    if size > DESCRIPTION_BYTES_MAX or "\0" in text:
+        raise UsageError(f"the description is longer than {DESCRIPTION_BYTES_MAX} bytes")
+    return text
 
 
 # --- root -------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ fast: whatever needs the image is imported where a `Filesystem` exists already.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
+
+from cowfs.escapes import escaped_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,6 +79,7 @@ class SpaceReport(Struct, frozen=True, kw_only=True):
 class InfoReport(Struct, frozen=True, kw_only=True):
     """What an image is. The last ones are null or empty when no daemon has it mounted.
 
+    `image` and `mount_point` are paths of the host, escaped (escapes.py).
     `features`: what this mount can do that others may not.
     """
 
@@ -111,7 +113,7 @@ class ReclaimReport(Struct, frozen=True, kw_only=True):
 
 def image_name(filesystem: Filesystem) -> str:
     """The path of the image; bytes that are not UTF-8 as escapes."""
-    return os.fsencode(filesystem.store.device.name).decode("utf-8", "backslashreplace")
+    return escaped_path(filesystem.store.device.name)
 
 
 def snapshot_report(filesystem: Filesystem, record: RootRecord) -> SnapshotReport:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from cowfs.errors import SnapshotError, UsageError
+from cowfs.escapes import quoted
 from cowfs.history.selection import Named, select
 
 SECOND_NS = 10**9
@@ -89,10 +90,10 @@ def parse_duration(text: str) -> int:
         UsageError: it is none, or longer than a thousand years.
     """
     if not _DURATION.fullmatch(text):
-        raise UsageError(f"{text[:40]!r} is not a duration such as 12h, 30d, 2w or 1y6m")
+        raise UsageError(f"{quoted(text, 40)} is not a duration such as 12h, 30d, 2w or 1y6m")
     total_ns = sum(int(count) * UNITS_NS[unit] for count, unit in _PART.findall(text))
     if total_ns > DURATION_NS_MAX:
-        raise UsageError(f"{text[:40]!r} is longer than a thousand years")
+        raise UsageError(f"{quoted(text, 40)} is longer than a thousand years")
     return total_ns
 
 

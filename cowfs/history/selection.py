@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Protocol, TypeVar
 
 from cowfs.errors import SnapshotError, UsageError
+from cowfs.escapes import quoted
 
 
 class Named(Protocol):
@@ -58,14 +59,16 @@ def unknown(name: str, names: Iterable[str]) -> SnapshotError:
     import difflib
 
     near = difflib.get_close_matches(name, list(islice(names, NAMES_COMPARED_MAX)), NEAR_NAMES_MAX)
-    hint = f" (there is {', '.join(map(repr, near))})" if near else ""
-    return SnapshotError(f"there is no snapshot {name!r}{hint}; cowfs snapshot list shows them")
+    hint = f" (there is {', '.join(map(quoted, near))})" if near else ""
+    return SnapshotError(
+        f"there is no snapshot {quoted(name)}{hint}; cowfs snapshot list shows them"
+    )
 
 
 def _positions(part: str, word: str, positions: dict[str, int]) -> Sequence[int]:
     if not part:
         raise UsageError(
-            "a snapshot name must not be empty" if not word else f"an empty name in {word!r}"
+            "a snapshot name must not be empty" if not word else f"an empty name in {quoted(word)}"
         )
     first, separator, last = part.partition("%")
     if not separator:
@@ -73,23 +76,27 @@ def _positions(part: str, word: str, positions: dict[str, int]) -> Sequence[int]
             return [_position(part, positions)]
         return _matching(part, positions)
     if "%" in last:
-        raise UsageError(f"a range has one %, as in first%last: {part!r}")
+        raise UsageError(f"a range has one %, as in first%last: {quoted(part)}")
     if not positions:
-        raise SnapshotError(f"there are no snapshots for {part!r}")
+        raise SnapshotError(f"there are no snapshots for {quoted(part)}")
     for end in (first, last):
         if end not in positions and is_pattern(end):
-            raise UsageError(f"a range has names at its ends, no patterns: {part!r}")
+            raise UsageError(f"a range has names at its ends, no patterns: {quoted(part)}")
     start = _position(first, positions) if first else 0
     stop = _position(last, positions) if last else len(positions) - 1
     if start > stop:
-        raise SnapshotError(f"{first!r} is newer than {last!r}; a range is oldest%newest")
+        raise SnapshotError(
+            f"{quoted(first)} is newer than {quoted(last)}; a range is oldest%newest"
+        )
     return range(start, stop + 1)
 
 
 def _matching(pattern: str, positions: dict[str, int]) -> list[int]:
     found = [index for name, index in positions.items() if fnmatchcase(name, pattern)]
     if not found:
-        raise SnapshotError(f"no snapshot matches {pattern!r}; cowfs snapshot list shows them")
+        raise SnapshotError(
+            f"no snapshot matches {quoted(pattern)}; cowfs snapshot list shows them"
+        )
     return found
 
 

@@ -692,3 +692,53 @@ def test_helper_of_mount_has_the_status_of_mount(tmp_path: Path, image: Path) ->
         assert result.returncode == status, (words, result)
         assert result.stderr.count("\n") == (1 if status else 0), result
         assert "Traceback" not in result.stderr
+
+
+# --- terminals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_list_ends_on_no_terminal_of_few_characters(
+    empty: Path, encoding: str, *, terminal: bool
+) -> None:
+    """Promise: every row is there, whatever the encoding; what it lacks is an escape."""
+    for name in ("käse", "日本", "last"):
+        invoke("snapshot", "create", empty, name, "-m", "α and ω")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "TERM": "xterm", "COLUMNS": "200"}
+    for module, words in (
+        ("cowfs.cli.main", ["snapshot", "list", os.fspath(empty)]),
+        ("cowfs.cli.main", ["snapshot", "hold", os.fspath(empty), "*"]),
+        ("tools.cowdu.main", [os.fspath(empty)]),
+        ("tools.cowdump", [os.fspath(empty), "catalog"]),
+    ):
+        program = f"from {module} import main; main()"
+        command = [sys.executable, "-c", program, *words]
+        if terminal:
+            status, shown = _on_terminal(command, environment)
+        else:
+            done = subprocess.run(command, env=environment, capture_output=True, check=False)
+            status, shown = done.returncode, done.stdout + done.stderr
+        text = shown.decode("latin-1" if encoding == "latin-1" else "utf-8")
+        assert status == 0, text
+        assert "last" in text, text
+        assert "日本" in text or r"\u65e5\u672c" in text, text
+        assert "käse" in text or r"k\xe4se" in text, text
+
+
+def _on_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, bytes]:
+    """How a command ended whose output is a terminal, and all that it said there."""
+    leader, follower = os.openpty()
+    child = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=follower, stderr=follower
+    )
+    os.close(follower)
+    said = b""
+    try:
+        while part := os.read(leader, 65536):
+            said += part
+    except OSError:
+        pass  # the end of a terminal
+    finally:
+        os.close(leader)
+    return child.wait(60), said

@@ -5,8 +5,10 @@ list in Python, the plain way. A page that wrote anything to the console fails i
 """
 
 import json
+import os
 import random
 import shlex
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
@@ -705,6 +707,19 @@ def test_report_page_shows_names_as_text(open_page: OpenPage) -> None:
     assert "turned \\u202eround\\x0a\\xff" in text
     assert page.browser.title.startswith(HOSTILE)
     page.browser.execute_script("document.title = ''")
+
+
+def test_report_page_command_can_be_pasted_whatever_the_path(open_page: OpenPage) -> None:
+    """Promise: a shell gets the bytes of the path from the command, also those that nobody can type."""
+    path = b"/mnt/it's \\x41\n\xff\xfe"
+    report = random_report(15)
+    report["target"] = os.fsdecode(path)
+    page = open_page(report)
+    page.click("#choose-all")
+    words = subprocess.run(
+        ["bash", "-c", f'printf "%s\\0" {page.text("#command")}'], capture_output=True, check=True
+    ).stdout.split(b"\0")
+    assert words[:4] == [b"cowfs", b"snapshot", b"delete", path]
 
 
 def test_report_page_may_load_nothing(open_page: OpenPage) -> None:

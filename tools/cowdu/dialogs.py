@@ -11,7 +11,7 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Button, Static
 
-from cowfs.cli.entry import printable
+from cowfs.escapes import printable
 
 from .wording import plural, whole_size
 

@@ -1,12 +1,10 @@
 """`cowdu why`, `log` and `block`: which files keep the disk, in which versions, block by block."""
 
-import os
 from collections.abc import Sequence
 
 import click
 from msgspec import Struct
 
-from cowfs.cli.entry import printable
 from cowfs.cli.output import (
     Column,
     Numbers,
@@ -20,6 +18,7 @@ from cowfs.cli.output import (
 from cowfs.cli.snapshots import complete_name, retention_options, target_argument
 from cowfs.cli.target import open_target
 from cowfs.errors import UsageError
+from cowfs.escapes import escaped, printable
 from cowfs.history.blocks import explain_block
 from cowfs.history.names import resolve
 from cowfs.history.owners import Owner, OwnerKind
@@ -41,6 +40,7 @@ ENTRIES_SHOWN = 10
 class PathUsage(Struct, kw_only=True):
     """A file or directory, and the blocks below it that only the snapshots keep.
 
+    `name` and `path` are escaped (cowfs/escapes.py).
     `deleted`: nothing is at the path among the live files any more. `files`: how many below have any.
     """
 
@@ -141,7 +141,7 @@ def _tree(found: Look, pinned: Pinned, *, flat: bool) -> PathUsage:
             found_here = by_path.get(at)
             if found_here is None:
                 name = at if flat else at.rpartition(b"/")[2]
-                found_here = by_path[at] = PathUsage(name=os.fsdecode(name), path=os.fsdecode(at))
+                found_here = by_path[at] = PathUsage(name=escaped(name), path=escaped(at))
                 above.children.append(found_here)
             above = found_here
         for at in [b"", *ways]:
@@ -227,7 +227,7 @@ def log(path: str, image: str | None, absent: bool, as_json: bool, bare: bool, e
     shown = [version for version in versions if absent or version.kind != "absent"]
     reports = [_version_report(version, names) for version in shown]
     if as_json:
-        print_json("cowdu log", {"path": os.fsdecode(meant.path), "versions": as_fields(reports)})
+        print_json("cowdu log", {"path": escaped(meant.path), "versions": as_fields(reports)})
         return
     numbers = Numbers(exact)
     rows = []
@@ -294,7 +294,7 @@ def block(target: str, number: int, as_json: bool) -> None:
     places = [
         {
             "in": _owner_words(place.root),
-            "path": None if place.path is None else os.fsdecode(place.path),
+            "path": None if place.path is None else escaped(place.path),
             "inode": place.ino,
             "offset_bytes": place.offset_bytes,
         }

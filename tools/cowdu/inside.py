@@ -75,5 +75,5 @@ def meaning(filesystem: Filesystem, target: Target, path: bytes) -> Meant:
         return Meant(filesystem.record, b"/".join(words))
     if len(words) == 1:
         return Meant(None, b"")
-    record = filesystem.catalog.snapshot(os.fsdecode(words[1]))
+    record = filesystem.catalog.snapshot(words[1].decode("utf-8", "surrogateescape"))
     return Meant(record, b"/".join(words[2:]))

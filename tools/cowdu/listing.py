@@ -17,6 +17,7 @@ from cowfs.cli.output import (
 )
 from cowfs.cli.snapshots import complete_name, retention_options, target_argument
 from cowfs.errors import UsageError
+from cowfs.escapes import quoted
 from cowfs.history.owners import OwnerKind
 from cowfs.history.reports import image_name
 from cowfs.history.retention import Rules
@@ -173,7 +174,7 @@ def _columns(words: str | None) -> tuple[str, ...]:
 def _column(word: str) -> str:
     name = ALIASES.get(word, word)
     if name not in COLUMNS:
-        raise UsageError(f"there is no column {word!r}; there are {', '.join(COLUMNS)}")
+        raise UsageError(f"there is no column {quoted(word)}; there are {', '.join(COLUMNS)}")
     return name
 
 

@@ -10,7 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
-from cowfs.cli.entry import printable
+from cowfs.escapes import printable
 from cowfs.history.pathusage import Place
 
 from .rows import Usage

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 import click
 import numpy as np
 
-from cowfs.cli.entry import printable
 from cowfs.cli.output import Numbers, list_options, print_json
 from cowfs.cli.target import open_target
 from cowfs.errors import UsageError
+from cowfs.escapes import escaped_path, printable
 from cowfs.history.names import resolve, volume_of
 from cowfs.history.pathusage import (
     Argument,
@@ -74,7 +74,7 @@ def du(
     if as_json:
         fields = [
             {
-                "path": name,
+                "path": escaped_path(name),
                 "total_bytes": place.total * BLOCK_SIZE_BYTES,
                 "exclusive_bytes": place.exclusive * BLOCK_SIZE_BYTES,
                 "set_shared_bytes": place.shared * BLOCK_SIZE_BYTES,

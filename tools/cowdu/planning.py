@@ -1,6 +1,5 @@
 """`cowdu plan`: the snapshots to delete so that enough comes free and least is lost."""
 
-import shlex
 from collections.abc import Sequence
 
 import click
@@ -17,6 +16,7 @@ from cowfs.cli.output import (
 from cowfs.cli.snapshots import retention_options, target_argument
 from cowfs.daemon.options import parse_size
 from cowfs.errors import CowfsError
+from cowfs.escapes import shell_word
 from cowfs.history.owners import OwnerKind, OwnerSets
 from cowfs.history.plan import Loss, NotEnoughError, Plan, plan_reclaim
 from cowfs.history.records import RootRecord
@@ -184,7 +184,7 @@ def deletion_command(target: str, snapshots: Sequence[RootRecord], chosen: set[s
     if not words:
         return ""
     place = target if not target.startswith("-") else f"./{target}"
-    return shlex.join(["cowfs", "snapshot", "delete", place, *words])
+    return " ".join(map(shell_word, ["cowfs", "snapshot", "delete", place, *words]))
 
 
 def _print(report: PlanReport, numbers: Numbers, *, bare: bool) -> None:

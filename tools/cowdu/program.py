@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from textual.app import App
 from textual.binding import Binding, BindingType
 
-from cowfs.cli.entry import printable
 from cowfs.errors import SnapshotError
+from cowfs.escapes import printable
 
 from .dialogs import Help, Question
 from .pages import InsidePage, Page, SnapshotsPage

@@ -17,6 +17,7 @@ import click
 from cowfs.cli.output import Numbers, json_option, print_json
 from cowfs.cli.snapshots import target_argument
 from cowfs.errors import CorruptError, UsageError
+from cowfs.escapes import escaped_path, printable
 from cowfs.history.names import resolve
 from cowfs.history.owners import OwnerSets, members
 from cowfs.history.pinned import Pinned, pinned_by
@@ -61,7 +62,7 @@ def report(target: str, page: str, force: bool, as_json: bool) -> None:
         return
     Path(page).write_text(text, encoding="utf-8")
     fields = {
-        "path": os.path.abspath(page),
+        "path": escaped_path(os.path.abspath(page)),
         "size_bytes": os.path.getsize(page),
         "snapshot_count": len(data["snapshots"]),
         "set_count": len(data["sets"]),
@@ -71,7 +72,7 @@ def report(target: str, page: str, force: bool, as_json: bool) -> None:
         print_json("cowdu report", fields)
     else:
         size = Numbers().size(os.path.getsize(page))
-        click.echo(f"wrote {page}: {size}, {len(data['snapshots'])} snapshots")
+        click.echo(f"wrote {printable(page)}: {size}, {len(data['snapshots'])} snapshots")
 
 
 def page_of(data: dict[str, Any]) -> str:
@@ -115,7 +116,7 @@ def report_data(found: Look, target: str) -> dict[str, Any]:
     space = space_report(found.filesystem)
     return {
         "image": image_name(found.filesystem),
-        "target": os.path.abspath(target),
+        "target": os.fsencode(os.path.abspath(target)).decode("utf-8", "surrogateescape"),
         "label": superblock.label,
         "generation": found.generation,
         "made_ns": time.time_ns(),
@@ -182,7 +183,7 @@ def _files(
             directory, _, name = path.rpartition(b"/")
             above = place(directory)
             number = places[path] = len(paths)
-            paths.append([above, os.fsdecode(name)])
+            paths.append([above, name.decode("utf-8", "surrogateescape")])
         return number
 
     files = sorted(pinned.files, key=lambda file: (-file.blocks, file.path, file.owners))

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from cowfs.cli.entry import printable
 from cowfs.cli.target import Target, open_target
 from cowfs.daemon.client import ShowProgress
 from cowfs.errors import CorruptError, SnapshotError
+from cowfs.escapes import printable
 from cowfs.files.items import ROOT_INO
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
@@ -122,7 +122,7 @@ class Inside:
 
 def shown_name(name: bytes) -> str:
     """A file name as one line that no terminal obeys."""
-    return printable(name.decode("utf-8", "backslashreplace"))
+    return printable(name.decode("utf-8", "surrogateescape"))
 
 
 class Source:

@@ -4,9 +4,9 @@ import time
 
 from rich.cells import cell_len
 
-from cowfs.cli.entry import printable
 from cowfs.cli.output import Numbers
 from cowfs.errors import CowfsError
+from cowfs.escapes import printable
 
 from .choosing import LIVE
 from .rows import Usage
