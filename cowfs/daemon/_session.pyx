@@ -90,6 +90,7 @@ cdef extern from "<fuse_lowlevel.h>" nogil:
     int fuse_reply_write(fuse_req_t, size_t)
     int fuse_session_custom_io(fuse_session *, const fuse_custom_io *, int)
     int fuse_session_fd(fuse_session *)
+    unsigned FUSE_CAP_ASYNC_DIO
     unsigned FUSE_CAP_DONT_MASK
     unsigned FUSE_CAP_CACHE_SYMLINKS
     unsigned FUSE_CAP_PARALLEL_DIROPS
@@ -99,7 +100,7 @@ cdef enum:
     TMPFILE = 51  # FUSE_TMPFILE of Linux 6.2; headers may be older than the kernel
     INIT_BYTES = 16  # of the INIT request and of its answer, up to and with `flags`
 
-VERSION = 1  # of what fuse.py expects of this module: count it up with every change of a function
+VERSION = 2  # of what fuse.py expects of this module: count it up with every change of a function
 
 ctypedef fuse_session *(*session_new_t)(
     fuse_args *, const fuse_lowlevel_ops *, size_t, void *) noexcept
@@ -231,6 +232,9 @@ cdef void _on_init(void *data, fuse_conn_info *connection) noexcept with gil:
     if _background:
         connection.max_background = _background
         connection.congestion_threshold = _background * 3 // 4
+    # libfuse asks for it. Many kernels then leave pages that were read beside a direct write in the
+    # cache for good: they drop them when the call returns, but then the write is still on its way.
+    connection.want &= ~FUSE_CAP_ASYNC_DIO
     connection.want |= connection.capable & FUSE_CAP_PARALLEL_DIROPS
     if _wants_cached_symlinks:
         connection.want |= connection.capable & FUSE_CAP_CACHE_SYMLINKS

@@ -15,7 +15,7 @@ SESSION_FEATURES = ("fallocate", "seek_hole", "copy_file_range", "tmpfile")
 
 _ATIME_NOW, _MTIME_NOW = 1 << 7, 1 << 8  # FATTR_ATIME_NOW, FATTR_MTIME_NOW of linux/fuse.h
 
-_SESSION_VERSION = 1
+_SESSION_VERSION = 2
 
 session: ModuleType | None = None
 session_missing = ""

@@ -11,10 +11,12 @@ import os
 import random
 import select
 import shutil
+import signal
 import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,6 +32,9 @@ AT_EMPTY_PATH = 0x1000
 BLOCK = 4096
 SYS_OPENAT2 = 437
 SYS_CLOSE_RANGE = 436
+# The calls of asynchronous I/O: setup, destroy, getevents, submit.
+AIO_CALLS = (206, 207, 208, 209) if os.uname().machine == "x86_64" else (0, 1, 4, 2)
+AIO_WRITE = 1  # IOCB_CMD_PWRITE
 RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT, RESOLVE_NO_XDEV = 4, 8, 16, 1
 
 
@@ -152,6 +157,120 @@ def test_direct_appends_lose_nothing(folder: Path) -> None:
 
 
 # ------------------------------------------------------------------- pipes in the kernel, and rings
+
+
+class AioBlock(ctypes.Structure):
+    """struct iocb: one asynchronous read or write."""
+
+    _fields_ = (
+        ("data", ctypes.c_uint64),
+        ("key", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("operation", ctypes.c_uint16),
+        ("priority", ctypes.c_int16),
+        ("descriptor", ctypes.c_uint32),
+        ("buffer", ctypes.c_uint64),
+        ("size", ctypes.c_uint64),
+        ("offset", ctypes.c_int64),
+        ("rest", ctypes.c_uint64 * 2),
+    )
+
+
+def write_asynchronously(queue: ctypes.c_ulong, descriptor: int, pages: list[mmap.mmap]) -> None:
+    """Write the pages to the places 0, 1, 2... all at once; return when all are written."""
+    count = len(pages)
+    blocks = (AioBlock * count)()
+    for index, page in enumerate(pages):
+        blocks[index].operation = AIO_WRITE
+        blocks[index].descriptor = descriptor
+        blocks[index].buffer = ctypes.addressof(ctypes.c_char.from_buffer(page))
+        blocks[index].size, blocks[index].offset = BLOCK, index * BLOCK
+    pointers = (ctypes.c_void_p * count)(*(ctypes.addressof(block) for block in blocks))
+    submitted = 0
+    while submitted < count:
+        rest = ctypes.byref(pointers, submitted * ctypes.sizeof(ctypes.c_void_p))
+        submitted += call("syscall", AIO_CALLS[3], queue, count - submitted, rest)
+    events = (ctypes.c_int64 * (4 * count))()  # struct io_event: data, block, result, second result
+    assert call("syscall", AIO_CALLS[2], queue, count, count, events, None) == count
+    assert set(events[2::4]) == {BLOCK}
+
+
+def test_asynchronous_direct_write_is_done_when_it_was_submitted(
+    folder: Path, module_mount: Mounted
+) -> None:
+    """Promise: io_submit returns when the filesystem has the bytes, not before.
+
+    Only then does every kernel drop the pages that were read beside the write: many do not when an
+    asynchronous write ends (generic_file_direct_write does).
+    """
+    file = folder / "file"
+    file.write_bytes(bytes(BLOCK))
+    direct = os.open(file, os.O_RDWR | os.O_DIRECT)
+    queue = ctypes.c_ulong(0)
+    call("syscall", AIO_CALLS[0], 1, ctypes.byref(queue))
+    submitted = threading.Thread(
+        target=write_asynchronously, args=(queue, direct, [aligned(b"n" * BLOCK)])
+    )
+    pid = module_mount.daemon_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        submitted.start()
+        calls = Path(f"/proc/self/task/{submitted.native_id}/syscall")
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            time.sleep(0.02)
+            running = calls.read_text().split()[0]
+            assert running != str(AIO_CALLS[2]), "the write was on its way without its caller"
+        assert running == str(AIO_CALLS[3])
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        submitted.join()
+        call("syscall", AIO_CALLS[1], queue)
+        os.close(direct)
+    assert file.read_bytes() == b"n" * BLOCK
+
+
+def test_buffered_readers_see_what_asynchronous_direct_writes_wrote(folder: Path) -> None:
+    """Promise: after an O_DIRECT write of AIO is done, no reader gets the bytes from before it.
+
+    Readers run beside the writes: they fill pages of the kernel's cache while writes are on their way.
+    """
+    count, rounds, readers_count = 128, 60, 3
+    file = folder / "file"
+    file.write_bytes(bytes(count * BLOCK))
+    direct = os.open(file, os.O_RDWR | os.O_DIRECT)
+    buffered = os.open(file, os.O_RDONLY)
+    ended = threading.Event()
+
+    def read_on(start: int) -> None:
+        place = start
+        while not ended.is_set():
+            os.pread(buffered, BLOCK, place % count * BLOCK)
+            place += 7
+
+    queue = ctypes.c_ulong(0)
+    call("syscall", AIO_CALLS[0], count, ctypes.byref(queue))
+    readers = [threading.Thread(target=read_on, args=(start,)) for start in range(readers_count)]
+    try:
+        os.posix_fadvise(buffered, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead: page by page
+        for reader in readers:
+            reader.start()
+        for version in range(1, rounds + 1):
+            page = version.to_bytes(4, "little") * (BLOCK // 4)
+            write_asynchronously(queue, direct, [aligned(page) for _ in range(count)])
+            stale = [
+                place for place in range(count) if os.pread(buffered, BLOCK, place * BLOCK) != page
+            ]
+            assert not stale, f"round {version}: {len(stale)} pages are those from before the write"
+    finally:
+        ended.set()
+        for reader in readers:
+            if reader.ident is not None:
+                reader.join()
+        call("syscall", AIO_CALLS[1], queue)
+        os.close(direct)
+        os.close(buffered)
 
 
 def test_bytes_moved_inside_the_kernel_are_the_same(folder: Path) -> None:
