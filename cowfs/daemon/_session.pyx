@@ -10,6 +10,9 @@ libfuse's own. What pyfuse3 does not tell is seen between libfuse and /dev/fuse 
 - Of the INIT request and its answer, the flags that this libfuse does not know are looked at and added.
 - Of WRITE and SETATTR requests, flags are kept until the next one, for the handler that runs in between.
 
+pyfuse3 knows one number of a file, its node id. The number that programs see (st_ino, d_ino) is another
+one: this module's `fuse_reply_attr` and its like put it into the answers, and call libfuse's own.
+
 Operations added here are answered before they return: the methods installed must not wait. They
 return the result, or a negative errno, and raise nothing. Nothing here keeps memory of its own.
 Source of the layouts: linux/fuse.h and libfuse's fuse_lowlevel.h.
@@ -60,6 +63,11 @@ cdef extern from "<linux/fuse.h>" nogil:
         uint32_t write_flags
 
 
+cdef extern from "<sys/stat.h>" nogil:
+    struct stat:
+        uint64_t st_ino
+
+
 cdef extern from "<fuse_lowlevel.h>" nogil:
     ctypedef uint64_t fuse_ino_t
     ctypedef int64_t off_t
@@ -69,6 +77,9 @@ cdef extern from "<fuse_lowlevel.h>" nogil:
     struct fuse_session
     struct fuse_file_info:
         uint64_t fh
+    struct fuse_entry_param:
+        fuse_ino_t ino
+        stat attr
     struct fuse_conn_info:
         unsigned capable
         unsigned want
@@ -100,11 +111,17 @@ cdef enum:
     TMPFILE = 51  # FUSE_TMPFILE of Linux 6.2; headers may be older than the kernel
     INIT_BYTES = 16  # of the INIT request and of its answer, up to and with `flags`
 
-VERSION = 2  # of what fuse.py expects of this module: count it up with every change of a function
+VERSION = 3  # of what fuse.py expects of this module: count it up with every change of a function
 
 ctypedef fuse_session *(*session_new_t)(
     fuse_args *, const fuse_lowlevel_ops *, size_t, void *) noexcept
 ctypedef int (*session_mount_t)(fuse_session *, const char *) noexcept
+ctypedef int (*reply_attr_t)(fuse_req_t, const stat *, double) noexcept nogil
+ctypedef int (*reply_entry_t)(fuse_req_t, const fuse_entry_param *) noexcept nogil
+ctypedef int (*reply_create_t)(
+    fuse_req_t, const fuse_entry_param *, const fuse_file_info *) noexcept nogil
+ctypedef size_t (*add_direntry_plus_t)(
+    fuse_req_t, char *, size_t, const char *, const fuse_entry_param *, off_t) noexcept nogil
 
 cdef object _operations = None
 cdef fuse_lowlevel_ops _table
@@ -120,6 +137,14 @@ cdef bint _write_kills = False
 cdef uint32_t _setattr_valid = 0
 cdef bint _has_killpriv = False
 cdef bint _has_dont_mask = False
+cdef uint64_t _plain_base = 0
+cdef uint64_t _plain_mask = 0
+cdef fuse_ino_t _odd_node = 0
+cdef uint64_t _odd_number = 0
+cdef reply_attr_t _reply_attr
+cdef reply_entry_t _reply_entry
+cdef reply_create_t _reply_create
+cdef add_direntry_plus_t _add_direntry_plus
 
 
 def install(
@@ -146,6 +171,19 @@ def install(
     _wants_cached_symlinks = cache_symlinks
     _wants_dont_mask = dont_mask
     _wants_killpriv = killpriv
+
+
+def set_numbers(*, uint64_t plain_base, uint64_t plain_mask, uint64_t odd_node, uint64_t odd_number):
+    """Say what numbers programs see: a node id itself, with these exceptions.
+
+    Args:
+        plain_base, plain_mask: of a node id that is `plain_base` without the bits of the mask, only
+            those bits.
+        odd_node, odd_number: of this node, that number.
+    """
+    global _plain_base, _plain_mask, _odd_node, _odd_number
+    _plain_base, _plain_mask = plain_base, plain_mask
+    _odd_node, _odd_number = odd_node, odd_number
 
 
 def has_dont_mask():
@@ -223,6 +261,69 @@ cdef void _on_copy_file_range(
         fuse_reply_write(req, <size_t>answer)
 
 
+# --- the number of a file ---------------------------------------------------------------------------
+
+
+cdef uint64_t _number(fuse_ino_t node) noexcept nogil:
+    """The number that programs see of a node."""
+    if node & ~_plain_mask == _plain_base:
+        return node & _plain_mask
+    return _odd_number if node == _odd_node else node
+
+
+cdef fuse_entry_param _numbered(const fuse_entry_param *entry) noexcept nogil:
+    cdef fuse_entry_param answer = entry[0]
+    answer.attr.st_ino = _number(entry.ino)
+    return answer
+
+
+cdef bint _find_replies() noexcept:
+    """Find libfuse's own functions below those of this module."""
+    global _reply_attr, _reply_entry, _reply_create, _add_direntry_plus
+    _reply_attr = <reply_attr_t>dlsym(RTLD_NEXT, "fuse_reply_attr")
+    _reply_entry = <reply_entry_t>dlsym(RTLD_NEXT, "fuse_reply_entry")
+    _reply_create = <reply_create_t>dlsym(RTLD_NEXT, "fuse_reply_create")
+    _add_direntry_plus = <add_direntry_plus_t>dlsym(RTLD_NEXT, "fuse_add_direntry_plus")
+    return (
+        _reply_attr != NULL
+        and _reply_entry != NULL
+        and _reply_create != NULL
+        and _add_direntry_plus != NULL
+    )
+
+
+cdef public int fuse_reply_attr(
+    fuse_req_t req, const stat *attributes, double timeout
+) noexcept nogil:
+    """libfuse's function of this name; `st_ino` comes as the node id."""
+    cdef stat answer = attributes[0]
+    answer.st_ino = _number(attributes.st_ino)
+    return _reply_attr(req, &answer, timeout)
+
+
+cdef public int fuse_reply_entry(fuse_req_t req, const fuse_entry_param *entry) noexcept nogil:
+    """libfuse's function of this name, with the number that programs see."""
+    cdef fuse_entry_param answer = _numbered(entry)
+    return _reply_entry(req, &answer)
+
+
+cdef public int fuse_reply_create(
+    fuse_req_t req, const fuse_entry_param *entry, const fuse_file_info *info
+) noexcept nogil:
+    """libfuse's function of this name, with the number that programs see."""
+    cdef fuse_entry_param answer = _numbered(entry)
+    return _reply_create(req, &answer, info)
+
+
+cdef public size_t fuse_add_direntry_plus(
+    fuse_req_t req, char *buffer, size_t size, const char *name,
+    const fuse_entry_param *entry, off_t cookie,
+) noexcept nogil:
+    """libfuse's function of this name, with the number that programs see."""
+    cdef fuse_entry_param answer = _numbered(entry)
+    return _add_direntry_plus(req, buffer, size, name, &answer, cookie)
+
+
 # --- the connection ---------------------------------------------------------------------------------
 
 
@@ -292,7 +393,7 @@ cdef public fuse_session *fuse_session_new(
     """libfuse's function of this name, with a table that is complete."""
     global _next_init, _has_dont_mask, _has_killpriv
     cdef session_new_t real = <session_new_t>dlsym(RTLD_NEXT, "fuse_session_new")
-    if real == NULL:
+    if real == NULL or not _find_replies():
         return NULL
     if _operations is None:
         return real(args, operations, size, data)

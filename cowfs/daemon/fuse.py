@@ -2,8 +2,8 @@
 
 `_session` (Cython, built with the package) must be loaded first and with its symbols for all to see.
 Where it could not be built, or does not fit this libfuse, `session` is None, `session_missing` says
-why, and a mount works without fallocate, SEEK_HOLE, copy_file_range and O_TMPFILE, and with the umask
-taken off also below default ACLs.
+why, and a mount works without fallocate, SEEK_HOLE, copy_file_range and O_TMPFILE, with the umask
+taken off also below default ACLs, and with node ids for inode numbers.
 """
 
 import os
@@ -15,7 +15,7 @@ SESSION_FEATURES = ("fallocate", "seek_hole", "copy_file_range", "tmpfile")
 
 _ATIME_NOW, _MTIME_NOW = 1 << 7, 1 << 8  # FATTR_ATIME_NOW, FATTR_MTIME_NOW of linux/fuse.h
 
-_SESSION_VERSION = 2
+_SESSION_VERSION = 3
 
 session: ModuleType | None = None
 session_missing = ""
@@ -35,6 +35,23 @@ finally:
     sys.setdlopenflags(_flags)
 
 import pyfuse3 as pyfuse3  # noqa: E402  # after _session
+
+
+def show_numbers(*, plain_base: int, plain_mask: int, odd_node: int, odd_number: int) -> None:
+    """Say what programs see as the numbers of files; without the module those are the node ids.
+
+    Args:
+        plain_base, plain_mask: of a node id that is `plain_base` without the bits of the mask, only
+            those bits are seen.
+        odd_node, odd_number: of this node, that number is seen.
+    """
+    if session is not None:
+        session.set_numbers(
+            plain_base=plain_base,
+            plain_mask=plain_mask,
+            odd_node=odd_node,
+            odd_number=odd_number,
+        )
 
 
 def umask_is_ours() -> bool:

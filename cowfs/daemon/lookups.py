@@ -5,6 +5,7 @@ in arrays, by inode number: some bytes for each file, where a dictionary takes a
 """
 
 from array import array
+from collections.abc import Iterator
 
 CHUNK_BITS = 10
 CHUNK = 1 << CHUNK_BITS
@@ -40,10 +41,16 @@ class Lookups:
                 del self._chunks[ino >> CHUNK_BITS]
         return left
 
+    def inos(self) -> Iterator[int]:
+        """The inodes that the kernel knows. Counts may change meanwhile, also in another thread."""
+        for number in list(self._chunks):
+            chunk = self._chunks.get(number)
+            if chunk is not None:
+                for index in range(CHUNK):
+                    if chunk[index]:
+                        yield number << CHUNK_BITS | index
+
     def __contains__(self, ino: int) -> bool:
         """Whether the kernel knows the inode."""
         chunk = self._chunks.get(ino >> CHUNK_BITS)
         return chunk is not None and chunk[ino & _INDEX] != 0
-
-    def clear(self) -> None:
-        self._chunks.clear()

@@ -1,8 +1,12 @@
 """Node ids, what the kernel knows of them, and what it is told: the state of one mount.
 
-A node id given to the kernel is (root id, inode): unique over the live volume and all snapshots, so
-that du, find, tar and rsync never take two files for one; node 1 is the root directory of the live
-volume, whichever root that is after a rollback. Old ids keep naming the tree they were given for.
+A node id given to the kernel is (root id, inode): unique over the live volume and all snapshots; node
+1 is the root directory of the live volume, whichever root that is after a rollback. Old ids keep
+naming the tree they were given for.
+
+The number that programs see (st_ino, d_ino) is the node id for files of snapshots, and the plain
+inode number for live ones. So du, find, tar and rsync never take two files for one, a file keeps its
+number over a rollback, and 32-bit programs can read directories.
 
 Nobody else changes the tree, so the kernel may cache names and attributes for long; rollback
 invalidates them.
@@ -13,9 +17,10 @@ import logging
 import os
 import stat
 import time
+from typing import NamedTuple
 
 from cowfs.daemon.commits import Committer
-from cowfs.daemon.fuse import pyfuse3
+from cowfs.daemon.fuse import pyfuse3, show_numbers
 from cowfs.daemon.lookups import Lookups
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.privileges import SET_ID
@@ -31,6 +36,8 @@ INO_BITS = 40
 ROOT_NODE = 1  # FUSE_ROOT_ID
 SNAPSHOTS_NODE = 2  # the directory .snapshots; inode 2 of root 0, which is no root's id
 SNAPSHOTS_NAME = b".snapshots"
+# What programs see as the number of .snapshots: 32 bits, until a file has that number.
+SNAPSHOTS_NUMBER, SNAPSHOTS_NUMBER_LATER = (1 << 32) - 1, 1 << 63
 TIMEOUT_S = 86400.0
 
 assert INO_MAX < 1 << INO_BITS
@@ -59,6 +66,7 @@ class Nodes(pyfuse3.Operations):
         self.enable_acl = options.acls and options.xattrs  # read by pyfuse3 at the mount
         self._access_times = options.access_times
         self._lookups = Lookups()  # of the live volume's inodes
+        self._old_lookups = self._lookups  # before the last rollback, of the nodes from `_old_base`
         self._writers: dict[int, int] = {}  # handles open for writing, by node id
         self._reclaims: list[int] = []  # orphans too large for one turn
         self.writeback: Writeback | None = None
@@ -66,6 +74,7 @@ class Nodes(pyfuse3.Operations):
             self.writeback = Writeback(options.mountpoint, self._writers.keys)
         self.enable_writeback_cache = self.writeback is not None
         self._set_live()
+        self._old_base = self._live_base
         self._absent = pyfuse3.EntryAttributes()
         self._absent.st_ino = pyfuse3.InodeT(0)
         self._absent.entry_timeout = TIMEOUT_S
@@ -75,6 +84,16 @@ class Nodes(pyfuse3.Operations):
     def _set_live(self) -> None:
         self._live = self.filesystem.live
         self._live_base = self.filesystem.record.root_id << INO_BITS
+        self._show_numbers()
+
+    def _show_numbers(self) -> None:
+        is_free = self._live.inodes.next_ino <= SNAPSHOTS_NUMBER
+        show_numbers(
+            plain_base=self._live_base,
+            plain_mask=INO_MAX,
+            odd_node=SNAPSHOTS_NODE,
+            odd_number=SNAPSHOTS_NUMBER if is_free else SNAPSHOTS_NUMBER_LATER,
+        )
 
     # --- node ids -----------------------------------------------------------------------------------
 
@@ -150,7 +169,12 @@ class Nodes(pyfuse3.Operations):
     def _is_snapshots_parent(self, node: int) -> bool:
         return node == ROOT_NODE and self._snapshots_served
 
+    def _is_snapshot_root(self, volume: Volume, ino: int) -> bool:
+        """Whether it is a directory of .snapshots."""
+        return ino == ROOT_INO and volume is not self._live
+
     def _snapshots_attributes(self) -> pyfuse3.EntryAttributes:
+        self._show_numbers()
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = pyfuse3.InodeT(SNAPSHOTS_NODE)
         entry.entry_timeout = TIMEOUT_S
@@ -200,24 +224,47 @@ class Nodes(pyfuse3.Operations):
             if 0 < node - self._live_base <= INO_MAX
         ]
 
-    def switch(self) -> list[bytes]:
-        """The live volume was replaced. Returns the names in the root to invalidate."""
+    def switch(self) -> "Stale":
+        """The live volume was replaced. Returns what the kernel is to forget."""
         old = self._live
         old.inodes.forget_answers()
+        self._old_lookups, self._old_base = self._lookups, self._live_base
+        self._lookups = Lookups()
         self._set_live()
-        self._lookups.clear()
         self._reclaims = list(self._live.orphans)  # open then, in a time that is not now
         names = {entry.name for _, entry in old.listing(ROOT_INO)}
         names |= {entry.name for _, entry in self._live.listing(ROOT_INO)}
-        return sorted(names)
+        return Stale(sorted(names), self._old_base, self._old_lookups)
 
 
-def invalidate(names: list[bytes]) -> None:
-    """Let the kernel forget what it knows of these names in the root. Call it from a thread."""
-    for name in names:
+class Stale(NamedTuple):
+    """What a rollback leaves behind in the kernel.
+
+    Attributes:
+        names: in the root directory, before and after.
+        base: node id of inode 0 of what was the live volume.
+        lookups: the inodes of that volume which the kernel knows.
+    """
+
+    names: list[bytes]
+    base: int
+    lookups: Lookups
+
+
+def invalidate(stale: Stale) -> None:
+    """Let the kernel forget the tree that was live. Call it from a thread."""
+    for name in stale.names:
         try:
             pyfuse3.invalidate_entry(pyfuse3.InodeT(ROOT_NODE), pyfuse3.FileNameT(name))
         except OSError as error:
             if error.errno != errno.ENOENT:  # the kernel did not know it
                 log.warning("cannot invalidate %r: %s", name, error)
     pyfuse3.invalidate_inode(pyfuse3.InodeT(ROOT_NODE))
+    # What is left is open, or somebody's working directory. It is a file of a snapshot now, and must
+    # not show the number of the live one.
+    for ino in stale.lookups.inos():
+        try:
+            pyfuse3.invalidate_inode(pyfuse3.InodeT(stale.base | ino), attr_only=True)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # forgotten meanwhile
+                log.warning("cannot invalidate inode %d: %s", ino, error)

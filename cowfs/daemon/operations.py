@@ -11,30 +11,34 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import trio
 
 from cowfs.daemon.answers import answers, answers_now, waits
+from cowfs.daemon.commits import Committer
 from cowfs.daemon.fuse import (
     pyfuse3,
     times_set_to_now,
     umask_is_ours,
     write_kills_privileges,
 )
+from cowfs.daemon.narrow import NarrowListings
 from cowfs.daemon.nodes import (
     ROOT_NODE,
     SNAPSHOTS_NAME,
     SNAPSHOTS_NODE,
     Nodes,
 )
+from cowfs.daemon.options import MountOptions
 from cowfs.daemon.privileges import SET_ID, cleared_by_setattr, group_bit, is_member
 from cowfs.errors import CorruptError, posix_error
 from cowfs.files.acl import ACCESS_NAME
 from cowfs.files.acl import NAMES as ACL_NAMES
 from cowfs.files.items import INO_MAX, NAME_BYTES_MAX, ROOT_INO, Inode
 from cowfs.files.volume import Changes, Volume
+from cowfs.history.filesystem import Filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
 log = logging.getLogger(__name__)
@@ -42,12 +46,22 @@ log = logging.getLogger(__name__)
 UNNAMED = b"/"  # what the kernel calls a file of O_TMPFILE, and no file can be called
 WRITER_BIT = 1 << 63  # in a file handle, beside the node id: it was opened for writing
 HANDLE_NODE = WRITER_BIT - 1
+# Handles of directories are their node ids; those of 32-bit programs begin here, far from any node
+# that is opened with WRITER_BIT.
+NARROW_HANDLES = WRITER_BIT | 1 << 62
 COOKIE_DOT, COOKIE_DOT_DOT, COOKIE_SNAPSHOTS = 1, 2, 3
+Reply = Callable[[Any, bytes, Any, int], bool]  # as pyfuse3.readdir_reply
 XATTR_NAMESPACES = (b"user.", b"trusted.", b"security.")
 
 
 class Operations(Nodes):
-    """The handlers of one mount."""
+    """The handlers of one mount. Args as of Nodes."""
+
+    def __init__(
+        self, filesystem: Filesystem, committer: Committer | None, options: MountOptions
+    ) -> None:
+        super().__init__(filesystem, committer, options)
+        self._narrow = NarrowListings(NARROW_HANDLES, pyfuse3.readdir_reply)
 
     # --- names --------------------------------------------------------------------------------------
 
@@ -62,6 +76,8 @@ class Operations(Nodes):
         if name == b".":  # of a file too: so the kernel finds again what a file handle names
             inode = volume.get(ino)
         elif name == b"..":
+            if self._is_snapshot_root(volume, ino):
+                return self._snapshots_attributes()
             inode = volume.lookup(ino, name)
         else:
             inode = volume.find(ino, name)
@@ -70,8 +86,10 @@ class Operations(Nodes):
         return self._found(volume, inode)
 
     def _lookup_snapshot(self, name: bytes) -> pyfuse3.EntryAttributes:
-        if name in (b".", b".."):
+        if name == b".":
             return self._snapshots_attributes()
+        if name == b"..":
+            return self._found(self._live, self._live.get(ROOT_INO))
         record = None
         if len(name) <= NAME_BYTES_MAX:
             record = self.filesystem.catalog.find(name.decode("utf-8", "surrogateescape"))
@@ -86,7 +104,9 @@ class Operations(Nodes):
     async def forget(self, inode_list: list[tuple[int, int]]) -> None:
         for node, count in inode_list:
             ino = node - self._live_base
-            if self._lookups.drop(ino, count) == 0 and ino in self._live.orphans:
+            if not 0 < ino <= INO_MAX:
+                self._old_lookups.drop(node - self._old_base, count)
+            elif self._lookups.drop(ino, count) == 0 and ino in self._live.orphans:
                 self._reclaim(ino)
 
     @answers
@@ -434,30 +454,33 @@ class Operations(Nodes):
             volume, ino = self._resolve(node)
             if not stat.S_ISDIR(volume.get(ino).mode):
                 raise posix_error(errno.ENOTDIR)
-        return node
+        narrow = self._narrow.open(node, ctx.pid)
+        return node if narrow is None else narrow
 
     @answers
-    def readdir(self, node: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+    def readdir(self, handle: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        narrow = self._narrow.get(handle)
+        if narrow is not None:
+            self._list(narrow.node, narrow.seek(start_id), token, narrow.reply)
+        else:
+            self._list(handle, start_id, token, pyfuse3.readdir_reply)
+
+    def _list(self, node: int, start_id: int, token: pyfuse3.ReaddirToken, reply: Reply) -> None:
         if node == SNAPSHOTS_NODE:
-            self._list_snapshots(start_id, token)
+            self._list_snapshots(start_id, token, reply)
             return
         volume, ino = self._resolve(node)
         inode = volume.get(ino)
         if not start_id and self._access_times:
             volume.accessed(inode)
-        reply = pyfuse3.readdir_reply
         if start_id < COOKIE_DOT and not reply(
             token, b".", self._attributes(volume, inode), COOKIE_DOT
         ):
             return
-        if start_id < COOKIE_DOT_DOT:
-            try:
-                parent = volume.get(inode.rdev) if inode.nlink else inode
-            except OSError as error:
-                log.error("the parent of directory %d cannot be shown: %s", ino, error)
-                parent = inode
-            if not reply(token, b"..", self._attributes(volume, parent), COOKIE_DOT_DOT):
-                return
+        if start_id < COOKIE_DOT_DOT and not reply(
+            token, b"..", self._parent_attributes(volume, inode), COOKIE_DOT_DOT
+        ):
+            return
         shown = node == ROOT_NODE and self._snapshots_shown
         if (
             shown
@@ -480,11 +503,24 @@ class Operations(Nodes):
             if live:
                 known(entry.ino)
 
-    def _list_snapshots(self, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        reply = pyfuse3.readdir_reply
-        for cookie, name in ((COOKIE_DOT, b"."), (COOKIE_DOT_DOT, b"..")):
-            if start_id < cookie and not reply(token, name, self._snapshots_attributes(), cookie):
-                return
+    def _parent_attributes(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
+        if self._is_snapshot_root(volume, inode.ino):
+            return self._snapshots_attributes()
+        parent = inode
+        try:
+            if inode.nlink:
+                parent = volume.get(inode.rdev)
+        except OSError as error:
+            log.error("the parent of directory %d cannot be shown: %s", inode.ino, error)
+        return self._attributes(volume, parent)
+
+    def _list_snapshots(self, start_id: int, token: pyfuse3.ReaddirToken, reply: Reply) -> None:
+        own = self._snapshots_attributes()
+        if start_id < COOKIE_DOT and not reply(token, b".", own, COOKIE_DOT):
+            return
+        parent = self._attributes(self._live, self._live.get(ROOT_INO))
+        if start_id < COOKIE_DOT_DOT and not reply(token, b"..", parent, COOKIE_DOT_DOT):
+            return
         for record in self.filesystem.catalog.roots():
             cookie = record.root_id + COOKIE_SNAPSHOTS
             volume = self.filesystem.volume(record.root_id)
@@ -500,8 +536,8 @@ class Operations(Nodes):
                 return
 
     @answers
-    def releasedir(self, node: int) -> None:
-        if node & WRITER_BIT and self.writeback is not None:
+    def releasedir(self, handle: int) -> None:
+        if handle & WRITER_BIT and not self._narrow.close(handle) and self.writeback is not None:
             self.writeback.released()
 
     @waits

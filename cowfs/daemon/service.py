@@ -13,7 +13,7 @@ import trio
 from cowfs.daemon import messages, server
 from cowfs.daemon.commits import Committer
 from cowfs.daemon.fuse import SESSION_FEATURES, session
-from cowfs.daemon.nodes import invalidate
+from cowfs.daemon.nodes import Stale, invalidate
 from cowfs.daemon.operations import Operations
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.processes import open_for_writing
@@ -49,7 +49,7 @@ class MountService:
         self._options = options
         self._unmount = unmount
         self._mountpoint = os.path.realpath(options.mountpoint)
-        self._stale_names: list[bytes] = []
+        self._stale: Stale | None = None
         self.ended = trio.Event()
 
     # --- pins ---------------------------------------------------------------------------------------
@@ -201,7 +201,8 @@ class MountService:
                 "and they get errors"
             )
         record = await self._apply(self._switching(action))
-        await trio.to_thread.run_sync(invalidate, self._stale_names)
+        assert self._stale is not None
+        await trio.to_thread.run_sync(invalidate, self._stale)
         return messages.SnapshotReply(snapshot=reports.snapshot_report(self._filesystem, record))
 
     def _switching(self, action: EditAction) -> EditAction:
@@ -209,7 +210,7 @@ class MountService:
 
         def apply(filesystem: Filesystem) -> object:
             record = action(filesystem)
-            self._stale_names = self._operations.switch()
+            self._stale = self._operations.switch()
             return record
 
         return apply
