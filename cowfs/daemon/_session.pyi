@@ -10,6 +10,7 @@ class SessionOperations(Protocol):
     def copy_file_range(
         self, node_in: int, offset_in: int, node_out: int, offset_out: int, length: int
     ) -> int: ...
+    def birth_ns(self, node: int) -> int | None: ...
 
 def install(
     operations: SessionOperations,

@@ -7,6 +7,8 @@ libfuse's own. What pyfuse3 does not tell is seen between libfuse and /dev/fuse 
 
 - The kernel's request TMPFILE, newer than libfuse 3.14, has the layout of CREATE and the name "/",
   which no file can have: it is handed on as CREATE.
+- The request STATX (Linux 6.6) begins like GETATTR and is handed on as that; the answer, which has
+  the time of birth too, is written here.
 - Of the INIT request and its answer, the flags that this libfuse does not know are looked at and added.
 - Of WRITE and SETATTR requests, flags are kept until the next one, for the handler that runs in between.
 
@@ -19,7 +21,7 @@ Source of the layouts: linux/fuse.h and libfuse's fuse_lowlevel.h.
 """
 
 from libc.errno cimport EIO
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 
@@ -41,6 +43,7 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "<linux/fuse.h>" nogil:
     enum:
+        FUSE_GETATTR
         FUSE_SETATTR
         FUSE_INIT
         FUSE_CREATE
@@ -57,15 +60,39 @@ cdef extern from "<linux/fuse.h>" nogil:
         uint32_t flags
     struct fuse_init_out:
         uint32_t flags
+    struct fuse_getattr_in:
+        uint32_t getattr_flags
     struct fuse_setattr_in:
         uint32_t valid
     struct fuse_write_in:
         uint32_t write_flags
 
 
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        int64_t tv_sec
+        int64_t tv_nsec
+
+
+cdef extern from "<sys/sysmacros.h>" nogil:
+    unsigned major(uint64_t)
+    unsigned minor(uint64_t)
+
+
 cdef extern from "<sys/stat.h>" nogil:
     struct stat:
         uint64_t st_ino
+        uint32_t st_mode
+        uint32_t st_nlink
+        uint32_t st_uid
+        uint32_t st_gid
+        uint64_t st_rdev
+        uint64_t st_size
+        uint32_t st_blksize
+        uint64_t st_blocks
+        timespec st_atim
+        timespec st_mtim
+        timespec st_ctim
 
 
 cdef extern from "<fuse_lowlevel.h>" nogil:
@@ -96,6 +123,7 @@ cdef extern from "<fuse_lowlevel.h>" nogil:
     struct fuse_custom_io:
         ssize_t (*writev)(int, iovec *, int, void *) noexcept
         ssize_t (*read)(int, void *, size_t, void *) noexcept
+    int fuse_reply_buf(fuse_req_t, const char *, size_t)
     int fuse_reply_err(fuse_req_t, int)
     int fuse_reply_lseek(fuse_req_t, off_t)
     int fuse_reply_write(fuse_req_t, size_t)
@@ -109,9 +137,52 @@ cdef extern from "<fuse_lowlevel.h>" nogil:
 
 cdef enum:
     TMPFILE = 51  # FUSE_TMPFILE of Linux 6.2; headers may be older than the kernel
+    STATX = 52  # FUSE_STATX of Linux 6.6
+    STATX_BASIC_STATS = 0x7FF
+    STATX_BTIME = 0x800
+    BILLION = 1_000_000_000
     INIT_BYTES = 16  # of the INIT request and of its answer, up to and with `flags`
 
-VERSION = 3  # of what fuse.py expects of this module: count it up with every change of a function
+
+# Of linux/fuse.h of Linux 6.6; the headers may be older than the kernel.
+cdef struct sx_time:
+    int64_t tv_sec
+    uint32_t tv_nsec
+    int32_t reserved
+
+
+cdef struct statx_out:
+    uint64_t attr_valid
+    uint32_t attr_valid_nsec
+    uint32_t flags
+    uint64_t spare[2]
+    # struct fuse_statx, 256 bytes
+    uint32_t mask
+    uint32_t blksize
+    uint64_t attributes
+    uint32_t nlink
+    uint32_t uid
+    uint32_t gid
+    uint16_t mode
+    uint16_t spare_mode
+    uint64_t ino
+    uint64_t size
+    uint64_t blocks
+    uint64_t attributes_mask
+    sx_time atime
+    sx_time btime
+    sx_time ctime
+    sx_time mtime
+    uint32_t rdev_major
+    uint32_t rdev_minor
+    uint32_t dev_major
+    uint32_t dev_minor
+    uint64_t spare_end[14]
+
+
+assert sizeof(statx_out) == 32 + 256
+
+VERSION = 4  # of what fuse.py expects of this module: count it up with every change of a function
 
 ctypedef fuse_session *(*session_new_t)(
     fuse_args *, const fuse_lowlevel_ops *, size_t, void *) noexcept
@@ -134,6 +205,7 @@ cdef bint _wants_killpriv = False
 cdef uint64_t _init_unique = 0
 cdef uint32_t _kernel_flags = 0
 cdef bint _write_kills = False
+cdef bint _is_statx = False
 cdef uint32_t _setattr_valid = 0
 cdef bint _has_killpriv = False
 cdef bint _has_dont_mask = False
@@ -156,7 +228,8 @@ def install(
         operations: has methods `fallocate(node, mode, offset, length)`,
             `lseek(node, offset, whence)` and
             `copy_file_range(node_in, offset_in, node_out, offset_out, length)`; each
-            returns an int, not negative, or a negative errno.
+            returns an int, not negative, or a negative errno; and `birth_ns(node)`, which returns the
+            time in nanoseconds, or None where there is none.
         background: requests for reading ahead and direct I/O that may be on their way at once.
         cache_symlinks: the kernel may keep the targets of symbolic links, and then tells of no more
             reads of them.
@@ -295,10 +368,64 @@ cdef bint _find_replies() noexcept:
 cdef public int fuse_reply_attr(
     fuse_req_t req, const stat *attributes, double timeout
 ) noexcept nogil:
-    """libfuse's function of this name; `st_ino` comes as the node id."""
+    """libfuse's function of this name; `st_ino` comes as the node id. Also answers STATX."""
+    global _is_statx
     cdef stat answer = attributes[0]
     answer.st_ino = _number(attributes.st_ino)
+    if _is_statx:
+        _is_statx = False
+        return _reply_statx(req, attributes.st_ino, &answer, timeout)
     return _reply_attr(req, &answer, timeout)
+
+
+cdef int _reply_statx(
+    fuse_req_t req, fuse_ino_t node, const stat *attributes, double timeout
+) noexcept nogil:
+    cdef statx_out answer
+    cdef int64_t birth_ns = 0
+    cdef bint is_known
+    with gil:
+        is_known = _birth_ns(node, &birth_ns)
+    memset(&answer, 0, sizeof(answer))
+    answer.attr_valid = <uint64_t>timeout
+    answer.attr_valid_nsec = <uint32_t>((timeout - <double>answer.attr_valid) * 1e9)
+    answer.mask = STATX_BASIC_STATS
+    answer.blksize = attributes.st_blksize
+    answer.nlink = attributes.st_nlink
+    answer.uid = attributes.st_uid
+    answer.gid = attributes.st_gid
+    answer.mode = attributes.st_mode
+    answer.ino = attributes.st_ino
+    answer.size = attributes.st_size
+    answer.blocks = attributes.st_blocks
+    answer.rdev_major = major(attributes.st_rdev)
+    answer.rdev_minor = minor(attributes.st_rdev)
+    _set_time(&answer.atime, &attributes.st_atim)
+    _set_time(&answer.mtime, &attributes.st_mtim)
+    _set_time(&answer.ctime, &attributes.st_ctim)
+    if is_known:
+        answer.mask |= STATX_BTIME
+        # Rounded down, as Python does it, also before 1970.
+        answer.btime.tv_sec = birth_ns // BILLION
+        answer.btime.tv_nsec = <uint32_t>(birth_ns % BILLION)
+    return fuse_reply_buf(req, <const char *>&answer, sizeof(answer))
+
+
+cdef void _set_time(sx_time *target, const timespec *source) noexcept nogil:
+    target.tv_sec = source.tv_sec
+    target.tv_nsec = <uint32_t>source.tv_nsec
+
+
+cdef bint _birth_ns(fuse_ino_t node, int64_t *birth_ns) noexcept:
+    """Whether the time when a file was made is known; then it is stored at `birth_ns`."""
+    try:
+        found = _operations.birth_ns(node)
+        if found is None:
+            return False
+        birth_ns[0] = found
+    except Exception:
+        return False
+    return True
 
 
 cdef public int fuse_reply_entry(fuse_req_t req, const fuse_entry_param *entry) noexcept nogil:
@@ -346,18 +473,23 @@ cdef void _on_init(void *data, fuse_conn_info *connection) noexcept with gil:
 
 cdef ssize_t _on_read(int fd, void *buffer, size_t size, void *data) noexcept nogil:
     """read(2) of one request, with the few looks at it that the module's docstring names."""
-    global _init_unique, _kernel_flags, _setattr_valid, _write_kills
+    global _init_unique, _is_statx, _kernel_flags, _setattr_valid, _write_kills
     cdef fuse_in_header *header = <fuse_in_header *>buffer
     cdef void *body = <char *>buffer + sizeof(fuse_in_header)
     cdef ssize_t count = sys_read(fd, buffer, size)
     if count < <ssize_t>sizeof(fuse_in_header):
         return count
+    _is_statx = False
     if header.opcode == FUSE_WRITE:
         if count >= <ssize_t>(sizeof(fuse_in_header) + sizeof(fuse_write_in)):
             _write_kills = (<fuse_write_in *>body).write_flags & FUSE_WRITE_KILL_SUIDGID != 0
     elif header.opcode == FUSE_SETATTR:
         if count >= <ssize_t>(sizeof(fuse_in_header) + sizeof(fuse_setattr_in)):
             _setattr_valid = (<fuse_setattr_in *>body).valid
+    elif header.opcode == STATX:
+        if count >= <ssize_t>(sizeof(fuse_in_header) + sizeof(fuse_getattr_in)):
+            header.opcode = FUSE_GETATTR
+            _is_statx = True
     elif header.opcode == TMPFILE:
         header.opcode = FUSE_CREATE
     elif header.opcode == FUSE_INIT:

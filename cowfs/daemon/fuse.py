@@ -2,8 +2,8 @@
 
 `_session` (Cython, built with the package) must be loaded first and with its symbols for all to see.
 Where it could not be built, or does not fit this libfuse, `session` is None, `session_missing` says
-why, and a mount works without fallocate, SEEK_HOLE, copy_file_range and O_TMPFILE, with the umask
-taken off also below default ACLs, and with node ids for inode numbers.
+why, and a mount works without fallocate, SEEK_HOLE, copy_file_range, O_TMPFILE and birth times, with
+the umask taken off also below default ACLs, and with node ids for inode numbers.
 """
 
 import os
@@ -11,11 +11,18 @@ import sys
 from types import ModuleType
 
 # What a mount can do with the module, in the words of `cowfs info`.
-SESSION_FEATURES = ("fallocate", "seek_hole", "copy_file_range", "tmpfile")
+SESSION_FEATURES = (
+    "fallocate",
+    "seek_hole",
+    "copy_file_range",
+    "tmpfile",
+    "plain_inode_numbers",
+    "birth_time",
+)
 
 _ATIME_NOW, _MTIME_NOW = 1 << 7, 1 << 8  # FATTR_ATIME_NOW, FATTR_MTIME_NOW of linux/fuse.h
 
-_SESSION_VERSION = 3
+_SESSION_VERSION = 4
 
 session: ModuleType | None = None
 session_missing = ""

@@ -444,6 +444,13 @@ class Operations(Nodes):
         self._changed()
         return shared
 
+    def birth_ns(self, node: int) -> int | None:
+        """When a file was made, whose attributes were just given; None for .snapshots."""
+        if node == SNAPSHOTS_NODE:
+            return None
+        volume, ino = self._resolve(node)
+        return volume.get(ino).btime_ns
+
     # --- directories --------------------------------------------------------------------------------
 
     @answers

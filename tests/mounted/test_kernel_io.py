@@ -725,8 +725,18 @@ class Statx(ctypes.Structure):
         ("ino", ctypes.c_uint64),
         ("size", ctypes.c_uint64),
         ("blocks", ctypes.c_uint64),
-        ("rest", ctypes.c_uint8 * 200),
+        ("attributes_mask", ctypes.c_uint64),
+        (
+            "times",
+            ctypes.c_int64 * 8,
+        ),  # of access, birth, change, modification: s, and ns in 32 bits
+        ("device", ctypes.c_uint32 * 4),  # this file, as a device, and where it is: major, minor
+        ("rest", ctypes.c_uint8 * 112),
     )
+
+    def time_ns(self, index: int) -> int:
+        """Nanoseconds of the time number `index`."""
+        return self.times[2 * index] * 10**9 + (self.times[2 * index + 1] & 0xFFFFFFFF)
 
 
 @pytest.mark.parametrize("sync", [0, 0x2000, 0x4000], ids=["as stat", "force", "do not"])
@@ -752,3 +762,88 @@ def test_statx_says_what_stat_says(folder: Path, sync: int) -> None:
     call("statx", descriptor, b"", AT_EMPTY_PATH | sync, 0x7FF, ctypes.byref(found))
     os.close(descriptor)
     assert found.ino == status.st_ino
+
+
+BIRTH = 0x800  # STATX_BTIME
+KERNEL = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2]))
+
+
+def born(path: Path, sync: int = 0) -> Statx:
+    """What statx says of a file when it is asked for everything and the time of birth."""
+    found = Statx()
+    call("statx", AT_FDCWD, os.fsencode(path), sync | 0x100, 0x7FF | BIRTH, ctypes.byref(found))
+    return found
+
+
+if KERNEL >= (6, 6):
+
+    @pytest.mark.needs_cowfs
+    def test_time_of_birth_is_told_and_stays(mount: Mounted) -> None:
+        """Promise: statx tells when a file was made, whatever happens to it, in snapshots too."""
+        before_ns = time.time_ns()
+        file, folder = mount.path / "file", mount.path / "folder"
+        file.write_bytes(b"x")
+        folder.mkdir()
+        (mount.path / "symlink").symlink_to("file")
+        after_ns = time.time_ns()
+        births = {}
+        for name in ("file", "folder", "symlink"):
+            found = born(mount.path / name)
+            assert found.mask & (0x7FF | BIRTH) == 0x7FF | BIRTH
+            births[name] = found.time_ns(1)
+            assert before_ns - 10**7 <= births[name] <= after_ns
+        file.write_bytes(b"y" * 10_000)
+        file.chmod(0o600)
+        os.utime(file, ns=(1, 2))
+        file.rename(folder / "moved")
+        os.link(folder / "moved", file)
+        snapshot = mount.snapshot("monday")
+        for path in (file, folder / "moved", snapshot / "file", snapshot / "folder" / "moved"):
+            for sync in (0x2000, 0x4000, 0):  # asked, from the cache, as stat
+                assert born(path, sync).time_ns(1) == births["file"], (path, sync)
+        mount.remount()
+        for name, birth_ns in births.items():
+            assert born(mount.path / name).time_ns(1) == birth_ns
+        shown = subprocess.run(
+            ["stat", "-c", "%W", mount.path / "folder"], capture_output=True, check=True
+        )
+        assert int(shown.stdout) == births["folder"] // 10**9
+
+    @pytest.mark.needs_cowfs
+    def test_statx_with_birth_says_what_stat_says(mount: Mounted) -> None:
+        """Promise: the other way to ask gives the same numbers, for every type of file."""
+        file = mount.path / "file"
+        file.write_bytes(b"x" * 10_000)
+        os.chown(file, 1234, 5678)
+        os.link(file, mount.path / "link")
+        os.utime(file, ns=(-1_500_000_000, -(10**18) - 1))
+        (mount.path / "symlink").symlink_to("file")
+        os.mkfifo(mount.path / "fifo")
+        if not os.geteuid():
+            os.mknod(mount.path / "device", stat.S_IFCHR | 0o600, os.makedev(300, 70_000))
+        mount.snapshot("monday")
+        for name in (".", ".snapshots", ".snapshots/monday/file", *os.listdir(mount.path)):
+            path = mount.path / name
+            found, status = born(path, 0x2000), path.lstat()
+            assert found.mask & 0x7FF == 0x7FF
+            assert bool(found.mask & BIRTH) == (name != ".snapshots")
+            assert (found.ino, found.mode, found.nlink, found.uid, found.gid) == (
+                status.st_ino,
+                status.st_mode,
+                status.st_nlink,
+                status.st_uid,
+                status.st_gid,
+            )
+            assert (found.size, found.blocks, found.blksize) == (
+                status.st_size,
+                status.st_blocks,
+                status.st_blksize,
+            )
+            assert os.makedev(*found.device[:2]) == status.st_rdev
+            assert [found.time_ns(0), found.time_ns(2), found.time_ns(3)] == [
+                status.st_atime_ns,
+                status.st_ctime_ns,
+                status.st_mtime_ns,
+            ]
+        with pytest.raises(OSError, match="No such file"):
+            born(mount.path / "missing", 0x2000)
