@@ -191,7 +191,7 @@ class Operations(Nodes):
         new_parent: int,
         new_name: bytes,
         flags: int,
-        ctx: object,
+        ctx: pyfuse3.RequestContext,
     ) -> None:
         for directory, part in ((parent, name), (new_parent, new_name)):
             if directory == SNAPSHOTS_NODE:
@@ -200,7 +200,10 @@ class Operations(Nodes):
                 raise posix_error(errno.EBUSY)
         volume, old_directory = self._resolve_for_change(parent)
         _, directory = self._resolve_for_change(new_parent)
-        self._lost_name(volume.rename(old_directory, name, directory, new_name, flags))
+        lost = volume.rename(
+            old_directory, name, directory, new_name, flags, uid=ctx.uid, gid=ctx.gid
+        )
+        self._lost_name(lost)
 
     # --- attributes ---------------------------------------------------------------------------------
 

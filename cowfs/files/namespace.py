@@ -37,6 +37,9 @@ from cowfs.storage.operation import Operation
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
+# What an overlay takes for "deleted here": a character device of number 0, with no permissions.
+WHITEOUT_MODE, WHITEOUT_DEVICE = stat.S_IFCHR, 0
 
 
 class Namespace:
@@ -300,12 +303,21 @@ class Namespace:
             return inode
 
     def rename(
-        self, old_directory: int, old_name: bytes, directory: int, name: bytes, flags: int = 0
+        self,
+        old_directory: int,
+        old_name: bytes,
+        directory: int,
+        name: bytes,
+        flags: int = 0,
+        *,
+        uid: int = 0,
+        gid: int = 0,
     ) -> Inode | None:
         """Give a file another name, atomically (C3).
 
         Args:
-            flags: 0, RENAME_NOREPLACE or RENAME_EXCHANGE.
+            flags: 0 or RENAME_NOREPLACE, each with or without RENAME_WHITEOUT; or RENAME_EXCHANGE.
+            uid, gid: owner of the whiteout that RENAME_WHITEOUT leaves under the old name.
 
         Returns:
             The inode that lost its name to the new one, if there was one; see `unlink`.
@@ -314,7 +326,11 @@ class Namespace:
             OSError: EINVAL into its own subtree or for other flags; ENOENT, EEXIST, ENOTEMPTY, EISDIR,
                 ENOTDIR as rename(2).
         """
-        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+        whiteout = bool(flags & RENAME_WHITEOUT)
+        flags &= ~RENAME_WHITEOUT
+        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE) or (
+            whiteout and flags == RENAME_EXCHANGE
+        ):
             raise posix_error(errno.EINVAL)
         for part in (old_name, name):
             if part in (b".", b".."):
@@ -357,6 +373,8 @@ class Namespace:
                 self.inodes.reach(inode)
             if target is not None:
                 self._orphans.reach(target)
+            if whiteout:
+                self.inodes.reach_new()
             operation.change()
             now_ns = time.time_ns()
             if target is None:
@@ -371,8 +389,15 @@ class Namespace:
                 self.names.change(directory, name, moving.ino, moving.mode >> 12)
                 self._renamed(parent, 0, now_ns)
                 self._unlinked(target, now_ns)
-            self.names.remove(old_directory, old_name)
-            self._renamed(old_parent, -len(old_name), now_ns)
+            if whiteout:
+                if old_parent.mode & stat.S_ISGID:
+                    gid = old_parent.gid
+                left = self.inodes.create(WHITEOUT_MODE, uid, gid, WHITEOUT_DEVICE)
+                self.names.change(old_directory, old_name, left.ino, left.mode >> 12)
+                self._renamed(old_parent, 0, now_ns)
+            else:
+                self.names.remove(old_directory, old_name)
+                self._renamed(old_parent, -len(old_name), now_ns)
             self._moved(moving, old_parent, parent, now_ns)
             return target
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cowfs.errors import SnapshotError
-from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE
+from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Changes, Volume
 from cowfs.history.filesystem import Edit, EditAction, Filesystem
 from cowfs.history.images import open_filesystem
@@ -50,6 +50,8 @@ FILE_OPERATIONS = (
     "rename-noreplace A/foo B/moved",
     "rename-exchange A/foo B/bar",
     "rename-exchange A/sub B/bar",
+    "rename-whiteout A/foo B/moved",
+    "rename-whiteout A/sub B/empty",
     "write A/foo 0 100",
     "write A/foo 4096 9000",
     "write A/inline 0 1000",
@@ -507,9 +509,10 @@ class Session:
     def _do_rename(self, old: str, new: str, flags: int = 0) -> None:
         def make():  # type: ignore[no-untyped-def]
             places = (*self._place(old), *self._place(new), flags)
+            whiteout = self.filesystem.live.inodes.next_ino
             return (
                 lambda: self.filesystem.live.rename(*places),
-                lambda _: self.files.rename(*places),
+                lambda _: self.files.rename(*places, whiteout),
             )
 
         self._both(make)
@@ -520,6 +523,9 @@ class Session:
 
     def _do_rename_exchange(self, old: str, new: str) -> None:
         self._do_rename(old, new, RENAME_EXCHANGE)
+
+    def _do_rename_whiteout(self, old: str, new: str) -> None:
+        self._do_rename(old, new, RENAME_WHITEOUT)
 
     def _do_write(self, path: str, offset: str, size: str) -> None:
         def make():  # type: ignore[no-untyped-def]

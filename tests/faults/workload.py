@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from cowfs.care.check import check_image
 from cowfs.daemon.options import CACHE_BYTES_MIN
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
-from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE
+from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Changes, Volume
 from cowfs.history.filesystem import Edit, EditAction, Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
@@ -376,9 +376,12 @@ def rename(path: bytes, to: bytes, flags: int = 0) -> Step:
     def step(work: Workload) -> None:
         (old_directory, old_name), (directory, name) = _split(work, path), _split(work, to)
         if old_directory and directory:
+            whiteout = work.volume.inodes.next_ino
             work.both(
                 lambda: work.volume.rename(old_directory, old_name, directory, name, flags),
-                lambda: work.files.rename(old_directory, old_name, directory, name, flags),
+                lambda: work.files.rename(
+                    old_directory, old_name, directory, name, flags, whiteout
+                ),
             )
 
     return step
@@ -540,6 +543,7 @@ PARTS: list[list[Step]] = [
         rename(b"dir/004" + NAME, b"dir/new", RENAME_EXCHANGE),
         rename(b"inline", b"large", RENAME_NOREPLACE),
         rename(b"sub", b"dir/sub"),
+        rename(b"dir/005" + NAME, b"dir/006" + NAME, RENAME_WHITEOUT),
         unlink(b"open"),
         reclaim,
     ],

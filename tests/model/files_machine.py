@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import cowfs.storage.commit as commit_module
 from cowfs.care.check import check_image
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
-from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE
+from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.files.volume import CAPABILITY_XATTR, KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Changes, Volume
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.commit import DISCARD_BLOCKS_MIN
@@ -288,15 +288,28 @@ class FilesMachine(RuleBasedStateMachine):
         to=picks,
         into=picks,
         name=names,
-        flags=st.sampled_from([0, 0, RENAME_NOREPLACE, RENAME_EXCHANGE]),
+        flags=st.sampled_from(
+            [
+                0,
+                0,
+                RENAME_NOREPLACE,
+                RENAME_EXCHANGE,
+                RENAME_WHITEOUT,
+                RENAME_WHITEOUT | RENAME_NOREPLACE,
+                RENAME_WHITEOUT | RENAME_EXCHANGE,
+            ]
+        ),
     )
     def rename(self, at: int, which: int, to: int, into: int, name: bytes, flags: int) -> None:
         old_directory, directory = self.directory(at), self.directory(to)
         old_name = self.name_in(old_directory, which, name)
         new_name = name if into % 2 else self.name_in(directory, into, name)
+        whiteout = self.volume.inodes.next_ino
         self.both(
             lambda: self.volume.rename(old_directory, old_name, directory, new_name, flags) or True,
-            lambda: self.files.rename(old_directory, old_name, directory, new_name, flags),
+            lambda: self.files.rename(
+                old_directory, old_name, directory, new_name, flags, whiteout
+            ),
         )
 
     @rule(at=picks, offset=offsets, size=sizes, seed=picks)

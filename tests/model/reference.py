@@ -204,14 +204,23 @@ class ReferenceFiles:
         self._unlinked(file)
 
     def rename(
-        self, old_directory: int, old_name: bytes, directory: int, name: bytes, flags: int
+        self,
+        old_directory: int,
+        old_name: bytes,
+        directory: int,
+        name: bytes,
+        flags: int,
+        whiteout_ino: int = 0,
     ) -> None:
+        """`whiteout_ino` is the number of what RENAME_WHITEOUT leaves behind, if it does."""
+        if flags & 4 and flags & 2:
+            raise refuse(errno.EINVAL)
         old_parent, parent = self.directory(old_directory), self.living(directory)
         moving = self.named(old_directory, old_name)
         if len(name) > NAME_BYTES_MAX:
             raise refuse(errno.ENAMETOOLONG)
         target = self.files.get(parent.names.get(name, 0))
-        if target is not None and flags == 1:
+        if target is not None and flags & 1:
             raise refuse(errno.EEXIST)
         if target is None and flags == 2:
             raise refuse(errno.ENOENT)
@@ -239,6 +248,8 @@ class ReferenceFiles:
         self._take(old_parent, old_name)
         self._add(parent, name, moving.ino)
         self._moved(moving, old_parent, parent)
+        if flags & 4:
+            self.create(old_directory, old_name, stat.S_IFCHR, 0, 0, whiteout_ino)
 
     def regular(self, ino: int) -> ReferenceFile:
         file = self.file(ino)

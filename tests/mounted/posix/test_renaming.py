@@ -157,12 +157,33 @@ def test_flags_that_are_refused(case: Case) -> None:
     with case.times(dot="", a="", b=""):
         for flags in (both, 8, 0x80, RENAME_WHITEOUT | RENAME_EXCHANGE):
             case.no(errno.EINVAL, "rename_with_flags", "a", "b", flags)
-        if case.is_cowfs:  # the others make one: a character device, for overlayfs
-            case.no(errno.EINVAL, "rename_with_flags", "a", "c", RENAME_WHITEOUT)
         case.no(errno.ENOENT, "rename_with_flags", "a", "missing", RENAME_EXCHANGE)
         case.no(errno.ENOENT, "rename_with_flags", "missing", "a", RENAME_EXCHANGE)
         case.no(errno.ENOENT, "rename_with_flags", "missing", "c", RENAME_NOREPLACE)
     case.equal(case.ok("listdir", "."), ["a", "b"])
+
+
+@pytest.mark.parametrize("kind", ["file", "dir", "symlink"])
+@pytest.mark.parametrize("replaced", ["", "empty"])
+def test_whiteout_is_left_under_the_old_name(case: Case, kind: str, replaced: str) -> None:
+    """Promise: RENAME_WHITEOUT moves the file and leaves a character device 0:0 without permissions."""
+    case.make("dir", "from")
+    case.make("dir", "to")
+    case.make(kind, "from/a")
+    if replaced:
+        case.make("dir" if kind == "dir" else "file", "to/b")
+    else:
+        case.no(errno.ENOENT, "rename_with_flags", "from/none", "to/b", RENAME_WHITEOUT)
+    moved = case.status("from/a")["ino"]
+    flags = RENAME_WHITEOUT if replaced else RENAME_WHITEOUT | RENAME_NOREPLACE
+    case.ok("rename_with_flags", "from/a", "to/b", flags)
+    case.has("to/b", kind=kind, ino=moved)
+    case.has("from/a", kind="char", mode=0, rdev=0, nlink=1, uid=0, size=0)
+    case.has("from", nlink=2)
+    case.no(errno.EEXIST, "rename_with_flags", "to/b", "from/a", flags | RENAME_NOREPLACE)
+    case.ok("unlink", "from/a")
+    case.equal(case.ok("listdir", "from"), [])
+    case.equal(case.ok("listdir", "to"), ["b"])
 
 
 @pytest.mark.parametrize("flags", [0, RENAME_EXCHANGE])
