@@ -68,11 +68,15 @@ def mount(image: str, mountpoint: str, option_texts: tuple[str, ...], foreground
     -o acl, noacl              POSIX ACLs are kept and enforced, or not (acl)
     -o xattrs, noxattrs        extended attributes, or none, nor ACLs (xattrs)
     -o relatime, noatime       keep access times, or not (relatime)
+       strictatime,            keep them at every read that reaches the daemon, or not
+       nostrictatime
     -o writeback, nowriteback  write() returns before the daemon has the data, or not (nowriteback)
     -o log=stderr              the daemon's messages go to its log file
        log=journald            they go to the journal
     -o suid, dev, exec         as for any mount (nosuid,nodev,exec)
        nosuid, nodev, noexec
+       setuid, devices,        suid and dev, for mount(8) and fstab, which drop those words
+       nosetuid, nodevices
 
     Words that mount(8) has for every filesystem are accepted; unknown ones are refused.
 

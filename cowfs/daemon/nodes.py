@@ -65,6 +65,7 @@ class Nodes(pyfuse3.Operations):
         self._xattrs = options.xattrs
         self.enable_acl = options.acls and options.xattrs  # read by pyfuse3 at the mount
         self._access_times = options.access_times
+        self._strict_times = options.access_times and options.strict_access_times
         self._lookups = Lookups()  # of the live volume's inodes
         self._old_lookups = self._lookups  # before the last rollback, of the nodes from `_old_base`
         self._writers: dict[int, int] = {}  # handles open for writing, by node id
@@ -159,6 +160,11 @@ class Nodes(pyfuse3.Operations):
         if volume is self._live:
             self._lookups.add(inode.ino)
         return self._attributes(volume, inode)
+
+    def _accessed(self, volume: Volume, inode: Inode) -> None:
+        """A file was read."""
+        if self._access_times:
+            volume.accessed(inode, strict=self._strict_times)
 
     def _changed(self) -> None:
         if self.committer is not None:

@@ -248,8 +248,7 @@ class Operations(Nodes):
     def readlink(self, node: int, ctx: object) -> bytes:
         volume, ino = self._resolve(node)
         target = volume.readlink(ino)
-        if self._access_times:
-            volume.accessed(volume.get(ino))
+        self._accessed(volume, volume.get(ino))
         return target
 
     @answers
@@ -349,7 +348,9 @@ class Operations(Nodes):
         else:
             volume, ino = self._resolve(node)
             volume.get(ino)
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=True)
+        # Without its pages the kernel sends us the first read of each place after each open.
+        keep_cache = not self._strict_times
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=keep_cache)
 
     @answers
     def create(
@@ -371,8 +372,7 @@ class Operations(Nodes):
         volume, ino = self._resolve(handle & HANDLE_NODE)
         inode = volume.get(ino)
         reading = volume.reading(ino, offset, size)
-        if self._access_times:
-            volume.accessed(inode)
+        self._accessed(volume, inode)
         data = reading.fetch(wait=False)
         if data is None:
             data = await self._read_waiting(volume, ino, offset, size)
@@ -481,8 +481,8 @@ class Operations(Nodes):
             return
         volume, ino = self._resolve(node)
         inode = volume.get(ino)
-        if not start_id and self._access_times:
-            volume.accessed(inode)
+        if not start_id:
+            self._accessed(volume, inode)
         if start_id < COOKIE_DOT and not reply(
             token, b".", self._attributes(volume, inode), COOKIE_DOT
         ):

@@ -45,8 +45,6 @@ _TOLERATED = frozenset(
         "nodiratime",
         "diratime",
         "norelatime",
-        "strictatime",
-        "nostrictatime",
         "lazytime",
         "nolazytime",
         "default_permissions",
@@ -87,6 +85,7 @@ class MountOptions:
         xattrs: extended attributes are stored.
         acls: POSIX ACLs hold; they are xattrs, so without those they do not.
         access_times: kept as relatime does; False is noatime.
+        strict_access_times: kept at every read that reaches the daemon, not as relatime does.
         writeback: the kernel may keep written data for a while before it comes to us.
     """
 
@@ -109,31 +108,40 @@ class MountOptions:
     xattrs: bool = True
     acls: bool = True
     access_times: bool = True
+    strict_access_times: bool = False
     writeback: bool = False
 
 
-_SWITCHES: dict[str, tuple[str, bool]] = {
-    "noatime": ("access_times", False),
-    "relatime": ("access_times", True),
-    "writeback": ("writeback", True),
-    "nowriteback": ("writeback", False),
-    "ro": ("read_only", True),
-    "rw": ("read_only", False),
-    "allow_other": ("allow_other", True),
-    "discard": ("discard", True),
-    "nodiscard": ("discard", False),
-    "suid": ("suid", True),
-    "nosuid": ("suid", False),
-    "dev": ("dev", True),
-    "nodev": ("dev", False),
-    "exec": ("executable", True),
-    "noexec": ("executable", False),
-    "acl": ("acls", True),
-    "noacl": ("acls", False),
-    "user_xattr": ("xattrs", True),
-    "xattrs": ("xattrs", True),
-    "noxattrs": ("xattrs", False),
-    "nouser_xattr": ("xattrs", False),
+# Words without a value, and the fields that each sets. mount(8) keeps `suid` and `dev` to itself, which
+# are its defaults: `setuid` and `devices` say the same and reach its helper.
+_SWITCHES: dict[str, dict[str, bool]] = {
+    "noatime": {"access_times": False, "strict_access_times": False},
+    "relatime": {"access_times": True, "strict_access_times": False},
+    "strictatime": {"access_times": True, "strict_access_times": True},
+    "nostrictatime": {"strict_access_times": False},
+    "writeback": {"writeback": True},
+    "nowriteback": {"writeback": False},
+    "ro": {"read_only": True},
+    "rw": {"read_only": False},
+    "allow_other": {"allow_other": True},
+    "discard": {"discard": True},
+    "nodiscard": {"discard": False},
+    "suid": {"suid": True},
+    "nosuid": {"suid": False},
+    "setuid": {"suid": True},
+    "nosetuid": {"suid": False},
+    "dev": {"dev": True},
+    "nodev": {"dev": False},
+    "devices": {"dev": True},
+    "nodevices": {"dev": False},
+    "exec": {"executable": True},
+    "noexec": {"executable": False},
+    "acl": {"acls": True},
+    "noacl": {"acls": False},
+    "user_xattr": {"xattrs": True},
+    "xattrs": {"xattrs": True},
+    "noxattrs": {"xattrs": False},
+    "nouser_xattr": {"xattrs": False},
 }
 
 
@@ -159,8 +167,7 @@ def parse_options(text: str, options: MountOptions, *, sloppy: bool = False) -> 
         if word in _TOLERATED or word.startswith(_TOLERATED_BEGINNINGS):
             continue
         if word in _SWITCHES:
-            field, setting = _SWITCHES[word]
-            settings[field] = setting
+            settings |= _SWITCHES[word]
         elif separator and name in _VALUES:
             field, read = _VALUES[name]
             settings[field] = read(name, value)

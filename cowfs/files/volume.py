@@ -136,14 +136,18 @@ class Volume(Namespace):
         inode.ctime_ns = now_ns if changes.ctime_ns is None else _time_range(changes.ctime_ns)
         self._touch(inode)
 
-    def accessed(self, inode: Inode) -> None:
+    def accessed(self, inode: Inode, *, strict: bool = False) -> None:
         """The file was read: relatime, as the kernel's own filesystems keep it by default.
+
+        Args:
+            strict: the time of every access is kept.
 
         Where there is no room the time stays: reading must not eat what deleting will need (C10).
         """
         now_ns = time.time_ns()
         stale = inode.atime_ns < inode.mtime_ns or inode.atime_ns < inode.ctime_ns
-        if not self.writable or not (stale or now_ns - inode.atime_ns > RELATIME_NS):
+        stale = stale or strict or now_ns - inode.atime_ns > RELATIME_NS
+        if not self.writable or not stale:
             return
         if self.store.admission.would_admit():
             with self.operation.begin_admitted() as operation:

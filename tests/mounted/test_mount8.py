@@ -102,6 +102,40 @@ def test_fstab_line_with_the_usual_words_mounts(shared_machine: Machine, place: 
     assert not run.processes()
 
 
+def test_fstab_switches_on_set_id_programs_devices_and_strict_times(
+    shared_machine: Machine, place: Path
+) -> None:
+    """Promise: setuid, devices and strictatime reach the daemon; a read after an open is an access.
+
+    mount(8) keeps suid and dev, its own defaults, to itself.
+    """
+    run = shared_machine
+    line = f"{image_of(place)} {place} fuse.cowfs {{}} 0 0\n"
+    run.fstab.write_text(line.format("suid,dev"))
+    run.succeed("mount", place)
+    assert options_of(run, place) >= {"nosuid", "nodev"}
+    run.succeed("umount", place)
+    run.fstab.write_text(line.format("setuid,devices,strictatime"))
+    run.succeed("mount", place)
+    assert not options_of(run, place) & {"nosuid", "nodev"}
+    file = place / "file"
+    program = (
+        "echo data >{0}; cat {0} >{0}.copy; for n in 1 2; do touch -a -d @1000000000 {0}; "
+        "touch -m -d @1 {0}; cat {0} >/dev/null; sleep 0.05; stat -c %X {0}; done; "
+        "a=$(stat -c %x {0}); sleep 0.05; cat {0} >/dev/null; b=$(stat -c %x {0}); "
+        '[ "$a" != "$b" ] && echo moved'
+    )
+    shown = run.succeed("sh", "-c", program.format(file)).split()
+    assert int(shown[0]) > 10**9
+    assert int(shown[1]) > 10**9
+    assert shown[2] == "moved"
+    run.succeed("umount", place)
+    run.fstab.write_text(line.format("defaults"))
+    run.succeed("mount", place)
+    program = "a=$(stat -c %x {0}); sleep 0.05; cat {0} >/dev/null; b=$(stat -c %x {0}); "
+    run.succeed("sh", "-c", program.format(file) + '[ "$a" = "$b" ]')
+
+
 def test_fstab_given_to_mount_is_used(shared_machine: Machine, place: Path) -> None:
     """Promise: mount -T FILE works, with a path that has a space in it."""
     spaced = place.parent / "with space"
