@@ -2,7 +2,7 @@
 
 `mount` returns only when the mount answers, or raises with the reason why it does not. The process that
 serves ends when the directory is unmounted, or on SIGTERM, SIGINT or SIGHUP: it finishes the requests
-at hand, commits, marks the image clean and leaves no mount behind.
+at hand, commits, marks the image clean and leaves no mount behind. More of these signals change nothing.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import logging
 import logging.handlers
 import os
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -31,6 +30,14 @@ from cowfs.daemon.loop import install_burst_loop
 from cowfs.daemon.notify import READY, STOPPING, Notifier
 from cowfs.daemon.operations import Operations
 from cowfs.daemon.options import MountOptions
+from cowfs.daemon.own_process import (
+    OWN_DESCRIPTORS_MAX,
+    EndSignals,
+    close_descriptors,
+    end_signals_blocked,
+    raise_limits,
+    require_file_size,
+)
 from cowfs.daemon.service import MountService
 from cowfs.errors import CowfsError, LockedError, MountError
 from cowfs.escapes import encodable, printable
@@ -180,6 +187,7 @@ def mount(options: MountOptions) -> None:
         os.setsid()
         os.chdir("/")
         _leave_terminal()
+        close_descriptors({writer})
         _run(options, writer, Notifier())
         code = 0
     except BaseException as error:
@@ -191,6 +199,7 @@ def mount(options: MountOptions) -> None:
 
 def _run(options: MountOptions, ready: int | None, notifier: Notifier) -> None:
     """The daemon's life, with its log."""
+    raise_limits(server.CONNECTIONS_MAX + OWN_DESCRIPTORS_MAX)
     try:
         _set_up_log(options)
         _serve(options, ready, notifier)
@@ -285,20 +294,25 @@ def _serve(options: MountOptions, ready: int | None, notifier: Notifier) -> None
     except BaseException:
         device.close()
         raise
+    signals = EndSignals()
+    signals.install()
     try:
         if writable:
+            if device.is_file:
+                require_file_size(device.size_bytes, device.name)
             filesystem.commit()  # from here on only this generation is promised to be whole
             filesystem.reclaim_orphans()
         _keep_memory()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        serving = _Mount(filesystem, options, ready, notifier)
+        serving = _Mount(filesystem, options, ready, notifier, signals)
         try:
-            trio.run(serving.run, restrict_keyboard_interrupt_to_checkpoints=True)
+            trio.run(serving.run)
         except BaseExceptionGroup as group:
             raise _only_error(group) from None
     finally:
         notifier.tell(STOPPING, f"{options.mountpoint}: the last commit is being written")
         filesystem.close()
+        signals.ignore()
 
 
 def _mounted_elsewhere(options: MountOptions, error: LockedError) -> LockedError | None:
@@ -333,11 +347,13 @@ class _Mount:
         options: MountOptions,
         ready: int | None,
         notifier: Notifier,
+        signals: EndSignals,
     ) -> None:
         self._filesystem = filesystem
         self._options = options
         self._ready = ready
         self._notifier = notifier
+        self._signals = signals
         self._committer = (
             Committer(filesystem, options.commit_interval_s, options.dirty_bytes_max)
             if filesystem.store.writable
@@ -389,7 +405,8 @@ class _Mount:
         try:
             yield
         finally:
-            pyfuse3.close(unmount=True)
+            with end_signals_blocked():
+                pyfuse3.close(unmount=True)
 
     def _fuse_options(self) -> set[str]:
         options = self._options
@@ -407,14 +424,12 @@ class _Mount:
         return chosen
 
     async def _end_on_signal(self) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            async for number in signals:
-                log.info("%s: unmounting", signal.Signals(number).name)
-                if self._operations.writeback is not None:
-                    with trio.move_on_after(CLOSING_WAIT_S):
-                        await self._operations.writeback.fetch()
-                pyfuse3.terminate()
-                return
+        number = await self._signals.wait()
+        log.info("%s: unmounting", number.name)
+        if self._operations.writeback is not None:
+            with trio.move_on_after(CLOSING_WAIT_S):
+                await self._operations.writeback.fetch()
+        pyfuse3.terminate()
 
     async def _reclaim(self) -> None:
         """Give back large deleted files between requests."""

@@ -49,6 +49,8 @@ from cowfs.errors import BusyError, CowfsError, MountError, UsageError
 log = logging.getLogger(__name__)
 
 CLIENTS_MAX = 32
+READERS_MAX = 64  # connections that hold a pin: they may be quiet for hours
+CONNECTIONS_MAX = CLIENTS_MAX + READERS_MAX
 REQUEST_TIMEOUT_S = 10.0  # from one answer to the next whole request
 ANSWER_TIMEOUT_S = 30.0  # for the client to take a frame
 LIFE_SIGN_INTERVAL_S = 5.0

@@ -95,11 +95,11 @@ class FileDevice:
         except OSError as error:
             raise ImageError(f"cannot open {self.name}: {error.strerror}") from None
         self._to_forget: list[tuple[int, int]] = []  # long runs written since the last flush
-        self._is_file = stat.S_ISREG(status.st_mode)
+        self.is_file = stat.S_ISREG(status.st_mode)
         try:
             if writable or steady:
                 self._lock(fcntl.F_WRLCK if writable else fcntl.F_RDLCK)
-            if self._is_file:
+            if self.is_file:
                 self.size_bytes = os.fstat(self._fd).st_size
             else:
                 reply = fcntl.ioctl(self._fd, _BLKGETSIZE64, bytes(8))
@@ -176,7 +176,7 @@ class FileDevice:
         self._to_forget.clear()
 
     def discard(self, offset: int, size: int) -> None:
-        if self._is_file:
+        if self.is_file:
             mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
             _libc.fallocate64(self._fd, mode, offset, size)
         else:

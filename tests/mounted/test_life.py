@@ -1,9 +1,12 @@
 """Promises about the beginning and the end of a mount: all of it or nothing, and nothing left behind."""
 
 import os
+import resource
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,9 +14,11 @@ import pytest
 
 from cowfs.daemon import places
 from tests.conftest import (
+    COMMANDS,
     Mounted,
     is_mount_point,
     json_of,
+    process_is_alive,
     require_clean,
     require_success,
     run_command,
@@ -111,3 +116,139 @@ def test_every_orderly_end_is_a_clean_commit(mount: Mounted, how: str) -> None:
     assert json_of(run_command("info", mount.image, "--json"))["clean"] is True
     mount.remount()
     assert (mount.path / "file").read_bytes() == b"never synced"
+
+
+STORMS = {
+    "TERM twice": ["SIGTERM", "SIGTERM"],
+    "INT twice": ["SIGINT", "SIGINT"],
+    "HUP then TERM": ["SIGHUP", "SIGTERM"],
+    "all, until the end": ["SIGHUP", "SIGINT", "SIGTERM"] * 1000,
+}
+
+
+@pytest.mark.parametrize("foreground", [False, True], ids=["background", "foreground"])
+@pytest.mark.parametrize("storm", STORMS)
+def test_signals_after_the_first_do_not_cost_the_last_commit(
+    image: Path, tmp_path: Path, storm: str, foreground: bool
+) -> None:
+    """Promise: the last commit is written and the mount goes, whatever signals come meanwhile."""
+    place = tmp_path / "place"
+    place.mkdir()
+    data = os.urandom(48 << 20)
+    daemon = None
+    if foreground:
+        program = "import sys; from cowfs.cli.main import main; main(sys.argv[1:])"
+        words = [sys.executable, "-c", program, "mount", "-f", image, place, "-o", "commit=60"]
+        daemon = subprocess.Popen(words, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 30
+        while not is_mount_point(place):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    else:
+        require_success(run_command("mount", image, place, "-o", "commit=60"))
+    pid = json_of(run_command("info", place, "--json"))["daemon_pid"]
+    (place / "file").write_bytes(data)
+    for name in STORMS[storm]:
+        try:
+            os.kill(pid, signal.Signals[name])
+        except ProcessLookupError:
+            break
+        time.sleep(0.005)
+        if not process_is_alive(pid):
+            break
+    assert wait_for_end(pid)
+    if daemon is not None:
+        _, said = daemon.communicate()
+        assert daemon.returncode == 0, said
+    assert not is_mount_point(place)
+    require_clean(image)
+    assert json_of(run_command("info", image, "--json"))["clean"] is True
+    require_success(run_command("mount", image, place))
+    assert (place / "file").read_bytes() == data
+    require_success(run_command("umount", place))
+
+
+def test_signal_during_the_start_leaves_no_mount(image: Path, tmp_path: Path) -> None:
+    """Promise: a signal that comes before the mount answers ends it as one that comes later does."""
+    place = tmp_path / "place"
+    place.mkdir()
+    program = (
+        "import os, signal, sys\n"
+        "from cowfs.daemon import mount\n"
+        "init = mount.pyfuse3.init\n"
+        "def interrupted(*arguments):\n"
+        "    init(*arguments)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "mount.pyfuse3.init = interrupted\n"
+        "from cowfs.cli.main import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, "mount", "-f", image, place],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert not is_mount_point(place)
+    require_clean(image)
+    assert json_of(run_command("info", image, "--json"))["clean"] is True
+
+
+def test_daemon_keeps_no_descriptor_of_its_caller(image: Path, tmp_path: Path) -> None:
+    """Promise: a lock that the caller of `cowfs mount` holds ends with the caller; so does a pipe."""
+    place = tmp_path / "place"
+    place.mkdir()
+    lock = tmp_path / "lock"
+    shell = f'(flock -n 9 || exit 9; "{COMMANDS}/cowfs" mount "{image}" "{place}") 9>"{lock}"'
+    subprocess.run(["bash", "-c", shell], check=True, timeout=60)
+    try:
+        subprocess.run(["flock", "-n", lock, "true"], check=True, timeout=60)
+        pid = json_of(run_command("info", place, "--json"))["daemon_pid"]
+        opened = {os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")}
+        assert not [path for path in opened if path.startswith("pipe:")], opened
+        assert {path for path in opened if path.startswith("/")} == {
+            "/dev/null",
+            "/dev/fuse",
+            str(image),
+            str(places.make_directory()),
+            str(places.make_directory() / Path(places.socket_name(image)).with_suffix(".log")),
+        }
+    finally:
+        require_success(run_command("umount", place))
+
+
+def test_daemon_has_the_descriptors_that_it_needs_or_says_so(image: Path, tmp_path: Path) -> None:
+    """Promise: a caller's `ulimit -n 16` costs nobody a mount that then fails in the middle."""
+    place = tmp_path / "place"
+    place.mkdir()
+
+    def limited(words: list[object], limit: str = "-n 16") -> subprocess.CompletedProcess[str]:
+        line = f"ulimit {limit}; {shlex.join(map(str, words))}"
+        return subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+
+    cowfs = COMMANDS / "cowfs"
+    refused = limited([cowfs, "mount", image, place])
+    assert refused.returncode == 1
+    assert "ulimit -n 128" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert not is_mount_point(place)
+    refused = limited([cowfs, "mount", image, place], "-f 1024")
+    assert refused.returncode == 1
+    assert "ulimit -f unlimited" in refused.stderr
+    # Soft limits only, as a shell's profile sets them.
+    done = limited([cowfs, "mount", image, place], "-S -n 16; ulimit -S -f 1024")
+    assert done.returncode == 0, done.stderr
+    try:
+        pid = json_of(run_command("info", place, "--json"))["daemon_pid"]
+        assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[0] >= 128
+        for words in (["info"], ["snapshot", "list"], ["df"]):
+            done = limited([cowfs, *words, place])
+            assert done.returncode == 0, done.stderr
+    finally:
+        done = limited([cowfs, "umount", place])
+    assert done.returncode == 0, done.stderr
+    for words in (["info"], ["snapshot", "list"], ["check"]):
+        assert limited([cowfs, *words, image]).returncode == 0
