@@ -57,6 +57,10 @@ class MountError(CowfsError):
     """The mount cannot be made, found or ended."""
 
 
+class StillMountedError(MountError):
+    """Unmounted where it was asked for, with all data safe, and still mounted or used elsewhere."""
+
+
 class BusyError(CowfsError):
     """Refused because somebody is using it; the message names who."""
 

@@ -16,7 +16,8 @@ import click
 
 from cowfs.cli.entry import warn
 from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
-from cowfs.cli.target import confirm, connect, offline_device, open_target, yes_option
+from cowfs.cli.target import confirm, offline_device, open_target, yes_option
+from cowfs.daemon.finding import connect
 from cowfs.errors import EXIT_ERROR, ImageError, LockedError, UsageError
 from cowfs.escapes import escaped_path, printable
 
@@ -155,7 +156,7 @@ def _refuse_running(path: str) -> None:
     client = connect(path)
     if client is not None:
         client.close()
-        raise LockedError(f"{path} is mounted (process {client.daemon_pid}); unmount it first")
+        raise LockedError(f"{path} is mounted ({client.daemon}); unmount it first")
 
 
 def _refuse_data(device: "FileDevice", size_bytes: int | None) -> None:

@@ -112,12 +112,14 @@ def _umount(arguments: list[str]) -> None:
     from cowfs.cli.entry import warn
     from cowfs.cli.mounting import end_mount
     from cowfs.daemon.places import find_mount
-    from cowfs.errors import BusyError, MountError
+    from cowfs.errors import BusyError, MountError, StillMountedError
 
     try:
-        end_mount(UMOUNT_HELPER, places[0])
+        end_mount(UMOUNT_HELPER, places[0], elsewhere=True)
     except BusyError:
         raise
+    except StillMountedError as error:
+        warn(UMOUNT_HELPER, str(error))  # unmounted here, which is all that was asked for
     except MountError as error:
         # Nobody to wait for (the image was moved, say): a shutdown must get rid of the mount anyhow.
         if find_mount(places[0]) is None:

@@ -4,22 +4,26 @@ mount returns when the mount answers. umount returns when the directory is free,
 ended and the last commit is durable, or says which of these is not so.
 """
 
+import contextlib
 import os
 import select
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
 
 from cowfs.cli.entry import warn
 from cowfs.cli.output import json_option, print_json
-from cowfs.errors import ImageError, MountError
-from cowfs.escapes import escaped_path
+from cowfs.errors import BusyError, ImageError, MountError
+from cowfs.escapes import escaped_path, host_path
 
 if TYPE_CHECKING:
     from cowfs.daemon.places import Mount
 
 UMOUNT_WAIT_S_MAX = 600.0
+HELD_AFTER_S = 1.0  # after that it is looked who may keep the mount
+LOCK_LOOK_INTERVAL_S = 0.05
 
 
 def complete_options(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
@@ -122,8 +126,9 @@ def require_image(image: str) -> None:
 def umount(directory: str, as_json: bool) -> None:
     """Unmount, and wait until everything is safe in the image.
 
-    Refused while a program has files open there, or works in that directory. A mount whose daemon
-    was killed is cleared away.
+    Refused, with their names, while programs have files open there or work in that directory, and
+    while the mount is used elsewhere: by a bind mount, an overlay or another mount namespace. A
+    mount whose daemon was killed is cleared away.
 
     \b
     cowfs umount ~/data
@@ -136,78 +141,181 @@ def umount(directory: str, as_json: bool) -> None:
         )
 
 
-def end_mount(program: str, directory: str) -> "Mount":
+def end_mount(program: str, directory: str, *, elsewhere: bool = False) -> "Mount":
     """Unmount a directory, and return when the daemon has ended and the image is clean.
 
     Args:
         program: in whose name a warning is given.
+        elsewhere: unmount here also if the mount will go on elsewhere.
 
     Raises:
+        BusyError: a program has files open there, or the mount is used elsewhere too.
+        StillMountedError: as it turned out afterwards.
         MountError: nothing is mounted there, it cannot be unmounted, or it did not end well.
-        BusyError: a program has files open there.
     """
-    from cowfs.cli.target import connect_mount
     from cowfs.daemon import places
+    from cowfs.daemon.finding import UnreachableError, connect_mount
+    from cowfs.daemon.mount import unmount
 
     mount = places.find_mount(directory)
     if mount is None:
         raise MountError(f"{os.path.abspath(directory)} is not a cowfs mount point")
-    client = connect_mount(mount)
+    try:
+        client = connect_mount(mount)
+    except UnreachableError as error:
+        _refuse_elsewhere(mount, elsewhere)
+        daemon = _Ending(mount, error.pid, is_safe=False)
+        unmount(mount.mount_point)
+        daemon.wait()
+        _require_unmounted(program, mount, is_there=os.path.exists(mount.image))
+        return mount
     if client is None:
-        from cowfs.daemon.mount import unmount
-
         unmount(mount.mount_point, lazy=True)
-        warn(
-            program,
-            f"the daemon of {mount.mount_point} was gone; {mount.image} holds its last commit",
-        )
-    else:
-        with client:
-            ended = _watch(client.daemon_pid)
-            try:
-                client.stop()
-            except ConnectionAbortedError:
-                pass  # it ended while it answered; whether it ended well is looked at below
-            _wait(ended, client.daemon_pid)
-        _require_unmounted(mount)
+        _tell_dead(program, mount)
+        return mount
+    with client:
+        told = client.info().mount_point
+        main = None if told is None else host_path(told)
+        if main != mount.mount_point and _is_at(mount, main):
+            unmount(mount.mount_point)  # one of its bind mounts
+            warn(program, f"{mount.image} is still mounted on {main}")
+            return mount
+        _refuse_elsewhere(mount, elsewhere)
+        daemon = _Ending(mount, client.daemon_pid, is_safe=True)
+        if main == mount.mount_point:
+            with contextlib.suppress(ConnectionAbortedError):
+                client.stop()  # whether it ended well is looked at below
+        else:
+            client.sync()
+            unmount(mount.mount_point)  # the last of its bind mounts
+        is_there = client.serves_image(mount.image)
+    daemon.wait()
+    _require_unmounted(program, mount, is_there=is_there)
     return mount
 
 
-def _watch(pid: int) -> int | None:
-    """A descriptor that becomes readable when the process ends; None when it has."""
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
+def _is_at(mount: "Mount", mount_point: str | None) -> bool:
+    from cowfs.daemon import places
+
+    return any(
+        each.device == mount.device and each.mount_point == mount_point for each in places.mounts()
+    )
 
 
-def _wait(ended: int | None, pid: int) -> None:
-    if ended is None:
-        return
-    poll = select.poll()
-    poll.register(ended, select.POLLIN)
-    try:
-        if not poll.poll(UMOUNT_WAIT_S_MAX * 1000):
-            raise MountError(
-                f"the daemon (process {pid}) still writes; wait for it to end before you copy "
-                "or move the image"
+def _refuse_elsewhere(mount: "Mount", elsewhere: bool) -> None:
+    from cowfs.daemon.processes import listed, other_mounts
+
+    found = [] if elsewhere else other_mounts(mount.device, mount.mount_point)
+    if found:
+        raise BusyError(
+            f"{mount.mount_point} is in use elsewhere too: {listed(found)}; unmount it there first, "
+            f"or umount {mount.mount_point} alone, and the daemon goes on for the others"
+        )
+
+
+def _tell_dead(program: str, mount: "Mount") -> None:
+    """What is in the image of a mount that nobody serves."""
+    from cowfs.daemon import places
+    from cowfs.daemon.processes import named
+    from cowfs.storage.device import find_lock_holder, is_locked
+
+    if not os.path.exists(mount.image):
+        state = f"{mount.image} is not there any more"
+    elif not any(each.image == mount.image for each in places.mounts()) and not _wait_until(
+        lambda: not is_locked(mount.image), HELD_AFTER_S
+    ):
+        # A connection can be gone before its daemon is.
+        pid = find_lock_holder(mount.image)
+        who = named(pid) if pid else "another process"
+        state = f"{who} still has {mount.image}: wait for it to end"
+    else:
+        state = f"{mount.image} holds its last commit"
+    warn(program, f"the daemon of {mount.mount_point} was gone; {state}")
+
+
+class _Ending:
+    """The daemon of a mount, on its way to its end.
+
+    Args:
+        pid: 0 if it is not known; then the lock of the image tells.
+        is_safe: whether the daemon made all of it durable.
+    """
+
+    def __init__(self, mount: "Mount", pid: int, *, is_safe: bool) -> None:
+        self._mount, self._pid, self._is_safe = mount, pid, is_safe
+        self._process: int | None = None
+        if pid:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                self._process = os.pidfd_open(pid)
+
+    def wait(self) -> None:
+        """Return when it has ended.
+
+        Raises:
+            StillMountedError: somebody else still uses the mount, who is named.
+            MountError: it still writes.
+        """
+        from cowfs.daemon.processes import still_mounted
+
+        mount = self._mount
+        try:
+            if self._has_ended(HELD_AFTER_S):
+                return
+            error = still_mounted(
+                mount.device, mount.mount_point, mount.image, self._pid, is_safe=self._is_safe
             )
-    finally:
-        os.close(ended)
+            if error is not None:
+                raise error
+            # Nobody is seen who does: so it writes its last commit.
+            if not self._has_ended(UMOUNT_WAIT_S_MAX):
+                who = f" (process {self._pid})" if self._pid else ""
+                raise MountError(
+                    f"the daemon{who} still writes; wait for it to end before you copy or move "
+                    f"{mount.image}"
+                )
+        finally:
+            if self._process is not None:
+                os.close(self._process)
+
+    def _has_ended(self, wait_s: float) -> bool:
+        from cowfs.storage.device import is_locked
+
+        if self._process is not None:
+            poll = select.poll()
+            poll.register(self._process, select.POLLIN)
+            return bool(poll.poll(wait_s * 1000))
+        return bool(self._pid) or _wait_until(lambda: not is_locked(self._mount.image), wait_s)
 
 
-def _require_unmounted(mount: "Mount") -> None:
-    """The directory is free and the image clean, or an error says what is not so."""
+def _wait_until(is_so: Callable[[], bool], wait_s: float) -> bool:
+    deadline_s = time.monotonic() + wait_s
+    while not is_so():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(LOCK_LOOK_INTERVAL_S)
+    return True
+
+
+def _require_unmounted(program: str, mount: "Mount", *, is_there: bool) -> None:
+    """The directory is free and the image clean, or an error says what is not so.
+
+    Args:
+        is_there: the path of the image still leads to it.
+    """
     from cowfs.daemon import places
     from cowfs.storage.device import FileDevice
     from cowfs.storage.format import FLAG_CLEAN
     from cowfs.storage.superblock import read_newest
 
-    deadline_s = time.monotonic() + 10
-    while mount in places.mounts():
-        if time.monotonic() > deadline_s:
-            raise MountError(f"the daemon ended, but {mount.mount_point} is still mounted")
-        time.sleep(0.01)
+    if not _wait_until(lambda: mount not in places.mounts(), 10):
+        raise MountError(f"the daemon ended, but {mount.mount_point} is still mounted")
+    if not is_there:
+        warn(
+            program,
+            f"{mount.image} was moved, replaced or removed while it was mounted; the last commit "
+            "went to the file that it was, and was not looked at",
+        )
+        return
     if mount.read_only:
         return
     device = FileDevice(mount.image, writable=False)

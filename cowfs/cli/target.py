@@ -18,18 +18,18 @@ import click
 
 from cowfs.daemon import places
 from cowfs.daemon.client import Client, ShowProgress
+from cowfs.daemon.finding import connect, connect_mount
 from cowfs.errors import (
     BusyError,
     CorruptError,
     DeviceError,
     ImageError,
-    ImageMissingError,
     LockedError,
     MountError,
     ReadOnlyError,
     UsageError,
 )
-from cowfs.escapes import host_path, printable
+from cowfs.escapes import printable
 from cowfs.history.reports import (
     DropReport,
     InfoReport,
@@ -162,7 +162,7 @@ def offline_device(image: str, *, writable: bool) -> Iterator[FileDevice]:
     client = connect(image)  # a daemon that only reads holds no lock
     if client is not None:
         client.close()
-        raise LockedError(f"{image} is mounted (process {client.daemon_pid}); unmount it first")
+        raise LockedError(f"{image} is mounted ({client.daemon}); unmount it first")
     device = FileDevice(image, writable=writable)
     try:
         yield device
@@ -185,50 +185,6 @@ def confirm(question: str, *, yes: bool) -> None:
     if not sys.stdin.isatty():
         raise UsageError("this cannot be taken back: look with -n first, then say --yes")
     click.confirm(printable(question), abort=True, err=True)
-
-
-def connect(image: str) -> Client | None:
-    """A connection to the daemon of an image; None when it has none.
-
-    Raises:
-        ImageMissingError: there is no such file.
-        MountError: who serves there cannot be trusted, or does not answer.
-    """
-    for path in places.find_sockets(image):
-        try:
-            return Client(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            continue  # left behind by a daemon that is gone
-    return None
-
-
-def connect_mount(mount: places.Mount) -> Client | None:
-    """A connection to the daemon of a mount; None when it is gone.
-
-    Raises:
-        MountError: it is not ours, or the image is not where it was mounted from.
-    """
-    if os.geteuid() not in (mount.user_id, 0):
-        raise MountError(
-            f"{mount.mount_point} was mounted by user {mount.user_id}; "
-            "only that user and root can control it"
-        )
-    try:
-        client = connect(mount.image)
-    except ImageMissingError:
-        raise MountError(
-            f"{mount.image}, mounted on {mount.mount_point}, is not there any more; "
-            f"unmount with fusermount3 -u {mount.mount_point}"
-        ) from None
-    if client is not None:
-        serves = client.info().mount_point
-        if serves is not None and os.path.realpath(host_path(serves)) != mount.mount_point:
-            client.close()
-            raise MountError(
-                f"{mount.image} was replaced since it was mounted on {mount.mount_point}, and the "
-                f"new one is mounted on {serves}"
-            )
-    return client
 
 
 class DaemonTarget:

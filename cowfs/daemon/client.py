@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -56,13 +57,14 @@ from cowfs.daemon.messages import (
     error_of,
     frame,
 )
-from cowfs.errors import MountError, UsageError
+from cowfs.errors import ImageError, MountError, UsageError
 from cowfs.history.reports import DropReport, InfoReport, SnapshotReport, SpaceReport
 
 ANSWER_BYTES_MAX = 256 << 20  # of all frames of one answer: 200,000 snapshots
 SILENCE_S_MAX = (
     120.0  # without a frame, then the client gives up: the daemon's loop never stops so long
 )
+QUEUE_RETRY_S = 0.02
 
 ReplyType = TypeVar("ReplyType")
 ShowProgress = Callable[[Progress], None]
@@ -70,6 +72,8 @@ ShowProgress = Callable[[Progress], None]
 
 class Client:
     """A connection to a daemon. One request at a time; close it, or use it in `with`.
+
+    `daemon_pid` is 0 for a daemon of another PID namespace; `daemon` is what messages call it.
 
     Args:
         socket_path: from `places.find_sockets`.
@@ -86,8 +90,11 @@ class Client:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             self._socket.settimeout(silence_s_max)
-            self._socket.connect(places.socket_address(directory, socket_path.name))
+            self._connect(places.socket_address(directory, socket_path.name), silence_s_max)
             self.daemon_pid, user_id = places.peer(self._socket)
+            self.daemon = f"process {self.daemon_pid}"
+            if not self.daemon_pid:
+                self.daemon = "a process of another PID namespace"
             if user_id != owner:
                 raise MountError(f"user {user_id} serves at {socket_path}, expected user {owner}")
         except TimeoutError:
@@ -107,6 +114,25 @@ class Client:
 
     def close(self) -> None:
         self._socket.close()
+
+    def _connect(self, address: str, wait_s: float) -> None:
+        """Connect, also while the daemon's queue of connections is full: that is EAGAIN at once."""
+        deadline_s = time.monotonic() + wait_s
+        while True:
+            try:
+                self._socket.connect(address)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    raise TimeoutError from None
+                time.sleep(QUEUE_RETRY_S)
+
+    def serves_image(self, image: str) -> bool:
+        """Whether the path leads to the image that the daemon has: it may have been moved."""
+        try:
+            return places.socket_name(image) == self._path.name
+        except ImageError:
+            return False
 
     # --- requests
 
@@ -197,15 +223,15 @@ class Client:
             payload = self._receive(progress)
         except TimeoutError:
             raise MountError(
-                f"the daemon (process {self.daemon_pid}) does not answer; is it stopped?"
+                f"the daemon ({self.daemon}) does not answer; is it stopped?"
             ) from None
         except (ConnectionError, EOFError):
             raise _EndedError(
-                f"the daemon (process {self.daemon_pid}) ended the connection; its log may tell why"
+                f"the daemon ({self.daemon}) ended the connection; its log may tell why"
             ) from None
         try:
             reply = msgspec.json.decode(payload, type=Reply)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             raise MountError(f"the daemon's answer cannot be read: {error}") from None
         if not isinstance(reply, expected):
             raise MountError(f"the daemon answered with {type(reply).__name__}")
@@ -263,7 +289,7 @@ class _EndedError(MountError):
 def _decode(payload: bytes, kind: type[ReplyType]) -> ReplyType:
     try:
         return msgspec.json.decode(payload, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise MountError(f"the daemon's answer cannot be read: {error}") from None
 
 

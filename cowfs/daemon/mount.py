@@ -7,7 +7,6 @@ at hand, commits, marks the image clean and leaves no mount behind. More of thes
 
 import contextlib
 import ctypes
-import errno
 import functools
 import io
 import logging
@@ -38,6 +37,7 @@ from cowfs.daemon.own_process import (
     raise_limits,
     require_file_size,
 )
+from cowfs.daemon.processes import listed, users
 from cowfs.daemon.service import MountService
 from cowfs.errors import CowfsError, LockedError, MountError
 from cowfs.escapes import encodable, printable
@@ -81,17 +81,17 @@ def check_place(options: MountOptions) -> None:
     """
     directory = options.mountpoint
     _clear_dead_mount(directory)
+    _require_no_mount(directory)
     try:
         status = os.stat(directory)
     except FileNotFoundError:
         raise MountError(f"the mount point {directory} does not exist; mkdir it first") from None
     except OSError as error:
-        raise MountError(f"cannot use {directory}: {error.strerror}") from None
+        found = places.mount_at(directory)
+        on_it = f" (a mount of {found.kind})" if found is not None else ""
+        raise MountError(f"cannot use {directory}{on_it}: {error.strerror}") from None
     if not stat.S_ISDIR(status.st_mode):
         raise MountError(f"the mount point {directory} is not a directory")
-    entry = places.find_mount(directory)
-    if entry is not None:
-        raise MountError(f"{directory} is a mount point already, of {entry.image}")
     if os.getuid() and (status.st_uid != os.getuid() or not os.access(directory, os.W_OK)):
         raise MountError(f"the mount point {directory} does not belong to you")
     image = os.path.realpath(options.image)
@@ -113,13 +113,22 @@ def check_place(options: MountOptions) -> None:
 
 
 def _clear_dead_mount(directory: str) -> None:
-    """Unmount what a daemon that was killed left behind, if it did."""
-    try:
-        os.statvfs(directory)  # stat would be answered from the kernel's cache
-    except OSError as error:
-        # The second while the kernel still ends the connection of a daemon that was just killed.
-        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
-            unmount(directory, lazy=True)
+    """Unmount what a cowfs daemon that was killed left behind, if it did."""
+    mount = _cowfs_on(directory)
+    if mount is not None and places.is_dead(mount):
+        unmount(directory, lazy=True)
+
+
+def _require_no_mount(directory: str) -> None:
+    mount = _cowfs_on(directory)
+    if mount is not None:
+        raise MountError(f"{directory} is a mount point already, of {mount.image}")
+
+
+def _cowfs_on(directory: str) -> places.Mount | None:
+    """The cowfs mount there, unless another filesystem is mounted on top of it: that is not ours."""
+    top, mount = places.mount_at(directory), places.find_mount(directory)
+    return mount if top is not None and mount is not None and top.device == mount.device else None
 
 
 def unmount(directory: str, *, lazy: bool = False, force: bool = False) -> None:
@@ -133,20 +142,25 @@ def unmount(directory: str, *, lazy: bool = False, force: bool = False) -> None:
     if os.getuid():
         command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", directory]
     path = os.environ.get("PATH", "") + ":/usr/bin:/bin:/usr/sbin:/sbin"
+    environment = {**os.environ, "PATH": path, "LC_ALL": "C"}  # the reason is read below
     done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        errors="surrogateescape",
-        env={**os.environ, "PATH": path},
+        command, capture_output=True, text=True, errors="surrogateescape", env=environment
     )
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["umount failed"]
         if "busy" in reason[0]:
-            raise errors.BusyError(
-                f"{directory} is busy: a program has files or its directory there"
-            )
+            raise errors.BusyError(_why_busy(directory))
         raise MountError(f"cannot unmount {directory}: {reason[0]}")
+
+
+def _why_busy(directory: str) -> str:
+    mount = places.find_mount(directory)
+    found = users(mount.device, mount.mount_point) if mount is not None else []
+    if not found:
+        return (
+            f"{directory} is busy: a program that cannot be seen has files or its directory there"
+        )
+    return f"{directory} is busy: {listed(found)}"
 
 
 # --- starting ---------------------------------------------------------------------------------------
@@ -443,6 +457,7 @@ class _Mount:
         # Abandoned when serving ends first: then only the unmounting lets it return.
         status = await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
         _raise_read_ahead(status.st_dev)
+        self._service.device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
         writeback = self._operations.writeback
         if writeback is not None and self._committer is not None:
             writeback.device = status.st_dev

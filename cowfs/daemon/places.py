@@ -7,8 +7,11 @@ whose daemon it is; both ends check that, through a descriptor that keeps naming
 """
 
 import contextlib
+import errno
 import os
 import re
+import select
+import signal
 import socket
 import stat
 import struct
@@ -16,47 +19,103 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from cowfs.errors import ImageError, ImageMissingError, LockedError, MountError
+from cowfs.storage.device import is_locked
 
 MOUNT_TYPE = "fuse.cowfs"
 MOUNTINFO = "/proc/self/mountinfo"
+ANSWER_S_MAX = 3.0  # for a mount that is asked whether it lives
 
+_UNANSWERED = 255  # an exit status that is no errno
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 _CREDENTIALS = struct.Struct("3i")  # pid, user, group: the kernel's struct ucred
 _USER_ID = re.compile(r"(?:^|,)user_id=(\d+)(?:,|$)")
+_GROUP_ID = re.compile(r"(?:^|,)group_id=(\d+)(?:,|$)")
 
 
 # --- mounts --------------------------------------------------------------------------------------
 
 
+class MountEntry(NamedTuple):
+    """One line of mountinfo, of any filesystem. `device` is `major:minor`, `root` what of it is shown.
+
+    `peers` is the group whose mounts and unmounts below it are shared, `master` the one it follows.
+    """
+
+    mount_id: int
+    parent_id: int
+    device: str
+    root: str
+    mount_point: str
+    options: str
+    peers: int | None
+    master: int | None
+    kind: str
+    source: str
+    super_options: str
+
+
 class Mount(NamedTuple):
-    """One line of mountinfo, of a cowfs mount. `image` is its source, `user_id` who mounted it."""
+    """A cowfs mount. `image` is its source, `user_id` who mounted it; all mounts of it: `device`."""
 
     mount_point: str
     image: str
     user_id: int
     read_only: bool
+    device: str
+    group_id: int
 
 
-def parse_mountinfo(text: bytes) -> list[Mount]:
-    """The cowfs mounts of a mountinfo table, in its order. Lines not understood are skipped.
+def parse_table(text: bytes) -> list[MountEntry]:
+    """A mountinfo table, in its order. Lines not understood are skipped.
 
     Source: proc(5): id parent major:minor root mount-point options tags... - type source options;
     space, tab, newline and backslash are octal escapes.
     """
-    mounts = []
+    entries = []
     for line in text.split(b"\n"):
         before, separator, after = line.partition(b" - ")
         fields, rest = before.split(b" "), after.split(b" ")
-        if not separator or len(fields) < 6 or len(rest) < 3 or rest[0] != MOUNT_TYPE.encode():
+        if not separator or len(fields) < 6 or len(rest) < 3:
             continue
-        options = rest[2].decode("ascii", "replace")
-        user_id = _USER_ID.search(options)
+        tags = dict(tag.split(b":", 1) for tag in fields[6:] if b":" in tag)
+        try:
+            entries.append(
+                MountEntry(
+                    mount_id=int(fields[0]),
+                    parent_id=int(fields[1]),
+                    device=fields[2].decode("ascii"),
+                    root=_unescape(fields[3]),
+                    mount_point=_unescape(fields[4]),
+                    options=fields[5].decode("ascii"),
+                    peers=int(tags[b"shared"]) if b"shared" in tags else None,
+                    master=int(tags[b"master"]) if b"master" in tags else None,
+                    kind=rest[0].decode("ascii"),
+                    source=_unescape(rest[1]),
+                    super_options=_unescape(rest[2]),
+                )
+            )
+        except ValueError:
+            continue
+    return entries
+
+
+def parse_mountinfo(text: bytes) -> list[Mount]:
+    """The cowfs mounts of a mountinfo table, in its order."""
+    mounts = []
+    for entry in parse_table(text):
+        if entry.kind != MOUNT_TYPE:
+            continue
+        user_id = _USER_ID.search(entry.super_options)
+        group_id = _GROUP_ID.search(entry.super_options)
+        words = f"{entry.options},{entry.super_options}".split(",")
         mounts.append(
             Mount(
-                mount_point=_unescape(fields[4]),
-                image=_unescape(rest[1]),
+                mount_point=entry.mount_point,
+                image=entry.source,
                 user_id=int(user_id[1]) if user_id else 0,
-                read_only=b"ro" in fields[5].split(b",") or "ro" in options.split(","),
+                read_only="ro" in words,
+                device=entry.device,
+                group_id=int(group_id[1]) if group_id else 0,
             )
         )
     return mounts
@@ -70,6 +129,63 @@ def mounts() -> list[Mount]:
     """The cowfs mounts that this process sees."""
     with open(MOUNTINFO, "rb") as table:
         return parse_mountinfo(table.read())
+
+
+def mount_table(pid: str = "self") -> list[MountEntry]:
+    """All mounts that a process sees.
+
+    Raises:
+        OSError: it ended, or is not ours to see.
+    """
+    with open(f"/proc/{pid}/mountinfo", "rb") as table:
+        return parse_table(table.read())
+
+
+def mount_at(directory: str) -> MountEntry | None:
+    """What is mounted exactly there, the newest where several are stacked."""
+    found = [entry for entry in mount_table() if entry.mount_point == directory]
+    return found[-1] if found else None
+
+
+def is_dead(mount: Mount) -> bool:
+    """Whether nobody serves a mount any more: it says so itself, or nobody has its image.
+
+    The lock of the image is asked where the mount does not answer in time (its daemon may be stopped)
+    and where it answers only the user who mounted it.
+    """
+    answer = _asked(mount)
+    if answer is None:
+        return is_locked(mount.image) is False
+    # The second while the kernel still ends the connection of a daemon that was just killed.
+    return answer in (errno.ENOTCONN, errno.ECONNABORTED)
+
+
+def _asked(mount: Mount) -> int | None:
+    """What statvfs(2) says of a mount, as its user if we may: 0 or an errno; None if nothing.
+
+    It asks the daemon, which stat(2) need not. In a process of its own, which can be ended.
+    """
+    child = os.fork()
+    if not child:
+        answer = _UNANSWERED
+        try:
+            if os.geteuid() == 0:
+                os.setresgid(mount.group_id, mount.group_id, mount.group_id)
+                os.setresuid(mount.user_id, mount.user_id, mount.user_id)
+            # What the kernel says by itself to users who may not ask has no blocks.
+            answer = 0 if os.statvfs(mount.mount_point).f_blocks else _UNANSWERED
+        except OSError as error:
+            answer = min(error.errno or _UNANSWERED, _UNANSWERED)
+        finally:
+            os._exit(answer)
+    descriptor = os.pidfd_open(child)
+    try:
+        if not select.select([descriptor], [], [], ANSWER_S_MAX)[0]:
+            os.kill(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    finally:
+        os.close(descriptor)
+    return status if 0 <= status < _UNANSWERED else None
 
 
 def find_mount(path: str | os.PathLike[str], *, inside: bool = False) -> Mount | None:
@@ -142,21 +258,40 @@ def find_sockets(image: str | os.PathLike[str]) -> list[Path]:
         ImageMissingError, ImageError: of the image.
     """
     name = socket_name(image)
-    users = {os.geteuid(): None}
+    users = {os.geteuid()}
     if os.geteuid() == 0:
-        users[os.stat(image).st_uid] = None
         resolved = os.path.realpath(image)
-        users.update({mount.user_id: None for mount in mounts() if mount.image == resolved})
+        users |= {os.stat(image).st_uid}
+        users |= {mount.user_id for mount in mounts() if mount.image == resolved}
+    folders = [folder for user in sorted(users) for folder in runtime_directories(user)]
+    return [folder / name for folder in folders if _is_socket(folder / name)]
+
+
+def sockets_of_users(users: set[int]) -> list[Path]:
+    """All control sockets of the daemons of these users, as far as we may look."""
     found = []
-    for user in users:
-        for directory in runtime_directories(user):
-            try:
-                is_socket = stat.S_ISSOCK(os.lstat(directory / name).st_mode)
-            except OSError:
-                continue  # nothing there, or not for us to look into
-            if is_socket:
-                found.append(directory / name)
+    for user in sorted(users):
+        for folder in runtime_directories(user):
+            with contextlib.suppress(OSError):
+                found += [path for path in folder.glob("*.sock") if _is_socket(path)]
     return found
+
+
+def sockets_of_process(pid: int, name: str) -> list[Path]:
+    """Sockets of that name where a daemon in another mount namespace sees its own places."""
+    try:
+        user = os.stat(f"/proc/{pid}").st_uid
+    except OSError:
+        return []
+    folders = [Path(f"/proc/{pid}/root{folder}") for folder in runtime_directories(user)]
+    return [folder / name for folder in folders if _is_socket(folder / name)]
+
+
+def _is_socket(path: Path) -> bool:
+    try:
+        return stat.S_ISSOCK(os.lstat(path).st_mode)
+    except OSError:
+        return False  # nothing there, or not for us to look into
 
 
 def open_directory(path: Path) -> tuple[int, int]:
@@ -222,30 +357,44 @@ def prepare_socket(image: str | os.PathLike[str]) -> Path:
     for entry in os.listdir(directory):
         if not entry.endswith(".sock"):
             continue
-        pid = _server_pid(directory / entry)
-        if pid == 0:
+        try:
+            pid = server_pid(directory / entry)
+        except ConnectionRefusedError:
             with contextlib.suppress(OSError):  # gone, or no socket: making ours tells
                 os.unlink(directory / entry)
-        elif pid is not None and entry == name:
+            continue
+        if pid is not None and entry == name:
+            who = f"process {pid}" if pid else "a process of another PID namespace"
             raise LockedError(
-                f"{os.path.abspath(os.fspath(image))} is in use by process {pid}; "
+                f"{os.path.abspath(os.fspath(image))} is in use by {who}; "
                 "work on its mount point, or unmount it first"
             )
     return directory / name
 
 
-def _server_pid(path: Path) -> int | None:
-    """Who serves at a socket: 0 for nobody any more, None where that cannot be told."""
-    descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+def server_pid(path: Path) -> int | None:
+    """Who serves at a socket: 0 if that cannot be told (it is busy, or its PID namespace is another).
+
+    None where nothing is to be found out.
+
+    Raises:
+        ConnectionRefusedError: nobody any more. Nothing else means that.
+    """
+    try:
+        descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             probe.connect(socket_address(descriptor, path.name))
             return peer(probe)[0]
+    except BlockingIOError:
+        return 0  # its queue is full
     except ConnectionRefusedError:
-        return 0
+        raise
     except OSError:
-        return None  # busy, or gone meanwhile
+        return None  # gone meanwhile, or not for us
     finally:
         os.close(descriptor)
 
@@ -255,7 +404,10 @@ class _Connected(Protocol):
 
 
 def peer(connection: _Connected) -> tuple[int, int]:
-    """The pid and the user of the other end, as they were when it connected or began to listen."""
+    """The pid and the user of the other end, as they were when it connected or began to listen.
+
+    The pid is 0 for a process of another PID namespace.
+    """
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, user_id, _ = _CREDENTIALS.unpack(data)
     return pid, user_id

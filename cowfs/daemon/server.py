@@ -3,8 +3,10 @@
 Promises:
 - Only the daemon's own user and root are served: the socket is 0600 in a 0700 directory, and the
   kernel tells who connects (SO_PEERCRED).
-- Nobody can keep the daemon busy: clients are counted, a request that does not arrive and an
-  answer that is not taken end by a timeout, and `accept` backs off when descriptors run out.
+- Nobody can keep the daemon busy: clients are counted, and apart from them readers, who hold a
+  pin and are quiet; a request that does not arrive and an answer that is not taken end by a
+  timeout, and `accept` backs off when descriptors run out.
+- A socket that somebody removed is made again, where the best place for it is by then.
 - An exception that is no `CowfsError` is logged here and arrives as one generic line.
 - A pin lives exactly as long as its connection.
 
@@ -49,8 +51,10 @@ from cowfs.errors import BusyError, CowfsError, MountError, UsageError
 log = logging.getLogger(__name__)
 
 CLIENTS_MAX = 32
+QUEUED_MAX = 128  # connections that wait to be accepted
 READERS_MAX = 64  # connections that hold a pin: they may be quiet for hours
 CONNECTIONS_MAX = CLIENTS_MAX + READERS_MAX
+NAME_CHECK_INTERVAL_S = 1.0  # whether the socket was removed
 REQUEST_TIMEOUT_S = 10.0  # from one answer to the next whole request
 ANSWER_TIMEOUT_S = 30.0  # for the client to take a frame
 LIFE_SIGN_INTERVAL_S = 5.0
@@ -107,55 +111,94 @@ async def serve(
         MountError: the socket cannot be made.
     """
     server = _Server(service)
-    listener, remove = _listen(socket_path)
+    place = _Place(socket_path)
     try:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(
-                lambda task_status=trio.TASK_STATUS_IGNORED: trio.serve_listeners(
-                    server.serve_client,
-                    [trio.SocketListener(trio.socket.from_stdlib_socket(listener))],
-                    task_status=task_status,
-                )
-            )
+        async with trio.open_nursery() as clients:
+            accepting = await clients.start(server.accept, place.listener, clients)
             if task_status is not None:
                 task_status.started()
+            is_told = False
+            while True:
+                await trio.sleep(NAME_CHECK_INTERVAL_S)
+                if place.is_ours():
+                    continue
+                try:
+                    # In a thread: the way to it may lead through any filesystem by now.
+                    again = await trio.to_thread.run_sync(_made_again, place.name)
+                except CowfsError as error:
+                    if not is_told:
+                        log.warning("the control socket was removed, and %s", error)
+                    is_told = True
+                    continue
+                log.info("the control socket was removed; made %s", again.path)
+                accepting.cancel()
+                place.remove()
+                place, is_told = again, False
+                accepting = await clients.start(server.accept, place.listener, clients)
     finally:
-        remove()
+        place.remove()
+        place.listener.close()
 
 
-def _listen(path: Path) -> tuple[socket.socket, Callable[[], None]]:
-    """A listening socket that has its name only once it listens; and how to remove that name."""
-    directory, owner = places.open_directory(path.parent)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    temporary = f".{path.name}.{os.getpid()}"
-    try:
-        if owner != os.geteuid():
-            raise MountError(f"the directory {path.parent} belongs to user {owner}")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=directory)
-        listener.bind(places.socket_address(directory, temporary))
-        os.chmod(temporary, 0o600, dir_fd=directory)
-        listener.listen(CLIENTS_MAX)
-        listener.setblocking(False)
-        os.rename(temporary, path.name, src_dir_fd=directory, dst_dir_fd=directory)
-        inode = os.stat(path.name, dir_fd=directory, follow_symlinks=False).st_ino
-    except OSError as error:
-        listener.close()
+def _made_again(name: str) -> _Place:
+    """A socket of that name in the place that is best now.
+
+    Raises:
+        MountError: there is no place, or another daemon serves there.
+    """
+    path = places.make_directory() / name
+    with contextlib.suppress(ConnectionRefusedError):
+        if places.server_pid(path) is not None:
+            raise MountError(f"another daemon serves at {path}")
+    return _Place(path)
+
+
+class _Place:
+    """A listening socket that has its name only once it listens."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.name
+        self._directory, owner = places.open_directory(path.parent)
+        directory = self._directory
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        temporary = f".{path.name}.{os.getpid()}"
+        try:
+            if owner != os.geteuid():
+                raise MountError(f"the directory {path.parent} belongs to user {owner}")
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=directory)
+            self.listener.bind(places.socket_address(directory, temporary))
+            os.chmod(temporary, 0o600, dir_fd=directory)
+            self.listener.listen(QUEUED_MAX)
+            self.listener.setblocking(False)
+            os.rename(temporary, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+            self._status = os.stat(path.name, dir_fd=directory, follow_symlinks=False)
+        except OSError as error:
+            self.listener.close()
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=directory)
+            os.close(directory)
+            if isinstance(error, CowfsError):
+                raise
+            raise MountError(f"cannot make the control socket {path}: {error.strerror}") from None
+
+    def is_ours(self) -> bool:
+        """Whether clients that look for the name find this socket.
+
+        Asked of the open directory, not by its path, which may lead into our own mount.
+        """
+        try:
+            found = os.stat(self.name, dir_fd=self._directory, follow_symlinks=False)
+        except OSError:
+            return False
+        return os.path.samestat(found, self._status)
+
+    def remove(self) -> None:
+        """Take the name away if it is still ours. The listener is closed by who accepts there."""
         with contextlib.suppress(OSError):
-            os.unlink(temporary, dir_fd=directory)
-        os.close(directory)
-        if isinstance(error, CowfsError):
-            raise
-        raise MountError(f"cannot make the control socket {path}: {error.strerror}") from None
-
-    def remove() -> None:
-        with contextlib.suppress(OSError):  # somebody removed it, or made another: not ours
-            found = os.stat(path.name, dir_fd=directory, follow_symlinks=False)
-            if found.st_ino == inode:
-                os.unlink(path.name, dir_fd=directory)
-        os.close(directory)
-
-    return listener, remove
+            if self.is_ours():
+                os.unlink(self.name, dir_fd=self._directory)
+        os.close(self._directory)
 
 
 class _ClientGoneError(Exception):
@@ -165,44 +208,63 @@ class _ClientGoneError(Exception):
 class _Server:
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._clients = 0
+        self.clients = 0  # without those who hold a pin
+        self.readers = 0
+
+    async def accept(
+        self,
+        listener: socket.socket,
+        clients: trio.Nursery,
+        *,
+        task_status: trio.TaskStatus[trio.CancelScope],
+    ) -> None:
+        """Take connections until the scope that it starts with is cancelled; they go on then."""
+        listening = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+        with trio.CancelScope() as scope:
+            task_status.started(scope)
+            await trio.serve_listeners(self.serve_client, [listening], handler_nursery=clients)
 
     async def serve_client(self, stream: trio.SocketStream) -> None:
         """One connection, from its first request to its end. Never raises but Cancelled."""
-        self._clients += 1
+        connection = _Connection(self._service, stream, self)
         try:
-            await _Connection(self._service, stream).serve(crowded=self._clients > CLIENTS_MAX)
+            await connection.serve()
         except (_ClientGoneError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # its own business
         except Exception:
             log.exception("a connection to the control socket failed")
         finally:
-            self._clients -= 1
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
                 await stream.aclose()
 
 
 class _Connection:
-    def __init__(self, service: Service, stream: trio.SocketStream) -> None:
+    def __init__(self, service: Service, stream: trio.SocketStream, server: _Server) -> None:
         self._service = service
         self._stream = stream
+        self._server = server
         self._sending = trio.Lock()
         self._pin: Pin | None = None
 
-    async def serve(self, *, crowded: bool) -> None:
-        _, user_id = places.peer(self._stream.socket)
-        if user_id not in (os.geteuid(), 0):
-            log.warning("refused a connection of user %d to the control socket", user_id)
-            await self._fail(MountError(f"user {user_id} may not control this mount"))
-            return
-        if crowded:
-            await self._fail(BusyError(f"the daemon has {CLIENTS_MAX} clients already; try again"))
-            return
+    async def serve(self) -> None:
+        self._server.clients += 1
         try:
+            _, user_id = places.peer(self._stream.socket)
+            if user_id not in (os.geteuid(), 0):
+                log.warning("refused a connection of user %d to the control socket", user_id)
+                await self._fail(MountError(f"user {user_id} may not control this mount"))
+                return
+            if self._server.clients > CLIENTS_MAX:
+                words = f"the daemon has {CLIENTS_MAX} clients already; try again"
+                await self._fail(BusyError(words))
+                return
             while (payload := await self._read()) is not None:
                 await self._answer(payload)
         finally:
-            if self._pin is not None:
+            if self._pin is None:
+                self._server.clients -= 1
+            else:
+                self._server.readers -= 1
                 self._service.unpin(self._pin)
 
     async def _read(self) -> bytes | None:
@@ -265,7 +327,12 @@ class _Connection:
         if not isinstance(request, PinGeneration):
             return await self._service.handle(request, self._tell)
         if self._pin is None:
+            if self._server.readers >= READERS_MAX:
+                raise BusyError(f"{READERS_MAX} readers keep a generation already; try again later")
             self._pin = self._service.pin()
+            # A reader may be quiet for hours, and takes no place of those who ask and go.
+            self._server.clients -= 1
+            self._server.readers += 1
         return PinReply(generation=self._pin.generation, holds=self._service.holds(self._pin))
 
     async def _tell(self, progress: Progress) -> None:
@@ -302,7 +369,7 @@ class _Connection:
 def _decode_request(payload: bytes) -> Request:
     try:
         envelope = msgspec.json.decode(payload, type=Envelope)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise UsageError(f"the control socket got a request that cannot be read: {error}") from None
     if envelope.version != PROTOCOL_VERSION:
         raise UsageError(
@@ -311,6 +378,6 @@ def _decode_request(payload: bytes) -> Request:
         )
     try:
         request: Request = msgspec.json.decode(envelope.request, type=Request)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise UsageError(f"the control socket got a request that cannot be read: {error}") from None
     return request

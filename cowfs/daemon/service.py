@@ -16,8 +16,8 @@ from cowfs.daemon.fuse import SESSION_FEATURES, session
 from cowfs.daemon.nodes import Stale, invalidate
 from cowfs.daemon.operations import Operations
 from cowfs.daemon.options import MountOptions
-from cowfs.daemon.processes import open_for_writing
-from cowfs.errors import BusyError, CowfsError, ReadOnlyError, UsageError
+from cowfs.daemon.processes import open_for_writing, still_mounted
+from cowfs.errors import BusyError, CowfsError, ReadOnlyError, StillMountedError, UsageError
 from cowfs.escapes import escaped_path
 from cowfs.history import reports
 from cowfs.history.filesystem import EditAction, Filesystem
@@ -25,6 +25,9 @@ from cowfs.history.records import RootRecord
 
 ProgressCall = Callable[[messages.Progress], Awaitable[None]]
 NAMED_MAX = 5  # open files named in a refusal
+# The kernel ends the session at once when nobody else has the mount.
+UNMOUNTED_WAIT_S = 1.0
+UNMOUNTED_LOOKS = 5
 
 
 class MountService:
@@ -51,6 +54,7 @@ class MountService:
         self._mountpoint = os.path.realpath(options.mountpoint)
         self._stale: Stale | None = None
         self.ended = trio.Event()
+        self.device = ""  # of the mount, as mountinfo has it; known once it answers
 
     # --- pins ---------------------------------------------------------------------------------------
 
@@ -101,14 +105,36 @@ class MountService:
             case messages.RepairCopy():
                 return messages.RepairReply(accepted=self._repair(request))
             case messages.Stop():
-                writeback = self._operations.writeback
-                async with writeback.lock if writeback is not None else contextlib.nullcontext():
-                    await trio.to_thread.run_sync(self._unmount, self._mountpoint)
-                with trio.CancelScope(shield=True):
-                    await self.ended.wait()
+                await self._stop()
                 return messages.Done(generation=filesystem.store.superblock.generation)
             case _:
                 raise CowfsError(f"the daemon does not know the request {type(request).__name__}")
+
+    async def _stop(self) -> None:
+        """Unmount, and return when nobody has the mount any more."""
+        writeback = self._operations.writeback
+        async with writeback.lock if writeback is not None else contextlib.nullcontext():
+            await trio.to_thread.run_sync(self._unmount, self._mountpoint)
+        with trio.CancelScope(shield=True):
+            for _ in range(UNMOUNTED_LOOKS):
+                with trio.move_on_after(UNMOUNTED_WAIT_S):
+                    await self.ended.wait()
+                if self.ended.is_set():
+                    return
+                if self._committer is not None:
+                    await self._fetch_written()
+                    await self._committer.sync()
+                error = await trio.to_thread.run_sync(self._still_mounted)
+                if error is not None:
+                    raise error
+        raise StillMountedError(
+            f"{self._mountpoint} is unmounted and all that was written there is safe in "
+            f"{self._options.image}, but a program that cannot be seen still uses it"
+        )
+
+    def _still_mounted(self) -> StillMountedError | None:
+        image = self._options.image
+        return still_mounted(self.device, self._mountpoint, image, os.getpid(), is_safe=True)
 
     async def _fetch_written(self) -> None:
         """What the kernel still holds of what was written belongs to what comes next (C6)."""
@@ -130,6 +156,7 @@ class MountService:
             for name in MountOptions.__dataclass_fields__
             if name not in ("image", "mountpoint")
         }
+        settings["device"] = self.device
         if self._committer is not None:
             settings["commits"] = self._committer.commit_count
             settings["commit_bytes"] = self._committer.written_bytes

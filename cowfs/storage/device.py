@@ -240,6 +240,36 @@ def lock_holder(fd: int) -> int | None:
     return None
 
 
+def is_locked(path: str | os.PathLike[str]) -> bool | None:
+    """Whether a writer or a mount has the image; None when that cannot be looked at."""
+    try:
+        if not (stat.S_ISREG(os.stat(path).st_mode) or stat.S_ISBLK(os.stat(path).st_mode)):
+            return None
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        request = _OFD_FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, request)
+        return bool(_OFD_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def find_lock_holder(path: str | os.PathLike[str]) -> int | None:
+    """The pid of a process that has the image locked, if one can be found."""
+    try:
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return lock_holder(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def create_file(path: str | os.PathLike[str], size_bytes: int) -> None:
     """Make a sparse file of `size_bytes`, or give an existing one that size.
 

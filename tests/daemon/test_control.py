@@ -699,8 +699,8 @@ MOUNTINFO = b"\n".join(
 def test_mountinfo_gives_cowfs_mounts_with_their_images() -> None:
     """Promise: spaces, tabs and backslashes in paths arrive, other filesystems do not."""
     assert places.parse_mountinfo(MOUNTINFO) == [
-        places.Mount("/home/u/my data", "/tmp/a\\b,\tc.img", 1000, False),
-        places.Mount("/ro", "/x.img", 0, True),
+        places.Mount("/home/u/my data", "/tmp/a\\b,\tc.img", 1000, False, "0:55", 1000),
+        places.Mount("/ro", "/x.img", 0, True, "0:57", 0),
     ]
 
 
@@ -711,7 +711,7 @@ def test_mount_is_found_by_any_name_of_its_place(
     place = tmp_path / "place"
     (place / "inside").mkdir(parents=True)
     (tmp_path / "link").symlink_to(place)
-    mount = places.Mount(str(place), "/image", 0, False)
+    mount = places.Mount(str(place), "/image", 0, False, "0:55", 0)
     monkeypatch.setattr(places, "mounts", lambda: [mount])
     monkeypatch.chdir(tmp_path)
     for name in (place, "place", "./place/", "link", tmp_path / "link", "place/inside/.."):
