@@ -160,6 +160,11 @@ def end_mount(program: str, directory: str, *, elsewhere: bool = False) -> "Moun
     mount = places.find_mount(directory)
     if mount is None:
         raise MountError(f"{os.path.abspath(directory)} is not a cowfs mount point")
+    cover = places.cover(mount)
+    if cover is not None:
+        raise MountError(
+            f"{mount.mount_point} is covered by a mount of {cover.kind}; unmount that first"
+        )
     try:
         client = connect_mount(mount)
     except UnreachableError as error:

@@ -7,6 +7,7 @@ at hand, commits, marks the image clean and leaves no mount behind. More of thes
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import io
 import logging
@@ -114,21 +115,50 @@ def check_place(options: MountOptions) -> None:
 
 def _clear_dead_mount(directory: str) -> None:
     """Unmount what a cowfs daemon that was killed left behind, if it did."""
-    mount = _cowfs_on(directory)
-    if mount is not None and places.is_dead(mount):
+    mount = places.find_mount(directory)
+    if mount is not None and places.cover(mount) is None and places.is_dead(mount):
         unmount(directory, lazy=True)
 
 
 def _require_no_mount(directory: str) -> None:
-    mount = _cowfs_on(directory)
+    mount = places.find_mount(directory)
     if mount is not None:
         raise MountError(f"{directory} is a mount point already, of {mount.image}")
 
 
-def _cowfs_on(directory: str) -> places.Mount | None:
-    """The cowfs mount there, unless another filesystem is mounted on top of it: that is not ours."""
-    top, mount = places.mount_at(directory), places.find_mount(directory)
-    return mount if top is not None and mount is not None and top.device == mount.device else None
+class _Claim:
+    """A lock on a mount point, from before the last look at it until there is a mount.
+
+    Of two who mount on one directory at once, one would lie hidden below the other.
+
+    Raises:
+        MountError: somebody else has the lock, or has mounted there meanwhile.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise MountError(
+                f"{directory} is locked by another program, which may be mounting there just now; "
+                "look, and try again"
+            ) from None
+        except OSError as error:
+            # Some network filesystems have no such locks, and their mounts go without.
+            log.debug("locking %s: %s", directory, error)
+        try:
+            _require_no_mount(directory)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let go of it, in this process; what was forked meanwhile has it still."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
 
 def unmount(directory: str, *, lazy: bool = False, force: bool = False) -> None:
@@ -176,14 +206,19 @@ def mount(options: MountOptions) -> None:
         MountError, ImageError, LockedError, ...: why there is no mount.
     """
     check_place(options)
+    claim = _Claim(options.mountpoint)
     if options.foreground:
-        _run(options, None, Notifier.from_environment())
+        try:
+            _run(options, None, Notifier.from_environment(), claim)
+        finally:
+            claim.release()
         return
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     if os.fork():
         os.close(writer)
+        claim.release()
         with open(reader, "rb") as pipe:
             answer = pipe.read()
         if answer == b"ready":
@@ -201,8 +236,8 @@ def mount(options: MountOptions) -> None:
         os.setsid()
         os.chdir("/")
         _leave_terminal()
-        close_descriptors({writer})
-        _run(options, writer, Notifier())
+        close_descriptors({writer, claim.descriptor})
+        _run(options, writer, Notifier(), claim)
         code = 0
     except BaseException as error:
         _report_failure(writer, error)
@@ -211,12 +246,12 @@ def mount(options: MountOptions) -> None:
         os._exit(code)
 
 
-def _run(options: MountOptions, ready: int | None, notifier: Notifier) -> None:
+def _run(options: MountOptions, ready: int | None, notifier: Notifier, claim: _Claim) -> None:
     """The daemon's life, with its log."""
     raise_limits(server.CONNECTIONS_MAX + OWN_DESCRIPTORS_MAX)
     try:
         _set_up_log(options)
-        _serve(options, ready, notifier)
+        _serve(options, ready, notifier, claim)
     except LockedError as error:
         raise _mounted_elsewhere(options, error) or error from None
 
@@ -292,7 +327,7 @@ def _set_up_log(options: MountOptions) -> None:
 # --- serving ----------------------------------------------------------------------------------------
 
 
-def _serve(options: MountOptions, ready: int | None, notifier: Notifier) -> None:
+def _serve(options: MountOptions, ready: int | None, notifier: Notifier, claim: _Claim) -> None:
     """Open, mount, serve until the end, unmount, close."""
     writable = not options.read_only
     device = FileDevice(options.image, writable=writable, steady=True)
@@ -318,7 +353,7 @@ def _serve(options: MountOptions, ready: int | None, notifier: Notifier) -> None
             filesystem.reclaim_orphans()
         _keep_memory()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        serving = _Mount(filesystem, options, ready, notifier, signals)
+        serving = _Mount(filesystem, options, ready, notifier, signals, claim)
         try:
             trio.run(serving.run)
         except BaseExceptionGroup as group:
@@ -362,12 +397,14 @@ class _Mount:
         ready: int | None,
         notifier: Notifier,
         signals: EndSignals,
+        claim: _Claim,
     ) -> None:
         self._filesystem = filesystem
         self._options = options
         self._ready = ready
         self._notifier = notifier
         self._signals = signals
+        self._claim = claim
         self._committer = (
             Committer(filesystem, options.commit_interval_s, options.dirty_bytes_max)
             if filesystem.store.writable
@@ -416,6 +453,7 @@ class _Mount:
         except RuntimeError as error:
             reason = "; ".join(said) or str(error)
             raise MountError(f"cannot mount on {self._options.mountpoint}: {reason}") from None
+        self._claim.release()
         try:
             yield
         finally:

@@ -147,6 +147,12 @@ def mount_at(directory: str) -> MountEntry | None:
     return found[-1] if found else None
 
 
+def cover(mount: Mount) -> MountEntry | None:
+    """Another filesystem that is mounted on top of a mount, at the same place."""
+    top = mount_at(mount.mount_point)
+    return top if top is not None and top.device != mount.device else None
+
+
 def is_dead(mount: Mount) -> bool:
     """Whether nobody serves a mount any more: it says so itself, or nobody has its image.
 

@@ -578,6 +578,164 @@ def test_clients_are_counted(
                 time.sleep(0.05)
 
 
+def test_quiet_readers_take_no_place_of_others(
+    path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: who holds a pin for hours locks nobody out, and readers are counted too."""
+    monkeypatch.setattr(server, "CLIENTS_MAX", 2)
+    monkeypatch.setattr(server, "READERS_MAX", 4)
+    with serving(path, service):
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):
+                assert stack.enter_context(Client(path)).pin() == (41, True)
+            with Client(path) as one, Client(path) as two:
+                assert [one.sync(), two.sync()] == [9, 9]
+                with pytest.raises(BusyError, match="4 readers"):
+                    two.pin()
+                assert two.sync() == 9
+        deadline = time.monotonic() + 10
+        while service.released < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with contextlib.ExitStack() as stack:
+            for _ in range(4):  # their places came free
+                stack.enter_context(Client(path)).pin()
+
+
+def test_connection_that_finds_the_queue_full_waits(
+    path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: however many commands come while the daemon is busy, each is served."""
+    path.parent.chmod(0o700)
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
+        listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(1)
+        for _ in range(2):
+            stack.enter_context(raw_connection(path))
+        with pytest.raises(MountError, match="does not accept"):
+            Client(path, silence_s_max=0.3)
+        assert places.server_pid(path) == 0, "a daemon that is busy is not gone"
+        timer = threading.Timer(0.3, lambda: listener.accept()[0].close())
+        timer.start()
+        with Client(path) as client:
+            assert client.daemon_pid == os.getpid()
+        timer.join()
+    path.unlink()
+    monkeypatch.setattr(server, "QUEUED_MAX", 1)
+    monkeypatch.setattr(server, "CLIENTS_MAX", 100)
+    service.delay_s = 0.01
+    answers: list[int] = []
+
+    def ask() -> None:
+        with Client(path) as client:
+            answers.append(client.sync())
+
+    with serving(path, service):
+        threads = [threading.Thread(target=ask) for _ in range(50)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert answers == [9] * 50
+
+
+@pytest.mark.parametrize("inner", [b"[", b'{"a":'])
+@pytest.mark.parametrize("place", ["whole", "version", "request", "field"])
+@pytest.mark.usefixtures("served")
+def test_request_nested_deeply_is_refused_in_words(
+    path: Path, place: str, inner: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Promise: no nesting that fits in a frame is more than a request that cannot be read."""
+    deep = inner * ((messages.FRAME_BYTES_MAX - 200) // len(inner))
+    payload = {
+        "whole": deep,
+        "version": b'{"request":{},"version":' + deep,
+        "request": b'{"version":1,"request":' + deep,
+        "field": b'{"version":1,"request":{"type":"rollback","name":' + deep,
+    }[place]
+    with raw_connection(path) as connection:
+        connection.sendall(frame(b"Q", payload))
+        found = read_frame(connection)
+        assert found is not None
+        assert found[0] == b"E"
+        assert b"cannot be read" in found[1]
+        assert read_frame(connection) is None
+    with Client(path) as client:
+        assert client.sync() == 9
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("is_answer", [True, False])
+def test_answer_nested_deeply_is_refused_in_words(path: Path, is_answer: bool) -> None:
+    """Promise: a client believes a daemon no more than a daemon its clients."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                kind = b"R" if is_answer else b"E"
+                connection.sendall(frame(kind, b'{"a":' * (messages.FRAME_BYTES_MAX // 5 - 10)))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with Client(path) as client, pytest.raises(MountError, match="cannot be read"):
+            client.sync()
+        thread.join(10)
+    path.unlink()
+
+
+@pytest.mark.parametrize("what", ["the socket", "the directory", "a stale socket", "a living one"])
+def test_socket_that_is_lost_is_made_again(
+    tmp_path: Path,
+    service: FakeService,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    what: str,
+) -> None:
+    """Promise: whoever removes it cuts nobody off, connections go on, and no other is displaced."""
+    monkeypatch.setattr(server, "NAME_CHECK_INTERVAL_S", 0.05)
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr(places, "runtime_directories", lambda user: [folder])
+    path = folder / "1-2.sock"
+
+    def connected() -> Client:
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                return Client(path)
+            except (FileNotFoundError, ConnectionRefusedError, MountError):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+    with serving(path, service), Client(path) as before, contextlib.ExitStack() as stack:
+        assert before.sync() == 9
+        for _ in range(3):
+            path.unlink()
+            if what == "the directory":
+                folder.rmdir()
+            elif what != "the socket":
+                other = stack.enter_context(socket.socket(socket.AF_UNIX))
+                other.bind(str(path))
+                if what == "a living one":
+                    other.listen(1)
+                    inode = path.stat().st_ino
+                    time.sleep(0.5)
+                    assert path.stat().st_ino == inode
+                    path.unlink()
+                else:
+                    other.close()
+            with connected() as client:
+                assert client.sync() == 9
+        assert before.sync() == 9
+    assert all(
+        record.levelno < logging.WARNING or "another" in record.message for record in caplog.records
+    )
+
+
 @pytest.mark.usefixtures("served")
 def test_client_that_leaves_ends_only_the_telling(path: Path, service: FakeService) -> None:
     """Promise: a request whose client is gone harms nobody, and its progress says so."""
@@ -665,6 +823,12 @@ def test_stale_sockets_are_removed_and_a_living_one_is_respected(
         (tmp_path / "other").touch()
         places.prepare_socket(tmp_path / "other")
         assert socket_path.exists()
+        # As the kernel shows a peer of another PID namespace.
+        monkeypatch.setattr(places, "peer", lambda connection: (0, os.geteuid()))
+        places.prepare_socket(tmp_path / "other")
+        assert socket_path.exists()
+        with pytest.raises(LockedError, match="another PID namespace"):
+            places.prepare_socket(image)
 
 
 def test_directory_is_made_private_where_the_first_place_is_bad(

@@ -138,7 +138,17 @@ def test_signals_after_the_first_do_not_cost_the_last_commit(
     daemon = None
     if foreground:
         program = "import sys; from cowfs.cli.main import main; main(sys.argv[1:])"
-        words = [sys.executable, "-c", program, "mount", "-f", image, place, "-o", "commit=60"]
+        words: list[str | Path] = [
+            sys.executable,
+            "-c",
+            program,
+            "mount",
+            "-f",
+            image,
+            place,
+            "-o",
+            "commit=60",
+        ]
         daemon = subprocess.Popen(words, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 30
         while not is_mount_point(place):
@@ -252,3 +262,81 @@ def test_daemon_has_the_descriptors_that_it_needs_or_says_so(image: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     for words in (["info"], ["snapshot", "list"], ["check"]):
         assert limited([cowfs, *words, image]).returncode == 0
+
+
+def test_two_images_on_one_directory_at_once_are_one_mount_and_one_refusal(
+    image: Path, tmp_path: Path
+) -> None:
+    """Promise: no mount lies hidden below another that was begun at the same moment."""
+    place = tmp_path / "place"
+    place.mkdir()
+    other = tmp_path / "other.img"
+    require_success(run_command("mkfs", other, "--size", "64M"))
+    # Both have looked at the directory before either mounts.
+    program = (
+        "import sys\n"
+        "from cowfs.daemon import mount\n"
+        "look = mount.check_place\n"
+        "def slow(options):\n"
+        "    look(options)\n"
+        "    print('looked', flush=True)\n"
+        "    sys.stdin.readline()\n"
+        "mount.check_place = slow\n"
+        "from cowfs.cli.main import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, "mount", each, place],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for each in (image, other)
+    ]
+    for process in both:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "looked\n"
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=60)[1] for process in both]
+    codes = [process.returncode for process in both]
+    stacked = sum(mount.mount_point == str(place) for mount in places.mounts())
+    for _ in range(stacked):
+        require_success(run_command("umount", place))
+    assert sorted(codes) == [0, 1], said
+    assert stacked == 1
+    assert "mount" in said[codes.index(1)]
+    assert str(place) in said[codes.index(1)]
+    for each in (image, other):
+        require_clean(each)
+
+
+@pytest.mark.needs_root
+def test_dead_mount_of_another_filesystem_is_left_alone(image: Path, tmp_path: Path) -> None:
+    """Promise: only what a cowfs daemon left behind is cleared away."""
+    place = tmp_path / "place"
+    place.mkdir()
+    program = (
+        "import ctypes, os, sys\n"
+        "fd = os.open('/dev/fuse', os.O_RDWR)\n"
+        "options = f'fd={fd},rootmode=40000,user_id=0,group_id=0'.encode()\n"
+        "place = os.fsencode(sys.argv[1])\n"
+        "sys.exit(ctypes.CDLL(None).mount(b'other', place, b'fuse.other', 0, options))\n"
+    )
+    for below in (False, True):
+        if below:  # a living cowfs mount under it
+            require_success(run_command("mount", image, place))
+        subprocess.run([sys.executable, "-c", program, place], check=True)
+        try:
+            for refused in (run_command("mount", image, place), run_command("umount", place)):
+                assert refused.returncode in (1, 11), refused
+            kinds = [e.kind for e in places.mount_table() if e.mount_point == str(place)]
+            assert kinds == [*(["fuse.cowfs"] if below else []), "fuse.other"]
+        finally:
+            subprocess.run(["umount", "-i", "-l", place], check=True)
+    (place / "file").write_text("alive")
+    require_success(run_command("umount", place))
