@@ -31,7 +31,7 @@ class UnreachableError(LockedError):
     def __init__(self, what: str, pid: int) -> None:
         who = named(pid) if pid else "a process that cannot be seen"
         super().__init__(
-            f"{what} is served by {who}, whose control socket cannot be found; try again, or end "
+            f"{what} is in use by {who}, whose control socket cannot be found; try again, or end "
             "that process by SIGTERM: it commits, then unmounts"
         )
         self.pid = pid
@@ -109,7 +109,8 @@ def _wait_for(
 def _living(image: str) -> int | None:
     """The pid of the daemon that has an image, 0 if that cannot be told; None if there is no daemon.
 
-    A command that works on the image has it locked too, and serves no mount.
+    A command that works on the image has it locked too, and serves no mount. The daemon of another
+    user has sockets that are not for us.
     """
     if not is_locked(image):
         return None
@@ -117,8 +118,12 @@ def _living(image: str) -> int | None:
     if pid:
         return pid if has_fuse(pid) else None
     resolved = os.path.realpath(image)
-    seen = [mount for mount in places.mounts() if mount.image == resolved]
-    return 0 if any(not places.is_dead(mount) for mount in seen) else None
+    ours = [
+        mount
+        for mount in places.mounts()
+        if mount.image == resolved and os.geteuid() in (mount.user_id, 0)
+    ]
+    return 0 if any(not places.is_dead(mount) for mount in ours) else None
 
 
 def _of_mount(mount: places.Mount, pid: int | None) -> Client | None:
