@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import click
@@ -22,6 +21,7 @@ from cowfs.errors import EXIT_ERROR, CowfsError, UsageError
 from cowfs.escapes import escaped_path, printable, quoted
 
 if TYPE_CHECKING:
+    from cowfs.care.scrub import Scrub
     from cowfs.care.scrub_report import BadCopy, ScrubReport
     from cowfs.cli.scrub_state import ScrubState
 
@@ -129,9 +129,11 @@ def cancel(target: str) -> None:
         uuid = found.info().uuid
     state = ScrubState(uuid)
     worker = state.worker()
-    if not worker:
+    if worker is None:
         click.echo("no scrub is running", err=True)
         click.get_current_context().exit(EXIT_NOTHING)
+    if not worker:
+        raise CowfsError("a process of another PID namespace scrubs it; cancel it there")
     os.kill(worker, signal.SIGTERM)
     deadline_s = time.monotonic() + START_WAIT_S
     while state.worker() == worker:
@@ -162,7 +164,7 @@ def _begin(
                 code = EXIT_ERROR if report.state == "finished" else 130
                 click.get_current_context().exit(code)
             return
-        if state.worker():
+        if state.worker() is not None:
             state.begin()  # says who
     _spawn(target, state, rate, read_only=read_only, resume=resume)
     if as_json:
@@ -176,7 +178,13 @@ def _spawn(
 ) -> None:
     """The same command with -B, in a session of its own, and wait until it is at work."""
     before = state.report()
-    words = [sys.executable, sys.argv[0], "scrub", "resume" if resume else "start", "-B"]
+    words = [
+        sys.executable,
+        os.path.abspath(sys.argv[0]),
+        "scrub",
+        "resume" if resume else "start",
+        "-B",
+    ]
     words += ["--rate", rate] if rate else []
     words += ["-n"] if read_only else []
     worker = subprocess.Popen(
@@ -185,6 +193,7 @@ def _spawn(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        cwd="/",  # the caller's directory may be one to unmount
         text=True,
         errors="surrogateescape",
     )
@@ -206,12 +215,12 @@ def _scrub(
     from cowfs.care.scrub import Scrub, report_of
 
     state.begin()
+    stop = _Stop()
     started_ns = time.time_ns()
     started_s = told_s = saved_s = time.monotonic()
     os.nice(19)
     try:
         with (
-            ExitStack() as stack,
             progress_bar("reading") as bar,
             target.repairing(read_only=read_only) as (device, generation, repair),
         ):
@@ -238,12 +247,7 @@ def _scrub(
                     scrub.marks = kept
             state.save(report_of(scrub, escaped_path(target.image), "running", started_ns, 0))
             state.save_marks(scrub.marks)
-            _stop_on_signals(stack)
-            ended = "finished"
-            try:
-                scrub.run()
-            except _StopError:
-                ended = "interrupted"
+            ended = "interrupted" if _run_until_told(scrub, stop) else "finished"
         repaired = _count_good(target, scrub.bad_copies) if scrub.bad_copies else 0
         report = report_of(scrub, escaped_path(target.image), ended, started_ns, repaired)
         state.save(report)
@@ -253,12 +257,37 @@ def _scrub(
         state.end()
 
 
-def _stop_on_signals(stack: ExitStack) -> None:
-    def stop(_number: int, _frame: object) -> None:
-        raise _StopError
+class _Stop:
+    """The wish to stop, by signals, which interrupt the reading and nothing else.
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        stack.callback(signal.signal, number, signal.signal(number, stop))
+    They are taken until the process ends: one that comes while the result is saved, the first or
+    another, costs no result.
+    """
+
+    def __init__(self) -> None:
+        self.is_told = False
+        self.interrupts = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._tell)
+
+    def _tell(self, _number: int, _frame: object) -> None:
+        self.is_told = True
+        if self.interrupts:
+            self.interrupts = False
+            raise _StopError
+
+
+def _run_until_told(scrub: "Scrub", stop: _Stop) -> bool:
+    """Whether the scrub was told to stop before it was through."""
+    try:
+        stop.interrupts = True
+        if stop.is_told:
+            return True
+        scrub.run()
+        stop.interrupts = False
+    except _StopError:
+        return True
+    return False
 
 
 def _count_good(target: Target, copies: "list[BadCopy]") -> int:

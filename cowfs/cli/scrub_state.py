@@ -48,7 +48,7 @@ class ScrubState:
         """
         try:
             report = msgspec.json.decode(self._path("json").read_bytes(), type=ScrubReport)
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError, RecursionError):
             return None
         if report.state == "running" and self.worker() is None:
             report = msgspec.structs.replace(report, state="interrupted")
@@ -79,7 +79,7 @@ class ScrubState:
         return Marks(total_blocks, generation, unpacked)
 
     def worker(self) -> int | None:
-        """The process that scrubs the image now; None when nobody does."""
+        """The process that scrubs the image now, 0 if its PID namespace is another; None: nobody."""
         try:
             descriptor = os.open(self._path("lock"), os.O_RDWR | os.O_CLOEXEC)
         except OSError:

@@ -22,6 +22,7 @@ from cowfs.daemon.finding import connect, connect_mount
 from cowfs.errors import (
     BusyError,
     CorruptError,
+    CowfsError,
     DeviceError,
     ImageError,
     LockedError,
@@ -394,8 +395,15 @@ class ImageTarget:
             raise
         try:
             yield filesystem
-        finally:
+        except CowfsError:
             filesystem.close()
+            raise
+        except BaseException:
+            # An interrupt, or a fault of ours, in the middle of a change: what is in memory may be
+            # anything, and the image has its last commit.
+            device.close()
+            raise
+        filesystem.close()
 
     def _edit(self, make: Callable[[Filesystem], EditAction]) -> SnapshotReport:
         from cowfs.history.reports import snapshot_report

@@ -13,6 +13,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from cowfs.cli.main import _COMMANDS, cli
+from cowfs.cli.target import ImageTarget
+from cowfs.history.filesystem import Filesystem
 from cowfs.history.retention import DAY_NS
 from cowfs.storage.device import FileDevice
 from tests.image_files import change, dated, history, make_image, require_clean, tree_bytes, write
@@ -742,3 +744,26 @@ def _on_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, 
     finally:
         os.close(leader)
     return child.wait(60), said
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, ZeroDivisionError])
+def test_edit_that_is_interrupted_in_the_middle_commits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: type[BaseException]
+) -> None:
+    """Promise: ^C in a command on an image leaves its last commit, not half of a change."""
+    image = make_image(tmp_path / "disk.img")
+    change(image, *history(NAMES))
+    contents = image.read_bytes()
+
+    def half(filesystem: Filesystem, action: object) -> object:
+        write("half", 50_000)(filesystem)
+        raise fault
+
+    target = ImageTarget(str(image))
+    with monkeypatch.context() as patch:
+        patch.setattr(Filesystem, "apply", half)
+        with pytest.raises(fault):
+            target.create_snapshot("never")
+    assert image.read_bytes() == contents
+    target.create_snapshot("the lock is free")
+    require_clean(image)

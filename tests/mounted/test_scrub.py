@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,15 @@ from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
 from cowfs.storage.device import FileDevice
 from cowfs.storage.format import BLOCK_SIZE_BYTES, ring_blocks
-from tests.conftest import Completed, Mounted, json_of, require_clean, require_success, run_command
+from tests.conftest import (
+    COMMANDS,
+    Completed,
+    Mounted,
+    json_of,
+    require_clean,
+    require_success,
+    run_command,
+)
 from tests.image_files import change, make_image, snapshot, write
 
 pytestmark = pytest.mark.needs_cowfs
@@ -139,6 +149,52 @@ def test_scrub_that_is_cancelled_goes_on_after_a_remount(mount: Mounted) -> None
     rest = json_of(scrub("resume", "-B", "--json", mount.path))["scrub"]
     assert rest["state"] == "finished"
     assert rest["done_bytes"] < rest["total_bytes"], "it began anew"
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGHUP]])
+def test_scrub_keeps_its_state_through_many_signals(
+    mount: Mounted, numbers: list[signal.Signals]
+) -> None:
+    """Promise: signals after the first do not cost the marks of what was read."""
+    fill(mount)
+    words = ["scrub", "start", "-B", "--rate", "1M", str(mount.path)]
+    with subprocess.Popen(
+        [COMMANDS / "cowfs", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as worker:
+        deadline_s = time.monotonic() + 60
+        done_bytes = 0
+        while done_bytes < 1 << 20:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+            state = json_of(scrub("status", "--json", mount.path))["scrub"]
+            done_bytes = state["done_bytes"] if state else 0
+        while worker.poll() is None:
+            assert time.monotonic() < deadline_s
+            for number in numbers:
+                worker.send_signal(number)
+            time.sleep(0.002)
+        assert worker.stderr is not None
+        said = worker.stderr.read()
+    assert "internal error" not in said
+    stopped = json_of(scrub("status", "--json", mount.path))["scrub"]
+    assert stopped["state"] == "interrupted"
+    rest = json_of(scrub("resume", "-B", "--json", mount.path))["scrub"]
+    assert rest["state"] == "finished"
+    assert rest["done_bytes"] < rest["total_bytes"], "it began anew"
+
+
+def test_scrub_in_the_background_does_not_keep_its_callers_directory(mount: Mounted) -> None:
+    """Promise: a scrub that was started inside the mount is no reason that it is busy."""
+    fill(mount)
+    (mount.path / "dir").mkdir()
+    words = [COMMANDS / "cowfs", "scrub", "start", "--rate", "1M", ".."]
+    subprocess.run(words, cwd=mount.path / "dir", check=True, stdout=subprocess.DEVNULL, timeout=60)
+    require_success(run_command("umount", mount.path))
+    deadline_s = time.monotonic() + 60
+    while json_of(scrub("status", "--json", mount.image))["scrub"]["state"] == "running":
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    mount.remount()
 
 
 def test_scrub_names_lost_data_by_all_its_paths(tmp_path: Path) -> None:
