@@ -76,6 +76,12 @@ def _mount(arguments: list[str]) -> None:
     if "-r" in names:
         texts.append("ro")
     image, mountpoint = places
+    if "remount" in ",".join(texts).split(","):
+        from cowfs.cli.remounting import remount
+
+        if "-f" not in names:
+            remount(mountpoint, [word for word in ",".join(texts).split(",") if word])
+        return
     # mount(8) says rw wherever nobody said ro, so here it asks for nothing.
     words = [word for word in ",".join(texts).split(",") if word != "rw"]
     options = MountOptions(image=os.path.abspath(image), mountpoint=os.path.realpath(mountpoint))

@@ -33,6 +33,7 @@ from cowfs.daemon.messages import (
     DropsReply,
     Envelope,
     ErrorMessage,
+    FollowRemount,
     HoldSnapshots,
     Info,
     InfoReply,
@@ -184,6 +185,10 @@ class Client:
     def sync(self) -> int:
         """Returns the newest durable generation."""
         return self._ask(Sync(), Done).generation
+
+    def follow_remount(self) -> int:
+        """Have the daemon see a remount, and follow it. Returns the newest durable generation."""
+        return self._ask(FollowRemount(), Done).generation
 
     def pin(self) -> tuple[int, bool]:
         """The generation kept whole until this client is closed, and whether it (still) is."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from cowfs.errors import CowfsError, DeviceError
+from cowfs.errors import CowfsError, DeviceError, ReadOnlyError
 from cowfs.history.filesystem import Edit, EditAction, Filesystem
 from cowfs.storage.commit import Commit
 from cowfs.storage.format import BLOCK_SIZE_BYTES
@@ -36,6 +36,7 @@ class _Batch:
     """All who wait for the next freeze, and the edit to make in it."""
 
     edit: Edit | None = None
+    mark_clean: bool | None = None  # commit even if nothing changed, so that the mark is right
     waiters: int = 0
     done: trio.Event = field(default_factory=trio.Event)
     error: CowfsError | None = None
@@ -61,6 +62,7 @@ class Committer:
         self._drops_wanted = trio.Event()
         # Awaited before a commit on the timer: fetches what the kernel holds back (C5).
         self.before_timed: Callable[[], Awaitable[None]] | None = None
+        self.resting = False  # the mount is read-only for the time being
         self.commit_count = 0
         self.written_bytes = 0
 
@@ -79,6 +81,24 @@ class Committer:
         if not filesystem.changed and filesystem.inflight is None:
             return
         batch = self._next
+        batch.waiters += 1
+        await self._join(batch)
+
+    async def rest(self) -> None:
+        """Commit, mark the image clean, and write nothing more until `wake`."""
+        self.resting = True
+        await self._mark(True)
+
+    async def wake(self) -> None:
+        """The image can be written again, and is marked so."""
+        self.resting = False
+        await self._mark(False)
+        self.kick_drops()
+
+    async def _mark(self, clean: bool) -> None:
+        self.filesystem.store.require_writable()
+        batch = self._next
+        batch.mark_clean = clean
         batch.waiters += 1
         await self._join(batch)
 
@@ -134,6 +154,8 @@ class Committer:
             with trio.move_on_after(self._interval_s) as waiting:
                 await self._due.wait()
             self._due = trio.Event()
+            if self.resting:
+                continue
             try:
                 if waiting.cancelled_caught and self.before_timed is not None:
                     await self.before_timed()
@@ -145,7 +167,8 @@ class Committer:
     async def _run_drops(self) -> None:
         filesystem = self.filesystem
         while True:
-            if filesystem.drops.working and filesystem.store.failed is None:
+            is_asleep = self.resting or filesystem.store.failed is not None
+            if filesystem.drops.working and not is_asleep:
                 try:
                     filesystem.drops.step(DROP_NODES)
                     if filesystem.store.map.dirty_groups > 512 or not filesystem.drops.working:
@@ -163,6 +186,8 @@ class Committer:
         """Until the drop queue is empty and that is durable."""
         self.kick_drops()
         while self.filesystem.drops.working and self.filesystem.store.failed is None:
+            if self.resting:
+                raise ReadOnlyError("the mount became read-only; the rest is freed when it is not")
             await trio.sleep(0.01)
         await self.sync()
 
@@ -184,8 +209,10 @@ class Committer:
         filesystem = self.filesystem
         writing = self._writing = trio.Event()
         try:
-            if batch.edit is not None or filesystem.changed:
-                commit = filesystem.freeze([batch.edit] if batch.edit is not None else [])
+            is_marked = batch.mark_clean is None or batch.mark_clean == filesystem.marked_clean
+            if batch.edit is not None or filesystem.changed or not is_marked:
+                edits = [batch.edit] if batch.edit is not None else []
+                commit = filesystem.freeze(edits, clean=bool(batch.mark_clean))
                 if batch.waiters > 1 or not _is_small(commit):
                     await trio.to_thread.run_sync(commit.write)
                 else:

@@ -105,6 +105,10 @@ class Sync(_Message, tag="sync", frozen=True, kw_only=True):
     """Make everything durable. Answered by Done."""
 
 
+class FollowRemount(_Message, tag="follow_remount", frozen=True, kw_only=True):
+    """The kernel was told `remount,ro` or `remount,rw`: follow. Answered by Done when it is so."""
+
+
 class Stop(_Message, tag="stop", frozen=True, kw_only=True):
     """Unmount. Answered by Done when the last commit is durable; BusyError when files are open."""
 
@@ -141,6 +145,7 @@ Request = (
     | Rollback
     | Undo
     | Sync
+    | FollowRemount
     | Stop
     | PinGeneration
     | RepairCopy

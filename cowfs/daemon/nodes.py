@@ -163,7 +163,7 @@ class Nodes(pyfuse3.Operations):
 
     def _accessed(self, volume: Volume, inode: Inode) -> None:
         """A file was read."""
-        if self._access_times:
+        if self._access_times and not self._rests:
             volume.accessed(inode, strict=self._strict_times)
 
     def _changed(self) -> None:
@@ -199,6 +199,11 @@ class Nodes(pyfuse3.Operations):
 
     # --- orphans --------------------------------------------------------------------------------------
 
+    @property
+    def _rests(self) -> bool:
+        """Whether the mount is read-only for the time being."""
+        return self.committer is not None and self.committer.resting
+
     def _reclaim(self, ino: int) -> None:
         try:
             if not self._live.reclaim(ino):
@@ -208,6 +213,8 @@ class Nodes(pyfuse3.Operations):
 
     def reclaim_some(self) -> bool:
         """Go on giving back large files that were deleted. Returns whether there is more."""
+        if self._rests:
+            return False
         if self._reclaims:
             ino = self._reclaims.pop()
             if ino in self._live.orphans:

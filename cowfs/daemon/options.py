@@ -160,7 +160,8 @@ def parse_options(text: str, options: MountOptions, *, sloppy: bool = False) -> 
     words = [word for word in (word.strip() for word in text.split(",")) if word]
     if "remount" in words:
         raise UsageError(
-            "a mounted filesystem cannot be given other options; unmount it, and mount it again"
+            "remount is for mount(8): mount -o remount,ro DIR; for other options unmount it, "
+            "and mount it again"
         )
     for word in words:
         name, separator, value = word.partition("=")

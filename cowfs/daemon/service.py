@@ -5,6 +5,7 @@ files are open for writing, and lets the kernel forget the old tree before it an
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Awaitable, Callable
 
@@ -17,11 +18,14 @@ from cowfs.daemon.nodes import Stale, invalidate
 from cowfs.daemon.operations import Operations
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.processes import open_for_writing, still_mounted
+from cowfs.daemon.remounts import Remounts
 from cowfs.errors import BusyError, CowfsError, ReadOnlyError, StillMountedError, UsageError
 from cowfs.escapes import escaped_path
 from cowfs.history import reports
 from cowfs.history.filesystem import EditAction, Filesystem
 from cowfs.history.records import RootRecord
+
+log = logging.getLogger(__name__)
 
 ProgressCall = Callable[[messages.Progress], Awaitable[None]]
 NAMED_MAX = 5  # open files named in a refusal
@@ -55,6 +59,7 @@ class MountService:
         self._stale: Stale | None = None
         self.ended = trio.Event()
         self.device = ""  # of the mount, as mountinfo has it; known once it answers
+        self.remounts: Remounts | None = None  # when the mount answers
 
     # --- pins ---------------------------------------------------------------------------------------
 
@@ -102,6 +107,10 @@ class MountService:
                 if self._committer is not None:
                     await self._committer.sync()
                 return messages.Done(generation=filesystem.store.superblock.generation)
+            case messages.FollowRemount():
+                if self.remounts is not None:
+                    await self.remounts.look()
+                return messages.Done(generation=filesystem.store.superblock.generation)
             case messages.RepairCopy():
                 return messages.RepairReply(accepted=self._repair(request))
             case messages.Stop():
@@ -141,6 +150,23 @@ class MountService:
         if self._operations.writeback is not None:
             await self._operations.writeback.fetch()
 
+    async def follow_remount(self, read_only: bool) -> None:
+        """The kernel takes the mount for read-only now, or for writable."""
+        if self._committer is None:
+            if not read_only:
+                log.warning(
+                    "%s was mounted read-only, so nothing can be written there; unmount it, and "
+                    "mount it again",
+                    self._mountpoint,
+                )
+        elif read_only:
+            await self._fetch_written()
+            await self._committer.rest()
+            log.info("%s is read-only until it is remounted", self._mountpoint)
+        else:
+            await self._committer.wake()
+            log.info("%s can be written again", self._mountpoint)
+
     def _repair(self, copy: messages.RepairCopy) -> bool:
         try:
             checksum = bytes.fromhex(copy.checksum)
@@ -158,6 +184,7 @@ class MountService:
         }
         settings["device"] = self.device
         if self._committer is not None:
+            settings["read_only"] = self._committer.resting
             settings["commits"] = self._committer.commit_count
             settings["commit_bytes"] = self._committer.written_bytes
         return reports.info_report(
@@ -171,6 +198,10 @@ class MountService:
     def _writer(self) -> Committer:
         if self._committer is None:
             raise ReadOnlyError(f"{self._mountpoint} is mounted read-only")
+        if self._committer.resting:
+            raise ReadOnlyError(
+                f"{self._mountpoint} was remounted read-only; mount -o remount,rw makes it writable"
+            )
         return self._committer
 
     async def _apply(self, action: EditAction) -> RootRecord:

@@ -439,6 +439,11 @@ class Filesystem:
             or (store.writable and len(store.repairs) > 0)
         )
 
+    @property
+    def marked_clean(self) -> bool:
+        """Whether the newest commit says that the image was unmounted in order."""
+        return bool(self.store.superblock.flags & FLAG_CLEAN)
+
     def freeze(self, edits: Sequence[Edit] = (), *, clean: bool = False) -> Commit:
         """Close the open transaction and open the next. The caller writes and finishes the commit.
 
@@ -535,7 +540,7 @@ class Filesystem:
         try:
             if self.store.writable and self.store.failed is None:
                 self._wait()
-                if self.changed or not self.store.superblock.flags & FLAG_CLEAN:
+                if self.changed or not self.marked_clean:
                     self.commit(clean=True)
         finally:
             self.store.device.close()

@@ -134,7 +134,7 @@ class FakeService:
                 return messages.SnapshotsReply(snapshots=tuple(map(a_snapshot, names)))
             case messages.HoldSnapshots(names=names):
                 return messages.SnapshotsReply(snapshots=tuple(map(a_snapshot, names)))
-            case messages.Sync() | messages.Stop():
+            case messages.Sync() | messages.FollowRemount() | messages.Stop():
                 return messages.Done(generation=9)
             case messages.Undo():
                 return messages.SnapshotReply(snapshot=a_snapshot("kept"))
@@ -255,6 +255,7 @@ def test_every_request_arrives_and_is_answered(path: Path, service: FakeService)
         assert client.rollback("r", force=True).name == "r"
         assert client.undo().name == "kept"
         assert client.sync() == 9
+        assert client.follow_remount() == 9
         client.stop()
     assert service.requests == [
         messages.Info(),
@@ -268,6 +269,7 @@ def test_every_request_arrives_and_is_answered(path: Path, service: FakeService)
         messages.Rollback(name="r", force=True),
         messages.Undo(force=False),
         messages.Sync(),
+        messages.FollowRemount(),
         messages.Stop(),
     ]
 

@@ -3,11 +3,14 @@
 The real programs run, as root, in a private mount namespace with an /etc/fstab of its own.
 """
 
+import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +24,7 @@ USUAL = (
     "comment=words,relatime,rw,nosuid,nodev,noexec"
 )
 BUSY_SECONDS = 30
+COMMIT_SECONDS = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -179,14 +183,132 @@ def test_what_went_wrong_is_the_exit_status_of_mount(shared_machine: Machine, pl
     assert not run.mounts()
 
 
-def test_remount_is_refused_and_says_what_to_do(shared_machine: Machine, place: Path) -> None:
-    """Promise: a remount changes nothing, and the message says so."""
+def info_of(run: Machine, place: Path) -> dict[str, Any]:
+    """What the daemon says of the mount and of itself."""
+    found: dict[str, Any] = json.loads(run.succeed("cowfs", "info", place, "--json"))
+    return found
+
+
+def require_resting(run: Machine, place: Path) -> None:
+    """Nothing is written to the image, whatever is read, and edits are refused in words."""
+    info = info_of(run, place)
+    assert info["clean"] is True
+    assert info["daemon_settings"]["read_only"] is True
+    assert "Read-only" in run.run("touch", place / "file").stderr
+    assert run.succeed("cat", place / "file") == "kept\n"
+    refused = run.run("cowfs", "snapshot", "create", place, "no")
+    assert refused.returncode
+    assert "remount,rw" in refused.stderr
+    time.sleep(2.5 * COMMIT_SECONDS)
+    later = info_of(run, place)
+    assert (later["clean"], later["generation"]) == (True, info["generation"])
+
+
+def require_writing(run: Machine, place: Path) -> None:
+    """Files and snapshots are made again, and the image is marked as in use."""
+    run.succeed("sh", "-c", f"echo kept >{place}/file")
+    run.succeed("cowfs", "sync", place)
+    info = info_of(run, place)
+    assert info["clean"] is False
+    assert info["daemon_settings"]["read_only"] is False
+
+
+@pytest.mark.parametrize("helper", [True, False], ids=["helper", "kernel"])
+def test_remount_makes_read_only_and_writable_again(
+    shared_machine: Machine, place: Path, helper: bool
+) -> None:
+    """Promise: remount,ro ends in a clean commit and silence; remount,rw goes on in the same daemon.
+
+    Without the helper the daemon sees it a little later.
+    """
+    run = shared_machine
+    words = [] if helper else ["-i"]
+    # Without the helper mount(8) sets the flags that this line has, and clears the others.
+    options = f"commit={COMMIT_SECONDS},strictatime,nosuid,nodev,noexec"
+    run.fstab.write_text(f"{image_of(place)} {place} fuse.cowfs {options} 0 0\n")
+    run.succeed("mount", place)
+    daemon = run.processes()
+    inside = [*AS_ROOT, "nsenter", f"--target={min(daemon)}", "--mount", "--wd=/", "sh", "-c"]
+    require_writing(run, place)
+    for _ in range(2):
+        with subprocess.Popen(
+            [*inside, f"exec 9>{place}/open; echo open; read line"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as user:
+            assert user.stdin is not None
+            assert user.stdout is not None
+            assert user.stdout.readline() == "open\n"
+            done = run.run("mount", *words, "-o", "remount,ro", place)
+            assert done.returncode == 32
+            assert "busy" in done.stderr
+            user.stdin.close()
+        require_writing(run, place)
+        for wanted, require in (("ro", require_resting), ("rw", require_writing)):
+            for _ in range(2):  # again it changes nothing
+                run.succeed("mount", *words, "-o", f"remount,{wanted}", place)
+            assert options_of(run, place) >= {wanted, "nosuid", "nodev", "noexec"}
+            deadline = time.monotonic() + (0 if helper else BUSY_SECONDS)
+            while info_of(run, place)["clean"] != (wanted == "ro"):
+                assert time.monotonic() < deadline, "the daemon does not follow"
+                time.sleep(0.05)
+            require(run, place)
+    assert run.processes() == daemon
+    run.succeed("mount", *words, "-o", "remount,ro", place)
+    run.succeed("umount", place)
+    run.wait_until_empty()
+
+
+def test_what_was_mounted_read_only_becomes_writable(shared_machine: Machine, place: Path) -> None:
+    """Promise: remount,rw of a read-only mount works, unless it is in use or shows the past."""
+    run = shared_machine
+    run.fstab.write_text(f"{image_of(place)} {place} fuse.cowfs ro,commit={COMMIT_SECONDS} 0 0\n")
+    run.succeed("mount", place)
+    daemon = min(run.processes())
+    inside = [*AS_ROOT, "nsenter", f"--target={daemon}", "--mount", "--wd=/", "sh", "-c"]
+    user = subprocess.Popen(
+        [*inside, f"cd {place} && echo there && exec sleep 100"],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert user.stdout is not None
+        assert user.stdout.readline() == b"there\n"
+        done = run.run("mount", "-o", "remount,rw", place)
+        assert done.returncode == 32
+        assert "busy" in done.stderr
+        assert "ro" in options_of(run, place)
+    finally:
+        user.kill()
+        user.communicate()
+    run.succeed("mount", "-o", "remount,rw", place)
+    assert "rw" in options_of(run, place)
+    require_writing(run, place)
+    run.succeed("cowfs", "snapshot", "create", place, "monday")
+    run.succeed("umount", place)
+    run.wait_until_empty()
+    run.fstab.write_text("")
+    run.succeed("mount", "-t", "fuse.cowfs", image_of(place), place, "-o", "snapshot=monday")
+    done = run.run("mount", "-o", "remount,rw", place)
+    assert done.returncode == 1
+    assert "state of the past" in done.stderr
+
+
+def test_remount_with_other_options_is_refused_and_says_what_to_do(
+    shared_machine: Machine, place: Path
+) -> None:
+    """Promise: nothing but ro and rw changes, and the message says so."""
     run = shared_machine
     run.succeed("mount", "-t", "fuse.cowfs", image_of(place), place)
-    done = run.run("mount", "-o", "remount,ro", place)
-    assert done.returncode == 1
-    assert "unmount it, and mount it again" in done.stderr
-    assert "rw" in options_of(run, place)
+    for words in ("remount,ro,commit=1", "remount,noatime", "remount,rw,setuid"):
+        done = run.run("mount", "-o", words, place)
+        assert done.returncode == 1, done
+        assert "unmount it, and mount it again" in done.stderr
+        assert "rw" in options_of(run, place)
+    run.succeed("umount", place)
+    done = run.run("mount", "-t", "fuse.cowfs", image_of(place), place, "-o", "remount,ro")
+    assert done.returncode == 32
+    assert "not a cowfs mount point" in done.stderr
 
 
 def test_umount_of_a_busy_mount_is_refused_and_lazy_is_not(
