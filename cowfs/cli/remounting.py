@@ -27,8 +27,8 @@ def remount(directory: str, words: list[str]) -> None:
         BusyError: files are open.
         MountError: it is no mount of cowfs, or the kernel refuses.
     """
-    from cowfs.cli.target import connect_mount
     from cowfs.daemon import places
+    from cowfs.daemon.finding import connect_mount
 
     mount = places.find_mount(directory)
     client = None if mount is None else connect_mount(mount)

@@ -115,7 +115,7 @@ def test_the_tab_key_offers_what_would_be_accepted(
         ("cowfs umount --j", {"--json"}),
         ("cowfs rollback disk.img ", {"monday", "tuesday"}),
         ("cowfs snapshot delete disk.img mon", {"monday"}),
-        ("cowfs mount disk.img mnt -o nod", {"nodiscard", "nodev"}),
+        ("cowfs mount disk.img mnt -o nod", {"nodiscard", "nodev", "nodevices"}),
         ("cowfs mount disk.img mnt -o ro,noat", {"ro,noatime"}),
         ("cowdu disk.img t", {"tuesday"}),
         ("cowdump --gen", {"--generation"}),
