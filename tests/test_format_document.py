@@ -16,6 +16,7 @@ from xxhash import xxh3_64_digest, xxh3_128_digest
 from cowfs.files import acl, items
 from cowfs.history import records
 from cowfs.storage import format as storage_format
+from cowfs.storage import index_pages
 from cowfs.storage.format import Pointer
 
 DOCUMENT = (Path(storage_format.__file__).parent.parent / "FORMAT.md").read_text(encoding="utf-8")
@@ -108,9 +109,9 @@ STEP = records.DropStep(CATALOG, 77)
 DROP = records.DropRecord(401, 402, "gone", -403, 404, (STEP, STEP), 405)
 INODE = items.Inode(9, 0o100644, *range(501, 507), 507, -508, -509, -510, -511, 512, 513)
 NODE = storage_format.encode_node(0, 601, 602, 603, 604, 605, [b"k1", b"k2"], [b"v", b""])
-ENTRIES = np.zeros(storage_format.INDEX_FANOUT, storage_format.INDEX_ENTRY)
+ENTRIES = np.zeros(storage_format.INDEX_FANOUT, index_pages.INDEX_ENTRY)
 ENTRIES[0] = (701, 702, 703, np.void(b"checksum-of-page"), 704, 3, b"")
-INDEX = storage_format.encode_index_page(2, 801, 802, 803, 804, 805, ENTRIES.tobytes())
+INDEX = index_pages.encode_index_page(2, 801, 802, 803, 804, 805, ENTRIES.tobytes())
 ALL_BYTES = SUPERBLOCK.encode()
 
 RECORDS: dict[str, tuple[struct.Struct | int, bytes, dict[str, Any]]] = {
@@ -328,7 +329,7 @@ def test_record_table_has_the_members_of_the_struct(title: str) -> None:
 
 def test_index_entry_table_has_the_members_of_the_array_type() -> None:
     """Promise: the same for the one record that is a numpy type."""
-    fields = storage_format.INDEX_ENTRY.fields
+    fields = index_pages.INDEX_ENTRY.fields
     assert fields is not None
     assert {name: (member[1], member[0].itemsize) for name, member in fields.items()} == {
         field: (offset, size) for offset, size, field in record_rows("Index entry")

@@ -28,11 +28,11 @@ from cowfs.storage.format import (
     NodeImage,
     Pointer,
     Superblock,
-    decode_index_page,
     decode_node,
     decode_superblock,
     ring_blocks,
 )
+from cowfs.storage.index_pages import decode_index_page
 
 Report = Callable[[str, str, int], None]
 """Called with an invariant, what is wrong, and the block."""

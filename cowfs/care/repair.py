@@ -32,7 +32,6 @@ from cowfs.storage.format import (
     ENTRY_OVERHEAD_BYTES,
     FLAG_CLEAN,
     GROUP_BLOCKS,
-    INDEX_ENTRY,
     INDEX_FANOUT,
     KIND_DATA,
     KIND_NODES,
@@ -44,12 +43,12 @@ from cowfs.storage.format import (
     Pointer,
     Superblock,
     decode_pointer,
-    encode_index_page,
     encode_node,
     group_count,
     index_shape,
     ring_blocks,
 )
+from cowfs.storage.index_pages import INDEX_ENTRY, encode_index_page
 
 
 class RepairRefusedError(CowfsError):

@@ -1,8 +1,9 @@
-"""Every record of the storage floor, as bytes: superblock, pointer, node, space-map page.
+"""Every record of the storage floor, as bytes: superblock, pointer, node.
 
 FORMAT.md has a table for each record; a test holds the two together. Decoding checks every member,
 so nobody checks again: what is out of range is a `CorruptError`. All numbers are little-endian; keys
-are big-endian so that they sort as bytes. Reserved bytes are zero.
+are big-endian so that they sort as bytes. Reserved bytes are zero. Index pages, whose entries are
+an array, are in index_pages.py: this file needs no numpy, so that a command starts fast.
 """
 
 import struct
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple, NewType
 
-import numpy as np
 from xxhash import xxh3_128_digest
 
 from cowfs.errors import CorruptError, ImageError
@@ -351,20 +351,8 @@ INDEX_MAGIC = int.from_bytes(b"cowI", "little")
 INDEX_HEADER = struct.Struct("<16sIB3xQQQQ8x")
 INDEX_HEADER_BYTES = 64
 KIND_NONE, KIND_DATA, KIND_NODES, KIND_TWINS = range(4)
-INDEX_ENTRY = np.dtype(
-    [
-        ("block", "<u8"),
-        ("twin", "<u8"),
-        ("birth", "<u8"),
-        ("checksum", "V16"),
-        ("free", "<u4"),
-        ("kind", "u1"),
-        ("reserved", "V3"),
-    ]
-)
 INDEX_ENTRY_BYTES = 48
 assert INDEX_HEADER.size == INDEX_HEADER_BYTES
-assert INDEX_ENTRY.itemsize == INDEX_ENTRY_BYTES
 assert INDEX_HEADER_BYTES + INDEX_FANOUT * INDEX_ENTRY_BYTES <= BLOCK_SIZE_BYTES
 assert GROUP_BLOCKS * 4 == BLOCK_SIZE_BYTES
 
@@ -379,41 +367,6 @@ def index_shape(total_blocks: int) -> list[int]:
     while shape[-1] > 1:
         shape.append(-(-shape[-1] // INDEX_FANOUT))
     return shape
-
-
-def encode_index_page(
-    level: int, number: int, birth: int, block: int, image_id: int, seed: int, entries: bytes
-) -> tuple[bytes, bytes]:
-    """An index page as one block, and its checksum. `entries` is INDEX_FANOUT entries."""
-    header = INDEX_HEADER.pack(bytes(16), INDEX_MAGIC, level, number, birth, block, image_id)
-    rest = (header[16:] + entries).ljust(BLOCK_SIZE_BYTES - 16, b"\0")
-    checksum = xxh3_128_digest(rest, seed)
-    return checksum + rest, checksum
-
-
-def decode_index_page(
-    data: bytes, pointer: Pointer, level: int, number: int, image_id: int, seed: int
-) -> np.ndarray:
-    """The entries of an index page, its identity checked; the entries are checked by the caller.
-
-    Raises:
-        CorruptError: with the reason.
-    """
-    at = pointer.block
-    if len(data) != BLOCK_SIZE_BYTES:
-        raise CorruptError("space map index", at, "short read", len(data), BLOCK_SIZE_BYTES)
-    checksum = xxh3_128_digest(memoryview(data)[16:], seed)
-    if checksum != pointer.checksum or checksum != data[:16]:
-        raise CorruptError("space map index", at, "checksum is wrong")
-    found = INDEX_HEADER.unpack_from(data)[1:]
-    expected = (INDEX_MAGIC, level, number, pointer.birth, pointer.block, image_id)
-    if found != expected:
-        raise CorruptError("space map index", at, "identity is wrong", found, expected)
-    entries = np.frombuffer(data, INDEX_ENTRY, INDEX_FANOUT, INDEX_HEADER_BYTES)
-    end = INDEX_HEADER_BYTES + INDEX_FANOUT * INDEX_ENTRY_BYTES
-    if any(data[21:24] + data[56:64] + data[end:] + entries["reserved"].tobytes()):
-        raise CorruptError("space map index", at, "reserved bytes are not zero")
-    return entries
 
 
 # --- data -------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from cowfs.storage.device import Device
 from cowfs.storage.format import (
     BLOCK_SIZE_BYTES,
     GROUP_BLOCKS,
-    INDEX_ENTRY,
     INDEX_FANOUT,
     NODE_BLOCKS,
     NULL_POINTER,
@@ -33,12 +32,11 @@ from cowfs.storage.format import (
     RING_SLOTS,
     Pointer,
     check_pointer,
-    decode_index_page,
-    encode_index_page,
     group_count,
     index_shape,
     ring_blocks,
 )
+from cowfs.storage.index_pages import INDEX_ENTRY, decode_index_page, encode_index_page
 from cowfs.storage.repairs import Repairs
 
 log = logging.getLogger(__name__)

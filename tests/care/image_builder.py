@@ -49,7 +49,6 @@ from cowfs.storage.format import (
     FLAG_CLEAN,
     GROUP_BLOCKS,
     INCOMPAT_DUPLICATED_METADATA,
-    INDEX_ENTRY,
     INDEX_FANOUT,
     KIND_NODES,
     NODE_BLOCKS,
@@ -58,11 +57,11 @@ from cowfs.storage.format import (
     Pointer,
     Superblock,
     decode_pointer,
-    encode_index_page,
     encode_node,
     group_count,
     index_shape,
 )
+from cowfs.storage.index_pages import INDEX_ENTRY, encode_index_page
 
 UUID = bytes(range(16))
 SEED = 0x1122334455667788

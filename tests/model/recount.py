@@ -21,11 +21,11 @@ from cowfs.storage.format import (
     NodeImage,
     Pointer,
     Superblock,
-    decode_index_page,
     decode_node,
     decode_pointer,
     index_shape,
 )
+from cowfs.storage.index_pages import decode_index_page
 from cowfs.storage.store import References
 from cowfs.storage.superblock import read_newest
 

@@ -17,7 +17,6 @@ from cowfs.storage.format import (
     BLOCK_SIZE_BYTES,
     ENTRY_OVERHEAD_BYTES,
     GROUP_BLOCKS,
-    INDEX_ENTRY,
     INDEX_FANOUT,
     INDEX_MAGIC,
     KEY_BYTES_MAX,
@@ -33,16 +32,15 @@ from cowfs.storage.format import (
     Pointer,
     Superblock,
     check_pointer,
-    decode_index_page,
     decode_node,
     decode_pointer,
     decode_superblock,
-    encode_index_page,
     encode_node,
     group_count,
     index_shape,
     ring_blocks,
 )
+from cowfs.storage.index_pages import INDEX_ENTRY, decode_index_page, encode_index_page
 
 U32 = st.integers(0, (1 << 32) - 1)
 U64 = st.integers(0, (1 << 64) - 1)
