@@ -406,6 +406,7 @@ class _Mount:
         self._notifier = notifier
         self._signals = signals
         self._claim = claim
+        self._answers = trio.Event()
         self._committer = (
             Committer(filesystem, options.commit_interval_s, options.dirty_bytes_max)
             if filesystem.store.writable
@@ -440,7 +441,8 @@ class _Mount:
                     nursery.start_soon(self._committer.run)
                     nursery.start_soon(self._reclaim)
                 await nursery.start(server.serve, self._socket_path, self._service)
-                nursery.start_soon(self._report_ready, nursery)
+                nursery.start_soon(self._report_ready)
+                nursery.start_soon(self._follow_remounts)
                 await pyfuse3.main(WORKERS_IDLE_MAX, WORKERS_MAX)
                 self._service.ended.set()
                 nursery.cancel_scope.cancel()
@@ -490,17 +492,22 @@ class _Mount:
             more = self._operations.reclaim_some()
             await trio.sleep(0 if more else 0.1)
 
-    async def _report_ready(self, nursery: trio.Nursery) -> None:
+    async def _follow_remounts(self) -> None:
+        await self._answers.wait()
+        assert self._service.remounts is not None
+        await self._service.remounts.run()
+
+    async def _report_ready(self) -> None:
         """When the mount answers, say so to the process that waits for it."""
         mountpoint = self._options.mountpoint
         # Abandoned when serving ends first: then only the unmounting lets it return.
         status = await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
         _raise_read_ahead(status.st_dev)
         self._service.device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
-        remounts = self._service.remounts = Remounts(
+        self._service.remounts = Remounts(
             status.st_dev, self._options.read_only, self._service.follow_remount
         )
-        nursery.start_soon(remounts.run)
+        self._answers.set()
         writeback = self._operations.writeback
         if writeback is not None and self._committer is not None:
             writeback.device = status.st_dev
