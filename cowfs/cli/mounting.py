@@ -156,6 +156,7 @@ def end_mount(program: str, directory: str, *, elsewhere: bool = False) -> "Moun
     from cowfs.daemon import places
     from cowfs.daemon.finding import UnreachableError, connect_mount
     from cowfs.daemon.mount import unmount
+    from cowfs.daemon.processes import busy, users
 
     mount = places.find_mount(directory)
     if mount is None:
@@ -188,8 +189,16 @@ def end_mount(program: str, directory: str, *, elsewhere: bool = False) -> "Moun
         _refuse_elsewhere(mount, elsewhere)
         daemon = _Ending(mount, client.daemon_pid, is_safe=True)
         if main == mount.mount_point:
-            with contextlib.suppress(ConnectionAbortedError):
-                client.stop()  # whether it ended well is looked at below
+            try:
+                client.stop()
+            except ConnectionAbortedError:
+                pass  # whether it ended well is looked at below
+            except BusyError:
+                # Its daemon may see less than we do: as another user, in another PID namespace.
+                found = users(mount.device, mount.mount_point)
+                if found:
+                    raise busy(mount.mount_point, found) from None
+                raise
         else:
             client.sync()
             unmount(mount.mount_point)  # the last of its bind mounts

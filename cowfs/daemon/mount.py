@@ -38,7 +38,7 @@ from cowfs.daemon.own_process import (
     raise_limits,
     require_file_size,
 )
-from cowfs.daemon.processes import listed, users
+from cowfs.daemon.processes import busy, users
 from cowfs.daemon.remounts import Remounts
 from cowfs.daemon.service import MountService
 from cowfs.errors import CowfsError, LockedError, MountError
@@ -180,18 +180,10 @@ def unmount(directory: str, *, lazy: bool = False, force: bool = False) -> None:
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or ["umount failed"]
         if "busy" in reason[0]:
-            raise errors.BusyError(_why_busy(directory))
+            mount = places.find_mount(directory)
+            found = users(mount.device, mount.mount_point) if mount is not None else []
+            raise busy(directory, found)
         raise MountError(f"cannot unmount {directory}: {reason[0]}")
-
-
-def _why_busy(directory: str) -> str:
-    mount = places.find_mount(directory)
-    found = users(mount.device, mount.mount_point) if mount is not None else []
-    if not found:
-        return (
-            f"{directory} is busy: a program that cannot be seen has files or its directory there"
-        )
-    return f"{directory} is busy: {listed(found)}"
 
 
 # --- starting ---------------------------------------------------------------------------------------

@@ -186,7 +186,9 @@ def _asked(mount: Mount) -> int | None:
             os._exit(answer)
     descriptor = os.pidfd_open(child)
     try:
-        if not select.select([descriptor], [], [], ANSWER_S_MAX)[0]:
+        ended = select.poll()
+        ended.register(descriptor, select.POLLIN)
+        if not ended.poll(ANSWER_S_MAX * 1000):
             os.kill(child, signal.SIGKILL)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     finally:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cowfs.daemon import places
 from cowfs.daemon.places import MountEntry
-from cowfs.errors import StillMountedError
+from cowfs.errors import BusyError, StillMountedError
 
 NAMED_MAX = 5  # users of a mount that a message names
 
@@ -107,6 +107,14 @@ def other_mounts(device: str, mount_point: str) -> list[str]:
             and any(_is_below(layer, place) for layer in _layers(entry) for place in below)
         ]
     return found
+
+
+def busy(directory: str, found: list[str]) -> BusyError:
+    """That a mount is busy, by the users that were found."""
+    who = (
+        listed(found) if found else "a program that cannot be seen has files or its directory there"
+    )
+    return BusyError(f"{directory} is busy: {who}")
 
 
 def still_mounted(

@@ -25,7 +25,7 @@ from tests.conftest import (
     unmount_lazily,
     wait_for_end,
 )
-from tests.mounted.machine import AS_ROOT, machine
+from tests.mounted.machine import ANNA, AS_ROOT, machine
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
@@ -279,6 +279,53 @@ def test_umount_of_the_last_bind_mount_ends_the_daemon(mount: Mounted, tmp_path:
     assert (mount.path / "file").read_bytes() == b"by the other way"
 
 
+@pytest.mark.needs_root
+def test_helper_of_umount_leaves_the_other_places_of_a_mount(
+    mount: Mounted, tmp_path: Path
+) -> None:
+    """Promise: umount(8) unmounts the place that it is given, says who has the mount, and succeeds."""
+    place = tmp_path / "place"
+    place.mkdir()
+    helper = [sys.executable, "-c", "from cowfs.cli.mount_helper import umount_main; umount_main()"]
+    subprocess.run(["mount", "--bind", mount.path, place], check=True)
+    (mount.path / "file").write_bytes(b"safe")
+    done = subprocess.run(
+        [*helper, mount.path], capture_output=True, text=True, timeout=NAMED_SECONDS_MAX
+    )
+    try:
+        assert done.returncode == 0, done
+        assert f"is safe in {mount.image}" in done.stderr
+        assert f"on {place};" in done.stderr
+        assert not is_mount_point(mount.path)
+    finally:
+        done = subprocess.run([*helper, place], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done
+    assert mount.daemon_pid is not None
+    assert not process_is_alive(mount.daemon_pid)
+    mount.remount()
+    assert (mount.path / "file").read_bytes() == b"safe"
+
+
+@pytest.mark.needs_root
+def test_busy_refusal_names_what_only_root_sees(tmp_path: Path) -> None:
+    """Promise: root's umount of a user's mount names processes that the user's daemon cannot see."""
+    with machine() as run:
+        place = run.folder / "place"
+        run.folder.chmod(0o777)
+        run.succeed("mkdir", place, user=ANNA)
+        image = run.folder / "disk.img"
+        run.succeed("cowfs", "mkfs", image, "--size", "64M", user=ANNA)
+        run.fuse_conf.write_text("user_allow_other\n")
+        run.succeed("cowfs", "mount", image, place, "-o", "allow_other", user=ANNA)
+        enter = ["nsenter", f"--target={min(run.processes())}", "--mount", "--wd=/"]
+        script = f"cd {place}; echo ready; read x"
+        with program(*AS_ROOT, *enter, "sh", "-c", script) as pid:
+            done = run.run("cowfs", "umount", place)
+            assert done.returncode == 1
+            assert f"process {pid} (sh) works in {place}" in done.stderr
+        run.succeed("cowfs", "umount", place)
+
+
 def test_umount_says_at_once_who_holds_a_mount_that_is_gone_from_sight(mount: Mounted) -> None:
     """Promise: it does not wait in silence, and what it calls safe is in the image."""
     (mount.path / "file").write_bytes(b"safe")
@@ -317,9 +364,10 @@ def test_umount_says_at_once_who_holds_a_mount_that_is_gone_from_sight(mount: Mo
 
 
 @pytest.mark.needs_root
-def test_mount_from_another_pid_namespace_leaves_living_sockets_alone() -> None:
+@pytest.mark.parametrize("shares_run", [True, False])
+def test_mount_from_another_pid_namespace_leaves_living_sockets_alone(shares_run: bool) -> None:
     """Promise: a container that shares /run cannot tell who our daemons are, and takes none of
-    them for dead; from outside its own daemons are found and waited for."""
+    them for dead; from outside its own daemons are found and waited for, wherever their sockets."""
     with machine() as run:
         run.succeed("mkdir", "-p", "/run/cowfs")
         run.succeed("mount", "-t", "tmpfs", "-o", "mode=700", "none", "/run/cowfs")
@@ -332,9 +380,11 @@ def test_mount_from_another_pid_namespace_leaves_living_sockets_alone() -> None:
         run.succeed("cowfs", "mount", f"{outer}.img", outer)
         daemon = min(run.processes())
         cowfs = f'"{COMMANDS}/cowfs"'
-        script = (
+        says = "another PID namespace" if shares_run else "another process"
+        own_run = "mount --make-private /run/cowfs && mount -t tmpfs -o mode=700 x /run/cowfs && "
+        script = ("" if shares_run else own_run) + (
             f'{cowfs} mount "{inner}.img" "{inner}" && '
-            f'{cowfs} mount "{outer}.img" "{third}" 2>&1 | grep -q "another PID namespace" && '
+            f'{cowfs} mount "{outer}.img" "{third}" 2>&1 | grep -q "{says}" && '
             "echo ready && read x"
         )
         enter = ["nsenter", f"--target={daemon}", "--mount", "--wd=/"]
