@@ -26,6 +26,7 @@ CARE_MAY_IMPORT = (
     "cowfs.escapes",
     "cowfs.storage.device",
     "cowfs.storage.format",
+    "cowfs.storage.index_pages",
     "cowfs.files.items",
     "cowfs.files.acl",  # the codec of two xattrs' values; no code of trees or volumes
     "cowfs.history.records",  # the codecs of the catalog, as files.items are those of a tree

@@ -39,7 +39,11 @@ _PROBE_BYTES = 1 << 20  # where every filesystem and every partition table begin
     is_flag=True,
     help="Keep one copy of metadata, not two: less space, no repair.",
 )
-@click.option("--preallocate", is_flag=True, help="Take the space from the host now.")
+@click.option(
+    "--preallocate",
+    is_flag=True,
+    help="Take the space from the host now. To keep it, mount with -o nodiscard.",
+)
 @click.option("--force", is_flag=True, help="Overwrite an image or other data.")
 @json_option
 def mkfs(

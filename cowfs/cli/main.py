@@ -23,6 +23,7 @@ _COMMANDS = {
     "cp": ("cowfs.cli.copying:cp", "Copy files so that the copies share their blocks."),
     "df": ("cowfs.cli.space:df", "Show where the space is."),
     "info": ("cowfs.cli.space:info", "Show what an image is, how it is mounted."),
+    "trim": ("cowfs.cli.space:trim", "Give free space back to the host."),
     "sync": ("cowfs.cli.space:sync", "Make everything durable."),
     "check": ("cowfs.cli.images:check", "Check every byte in use against every promise."),
     "salvage": ("cowfs.cli.salvage:salvage", "Copy files out of a damaged image."),

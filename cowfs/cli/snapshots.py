@@ -240,7 +240,7 @@ def delete(
             reclaim_bytes = filesystem.reclaim(chosen).reclaim_bytes if chosen else 0
         elif chosen:
             bar = stack.enter_context(progress_bar("giving back space"))
-            filesystem.delete_snapshots(chosen, wait=wait, progress=_shown_by(bar))
+            filesystem.delete_snapshots(chosen, wait=wait, progress=shown_by(bar))
     if as_json:
         fields = {
             "names": chosen,
@@ -263,7 +263,8 @@ def delete(
         click.echo(words + Numbers(exact).size(reclaim_bytes))
 
 
-def _shown_by(bar: Callable[[str, int, int], None] | None) -> Callable[[Progress], None] | None:
+def shown_by(bar: Callable[[str, int, int], None] | None) -> Callable[[Progress], None] | None:
+    """What shows the progress of a request on a bar, if there is one."""
     if bar is None:
         return None
     return lambda progress: bar(progress.what, progress.done_bytes, progress.total_bytes)

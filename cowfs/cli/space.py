@@ -1,4 +1,7 @@
-"""`cowfs df`, `cowfs info` and `cowfs sync`."""
+"""`cowfs df`, `cowfs info`, `cowfs sync` and `cowfs trim`."""
+
+import os
+import stat
 
 import click
 
@@ -13,7 +16,7 @@ from cowfs.cli.output import (
     print_table,
     progress_bar,
 )
-from cowfs.cli.snapshots import target_argument
+from cowfs.cli.snapshots import shown_by, target_argument
 from cowfs.cli.target import Target, open_target
 from cowfs.escapes import escaped_path, printable
 from cowfs.history.reports import InfoReport, ReclaimReport, SpaceReport, reclaim_report
@@ -230,3 +233,38 @@ def sync(target: str, as_json: bool) -> None:
         generation = filesystem.sync()
     if as_json:
         print_json("cowfs sync", {"generation": generation})
+
+
+@click.command()
+@target_argument
+@json_option
+def trim(target: str, as_json: bool) -> None:
+    """Give all free space of an image back to the host, mounted or not.
+
+    A mount does that by itself with large free runs, some seconds after they came free, unless it has
+    -o nodiscard. This command takes every free block, also those of earlier mounts. What deleted
+    snapshots held is free when cowfs df shows them no more; cowfs snapshot delete --wait waits for it.
+
+    \b
+    cowfs trim ~/data
+    cowfs trim disk.img --json
+    """
+    with open_target(target) as filesystem, progress_bar("trimming") as bar:
+        report = filesystem.trim(shown_by(bar))
+        host_bytes = _host_bytes(filesystem.image)
+    if as_json:
+        fields = {"image": filesystem.image, **as_fields(report), "host_bytes": host_bytes}
+        print_json("cowfs trim", fields)
+        return
+    numbers = Numbers()
+    takes = "" if host_bytes is None else f"; the image takes {numbers.size(host_bytes)} of it now"
+    click.echo(f"gave {numbers.size(report.trimmed_bytes)} of free space to the host{takes}")
+
+
+def _host_bytes(image: str) -> int | None:
+    """What an image file takes of the host; None for a block device, or without a name any more."""
+    try:
+        status = os.stat(image)
+    except OSError:
+        return None
+    return status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else None

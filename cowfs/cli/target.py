@@ -37,6 +37,7 @@ from cowfs.history.reports import (
     ReclaimReport,
     SnapshotReport,
     SpaceReport,
+    TrimReport,
 )
 
 if TYPE_CHECKING:
@@ -86,6 +87,9 @@ class Target(Protocol):
 
     def sync(self) -> int:
         """Returns the newest durable generation."""
+
+    def trim(self, progress: ShowProgress | None = None) -> TrimReport:
+        """Give all free blocks back to the host."""
 
     def reclaim(self, names: Sequence[str]) -> ReclaimReport:
         """What deleting exactly these snapshots would free."""
@@ -206,6 +210,7 @@ class DaemonTarget:
         self.rollback = client.rollback
         self.undo = client.undo
         self.sync = client.sync
+        self.trim = client.trim
         self.close = client.close
 
     @property
@@ -336,6 +341,25 @@ class ImageTarget:
 
     def sync(self) -> int:
         return self.info().generation  # nothing is in anybody's memory
+
+    def trim(self, progress: ShowProgress | None = None) -> TrimReport:
+        from cowfs.daemon.messages import Progress
+        from cowfs.history.reports import trim_report
+        from cowfs.storage.discards import Sweep
+
+        def show(sweep: Sweep) -> None:
+            if progress is not None:
+                progress(
+                    Progress(
+                        what="trimming", done_bytes=sweep.done_bytes, total_bytes=sweep.total_bytes
+                    )
+                )
+
+        with self._writing() as filesystem:
+            filesystem.follow_up()
+            sweep = Sweep.of_everything(filesystem.store)
+            sweep.run(show)
+            return trim_report(filesystem, sweep)
 
     def reclaim(self, names: Sequence[str]) -> ReclaimReport:
         return _reclaim(self, names)

@@ -53,13 +53,15 @@ from cowfs.daemon.messages import (
     SpaceReply,
     Stop,
     Sync,
+    Trim,
+    TrimReply,
     Undo,
     encode_request,
     error_of,
     frame,
 )
 from cowfs.errors import ImageError, MountError, UsageError
-from cowfs.history.reports import DropReport, InfoReport, SnapshotReport, SpaceReport
+from cowfs.history.reports import DropReport, InfoReport, SnapshotReport, SpaceReport, TrimReport
 
 ANSWER_BYTES_MAX = 256 << 20  # of all frames of one answer: 200,000 snapshots
 SILENCE_S_MAX = (
@@ -189,6 +191,9 @@ class Client:
     def follow_remount(self) -> int:
         """Have the daemon see a remount, and follow it. Returns the newest durable generation."""
         return self._ask(FollowRemount(), Done).generation
+
+    def trim(self, progress: ShowProgress | None = None) -> TrimReport:
+        return self._ask(Trim(), TrimReply, progress).trim
 
     def pin(self) -> tuple[int, bool]:
         """The generation kept whole until this client is closed, and whether it (still) is."""

@@ -1,4 +1,5 @@
-"""When commits happen: on a timer, on fsync (shared by all who wait), on edits, and when memory fills.
+"""When commits happen: on a timer, on fsync (shared by all who wait), on edits, and when memory fills;
+and two that change nothing, after much came free, so that the host gets it back.
 
 Freezing and finishing are synchronous calls between requests; only the writing of a large or shared
 commit runs in a thread, while requests go on. Keeps C2 (sync returns after a commit that was frozen
@@ -12,9 +13,11 @@ from dataclasses import dataclass, field
 
 import trio
 
+from cowfs.daemon.discards import Discarder, ShowSweep
 from cowfs.errors import CowfsError, DeviceError, ReadOnlyError
 from cowfs.history.filesystem import Edit, EditAction, Filesystem
 from cowfs.storage.commit import Commit
+from cowfs.storage.discards import Sweep
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
 log = logging.getLogger(__name__)
@@ -33,10 +36,14 @@ DROP_NODES = 64  # of the drop queue, between two requests: about 2 ms
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """All who wait for the next freeze, and the edit to make in it."""
+    """All who wait for the next freeze, and the edit to make in it.
+
+    `is_forced`: to be written though nothing changed.
+    """
 
     edit: Edit | None = None
     mark_clean: bool | None = None  # commit even if nothing changed, so that the mark is right
+    is_forced: bool = False
     waiters: int = 0
     done: trio.Event = field(default_factory=trio.Event)
     error: CowfsError | None = None
@@ -53,6 +60,7 @@ class Committer:
 
     def __init__(self, filesystem: Filesystem, interval_s: float, dirty_bytes_max: int) -> None:
         self.filesystem = filesystem
+        self._discarder = Discarder(filesystem)
         self._interval_s = interval_s
         self._dirty_blocks_max = max(1, dirty_bytes_max // BLOCK_SIZE_BYTES)
         self._dirty_nodes_max = filesystem.store.cache.limit_bytes // CACHE_BYTES_PER_DIRTY_NODE
@@ -115,6 +123,34 @@ class Committer:
             raise batch.edit.error
         return batch.edit.result
 
+    async def trim(self, show: ShowSweep | None = None) -> Sweep:
+        """Discard all free blocks, with what waits for nothing but the next commits to be free.
+
+        Args:
+            show: called now and then, with how far it is.
+
+        Returns:
+            What was done, for its numbers.
+
+        Raises:
+            DeviceError: a commit failed (C8), or a page of the space map cannot be read.
+        """
+        await self.sync()
+        await self._follow_up()
+        sweep = Sweep.of_everything(self.filesystem.store)
+        await self._discarder.sweep(sweep, show)
+        return sweep
+
+    async def _follow_up(self) -> None:
+        """Commit, though nothing changed, until no more comes free by that."""
+        for _ in range(self.filesystem.store.admission.limits.retained_generations):
+            if not self.filesystem.follow_up_due:
+                return
+            batch = self._next
+            batch.is_forced = True
+            batch.waiters += 1
+            await self._join(batch)
+
     def kick_if_due(self) -> None:
         """Start a commit soon if a lot is in memory."""
         store = self.filesystem.store
@@ -148,6 +184,7 @@ class Committer:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._run_timer)
             nursery.start_soon(self._run_drops)
+            nursery.start_soon(self._discarder.run)
 
     async def _run_timer(self) -> None:
         while True:
@@ -159,7 +196,10 @@ class Committer:
             try:
                 if waiting.cancelled_caught and self.before_timed is not None:
                     await self.before_timed()
+                is_idle = waiting.cancelled_caught and not self.filesystem.changed
                 await self.sync()
+                if is_idle and self.filesystem.discard:
+                    await self._follow_up()
             except CowfsError as error:
                 log.debug("commit on the timer failed: %s", error)  # the store has logged it
                 await trio.sleep(self._interval_s)
@@ -210,7 +250,8 @@ class Committer:
         writing = self._writing = trio.Event()
         try:
             is_marked = batch.mark_clean is None or batch.mark_clean == filesystem.marked_clean
-            if batch.edit is not None or filesystem.changed or not is_marked:
+            is_due = batch.edit is not None or batch.is_forced or filesystem.changed
+            if is_due or not is_marked:
                 edits = [batch.edit] if batch.edit is not None else []
                 commit = filesystem.freeze(edits, clean=bool(batch.mark_clean))
                 if batch.waiters > 1 or not _is_small(commit):
@@ -237,5 +278,7 @@ class Committer:
 
 
 def _is_small(commit: Commit) -> bool:
+    if commit.discard is not None:
+        return False  # it may have to wait for that
     blocks = sum(len(buffers) for _, buffers in commit.data)
     return blocks <= INLINE_BLOCKS_MAX and len(commit.nodes) <= INLINE_NODES_MAX

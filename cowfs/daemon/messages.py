@@ -21,7 +21,7 @@ from msgspec import Struct
 from cowfs import errors
 from cowfs.errors import CorruptError, CowfsError, UsageError
 from cowfs.escapes import encodable, quoted
-from cowfs.history.reports import DropReport, InfoReport, SnapshotReport, SpaceReport
+from cowfs.history.reports import DropReport, InfoReport, SnapshotReport, SpaceReport, TrimReport
 
 PROTOCOL_VERSION = 1
 FRAME_BYTES_MAX = 64 << 10
@@ -109,6 +109,10 @@ class FollowRemount(_Message, tag="follow_remount", frozen=True, kw_only=True):
     """The kernel was told `remount,ro` or `remount,rw`: follow. Answered by Done when it is so."""
 
 
+class Trim(_Message, tag="trim", frozen=True, kw_only=True):
+    """Give all free blocks back to the host. Answered by TrimReply, with Progress until then."""
+
+
 class Stop(_Message, tag="stop", frozen=True, kw_only=True):
     """Unmount. Answered by Done when the last commit is durable; BusyError when files are open."""
 
@@ -146,6 +150,7 @@ Request = (
     | Undo
     | Sync
     | FollowRemount
+    | Trim
     | Stop
     | PinGeneration
     | RepairCopy
@@ -191,6 +196,10 @@ class RepairReply(_Message, tag="repair", frozen=True, kw_only=True):
     accepted: bool
 
 
+class TrimReply(_Message, tag="trim", frozen=True, kw_only=True):
+    trim: TrimReport
+
+
 class Done(_Message, tag="done", frozen=True, kw_only=True):
     """`generation`: the newest durable one."""
 
@@ -205,6 +214,7 @@ Reply = (
     | DropsReply
     | PinReply
     | RepairReply
+    | TrimReply
     | Done
 )
 

@@ -24,6 +24,7 @@ from cowfs.escapes import escaped_path
 from cowfs.history import reports
 from cowfs.history.filesystem import EditAction, Filesystem
 from cowfs.history.records import RootRecord
+from cowfs.storage.discards import Sweep
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +112,8 @@ class MountService:
                 if self.remounts is not None:
                     await self.remounts.look()
                 return messages.Done(generation=filesystem.store.superblock.generation)
+            case messages.Trim():
+                return await self._trim(progress)
             case messages.RepairCopy():
                 return messages.RepairReply(accepted=self._repair(request))
             case messages.Stop():
@@ -232,6 +235,19 @@ class MountService:
                 await committer.wait_drops()
                 nursery.cancel_scope.cancel()
         return reply
+
+    async def _trim(self, progress: ProgressCall) -> messages.TrimReply:
+        async def show(sweep: Sweep) -> None:
+            await progress(
+                messages.Progress(
+                    what="trimming", done_bytes=sweep.done_bytes, total_bytes=sweep.total_bytes
+                )
+            )
+
+        committer = self._writer()
+        await self._fetch_written()
+        sweep = await committer.trim(show)
+        return messages.TrimReply(trim=reports.trim_report(self._filesystem, sweep))
 
     async def _show_drops(self, progress: ProgressCall) -> None:
         while True:

@@ -37,6 +37,7 @@ from cowfs.history.records import (
 from cowfs.history.retention import require_released
 from cowfs.storage.btree import Tree
 from cowfs.storage.commit import Commit, begin, finish
+from cowfs.storage.discards import Sweep
 from cowfs.storage.format import (
     FLAG_CLEAN,
 )
@@ -45,6 +46,9 @@ from cowfs.storage.store import Store
 log = logging.getLogger(__name__)
 
 SHARED_READS_MAX = 256  # nodes read to learn what snapshots share: some ten milliseconds
+# Blocks that wait for two more commits before they are free. So many (4 MiB) are worth two commits that
+# change nothing; such a commit leaves some ten blocks behind itself.
+FOLLOW_UP_BLOCKS_MIN = 1024
 SNAPSHOT_VOLUMES_MAX = 64  # open trees of snapshots; each holds little, its nodes are in the cache
 EditAction = Callable[["Filesystem"], object]
 
@@ -475,7 +479,6 @@ class Filesystem:
                 catalog_nodes=self.catalog.tree.node_count,
                 next_root_id=self.catalog.next_root_id,
                 clean=clean,
-                discard=self.discard,
             )
         except Exception as error:  # whatever it was: half a transaction must never be written
             if store.failed is None:
@@ -535,15 +538,40 @@ class Filesystem:
             largest.name,
         )
 
+    @property
+    def follow_up_due(self) -> bool:
+        """Whether much waits for nothing but the next commits to be free."""
+        store = self.store
+        if store.failed is not None or store.map.pending_blocks < FOLLOW_UP_BLOCKS_MIN:
+            return False
+        limit = min([store.generation, *store.pins.values()])
+        return store.map.pending_upto(limit) >= FOLLOW_UP_BLOCKS_MIN
+
     def close(self) -> None:
-        """Commit what is left, mark the image clean, and close the device."""
+        """Commit what is left, mark the image clean, discard what came free, and close the device."""
         try:
             if self.store.writable and self.store.failed is None:
                 self._wait()
                 if self.changed or not self.marked_clean:
                     self.commit(clean=True)
+                if self.discard:
+                    self._discard_at_end()
         finally:
             self.store.device.close()
+
+    def follow_up(self) -> None:
+        """Commit, though nothing changed, until no more comes free by that."""
+        for _ in range(self.store.admission.limits.retained_generations):
+            if self.follow_up_due:
+                self.commit(clean=True)
+
+    def _discard_at_end(self) -> None:
+        """All is durable. What fails here is logged, and takes nothing from that."""
+        try:
+            self.follow_up()
+            Sweep.of_released(self.store).run()
+        except CowfsError as error:
+            log.warning("free space was not given back to the host: %s", error)
 
     def reclaim_orphans(self) -> None:
         """Give back every orphan. Only while nobody has one open: at the start.

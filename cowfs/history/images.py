@@ -163,7 +163,6 @@ def make_filesystem(
         catalog_nodes=catalog.tree.node_count,
         next_root_id=catalog.next_root_id,
         clean=True,
-        discard=False,
     )
     commit.write()
     finish(commit)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from cowfs.errors import ImageError
 from cowfs.escapes import escaped_path
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from cowfs.history.filesystem import Filesystem
     from cowfs.history.records import RootRecord
+    from cowfs.storage.discards import Sweep
 
 Setting = bool | int | float | str | None
 
@@ -109,6 +111,13 @@ class ReclaimReport(Struct, frozen=True, kw_only=True):
 
     names: tuple[str, ...]
     reclaim_bytes: int
+
+
+class TrimReport(Struct, frozen=True, kw_only=True):
+    """What was given back to the host: all that is free. `pending`: is free after the next commits."""
+
+    trimmed_bytes: int
+    pending_bytes: int
 
 
 def image_name(filesystem: Filesystem) -> str:
@@ -232,6 +241,25 @@ def reclaim_report(filesystem: Filesystem, names: Sequence[str]) -> ReclaimRepor
     records = [filesystem.catalog.snapshot(name) for name in distinct]
     blocks = exclusive_blocks(filesystem, records)
     return ReclaimReport(names=distinct, reclaim_bytes=blocks * BLOCK_SIZE_BYTES)
+
+
+def trim_report(filesystem: Filesystem, sweep: Sweep) -> TrimReport:
+    """What a sweep of everything did.
+
+    Raises:
+        ImageError: the host cannot take anything back.
+    """
+    from cowfs.storage.format import BLOCK_SIZE_BYTES
+
+    if sweep.is_refused:
+        raise ImageError(
+            f"the host cannot take back free space of {image_name(filesystem)}: its filesystem makes "
+            "no holes in files, or the block device does not discard"
+        )
+    return TrimReport(
+        trimmed_bytes=sweep.discarded_blocks * BLOCK_SIZE_BYTES,
+        pending_bytes=filesystem.store.map.pending_blocks * BLOCK_SIZE_BYTES,
+    )
 
 
 def _uuid_text(uuid: bytes) -> str:

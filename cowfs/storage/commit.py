@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from cowfs.errors import CorruptError, DeviceError
 from cowfs.storage.device import Buffer
+from cowfs.storage.discards import Discard
 from cowfs.storage.format import (
     BLOCK_SIZE_BYTES,
     FLAG_CLEAN,
@@ -23,11 +24,9 @@ from cowfs.storage.format import (
     encode_node,
 )
 from cowfs.storage.node import Node
-from cowfs.storage.spacemap import FrozenMap, Run
+from cowfs.storage.spacemap import FrozenMap
 from cowfs.storage.store import Store
 from cowfs.storage.superblock import write_slot
-
-DISCARD_BLOCKS_MIN = 256  # 1 MiB: the host journals every hole, and small ones are soon used again
 
 
 @dataclass(slots=True)
@@ -41,8 +40,8 @@ class Commit:
     map: FrozenMap
     superblock: Superblock
     release_limit: int
-    discards: list[Run]
     repairs: list[tuple[int, int, bytes]]
+    discard: Discard | None  # under way at the freeze: it may hold for free what this commit writes
     done: threading.Event = field(default_factory=threading.Event)
     error: DeviceError | CorruptError | None = None
     finished: bool = False
@@ -62,6 +61,8 @@ class Commit:
 
     def _write(self) -> None:
         device, seed = self.store.device, self.store.seed
+        if self.discard is not None:
+            self.discard.stop()
         self.store.repairs.write(device, self.repairs)
         image_id = self.superblock.image_id
         writes: list[tuple[int, Sequence[Buffer]]] = list(self.data)
@@ -95,8 +96,6 @@ class Commit:
         device.flush()
         # This is the commit point: a mount from here on shows this generation.
         self.superblock = superblock
-        for first, count in self.discards:
-            device.discard(first * BLOCK_SIZE_BYTES, count * BLOCK_SIZE_BYTES)
 
 
 def begin(
@@ -106,14 +105,12 @@ def begin(
     catalog_nodes: int,
     next_root_id: int,
     clean: bool,
-    discard: bool,
 ) -> Commit:
     """Freeze the open transaction and open the next.
 
     Args:
         nodes: all dirty nodes, placed, children before parents, the catalog's root last.
         clean: mark the image as unmounted in order.
-        discard: tell the device what the commit leaves behind.
 
     Raises:
         NoSpaceError: the reserve was too small for this transaction, which is lost.
@@ -133,7 +130,6 @@ def begin(
         system_blocks=store.map.system_blocks - store.map.pending_system_blocks,
         next_root_id=next_root_id,
     )
-    discards = [run for run in store.map.pending_runs(limit) if run[1] >= DISCARD_BLOCKS_MIN]
     commit = Commit(
         store=store,
         generation=generation,
@@ -142,8 +138,8 @@ def begin(
         map=frozen,
         superblock=superblock,
         release_limit=limit,
-        discards=discards if discard else [],
         repairs=store.repairs.take(),
+        discard=store.discard,
     )
     store.data_writes = []
     store.queued_blocks = 0

@@ -36,7 +36,9 @@ _libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes
 
 
 class Device(Protocol):
-    """Bytes that last. One thread writes at a time; reads may come from any thread."""
+    """Bytes that last. One thread writes at a time; reads, and discards of what nobody writes, may come
+    from any thread.
+    """
 
     size_bytes: int
     name: str
@@ -53,8 +55,8 @@ class Device(Protocol):
     def flush(self) -> None:
         """All writes that returned are durable afterwards. Raises DeviceError."""
 
-    def discard(self, offset: int, size: int) -> None:
-        """The range holds nothing of worth any more; a hint that never fails."""
+    def discard(self, offset: int, size: int) -> bool:
+        """The range holds nothing of worth any more; a hint. Returns whether the host took it."""
 
     def prefetch(self, offset: int, size: int) -> None:
         """The range will be read soon; a hint that never fails."""
@@ -175,13 +177,15 @@ class FileDevice:
                 os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_DONTNEED)
         self._to_forget.clear()
 
-    def discard(self, offset: int, size: int) -> None:
+    def discard(self, offset: int, size: int) -> bool:
         if self.is_file:
             mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
-            _libc.fallocate64(self._fd, mode, offset, size)
-        else:
-            with contextlib.suppress(OSError):
-                fcntl.ioctl(self._fd, _BLKDISCARD, struct.pack("<QQ", offset, size))
+            return bool(_libc.fallocate64(self._fd, mode, offset, size) == 0)
+        try:
+            fcntl.ioctl(self._fd, _BLKDISCARD, struct.pack("<QQ", offset, size))
+        except OSError:
+            return False
+        return True
 
     def prefetch(self, offset: int, size: int) -> None:
         with contextlib.suppress(OSError):

@@ -147,6 +147,7 @@ class SpaceMap:
         self._node_places = 0  # at least so many; exactly, when all groups were looked at
         self._node_places_exact = False
         self._groups: OrderedDict[int, Group] = OrderedDict()
+        self._came_free = np.zeros(self.group_count, np.uint8)  # 2: lately, 1: some time ago
         self._dirty: set[int] = set()
         self._system: dict[int, bytearray] = {}  # per group, 1 where a block is the map's own
         self._pending: dict[int, list[Run]] = {}  # by the generation that freed them
@@ -534,7 +535,7 @@ class SpaceMap:
     def release(self, generation: int) -> None:
         """Make what was freed in `generation` or before allocatable.
 
-        The caller vouches that no retained generation shows it, and that it was discarded if it will be.
+        The caller vouches that no retained generation shows it.
         """
         self._forget_node_places()
         for freed in [number for number in self._pending if number <= generation]:
@@ -544,28 +545,76 @@ class SpaceMap:
                 group.busy[at : at + count] = bytes(count)
                 group.holds -= 1
                 self.free[number] += count
+                self._came_free[number] = 2
                 self.pending_blocks -= count
         for freed in [number for number in self._pending_system if number <= generation]:
             for first, count in self._pending_system.pop(freed):
                 number, at = divmod(first, GROUP_BLOCKS)
                 self._system[number][at] = 0
                 self.free[number] += count
+                self._came_free[number] = 2
                 self.system_blocks -= count
                 self.pending_system_blocks -= count
                 loaded = self._groups.get(number)
                 if loaded is not None:
                     loaded.busy[at] = 0
 
-    def pending_runs(self, generation: int) -> list[Run]:
-        """The runs that `release(generation)` would make allocatable, merged, in order."""
-        runs = sorted(
-            run
-            for pending in (self._pending, self._pending_system)
-            for freed, some in pending.items()
-            if freed <= generation
-            for run in some
+    def take_released(self, *, settled: bool) -> list[int]:
+        """The groups in which blocks came free since they were last given out by this method.
+
+        Args:
+            settled: only those in which nothing more came free since the last such call.
+        """
+        if settled:
+            groups = np.flatnonzero(self._came_free == 1)
+            self._came_free >>= 1
+        else:
+            groups = np.flatnonzero(self._came_free)
+            self._came_free[:] = 0
+        return groups.tolist()
+
+    def is_unused(self, number: int) -> bool:
+        """Whether all blocks of a group can be allocated, as is known without its page."""
+        return bool(
+            self.free[number] == GROUP_BLOCKS
+            and not self._index[0]["block"][number]
+            and number not in self._groups
         )
-        return merge_runs(runs)
+
+    def free_runs(self, number: int, least: int) -> list[Run]:
+        """The runs of blocks in a group that could be allocated now, `least` blocks or longer.
+
+        A run that would be too short, but goes on in a neighbouring group, is joined with what is free
+        there.
+
+        Raises:
+            CorruptError, DeviceError: its page, or a neighbour's, cannot be read.
+        """
+        base = number * GROUP_BLOCKS
+        if self.free[number] <= 0:
+            return []
+        if self.is_unused(number):
+            runs = [(base, GROUP_BLOCKS)]
+        else:
+            runs = _zero_runs(np.frombuffer(self.group(number).busy, np.uint8), base)
+        found = []
+        for first, count in runs:
+            end = first + count
+            if count < least and first == base and number:
+                before = self._free_at_end(number - 1)
+                first, count = first - before, count + before
+            if count < least and end == base + GROUP_BLOCKS and number + 1 < self.group_count:
+                count += self._free_at_start(number + 1)
+            if count >= least:
+                found.append((first, count))
+        return found
+
+    def _free_at_start(self, number: int) -> int:
+        busy = self.group(number).busy.find(1)
+        return busy if busy >= 0 else GROUP_BLOCKS
+
+    def _free_at_end(self, number: int) -> int:
+        return GROUP_BLOCKS - 1 - self.group(number).busy.rfind(1)
 
     def pending_upto(self, generation: int) -> int:
         """How many counted blocks `release(generation)` would make allocatable."""
@@ -687,11 +736,12 @@ def _zero_runs(part: np.ndarray, base: int) -> list[Run]:
 
 
 def merge_runs(runs: list[Run]) -> list[Run]:
-    """Sorted runs with adjacent ones joined."""
+    """Sorted runs, those joined that touch or overlap."""
     merged: list[Run] = []
     for first, count in runs:
-        if merged and merged[-1][0] + merged[-1][1] == first:
-            merged[-1] = (merged[-1][0], merged[-1][1] + count)
+        if merged and merged[-1][0] + merged[-1][1] >= first:
+            start, before = merged[-1]
+            merged[-1] = (start, max(before, first + count - start))
         else:
             merged.append((first, count))
     return merged

@@ -22,6 +22,7 @@ from cowfs.errors import CorruptError, DeviceError, ImageError, ReadOnlyError
 from cowfs.storage.admission import DEFAULT_LIMITS, Admission, Limits
 from cowfs.storage.allocator import Allocator
 from cowfs.storage.device import Buffer, Device
+from cowfs.storage.discards import Discard
 from cowfs.storage.format import (
     BLOCK_SIZE_BYTES,
     DATA_CHECKSUM_BYTES,
@@ -82,6 +83,7 @@ class Store:
         self.copies = 2 if superblock.duplicates_metadata else 1
         self.seed = superblock.seed
         self.repairs = Repairs()
+        self.discard: Discard | None = None  # under way, in another thread
         self.map = SpaceMap(
             device,
             superblock.total_blocks,

@@ -100,8 +100,9 @@ class MemoryDevice:
     def flush(self) -> None:
         """Nothing to wait for."""
 
-    def discard(self, offset: int, size: int) -> None:
+    def discard(self, offset: int, size: int) -> bool:
         """Keeps what is there, as a device may."""
+        return True
 
     def prefetch(self, offset: int, size: int) -> None:
         """Everything is in memory."""

@@ -518,6 +518,7 @@ ON_A_TARGET: dict[str, list[str]] = {
     "df": [],
     "info": [],
     "sync": [],
+    "trim": [],
     "check": [],
     "snapshot list": [],
     "snapshot create": ["x"],
@@ -766,4 +767,19 @@ def test_edit_that_is_interrupted_in_the_middle_commits_nothing(
             target.create_snapshot("never")
     assert image.read_bytes() == contents
     target.create_snapshot("the lock is free")
+    require_clean(image)
+
+
+def test_trim_of_an_image_gives_back_what_is_free_and_keeps_the_rest(image: Path) -> None:
+    """Promise: the image takes less of the host, and every file, snapshot and retained commit stays."""
+    with open(image, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, image.stat().st_size)
+    before = tree_bytes(image)
+    answer = fields("trim", image)
+    space = fields("df", image)
+    assert answer["host_bytes"] == image.stat().st_blocks * 512
+    assert answer["host_bytes"] <= space["total_bytes"] - answer["trimmed_bytes"] + (64 << 10)
+    kept_bytes = space["free_bytes"] - answer["trimmed_bytes"] - answer["pending_bytes"]
+    assert 0 <= kept_bytes < 1 << 20  # of the map, in the two commits before
+    assert tree_bytes(image) == before
     require_clean(image)

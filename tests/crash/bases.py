@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from unittest import mock
 
-import cowfs.storage.commit as commit_module
+import cowfs.storage.discards as discards_module
 from cowfs.history.images import make_filesystem
 from cowfs.storage.format import MIN_TOTAL_BLOCKS
 from tests.crash.recording import Blocks, RecordingDevice
@@ -100,7 +100,7 @@ def repeatable(seed: int) -> Iterator[None]:
     with (
         mock.patch.object(os, "urandom", choice.randbytes),
         mock.patch.object(time, "time_ns", time_ns),
-        mock.patch.object(commit_module, "DISCARD_BLOCKS_MIN", 1),
+        mock.patch.object(discards_module, "DISCARD_BLOCKS_MIN", 1),
     ):
         yield
 

@@ -188,9 +188,13 @@ FAULTS = (
     ),
     Fault(
         "discard of blocks that are still shown",
-        "cowfs.storage.commit:begin",
-        "store.map.pending_runs(limit)",
-        "store.map.pending_runs(limit + 2)",
+        f"{_MAP}.free_runs",
+        "runs = _zero_runs(np.frombuffer(self.group(number).busy, np.uint8), base)",
+        "busy = bytearray(self.group(number).busy)\n"
+        "for first, count in sum(self._pending.values(), []):\n"
+        "    if first // GROUP_BLOCKS == number:\n"
+        "        busy[first - base : first - base + count] = bytes(count)\n"
+        "runs = _zero_runs(np.frombuffer(busy, np.uint8), base)",
     ),
     # refcounts
     Fault(

@@ -124,9 +124,10 @@ class RecordingDevice(MemoryDevice):
             self._ring_is_dirty = False
             self._guard()
 
-    def discard(self, offset: int, size: int) -> None:
-        super().discard(offset, size)
+    def discard(self, offset: int, size: int) -> bool:
+        taken = super().discard(offset, size)
         self.log.append(Discard(offset // BLOCK_SIZE_BYTES, size // BLOCK_SIZE_BYTES))
+        return taken
 
     def resize(self, total_blocks: int) -> None:
         """Give the device another size, as `ftruncate` does."""

@@ -20,6 +20,7 @@ from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Changes, Volum
 from cowfs.history.filesystem import Edit, EditAction, Filesystem
 from cowfs.history.images import open_filesystem
 from cowfs.storage.commit import Commit
+from cowfs.storage.discards import Sweep
 from tests.crash.oracle import Picture, picture_of_model
 from tests.crash.recording import RecordingDevice
 from tests.model.reference import ROOT, ReferenceFile, ReferenceFiles, ReferenceHistory
@@ -295,6 +296,11 @@ class Session:
             commit.write()
             self.filesystem.finish(commit)
             self._acknowledge(number)
+            self._discard()
+
+    def _discard(self) -> None:
+        """Give back what came free, as a daemon does somewhat later."""
+        Sweep.of_released(self.filesystem.store).run()
 
     def _do_freeze(self) -> None:
         self._land()
@@ -307,6 +313,7 @@ class Session:
         self._land()
         if self.filesystem.changed:
             self.filesystem.commit()
+        self._discard()
         return True
 
     def _do_end(self) -> bool:

@@ -36,7 +36,7 @@ from cowfs.errors import (
     SnapshotError,
     UsageError,
 )
-from cowfs.history.reports import DropReport, InfoReport, SnapshotReport, SpaceReport
+from cowfs.history.reports import DropReport, InfoReport, SnapshotReport, SpaceReport, TrimReport
 
 HEADER = struct.Struct(">IB")
 
@@ -90,6 +90,7 @@ AN_INFO = InfoReport(
     daemon_pid=5,
     daemon_settings={"commit_interval_s": 5.0, "discard": True, "generation": None},
 )
+A_TRIM = TrimReport(trimmed_bytes=1 << 40, pending_bytes=5)
 
 
 @dataclass
@@ -136,6 +137,9 @@ class FakeService:
                 return messages.SnapshotsReply(snapshots=tuple(map(a_snapshot, names)))
             case messages.Sync() | messages.FollowRemount() | messages.Stop():
                 return messages.Done(generation=9)
+            case messages.Trim():
+                await progress(Progress(what="trimming", done_bytes=1, total_bytes=2))
+                return messages.TrimReply(trim=A_TRIM)
             case messages.Undo():
                 return messages.SnapshotReply(snapshot=a_snapshot("kept"))
             case messages.CreateSnapshot(name=name) | messages.Rollback(name=name):
@@ -256,6 +260,7 @@ def test_every_request_arrives_and_is_answered(path: Path, service: FakeService)
         assert client.undo().name == "kept"
         assert client.sync() == 9
         assert client.follow_remount() == 9
+        assert client.trim() == A_TRIM
         client.stop()
     assert service.requests == [
         messages.Info(),
@@ -270,6 +275,7 @@ def test_every_request_arrives_and_is_answered(path: Path, service: FakeService)
         messages.Undo(force=False),
         messages.Sync(),
         messages.FollowRemount(),
+        messages.Trim(),
         messages.Stop(),
     ]
 

@@ -97,7 +97,7 @@ class MemoryDevice:
         self._unflushed.clear()
         self._written.clear()
 
-    def discard(self, offset: int, size: int) -> None:
+    def discard(self, offset: int, size: int) -> bool:
         self._require_inside(offset, size)
         first, count = offset // BLOCK_SIZE_BYTES, size // BLOCK_SIZE_BYTES
         self.events.append(Event("discard", first, count))
@@ -106,6 +106,7 @@ class MemoryDevice:
             assert number not in self.kept, f"I2: block {number} is in use and discarded"
             if number in self._durable or number in self._unflushed:
                 self._unflushed.setdefault(number, []).append(_ZEROS)
+        return True
 
     def prefetch(self, offset: int, size: int) -> None:
         pass
@@ -241,8 +242,8 @@ class FaultDevice:
             raise self._error("flush")
         self.device.flush()
 
-    def discard(self, offset: int, size: int) -> None:
-        self.device.discard(offset, size)
+    def discard(self, offset: int, size: int) -> bool:
+        return self.device.discard(offset, size)
 
     def prefetch(self, offset: int, size: int) -> None:
         self.device.prefetch(offset, size)

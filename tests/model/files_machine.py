@@ -15,13 +15,13 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-import cowfs.storage.commit as commit_module
+import cowfs.storage.discards as discards_module
 from cowfs.care.check import check_image
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
 from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.files.volume import CAPABILITY_XATTR, KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Changes, Volume
 from cowfs.history.images import make_filesystem, open_filesystem
-from cowfs.storage.commit import DISCARD_BLOCKS_MIN
+from cowfs.storage.discards import DISCARD_BLOCKS_MIN, Sweep
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 from tests.model.recount import recount
 from tests.model.reference import (
@@ -85,7 +85,7 @@ class FilesMachine(RuleBasedStateMachine):
         discard_min=st.sampled_from([1, DISCARD_BLOCKS_MIN]),
     )
     def make(self, data: st.DataObject, copies: bool, cache_bytes: int, discard_min: int) -> None:
-        commit_module.DISCARD_BLOCKS_MIN = discard_min
+        discards_module.DISCARD_BLOCKS_MIN = discard_min
         total = data.draw(st.sampled_from(self.total_blocks_choices))
         self.cache_bytes = cache_bytes
         self.disk = MemoryDevice(total)
@@ -519,10 +519,16 @@ class FilesMachine(RuleBasedStateMachine):
         self.settle()
         self.filesystem.commit()
         self.acknowledged = self.filesystem.store.superblock.generation
+        Sweep.of_released(self.filesystem.store).run()
 
     @rule()
     def commit(self) -> None:
         self.commit_now()
+
+    @rule()
+    def trim(self) -> None:
+        """Also in the middle of a transaction, and while a commit is on its way."""
+        Sweep.of_everything(self.filesystem.store).run()
 
     @rule()
     def freeze_only(self) -> None:
@@ -613,7 +619,7 @@ class FilesMachine(RuleBasedStateMachine):
         assert report.clean, "\n".join(map(str, report.findings[:20]))
 
     def teardown(self) -> None:
-        commit_module.DISCARD_BLOCKS_MIN = DISCARD_BLOCKS_MIN
+        discards_module.DISCARD_BLOCKS_MIN = DISCARD_BLOCKS_MIN
         if not hasattr(self, "filesystem") or self.filesystem.store.failed is not None:
             return
         self.settle()

@@ -191,7 +191,7 @@ def test_range_that_was_reached_takes_keys_though_its_neighbours_are_lost(place:
     expected = {b"%03d" % number: b"v" * 900 for number in range(200)}
     for key, value in expected.items():
         tree.put(key, value)
-    commit = begin(store, tree.place(), catalog_nodes=1, next_root_id=2, clean=False, discard=False)
+    commit = begin(store, tree.place(), catalog_nodes=1, next_root_id=2, clean=False)
     commit.write()
     finish(commit)
     children = list(tree.root_node().values)

@@ -239,7 +239,6 @@ class TreeMachine(RuleBasedStateMachine):
             catalog_nodes=self.catalog.tree.node_count,
             next_root_id=self.catalog.next_root_id,
             clean=False,
-            discard=True,
         )
 
     def settle(self) -> None:

@@ -13,6 +13,7 @@ from cowfs.errors import DeviceError
 from cowfs.history.filesystem import Edit, Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.admission import DEFAULT_LIMITS
+from cowfs.storage.discards import Sweep
 from cowfs.storage.format import BLOCK_SIZE_BYTES, RING_SLOTS
 from cowfs.storage.superblock import read_newest
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
@@ -24,7 +25,7 @@ ROOT = 1
 
 @pytest.fixture(autouse=True)
 def _discard_small_holes_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cowfs.storage.commit.DISCARD_BLOCKS_MIN", 1)
+    monkeypatch.setattr("cowfs.storage.discards.DISCARD_BLOCKS_MIN", 1)
 
 
 def make() -> tuple[MemoryDevice, FaultDevice, Filesystem]:
@@ -298,5 +299,7 @@ def test_discard_never_meets_what_a_retained_generation_shows() -> None:
         volume.write(ino, 0, os.urandom(64 * BLOCK_SIZE_BYTES))
         filesystem.commit()
         protect_what_is_retained(disk)
+        disk.kept = disk.protected
+        Sweep.of_released(filesystem.store).run()
         discarded += sum(event.block_count for event in disk.events if event.kind == "discard")
         assert turn < 4 or discarded

@@ -162,10 +162,12 @@ def test_runs_over_group_edges_are_counted_on_both_sides() -> None:
     space_map.add(edge - 1, 3)
     assert space_map.refcounts(edge - 3, 7).tolist() == [0, 1, 2, 2, 2, 1, 0]
     assert space_map.drop(edge - 2, 5, 1) == 2
-    assert space_map.pending_runs(1) == [(edge - 2, 1), (edge + 2, 1)]
+    assert space_map.pending_upto(1) == 2
     assert space_map.pending_upto(0) == 0
     space_map.release(1)
     assert space_map.pending_blocks == 0
+    assert space_map.is_busy(edge)
+    assert not space_map.is_busy(edge + 2)
 
 
 def test_node_places_count_only_blocks_that_lie_together() -> None:
@@ -214,5 +216,6 @@ def test_damaged_page_is_read_from_its_twin_and_without_one_refused() -> None:
 def test_merge_runs_joins_neighbours_only() -> None:
     """Promise: discards are as long as they can be, and no longer."""
     assert merge_runs([(1, 2), (3, 1), (5, 1), (6, 4)]) == [(1, 3), (5, 5)]
+    assert merge_runs([(1, 5), (2, 1), (4, 4), (9, 1)]) == [(1, 7), (9, 1)]
     assert merge_runs([]) == []
     assert np.uint32(REFCOUNT_MAX) == REFCOUNT_MAX

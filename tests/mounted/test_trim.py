@@ -1,0 +1,147 @@
+"""Promises of real mounts: deleted files take nothing of the host any more, and trim harms nobody."""
+
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import COMMANDS, Mounted, json_of, mounted, require_success, run_command
+
+MIB = 1 << 20
+RESTS_BYTES = 8 * MIB  # metadata, and free pieces too small for a discard
+
+
+def host_bytes(image: Path) -> int:
+    return image.stat().st_blocks * 512
+
+
+def fill(mount: Mounted, files: int, size: int) -> None:
+    for number in range(files):
+        (mount.path / f"f{number}").write_bytes(os.urandom(size))
+    require_success(mount.cowfs("sync", mount.path))
+    assert host_bytes(mount.image) >= files * size
+
+
+def delete_in_three_commits(mount: Mounted, files: int) -> None:
+    for turn in range(3):
+        for number in range(turn, files, 3):
+            (mount.path / f"f{number}").unlink()
+        require_success(mount.cowfs("sync", mount.path))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("files", "size"), [(60, MIB), (960, 64 << 10)])
+def test_deleted_files_give_their_space_back_while_mounted(
+    tmp_path: Path, files: int, size: int
+) -> None:
+    """Promise: a mount that rests gives back what was deleted, large files and small ones."""
+    with mounted(tmp_path / "cowfs", size="256M", mount_options=("-o", "commit=1")) as mount:
+        fill(mount, files, size)
+        delete_in_three_commits(mount, files)
+        wait_until(lambda: host_bytes(mount.image) < RESTS_BYTES, 60)
+
+
+def test_deleted_files_give_their_space_back_at_unmount(tmp_path: Path) -> None:
+    """Promise: after umount the image takes of the host what is in use."""
+    with mounted(tmp_path / "cowfs", size="256M") as mount:
+        fill(mount, 60, MIB)
+        delete_in_three_commits(mount, 60)
+        mount.umount()
+        assert host_bytes(mount.image) < RESTS_BYTES
+
+
+def test_nodiscard_keeps_the_space_until_trim_is_asked_for(tmp_path: Path) -> None:
+    """Promise: -o nodiscard holds to the end; cowfs trim works on a mount and on an image."""
+    options = ("-o", "commit=1,nodiscard")
+    with mounted(tmp_path / "cowfs", size="256M", mount_options=options) as mount:
+        fill(mount, 60, MIB)
+        delete_in_three_commits(mount, 60)
+        time.sleep(3)
+        mount.umount()
+        assert host_bytes(mount.image) > 55 * MIB
+        mount.remount()
+        answer = json_of(mount.cowfs("trim", mount.path, "--json"))
+        assert answer["trimmed_bytes"] > 240 * MIB
+        assert host_bytes(mount.image) == answer["host_bytes"] < RESTS_BYTES
+
+        fill(mount, 60, MIB)
+        delete_in_three_commits(mount, 60)
+        mount.umount()
+        assert host_bytes(mount.image) > 55 * MIB
+        said = require_success(mount.cowfs("trim", mount.image)).stdout
+        assert said.startswith("gave 2")
+        assert "of free space to the host; the image takes" in said
+        assert host_bytes(mount.image) < RESTS_BYTES
+
+
+def test_trim_beside_writers_leaves_every_byte(mount: Mounted) -> None:
+    """Promise: blocks that are allocated while trim goes over them are never punched out."""
+    ended = threading.Event()
+    contents: dict[str, bytes] = {}
+
+    def write() -> None:
+        number = 0
+        while not ended.is_set():
+            name = f"w{number}"
+            contents[name] = os.urandom(1 + number * 7919 % (3 * MIB))
+            path = mount.path / name
+            with open(path, "wb") as file:
+                file.write(contents[name])
+                if number % 2:
+                    os.fsync(file.fileno())
+            if number >= 20:
+                (mount.path / f"w{number - 20}").unlink()
+                del contents[f"w{number - 20}"]
+            number += 1
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(4):
+            require_success(mount.cowfs("trim", mount.path))
+    finally:
+        ended.set()
+        writer.join(60)
+    mount.remount()  # nothing is read from what the kernel has
+    for name, data in contents.items():
+        assert (mount.path / name).read_bytes() == data
+
+
+def test_requests_go_on_while_trim_works(mount: Mounted) -> None:
+    """Promise: no request waits long for a trim."""
+    fill(mount, 100, MIB)
+    for number in range(100):
+        (mount.path / f"f{number}").unlink()
+    command = [COMMANDS / "cowfs", "trim", mount.path, "--json"]
+    slowest = 0.0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as trim:
+        while trim.poll() is None:
+            begun = time.monotonic()
+            assert not (mount.path / "nothing").exists()
+            slowest = max(slowest, time.monotonic() - begun)
+        assert trim.stdout is not None
+        assert json.loads(trim.stdout.read())["trimmed_bytes"] > 1 << 30
+    assert slowest < 1.0  # of a machine that others use; 10 ms when it is idle
+
+
+def test_trim_of_what_nobody_may_write_is_refused_in_words(mount: Mounted) -> None:
+    """Promise: a read-only mount, and an image that it uses, say why they are not trimmed."""
+    mount.umount()
+    require_success(run_command("mount", mount.image, mount.path, "-o", "ro"))
+    for target in (mount.path, mount.image):
+        refused = mount.cowfs("trim", target)
+        assert refused.returncode == 1
+        assert "is mounted read-only" in refused.stderr
+    require_success(run_command("umount", mount.path))
+    mount.remount()
