@@ -2,12 +2,15 @@
 
 import click
 
+from cowfs.cli.entry import warn
 from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
 from cowfs.cli.snapshots import complete_name, target_argument
-from cowfs.cli.target import confirm, offline_device, open_target, yes_option
+from cowfs.cli.target import Target, confirm, offline_device, open_target, yes_option
 from cowfs.errors import ImageError, UsageError
 from cowfs.escapes import printable, quoted
 from cowfs.history.selection import select
+
+NAMED_MAX = 5  # in a warning
 
 force_option = click.option(
     "--force", is_flag=True, help="Even while files are open for writing; their writers get ESTALE."
@@ -35,6 +38,10 @@ def rollback(
 
     The state of now is kept as an automatic snapshot, and every other snapshot stays, newer ones
     too. `cowfs undo` takes it back.
+
+    Programs whose working directory is below the root of the mount, and bind mounts of directories
+    there, keep the state before and cannot write; a warning names them. Enter the directory, or mount
+    it, anew.
 
     With --generation an image that is not mounted goes back to an earlier commit, all of it: files
     and snapshots made since are gone. It is checked first; with --force it may be damaged. `cowfs
@@ -64,7 +71,9 @@ def rollback(
                 raise UsageError(f"{quoted(name)} is not the name of one snapshot")
             kept = None
         else:
+            behind = _staying_behind(filesystem)
             kept = filesystem.rollback(name, force=force)
+            _warn_of(behind)
     if as_json:
         fields = {"name": name, "dry_run": dry_run, "kept": as_fields(kept)}
         print_json("cowfs rollback", fields)
@@ -74,6 +83,26 @@ def rollback(
     else:
         click.echo(
             f"rolled back to {printable(name)}; the state before is kept as {printable(kept.name)}"
+        )
+
+
+def _staying_behind(filesystem: Target) -> list[str]:
+    """Who will go on to see the state before."""
+    from cowfs.daemon.processes import holding_directories
+
+    if filesystem.daemon is None:
+        return []
+    mount_point = filesystem.info().mount_point
+    return [] if mount_point is None else holding_directories(mount_point)
+
+
+def _warn_of(behind: list[str]) -> None:
+    if behind:
+        more = f" and {len(behind) - NAMED_MAX} more" if len(behind) > NAMED_MAX else ""
+        warn(
+            "cowfs",
+            f"warning: {', '.join(behind[:NAMED_MAX])}{more} still see the state before; enter those "
+            "directories, or mount them, anew",
         )
 
 
@@ -117,7 +146,9 @@ def undo(target: str, force: bool, as_json: bool) -> None:
     cowfs undo ~/data
     """
     with open_target(target) as filesystem:
+        behind = _staying_behind(filesystem)
         kept = filesystem.undo(force=force)
+        _warn_of(behind)
     if as_json:
         print_json("cowfs undo", {"kept": as_fields(kept)})
     else:

@@ -23,7 +23,7 @@ from cowfs.history.reports import InfoReport, ReclaimReport, SpaceReport, reclai
 
 NEARLY_FULL_SHARE = 20  # when less than a twentieth of the image is available
 SNAPSHOTS_LOOKED_AT = 64  # the oldest; cowdu looks at all
-SNAPSHOTS_NAMED = 3
+SNAPSHOTS_NAMED = 3  # also of deleted ones that are being given back
 
 _SPACE = {
     "TOTAL": "total_bytes",
@@ -52,7 +52,7 @@ def df(target: str, as_json: bool, bare: bool, exact: bool) -> None:
     SYSTEM     superblocks and the space map
     PENDING    freed, until the generations that show it are gone
     PROMISED   data in memory that will need space
-    RESERVED   held back, so that a full filesystem can delete
+    RESERVED   held back, so that a full filesystem can delete; grows with what snapshots share
     AVAILABLE  for new data
 
     \b
@@ -72,8 +72,8 @@ def df(target: str, as_json: bool, bare: bool, exact: bool) -> None:
     if not bare:
         _print_drops(space, numbers)
         for each in largest:
-            names = ",".join(map(printable, each.names))
-            click.echo(f"nearly full: deleting {names} frees {numbers.size(each.reclaim_bytes)}")
+            freed = numbers.size(each.reclaim_bytes)
+            click.echo(f"nearly full: deleting {_named(each.names)} frees {freed}")
         if len(largest) > 1:
             click.echo("for so much and the least loss: cowdu plan TARGET --free SIZE")
 
@@ -97,12 +97,29 @@ def _largest(filesystem: Target, space: SpaceReport) -> list[ReclaimReport]:
 
 
 def _print_drops(space: SpaceReport, numbers: Numbers) -> None:
-    for drop in space.drops:
+    stuck_first = sorted(space.drops, key=lambda drop: not drop.stuck)
+    for drop in stuck_first[:SNAPSHOTS_NAMED]:
         state = "cannot be given back, run cowfs check" if drop.stuck else "is being given back"
         click.echo(
             f"deleted snapshot {printable(drop.name)} {state}: {numbers.size(drop.freed_bytes)} "
             f"of at most {numbers.size(drop.referenced_bytes)}"
         )
+    rest = stuck_first[SNAPSHOTS_NAMED:]
+    if rest:
+        stuck = sum(drop.stuck for drop in rest)
+        words = f" ({stuck} cannot be, run cowfs check)" if stuck else ""
+        click.echo(
+            f"{len(rest)} more deleted snapshots are being given back{words}: "
+            f"{numbers.size(sum(drop.freed_bytes for drop in rest))} of at most "
+            f"{numbers.size(sum(drop.referenced_bytes for drop in rest))}"
+        )
+
+
+def _named(names: tuple[str, ...]) -> str:
+    """Snapshots in a few words. Many are the oldest ones: a range that commands take as well."""
+    if len(names) <= SNAPSHOTS_NAMED:
+        return ",".join(map(printable, names))
+    return f"the {len(names)} oldest (%{printable(names[-1])})"
 
 
 @click.command()
@@ -199,6 +216,7 @@ def _facts(report: InfoReport) -> list[tuple[str, str]]:
         facts += [
             ("mounted on", report.mount_point),
             ("daemon", f"process {report.daemon_pid}"),
+            ("writing", _writing(report, numbers)),
             ("able to", ", ".join(report.features) or "nothing that needs the compiled module"),
         ]
         settings = report.daemon_settings or {}
@@ -206,6 +224,14 @@ def _facts(report: InfoReport) -> list[tuple[str, str]]:
     else:
         facts.append(("mounted", "no"))
     return facts
+
+
+def _writing(report: InfoReport, numbers: Numbers) -> str:
+    if report.failure is not None:
+        ended = "" if report.failed_ns is None else f" at {numbers.time(report.failed_ns)}"
+        return f"ended{ended}: {report.failure}"
+    settings = report.daemon_settings or {}
+    return "no: mounted read-only" if settings.get("read_only") else "yes"
 
 
 def _last_scrub(uuid: str) -> str:

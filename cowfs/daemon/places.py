@@ -196,6 +196,13 @@ def _asked(mount: Mount) -> int | None:
     return status if 0 <= status < _UNANSWERED else None
 
 
+def bind_mounts(mount_point: str) -> list[str]:
+    """Where directories below the root of a mount are mounted once more, as this process sees it."""
+    table = mount_table()
+    devices = {entry.device for entry in table if entry.mount_point == mount_point}
+    return [entry.mount_point for entry in table if entry.device in devices and entry.root != "/"]
+
+
 def find_mount(path: str | os.PathLike[str], *, inside: bool = False) -> Mount | None:
     """The cowfs mount at a path, the newest where several are stacked; None where there is none.
 

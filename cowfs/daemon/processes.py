@@ -157,6 +157,28 @@ def _processes() -> Iterator[str]:
     yield from filter(str.isdigit, os.listdir("/proc"))
 
 
+def holding_directories(mountpoint: str) -> list[str]:
+    """Who goes on to see what directories below `mountpoint` (not itself) are now, whatever comes.
+
+    Each is `process PID in DIRECTORY` or `the bind mount DIRECTORY`; this process is left out. Processes
+    of other users stay unseen unless we are root, and so do mounts in other namespaces.
+    """
+    inside = mountpoint.rstrip("/") + "/"
+    found = []
+    for pid in sorted(_processes(), key=int):
+        if int(pid) == os.getpid():
+            continue
+        for link in ("cwd", "root"):
+            try:
+                path = os.readlink(f"/proc/{pid}/{link}")
+            except OSError:
+                continue  # it ended, or is not ours to see
+            if path.startswith(inside):
+                found.append(f"{named(int(pid))} in {path}")
+                break
+    return [*found, *(f"the bind mount {path}" for path in places.bind_mounts(mountpoint))]
+
+
 def _writes(pid: str, number: str) -> bool:
     with open(f"/proc/{pid}/fdinfo/{number}") as info:
         for line in info:

@@ -82,7 +82,8 @@ class InfoReport(Struct, frozen=True, kw_only=True):
     """What an image is. The last ones are null or empty when no daemon has it mounted.
 
     `image` and `mount_point` are paths of the host, escaped (escapes.py).
-    `features`: what this mount can do that others may not.
+    `features`: what this mount can do that others may not. `failed_ns`, `failure`: when and why the
+    mount ended writing; null while it goes on.
     """
 
     image: str
@@ -104,6 +105,8 @@ class InfoReport(Struct, frozen=True, kw_only=True):
     daemon_pid: int | None = None
     daemon_settings: dict[str, Setting] | None = None
     features: tuple[str, ...] = ()
+    failed_ns: int | None = None
+    failure: str | None = None
 
 
 class ReclaimReport(Struct, frozen=True, kw_only=True):
@@ -224,6 +227,8 @@ def info_report(
         daemon_pid=daemon_pid,
         daemon_settings=daemon_settings,
         features=features,
+        failed_ns=filesystem.store.failed_ns,
+        failure=str(filesystem.store.failed) if filesystem.store.failed is not None else None,
     )
 
 

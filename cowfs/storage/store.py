@@ -75,6 +75,7 @@ class Store:
         self.superblock = superblock
         self.writable = writable
         self.failed: DeviceError | None = None
+        self.failed_ns: int | None = None  # when
         self.generation = (
             next_generation(device, superblock) if writable else superblock.generation + 1
         )
@@ -434,6 +435,7 @@ class Store:
             error,
             self.superblock.generation,
         )
+        self.failed_ns = time.time_ns()
         self.failed = DeviceError(
             f"generation {self.superblock.generation + 1} was not written: {error}; "
             "unmount and mount again"

@@ -1,5 +1,6 @@
 """Promises of every command on an image that is not mounted: what it does, prints and ends with."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,15 +10,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
+import cowfs.cli.space as space_command
 from cowfs.cli.main import _COMMANDS, cli
 from cowfs.cli.target import ImageTarget
+from cowfs.errors import DeviceError
 from cowfs.history.filesystem import Filesystem
+from cowfs.history.images import make_filesystem, open_filesystem
+from cowfs.history.reports import (
+    DropReport,
+    InfoReport,
+    ReclaimReport,
+    Setting,
+    SpaceReport,
+    info_report,
+)
 from cowfs.history.retention import DAY_NS
 from cowfs.storage.device import FileDevice
 from tests.image_files import change, dated, history, make_image, require_clean, tree_bytes, write
+from tests.model.devices import MemoryDevice
 
 ERROR, USAGE, IMAGE_MISSING, LOCKED = 1, 2, 10, 11
 NAMES = ["one", "two", "three", "four"]
@@ -783,3 +797,67 @@ def test_trim_of_an_image_gives_back_what_is_free_and_keeps_the_rest(image: Path
     assert 0 <= kept_bytes < 1 << 20  # of the map, in the two commits before
     assert tree_bytes(image) == before
     require_clean(image)
+
+
+def _space_with(drops: tuple[DropReport, ...]) -> SpaceReport:
+    sizes = {name: 1 << 20 for name in SpaceReport.__struct_fields__ if name.endswith("_bytes")}
+    return SpaceReport(**sizes, drops=drops)
+
+
+class _ManySnapshots:
+    """A nearly full filesystem with thousands of snapshots, and thousands more on their way."""
+
+    def __init__(self, space: SpaceReport) -> None:
+        self.space = lambda: space
+
+
+def test_df_with_thousands_of_snapshots_stays_a_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Promise: a few lines whatever the number, each short, and nothing that is stuck is hidden."""
+    drops = tuple(
+        DropReport(name=f"gone {n}", freed_bytes=1, referenced_bytes=1 << 20, stuck=n >= 4998)
+        for n in range(5000)
+    )
+    names = tuple(f"snapshot-{n}" for n in range(64))
+    reports = [
+        ReclaimReport(names=("snapshot-7",), reclaim_bytes=1 << 20),
+        ReclaimReport(names=names, reclaim_bytes=1 << 30),
+    ]
+    target = _ManySnapshots(_space_with(drops))
+    monkeypatch.setattr(space_command, "open_target", lambda _: contextlib.nullcontext(target))
+    monkeypatch.setattr(space_command, "_largest", lambda *_: reports)
+    lines = output("df", "anything").splitlines()
+    assert len(lines) < 10
+    assert max(map(len, lines)) < 130
+    assert lines[2].startswith("deleted snapshot gone 4998 cannot be given back")
+    assert lines[3].startswith("deleted snapshot gone 4999 cannot be given back")
+    assert lines[5].startswith("4997 more deleted snapshots are being given back: 4.9 KiB of at")
+    assert "nearly full: deleting snapshot-7 frees 1.0 MiB" in lines
+    assert "nearly full: deleting the 64 oldest (%snapshot-63) frees 1.0 GiB" in lines
+
+
+def test_info_of_a_mount_tells_when_and_why_it_ended_writing() -> None:
+    """Promise: whoever looks later sees the time and the reason, not only that it is read-only."""
+    filesystem = open_filesystem(_made_device(), writable=True)
+    assert info_report(filesystem).failure is None
+    before_ns = time.time_ns()
+    filesystem.store.fail(DeviceError("cannot write disk.img at 4096: No space left on device"))
+    report = info_report(filesystem, mount_point="/data", daemon_pid=1)
+    assert report.failed_ns is not None
+    assert before_ns <= report.failed_ns <= time.time_ns()
+    line = dict(space_command._facts(report))["writing"]
+    assert line.startswith("ended at 2")
+    assert "No space left on device" in line
+    assert dict(space_command._facts(_read_only(report)))["writing"].startswith("no")
+
+
+def _made_device() -> MemoryDevice:
+    device = MemoryDevice(4096)
+    make_filesystem(device)
+    return device
+
+
+def _read_only(report: InfoReport) -> InfoReport:
+    settings: dict[str, Setting] = {"read_only": True}
+    return msgspec.structs.replace(report, failure=None, failed_ns=None, daemon_settings=settings)

@@ -340,3 +340,26 @@ def test_dead_mount_of_another_filesystem_is_left_alone(image: Path, tmp_path: P
             subprocess.run(["umount", "-i", "-l", place], check=True)
     (place / "file").write_text("alive")
     require_success(run_command("umount", place))
+
+
+@pytest.mark.needs_root
+def test_rollback_names_who_keeps_the_state_before(mount: Mounted, tmp_path: Path) -> None:
+    """Promise: a program in a directory below the root, and a bind mount of one, are warned about."""
+    (mount.path / "inner").mkdir()
+    mount.snapshot("before")
+    quiet = mount.cowfs("rollback", mount.path, "before")
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    bound = tmp_path / "bound"
+    bound.mkdir()
+    subprocess.run(["mount", "--bind", mount.path / "inner", bound], check=True)
+    with subprocess.Popen(["sleep", "60"], cwd=mount.path / "inner") as inside:
+        try:
+            for words in (("rollback", mount.path, "before"), ("undo", mount.path)):
+                said = require_success(mount.cowfs(*words)).stderr
+                assert f"the bind mount {bound}" in said
+                if words[0] == "rollback":
+                    assert f"process {inside.pid} (sleep) in {mount.path}/inner" in said
+                assert "still see the state before" in said
+        finally:
+            inside.kill()
+            subprocess.run(["umount", bound], check=True)

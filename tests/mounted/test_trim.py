@@ -12,6 +12,8 @@ import pytest
 
 from tests.conftest import COMMANDS, Mounted, json_of, mounted, require_success, run_command
 
+pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
+
 MIB = 1 << 20
 RESTS_BYTES = 8 * MIB  # metadata, and free pieces too small for a discard
 
