@@ -46,6 +46,7 @@ from cowfs.storage.format import (
     encode_node,
     group_count,
     index_shape,
+    require_generations,
     ring_blocks,
 )
 from cowfs.storage.index_pages import INDEX_ENTRY, encode_index_page
@@ -158,6 +159,7 @@ class _Writer:
         self._device = device
         self._found = found
         self._old = found.superblock
+        require_generations(self._old)
         self._generation = self._old.generation + 1
         self._total = self._old.total_blocks
         self._twins = self._old.duplicates_metadata

@@ -22,7 +22,7 @@ from xxhash import xxh3_64_digest
 from cowfs.care.contents import paths_of
 from cowfs.care.reader import MetadataReader, choose_superblock, read_ring
 from cowfs.care.references import index_pointer, pointer_fault
-from cowfs.care.scrub_report import BadCopy, Damage, Marks, ScrubReport
+from cowfs.care.scrub_report import BadCopy, Damage, Marks, ScrubReport, State
 from cowfs.errors import CorruptError, DeviceError
 from cowfs.files.items import KEY_BYTES, TYPE_EXTENT, Extent, decode_extent, split_key
 from cowfs.history.records import RootKind, decode_drop, decode_root
@@ -376,7 +376,9 @@ def _range(inodes: set[int]) -> str:
     return str(first) if first == last else f"{first} to {last}"
 
 
-def report_of(scrub: Scrub, image: str, state: str, started_ns: int, repaired: int) -> ScrubReport:
+def report_of(
+    scrub: Scrub, image: str, state: State, started_ns: int, repaired: int
+) -> ScrubReport:
     """What a scrub has found so far. `repaired`: bad copies that are good now."""
     from uuid import UUID
 

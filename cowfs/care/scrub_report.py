@@ -3,7 +3,13 @@
 Imports no numpy: commands that only show a result start fast.
 """
 
-from msgspec import Struct
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+# What a file may say: a result is kept between commands, and is not trusted.
+Number = Annotated[int, Meta(ge=0, le=(1 << 62))]
+State = Literal["running", "finished", "interrupted"]
 
 
 class BadCopy(Struct, frozen=True, kw_only=True):
@@ -27,7 +33,7 @@ class Damage(Struct, frozen=True, kw_only=True):
     """
 
     what: str
-    block: int
+    block: Number
     paths: tuple[str, ...] = ()
 
 
@@ -40,16 +46,16 @@ class ScrubReport(Struct, frozen=True, kw_only=True):
 
     uuid: str
     image: str
-    state: str
-    generation: int
-    started_ns: int
-    ended_ns: int = 0
-    done_bytes: int = 0
-    total_bytes: int = 0
-    bad_copies: int = 0
-    repaired: int = 0
-    unrepaired: int = 0
-    damaged: int = 0
+    state: State
+    generation: Number
+    started_ns: Number
+    ended_ns: Number = 0
+    done_bytes: Number = 0
+    total_bytes: Number = 0
+    bad_copies: Number = 0
+    repaired: Number = 0
+    unrepaired: Number = 0
+    damaged: Number = 0
     damage: tuple[Damage, ...] = ()
 
     @property

@@ -22,7 +22,7 @@ from cowfs.escapes import escaped_path, printable, quoted
 
 if TYPE_CHECKING:
     from cowfs.care.scrub import Scrub
-    from cowfs.care.scrub_report import BadCopy, ScrubReport
+    from cowfs.care.scrub_report import BadCopy, ScrubReport, State
     from cowfs.cli.scrub_state import ScrubState
 
 REPORT_INTERVAL_S = 1.0
@@ -247,7 +247,7 @@ def _scrub(
                     scrub.marks = kept
             state.save(report_of(scrub, escaped_path(target.image), "running", started_ns, 0))
             state.save_marks(scrub.marks)
-            ended = "interrupted" if _run_until_told(scrub, stop) else "finished"
+            ended: State = "interrupted" if _run_until_told(scrub, stop) else "finished"
         repaired = _count_good(target, scrub.bad_copies) if scrub.bad_copies else 0
         report = report_of(scrub, escaped_path(target.image), ended, started_ns, repaired)
         state.save(report)

@@ -16,10 +16,12 @@ from pathlib import Path
 import msgspec
 
 from cowfs.care.scrub_report import Marks, ScrubReport
+from cowfs.cli.own_files import read_own, replace_file
 from cowfs.errors import BusyError, CowfsError
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 _GENERATION = struct.Struct("<Q")
+REPORT_BYTES_MAX = 64 << 20
 
 
 def state_directory() -> Path:
@@ -47,7 +49,8 @@ class ScrubState:
         A scrub that calls itself running and is not was killed: it is "interrupted".
         """
         try:
-            report = msgspec.json.decode(self._path("json").read_bytes(), type=ScrubReport)
+            data = read_own(self._path("json"), REPORT_BYTES_MAX)
+            report = msgspec.json.decode(data or b"", type=ScrubReport)
         except (OSError, msgspec.MsgspecError, RecursionError):
             return None
         if report.state == "running" and self.worker() is None:
@@ -69,7 +72,7 @@ class ScrubState:
     def marks(self, total_blocks: int) -> Marks | None:
         """The marks of a scrub that was interrupted; None when there are none."""
         try:
-            data = self._path("marks").read_bytes()
+            data = read_own(self._path("marks"), _GENERATION.size + total_blocks // 4 + 1024) or b""
             (generation,) = _GENERATION.unpack_from(data)
             unpacked = zlib.decompressobj().decompress(data[8:], -(-total_blocks // 8) + 1)
         except (OSError, struct.error, zlib.error):
@@ -118,8 +121,5 @@ class ScrubState:
         return self._base.with_name(f"{self._base.name}.{suffix}")
 
     def _replace(self, suffix: str, data: bytes) -> None:
-        path = self._path(suffix)
-        fresh = path.with_name(path.name + ".new")
         with contextlib.suppress(OSError):  # a scrub is worth more than its record
-            fresh.write_bytes(data)
-            os.replace(fresh, path)
+            replace_file(self._path(suffix), [data])

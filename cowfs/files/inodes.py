@@ -5,11 +5,14 @@ there are too many. Inode numbers are never used twice.
 """
 
 import errno
+import logging
 import time
 
-from cowfs.errors import CorruptError, NoSpaceError, posix_error
-from cowfs.files.items import INO_MAX, Inode, decode_inode, inode_key
+from cowfs.errors import CorruptError, DeviceError, NoSpaceError, posix_error
+from cowfs.files.items import INO_MAX, KEY_BYTES, Inode, decode_inode, inode_key
 from cowfs.storage.btree import Tree
+
+log = logging.getLogger(__name__)
 
 CACHED_MAX = 65536  # about 300 bytes each
 
@@ -20,6 +23,7 @@ class Inodes:
     def __init__(self, tree: Tree, next_ino: int, count: int) -> None:
         self._tree = tree
         self.next_ino = next_ino
+        self._next_is_free = False  # looked up in the tree, not only told by the root record
         self.count = count
         self.dirty: dict[int, Inode] = {}
         self._clean: dict[int, Inode] = {}
@@ -80,9 +84,33 @@ class Inodes:
         if self.next_ino > INO_MAX:
             raise NoSpaceError("no inode number is left")
         tree = self._tree
+        if not self._next_is_free:
+            self._require_free()
         if tree.end_reached != tree.store.generation:
             tree.reach_end(inode_key(self.next_ino))
         return self.next_ino
+
+    def _require_free(self) -> None:
+        """Nothing in the tree has the next inode number, or a higher one, whatever a record said.
+
+        Raises:
+            NoSpaceError: none is left.
+        """
+        self._next_is_free = True
+        try:
+            last = self._tree.floor(b"\xff" * (KEY_BYTES + 1))
+        except (CorruptError, DeviceError):
+            return  # what is lost there is not overwritten: see Tree.reach_end
+        found = 0 if last is None else int.from_bytes(last[0][:8].ljust(8, b"\0"), "big")
+        if found >= self.next_ino:
+            log.warning(
+                "the next inode number is said to be %d, but there is %d already; going on from there",
+                self.next_ino,
+                found,
+            )
+            self.next_ino = found + 1
+        if self.next_ino > INO_MAX:
+            raise NoSpaceError("no inode number is left")
 
     def create(self, mode: int, uid: int, gid: int, rdev: int) -> Inode:
         """A new inode with one link, dirty; `reach_new` came before."""

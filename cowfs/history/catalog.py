@@ -3,9 +3,10 @@
 Changed only while a transaction is frozen (filesystem.py), so that it always describes whole trees.
 """
 
+import logging
 from collections.abc import Iterator
 
-from cowfs.errors import CorruptError, SnapshotError
+from cowfs.errors import CorruptError, DeviceError, SnapshotError
 from cowfs.history.records import (
     ROOT_ID_MAX,
     DropRecord,
@@ -23,18 +24,40 @@ from cowfs.history.records import (
 from cowfs.history.selection import unknown
 from cowfs.storage.btree import Tree
 
+log = logging.getLogger(__name__)
+
 
 class Catalog:
     """Roots by id and by name, and the drop queue's records."""
 
     def __init__(self, tree: Tree, next_root_id: int) -> None:
         self.tree = tree
-        self.next_root_id = next_root_id
+        self._next_root_id = next_root_id
+        self._next_is_free = False  # looked up in the tree, not only told by the superblock
 
     def load(self) -> None:
         """Read all of it. Raises CorruptError, DeviceError when some of it cannot be read."""
         for _ in self.tree.leaf_slices(b"", b"\xff"):
             pass
+
+    @property
+    def next_root_id(self) -> int:
+        """A number above that of every root, whatever the superblock said."""
+        if not self._next_is_free:
+            try:
+                last = self.tree.floor(root_key((1 << 64) - 1))
+            except (CorruptError, DeviceError):
+                return self._next_root_id  # no root is made before the catalog is read
+            self._next_is_free = True
+            found = int.from_bytes(last[0][1:9], "big") if last and last[0][:1] == b"R" else 0
+            if found >= self._next_root_id:
+                log.warning(
+                    "the next root id is said to be %d, but there is %d already; going on from there",
+                    self._next_root_id,
+                    found,
+                )
+                self._next_root_id = found + 1
+        return self._next_root_id
 
     def take_root_id(self) -> int:
         """A number that no root has had. Raises SnapshotError when there is none left."""
@@ -42,8 +65,8 @@ class Catalog:
             raise SnapshotError(
                 "the image has used up its eight million root ids; copy it to a new one"
             )
-        self.next_root_id += 1
-        return self.next_root_id - 1
+        self._next_root_id += 1
+        return self._next_root_id - 1
 
     def root(self, root_id: int) -> RootRecord | None:
         value = self.tree.get(root_key(root_id))

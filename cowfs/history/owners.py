@@ -32,7 +32,7 @@ from cowfs.history.structure import (
     spread,
 )
 from cowfs.storage.btree import Tree
-from cowfs.storage.format import Superblock
+from cowfs.storage.format import MAX_TOTAL_BLOCKS, Superblock
 from cowfs.storage.store import Store
 from cowfs.storage.superblock import read_earlier
 
@@ -261,6 +261,26 @@ def survey(
         owners, table.rows[used], nodes[used], data[used], _retained(filesystem, structure)
     )
     return Survey(structure, sets, renumbered[labels])
+
+
+def owners_of(filesystem: Filesystem) -> tuple[Owner, ...]:
+    """The owners by bit, as the catalog has them. Raises CorruptError: it cannot be read."""
+    return _roots(filesystem.catalog, filesystem.store.superblock)[0]
+
+
+def are_sound(sets: OwnerSets) -> bool:
+    """Whether arrays that were kept could be owner sets of these owners."""
+    rows, count = sets.sets, len(sets.owners)
+    shapes = (each.ndim == 1 and each.dtype == np.int64 for each in (sets.nodes, sets.data))
+    if rows.ndim != 2 or rows.dtype != np.uint64 or not all(shapes):
+        return False
+    if rows.shape != (len(sets.nodes), -(-count // WORD_BITS)) or len(sets.data) != len(rows):
+        return False
+    amounts = np.concatenate([sets.nodes, sets.data])
+    if not ((amounts >= 0) & (amounts <= MAX_TOTAL_BLOCKS)).all():
+        return False
+    outside = ~_row(range(count), rows.shape[1])
+    return not (rows & outside).any() and bool(rows.any(axis=1).all())
 
 
 def _roots(catalog: Catalog, superblock: Superblock) -> tuple[tuple[Owner, ...], list[Root]]:

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 from cowfs.errors import CorruptError, UsageError
 from cowfs.escapes import quoted
 from cowfs.storage.format import (
+    GENERATION_MAX,
     NODE_BLOCKS,
     NODE_LEVEL_MAX,
     POINTER_BYTES,
@@ -223,6 +224,10 @@ def decode_root(value: bytes) -> RootRecord:
         raise CorruptError(f"root record {root_id}", 0, "wrong length", len(value))
     if kind not in (1, 2) or not root_id:
         raise CorruptError(f"root record {root_id}", 0, "unknown kind", kind)
+    if root_id > ROOT_ID_MAX:
+        raise CorruptError(f"root record {root_id}", 0, "a root id out of range", root_id)
+    if fields[10] > GENERATION_MAX:
+        raise CorruptError(f"root record {root_id}", 0, "a generation out of range", fields[10])
     if fields[4] & ~_FLAGS or description_length > DESCRIPTION_BYTES_MAX:
         raise CorruptError(f"root record {root_id}", 0, "unknown flags, or too long a description")
     if kind == RootKind.VOLUME and fields[4] & FLAG_HELD:

@@ -19,6 +19,7 @@ from cowfs.errors import CorruptError
 from cowfs.files.items import references
 from cowfs.storage.format import (
     BLOCK_SIZE_BYTES,
+    GENERATION_MAX,
     NODE_BLOCKS,
     NODE_SIZE_BYTES,
     POINTER_BYTES,
@@ -277,6 +278,68 @@ class _Reader:
             total = self._store.superblock.total_blocks
             check_pointer(_pointer(row), total, birth, "node", int(row["block"]))
             raise CorruptError("node", int(row["block"]), "pointer leaves the image")
+
+
+def is_sound(structure: Structure, total_blocks: int) -> bool:
+    """Whether arrays that were kept could be a structure of an image of that size.
+
+    Nothing that reads them leaves them, then. That they tell the truth is another matter.
+    """
+    wanted: dict[str, npt.DTypeLike] = {
+        **dict.fromkeys(("level_from", "child_from", "run_from", "run_first", "tops"), np.int64),
+        **dict.fromkeys(("children", "run_count"), np.int32),
+        "whole": np.bool_,
+        "nodes": NODE,
+    }
+    for name, dtype in wanted.items():
+        array: npt.NDArray[Any] = getattr(structure, name)
+        if array.ndim != 1 or array.dtype != dtype:
+            return False
+    count = len(structure.nodes)
+    runs = len(structure.run_first)
+    if not (
+        len(structure.whole) == count
+        and len(structure.run_count) == runs
+        and _is_partition(structure.child_from, count, len(structure.children))
+        and _is_partition(structure.run_from, count, runs)
+        and _is_partition(np.append(structure.level_from[::-1], count), structure.levels, count)
+        and _within(structure.tops, 0, count - 1)
+    ):
+        return False
+    nodes = structure.nodes
+    last = total_blocks - RING_SLOTS - NODE_BLOCKS
+    twins = nodes["twin"][nodes["twin"] != 0]
+    if not (
+        _within(nodes["block"], RING_SLOTS, last)
+        and _within(twins, RING_SLOTS, last)
+        and _within(nodes["birth"], 1, GENERATION_MAX)
+        and len(np.unique(nodes["block"])) == count
+        and _within(structure.run_first, 0, total_blocks)
+        and bool((structure.run_count > 0).all())
+        and _within(structure.run_first + structure.run_count, 0, total_blocks)
+    ):
+        return False
+    for level in range(structure.levels):
+        here = structure.level(level)
+        edges = slice(structure.child_from[here.start], structure.child_from[here.stop])
+        below = structure.level(level - 1) if level else slice(0, 0)
+        if not _within(structure.children[edges], below.start, below.stop - 1):
+            return False
+        if level and structure.run_from[here.start] != structure.run_from[here.stop]:
+            return False
+    return True
+
+
+def _is_partition(starts: Numbers, count: int, total: int) -> bool:
+    """Whether `starts` cuts 0 to `total` into so many pieces; no piece is no pieces."""
+    if len(starts) != count + 1:
+        return False
+    ends_right = starts[0] == 0 and starts[-1] == total
+    return bool(ends_right and (starts[1:] >= starts[:-1]).all())
+
+
+def _within(numbers: npt.NDArray[Any], first: int, last: int) -> bool:
+    return bool(((numbers >= first) & (numbers <= last)).all())
 
 
 def require_inside(store: Store, first: int, count: int) -> None:

@@ -41,6 +41,8 @@ SUPERBLOCK_MAGIC = b"cowfs\x00\x1a\n"
 SUPERBLOCK = struct.Struct("<8s16sIIQQQ16sQQQQIIqqQ40s40sQQQQQ64s")
 FLAG_CLEAN = 1 << 0
 LABEL_BYTES_MAX = 64
+GENERATION_MAX = 1 << 56  # and so of every birth: it fits into signed numbers, and counting on does
+GENERATION_WRITABLE_MAX = 1 << 55  # from here on only lies lead; what is above is not written to
 assert SUPERBLOCK.size == 320
 
 # --- pointer ----------------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ def decode_superblock(data: bytes) -> Superblock:
         (block_size == BLOCK_SIZE_BYTES, "block size", block_size),
         (fields[12] == NODE_SIZE_BYTES, "node size", fields[12]),
         (MIN_TOTAL_BLOCKS <= total <= MAX_TOTAL_BLOCKS, "block count", total),
-        (superblock.generation > 0, "generation", superblock.generation),
+        (0 < superblock.generation <= GENERATION_MAX, "generation", superblock.generation),
         (not superblock.flags & ~FLAG_CLEAN, "flags", superblock.flags),
         (superblock.next_root_id > 0, "next root id", superblock.next_root_id),
         (superblock.catalog_nodes <= total // NODE_BLOCKS, "nodes of the catalog", 0),
@@ -206,6 +208,15 @@ def decode_superblock(data: bytes) -> Superblock:
     check_pointer(superblock.catalog, total, superblock.generation, "catalog", 0)
     check_pointer(superblock.space_map, total, superblock.generation, "space map", 0, 1)
     return superblock
+
+
+def require_generations(superblock: Superblock) -> None:
+    """Raise ImageError where a commit could get a number that nobody reads any more."""
+    if superblock.generation > GENERATION_WRITABLE_MAX:
+        raise ImageError(
+            f"the image says that it was written {superblock.generation} times, and has no number "
+            "for another; mount it with -o ro, and copy its files to a new image"
+        )
 
 
 def check_pointer(

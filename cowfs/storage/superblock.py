@@ -13,6 +13,7 @@ from cowfs.storage.format import (
     SUPERBLOCK_MAGIC,
     Superblock,
     decode_superblock,
+    require_generations,
     ring_blocks,
 )
 
@@ -114,7 +115,11 @@ def next_generation(device: Device, newest: Superblock) -> int:
     A torn slot holds most of a superblock that never counted, and its nodes are about to be
     overwritten. Written again and torn again, the two could make one that is whole and points at them.
     So it is left alone until the ring comes round to it and that superblock is an old one.
+
+    Raises:
+        ImageError: there is no next number.
     """
+    require_generations(newest)
     for generation in range(newest.generation + 1, newest.generation + RING_SLOTS // 2):
         slot = generation % RING_SLOTS
         if not any(_is_torn(device, first + slot) for first in ring_blocks(newest.total_blocks)):

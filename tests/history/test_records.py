@@ -14,6 +14,7 @@ from cowfs.history.records import (
     COUNTER_MAX,
     DROP_BYTES,
     ROOT_BYTES,
+    ROOT_ID_MAX,
     DropRecord,
     DropStep,
     RootKind,
@@ -28,7 +29,7 @@ from cowfs.history.records import (
     snapshot_key,
     volume_key,
 )
-from cowfs.storage.format import NODE_BLOCKS, NODE_LEVEL_MAX, Pointer
+from cowfs.storage.format import GENERATION_MAX, NODE_BLOCKS, NODE_LEVEL_MAX, Pointer
 
 U32 = st.integers(0, (1 << 32) - 1)
 U64 = st.integers(0, (1 << 64) - 1)
@@ -49,12 +50,12 @@ def is_name(text: str) -> bool:
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=60).filter(is_name)
 ROOTS = st.builds(
     RootRecord,
-    root_id=st.integers(1, (1 << 64) - 1),
+    root_id=st.integers(1, ROOT_ID_MAX),
     kind=st.sampled_from(RootKind),
     name=NAMES,
     uuid=UUIDS,
     tree=POINTERS,
-    created_generation=U64,
+    created_generation=st.integers(0, GENERATION_MAX),
     created_ns=I64,
     next_ino=COUNTER,
     node_count=COUNTER,

@@ -16,6 +16,7 @@ from cowfs.errors import CorruptError, ImageError
 from cowfs.storage.format import (
     BLOCK_SIZE_BYTES,
     ENTRY_OVERHEAD_BYTES,
+    GENERATION_MAX,
     GROUP_BLOCKS,
     INDEX_FANOUT,
     INDEX_MAGIC,
@@ -111,7 +112,7 @@ def superblock(**changes: object) -> Superblock:
 @given(
     seed=U64,
     name_seed=U64,
-    generation=st.integers(100, (1 << 64) - 1),
+    generation=st.integers(100, GENERATION_MAX),
     total_blocks=st.integers(MIN_TOTAL_BLOCKS, MAX_TOTAL_BLOCKS),
     flags=st.sampled_from([0, 1]),
     committed_ns=I64,
@@ -150,6 +151,8 @@ def resealed(data: bytes, at: int, value: bytes) -> bytes:
         (96, struct.pack("<Q", 4095), "block count out of range"),
         (96, struct.pack("<Q", MAX_TOTAL_BLOCKS + 1), "block count out of range"),
         (88, struct.pack("<Q", 0), "generation out of range"),
+        (88, struct.pack("<Q", GENERATION_MAX + 1), "generation out of range"),
+        (88, struct.pack("<Q", (1 << 64) - 1), "generation out of range"),
         (128, struct.pack("<Q", 71), "oldest retained generation out of range"),
         (216, struct.pack("<Q", 4097), "used blocks out of range"),
         (232, struct.pack("<Q", 4097), "system blocks out of range"),

@@ -505,6 +505,48 @@ def test_report_writes_one_file_and_never_over_another(image: Path, tmp_path: Pa
     assert run("report", image, "--html", "-").stdout.rstrip() != ""
 
 
+@pytest.mark.parametrize("force", [[], ["-f"]])
+@pytest.mark.parametrize("kind", ["link", "dangling", "fifo", "directory"])
+def test_report_writes_nothing_where_a_name_leads_elsewhere(
+    image: Path, tmp_path: Path, kind: str, force: list[str]
+) -> None:
+    """Promise: what a link leads to is neither written nor made, with -f neither."""
+    page, elsewhere = tmp_path / "page.html", tmp_path / "elsewhere"
+    if kind == "fifo":
+        os.mkfifo(page)
+    elif kind == "directory":
+        page.mkdir()
+    else:
+        page.symlink_to(elsewhere)
+    if kind == "link":
+        elsewhere.write_text("precious")
+    before = page.lstat()
+    refused = run("report", image, "--html", page, *force)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "is no regular file" in refused.stderr or "is a directory" in refused.stderr
+    assert os.path.samestat(page.lstat(), before)
+    assert elsewhere.exists() == (kind == "link")
+    if kind == "link":
+        assert elsewhere.read_text() == "precious"
+
+
+def test_report_over_another_replaces_it_whole(image: Path, tmp_path: Path) -> None:
+    """Promise: -f gives the name to a new file; who has the old one open, or linked, keeps it."""
+    page, other = tmp_path / "page.html", tmp_path / "other"
+    page.write_text("old")
+    os.link(page, other)
+    assert run("report", image, "--html", page, "-f").returncode == 0
+    assert other.read_text() == "old"
+    assert page.read_text().startswith("<!")
+    assert {file.name for file in tmp_path.iterdir()} >= {"page.html", "other"}
+    assert not list(tmp_path.glob(".page*"))
+    missing = tmp_path / "no" / "page.html"
+    failed = run("report", image, "--html", missing)
+    assert failed.returncode == 1
+    assert f"cannot write {missing}: No such file" in failed.stderr
+
+
 def test_commands_come_without_their_word_and_images_may_be_called_like_one(
     tmp_path: Path, original: bytes
 ) -> None:

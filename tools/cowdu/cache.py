@@ -3,29 +3,59 @@
 A file for each image in $XDG_CACHE_HOME/cowfs, or where that is not set in /var/cache/cowfs for root and
 ~/.cache/cowfs for others; it can be deleted at any time. The owner sets count for exactly the
 generation and catalog that they were made of; of the structure a later look uses every node whose
-checksum is still there (structure.py). A file that is not whole, or of another version, is as good as
-none: what it would have saved is done again.
+checksum is still there (structure.py). A file that is not whole, of another version, or no file of ours
+is as good as none: what it would have saved is done again. A right checksum proves nothing: every array
+is looked at before it is used, owners must be those of the catalog, and sums what the image counts. (A
+structure that lies in accord with all of that is believed: only reading the nodes would tell.)
 """
 
 import contextlib
 import io
 import json
 import os
+import zipfile
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 from xxhash import xxh3_128_digest
 
-from cowfs.history.owners import Blocks, Owner, OwnerKind, OwnerSets, Retained, Survey
-from cowfs.history.structure import Structure
-from cowfs.storage.format import Superblock
+from cowfs.cli.own_files import read_own, replace_file
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.owners import (
+    Blocks,
+    Owner,
+    OwnerKind,
+    OwnerSets,
+    Retained,
+    Survey,
+    are_sound,
+    owners_of,
+)
+from cowfs.history.records import RootKind
+from cowfs.history.structure import Structure, is_sound
+from cowfs.storage.format import MAX_TOTAL_BLOCKS
 
 VERSION = 1
 CHECKSUM_BYTES = 16
 FILE_BYTES_MAX = 2 << 30  # a larger one would take as long to read as it saves
 
 _STRUCTURE = tuple(Structure.__dataclass_fields__)
+_SETS = ("sets", "set_nodes", "set_data", "labels")
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class _Facts(msgspec.Struct, frozen=True):
+    """What is kept beside the arrays. An owner: kind, name, number, parent."""
+
+    version: int
+    state: str
+    owners: tuple[tuple[OwnerKind, str, int, int | None], ...]
+    retained: tuple[tuple[int, tuple[int, int]], ...] | None
 
 
 def cache_directory() -> Path:
@@ -37,60 +67,71 @@ def cache_directory() -> Path:
 
 
 class Kept:
-    """What is kept of an image: `load` finds it, `save` replaces it."""
+    """What is kept of an image: the constructor finds it, `save` replaces it.
 
-    def __init__(self, superblock: Superblock) -> None:
+    Args:
+        filesystem: of the image, open read-only.
+    """
+
+    def __init__(self, filesystem: Filesystem) -> None:
+        superblock = filesystem.store.superblock
+        self._filesystem = filesystem
+        self._total_blocks = superblock.total_blocks
         self._path = cache_directory() / f"usage-{UUID(bytes=superblock.uuid)}"
         self._state = f"{superblock.generation}:{superblock.catalog.checksum.hex()}"
-        self._arrays: np.lib.npyio.NpzFile | None = None
-        self._facts: dict[str, object] = {}
-        self._load()
+        self._structure: Structure | None = None
+        self._sets: OwnerSets | None = None
+        self._labels: npt.NDArray[Any] | None = None
+        with contextlib.suppress(OSError):
+            data = read_own(self._path, FILE_BYTES_MAX)
+            if data is not None:
+                self._take(memoryview(data))
 
-    def _load(self) -> None:
+    def _take(self, data: memoryview) -> None:
+        if xxh3_128_digest(data[CHECKSUM_BYTES:]) != bytes(data[:CHECKSUM_BYTES]):
+            return
         try:
-            with open(self._path, "rb") as file:
-                status = os.fstat(file.fileno())
-                if status.st_uid != os.geteuid() or status.st_size > FILE_BYTES_MAX:
-                    return
-                data = file.read()
-            if xxh3_128_digest(memoryview(data)[CHECKSUM_BYTES:]) != data[:CHECKSUM_BYTES]:
-                return
-            arrays = np.load(io.BytesIO(data[CHECKSUM_BYTES:]), allow_pickle=False)
-            facts = json.loads(arrays["facts"].tobytes())
-            if facts["version"] == VERSION:
-                self._arrays, self._facts = arrays, facts
-        except (OSError, ValueError, KeyError, TypeError):
-            return  # as good as none
+            arrays, facts = _decoded(data[CHECKSUM_BYTES:])
+        except Exception:  # whatever three libraries say of bytes that lie: as good as none
+            return
+        structure = Structure(**{name: arrays[name] for name in _STRUCTURE})
+        if facts.version != VERSION or not is_sound(structure, self._total_blocks):
+            return
+        self._structure = structure
+        if facts.state != self._state:
+            return
+        sets = OwnerSets(
+            tuple(Owner(*owner) for owner in facts.owners),
+            arrays["sets"],
+            arrays["set_nodes"],
+            arrays["set_data"],
+            _retained(facts),
+        )
+        labels = arrays["labels"]
+        if (
+            are_sound(sets)
+            and sets.owners == owners_of(self._filesystem)
+            and len(structure.tops) == len(sets.owners)
+            and labels.dtype == np.int64
+            and labels.shape == structure.nodes.shape
+            and ((labels >= 0) & (labels < len(sets.sets))).all()
+            and agrees(self._filesystem, sets)
+        ):
+            self._sets, self._labels = sets, labels
 
     def structure(self) -> Structure | None:
         """Of this generation or an earlier one."""
-        if self._arrays is None:
-            return None
-        return Structure(**{name: self._arrays[name] for name in _STRUCTURE})
+        return self._structure
 
     def sets(self) -> OwnerSets | None:
         """Of exactly this generation."""
-        if self._arrays is None or self._facts["state"] != self._state:
-            return None
-        owners = self._facts["owners"]
-        retained = self._facts["retained"]
-        assert isinstance(owners, list)
-        return OwnerSets(
-            tuple(Owner(OwnerKind(kind), *rest) for kind, *rest in owners),
-            self._arrays["sets"],
-            self._arrays["set_nodes"],
-            self._arrays["set_data"],
-            None
-            if not isinstance(retained, list)
-            else tuple(Retained(number, Blocks(*blocks)) for number, blocks in retained),
-        )
+        return self._sets
 
     def survey(self) -> Survey | None:
         """All of it, of exactly this generation."""
-        sets, structure = self.sets(), self.structure()
-        if sets is None or structure is None or self._arrays is None:
+        if self._sets is None or self._structure is None or self._labels is None:
             return None
-        return Survey(structure, sets, self._arrays["labels"])
+        return Survey(self._structure, self._sets, self._labels)
 
     def save(self, survey: Survey) -> None:
         """Keep this instead. What cannot be written is not kept: it was only to save time."""
@@ -115,16 +156,46 @@ class Kept:
         data = buffer.getbuffer()
         if len(data) > FILE_BYTES_MAX:
             return
-        fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            try:
-                descriptor = os.open(
-                    fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600
-                )
-                with open(descriptor, "wb") as file:
-                    file.write(xxh3_128_digest(data))
-                    file.write(data)
-                os.replace(fresh, self._path)
-            finally:
-                fresh.unlink(missing_ok=True)
+            replace_file(self._path, [xxh3_128_digest(data), data])
+
+
+def agrees(filesystem: Filesystem, sets: OwnerSets) -> bool:
+    """Whether the sets are in accord with what the image counts by itself.
+
+    They have all that is allocated and no more, and each root has as much as its record says, where
+    that is exact.
+    """
+    if sets.total().total != filesystem.space().tree:
+        return False
+    referenced = sets.each("referenced").sum(axis=1)
+    for record in filesystem.catalog.roots():
+        kind = OwnerKind.VOLUME if record.kind is RootKind.VOLUME else OwnerKind.SNAPSHOT
+        counted = referenced[sets.bit(kind, record.root_id)]
+        if not record.shares and counted != record.referenced_blocks(filesystem.store.copies):
+            return False
+    return True
+
+
+def _decoded(data: memoryview) -> tuple[Arrays, _Facts]:
+    """The arrays and facts of a file. Raises whatever zipfile, numpy and msgspec raise."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        # As `save` writes them: nothing grows when it is read.
+        if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
+            raise ValueError("compressed")
+    kept = np.load(io.BytesIO(data), allow_pickle=False)
+    arrays = {name: kept[name] for name in (*_STRUCTURE, *_SETS)}
+    facts = msgspec.json.decode(kept["facts"].tobytes(), type=_Facts)
+    numbers = [number for _, _, number, _ in facts.owners]
+    for generation, blocks in facts.retained or ():
+        numbers += [generation, *blocks]
+    if not all(0 <= number <= MAX_TOTAL_BLOCKS << 16 for number in numbers):
+        raise ValueError("a number out of range")
+    return arrays, facts
+
+
+def _retained(facts: _Facts) -> tuple[Retained, ...] | None:
+    if facts.retained is None:
+        return None
+    return tuple(Retained(number, Blocks(*blocks)) for number, blocks in facts.retained)

@@ -15,7 +15,7 @@ from cowfs.history.owners import OwnerSets, Survey, survey
 from cowfs.history.records import RootRecord
 from cowfs.history.structure import Progress
 
-from .cache import Kept
+from .cache import Kept, agrees
 
 NICENESS = 10  # about a tenth of a processor that others want too; below that, reading does not end
 
@@ -55,7 +55,10 @@ class Look:
             kept = self._cache()
             self._survey = kept.survey()
             if self._survey is None:
-                self._survey = survey(self.filesystem, kept.structure(), self.progress)
+                known = kept.structure()
+                self._survey = survey(self.filesystem, known, self.progress)
+                if known is not None and not agrees(self.filesystem, self._survey.sets):
+                    self._survey = survey(self.filesystem, None, self.progress)  # it was not true
                 kept.save(self._survey)
             self._sets = self._survey.sets
             self._kept = None  # its arrays are in the survey now
@@ -63,7 +66,7 @@ class Look:
 
     def _cache(self) -> Kept:
         if self._kept is None:
-            self._kept = Kept(self.filesystem.store.superblock)
+            self._kept = Kept(self.filesystem)
         return self._kept
 
 

@@ -6,6 +6,7 @@ counted twice before that, by owner sets and by virtual drop, and a page is only
 
 import json
 import os
+import stat
 import time
 from collections.abc import Sequence
 from importlib.resources import files
@@ -15,8 +16,9 @@ from typing import Any
 import click
 
 from cowfs.cli.output import Numbers, json_option, print_json
+from cowfs.cli.own_files import make_file, replace_file
 from cowfs.cli.snapshots import target_argument
-from cowfs.errors import CorruptError, UsageError
+from cowfs.errors import CorruptError, CowfsError, UsageError
 from cowfs.escapes import escaped_path, printable
 from cowfs.history.names import resolve
 from cowfs.history.owners import OwnerSets, members
@@ -52,15 +54,19 @@ def report(target: str, page: str, force: bool, as_json: bool) -> None:
     cowdu report ~/data --html disk.html
     """
     to_terminal = page == "-"
-    if not to_terminal and os.path.exists(page) and not force:
-        raise UsageError(f"{page} is there already; -f writes over it")
+    if not to_terminal:
+        _require_writable(Path(page), force=force)
     with look(target) as found:
         data = report_data(found, target)
     text = page_of(data)
     if to_terminal:
         click.echo(text)
         return
-    Path(page).write_text(text, encoding="utf-8")
+    write = replace_file if force else make_file
+    try:
+        write(Path(page), [text.encode()], mode=0o666)
+    except OSError as error:
+        raise CowfsError(f"cannot write {page}: {error.strerror}") from None
     fields = {
         "path": escaped_path(os.path.abspath(page)),
         "size_bytes": os.path.getsize(page),
@@ -73,6 +79,18 @@ def report(target: str, page: str, force: bool, as_json: bool) -> None:
     else:
         size = Numbers().size(os.path.getsize(page))
         click.echo(f"wrote {printable(page)}: {size}, {len(data['snapshots'])} snapshots")
+
+
+def _require_writable(page: Path, *, force: bool) -> None:
+    """Say early what is in the way; a link, a device or a fifo is never written to or replaced."""
+    try:
+        mode = page.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{page} is no regular file; name another, or - for standard output")
+    if not force:
+        raise UsageError(f"{page} is there already; -f writes over it")
 
 
 def page_of(data: dict[str, Any]) -> str:
