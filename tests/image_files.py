@@ -7,10 +7,12 @@ from pathlib import Path
 
 from cowfs.care.check import check_image
 from cowfs.files.items import ROOT_INO
+from cowfs.history.edits import CreateSnapshot
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.history.reports import space_report
 from cowfs.storage.device import FileDevice, create_file
+from tests.model.behind import edit_by_hand
 
 SIZE_BYTES = 64 << 20
 
@@ -62,7 +64,7 @@ def snapshot(name: str) -> Callable[[Filesystem], None]:
     """A step for `change`: take a snapshot."""
 
     def step(filesystem: Filesystem) -> None:
-        filesystem.apply(filesystem.create_snapshot(name, f"the state {name}"))
+        filesystem.apply(CreateSnapshot(name, f"the state {name}"))
 
     return step
 
@@ -72,7 +74,7 @@ def dated(name: str, created_ns: int) -> Callable[[Filesystem], None]:
 
     def step(filesystem: Filesystem) -> None:
         record = replace(filesystem.catalog.snapshot(name), created_ns=created_ns)
-        filesystem.apply(lambda frozen: frozen.catalog.put(record))
+        edit_by_hand(filesystem, lambda frozen: frozen.catalog.put(record))
 
     return step
 

@@ -14,10 +14,16 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 # From the lowest to the highest: a floor may import itself and whatever stands before it.
-FLOORS = ("errors", "storage", "files", "history", "care", "daemon", "cli", "tools")
+FLOORS = ("errors", "storage", "files", "history", "care", "daemon", "api", "cli", "tools")
 
 # Files directly in cowfs/, and the floor they count as.
-TOP_LEVEL_FILES = {"__init__": "errors", "errors": "errors", "escapes": "errors", "__main__": "cli"}
+TOP_LEVEL_FILES = {
+    "__init__": "errors",
+    "errors": "errors",
+    "escapes": "errors",
+    "api": "api",
+    "__main__": "cli",
+}
 
 # The checker shares no code with what it checks: not the allocator, not the trees, not the volume.
 CARE_MAY_IMPORT = (
@@ -37,6 +43,9 @@ LIBRARY_FLOORS = {"pyfuse3": ("daemon",), "trio": ("daemon", "cli")}
 
 # Libraries that only one file may import, because something must happen first.
 LIBRARY_FILES = {"pyfuse3": "cowfs.daemon.fuse"}
+
+# What the package itself may import: `cowfs.connect` is a door, opened when it is asked for.
+FRONT_DOOR = ("cowfs.__init__", "cowfs.api")
 
 # Names that promise nothing about what is inside.
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "types", "misc"}
@@ -107,6 +116,8 @@ def _objection(floor: str, module: str, target: str) -> str | None:
     target_floor = _floor(target)
     if target_floor is None:
         return f"{floor} imports {target}, which is on no floor"
+    if (module, target.removesuffix(".Connection").removesuffix(".connect")) == FRONT_DOOR:
+        return None
     if FLOORS.index(target_floor) > FLOORS.index(floor):
         return f"{floor} imports {target}, from the floor {target_floor} above it"
     if floor == "care" and not any(
@@ -155,7 +166,7 @@ def test_layering_of_this_checkout_has_no_violation() -> None:
 
 def test_layering_reads_every_folder_of_the_list() -> None:
     """Promise: the check is not passed by looking at nothing."""
-    for floor in FLOORS[1:-1]:
+    for floor in set(FLOORS[1:-1]) - set(TOP_LEVEL_FILES):
         assert list((CHECKOUT / "cowfs" / floor).glob("*.py")), f"no file in cowfs/{floor}"
     assert list((CHECKOUT / "tools").glob("*.py")), "no file in tools"
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import click
 
+from cowfs.api import connect
 from cowfs.cli.entry import warn
 from cowfs.cli.output import Numbers, json_option, print_json, progress_bar
-from cowfs.cli.target import open_target
 from cowfs.errors import EXIT_ERROR, CowfsError, UsageError
 from cowfs.escapes import printable
 from cowfs.files.items import INLINE_BYTES_MAX
@@ -110,7 +110,7 @@ def _require_sharing(plan: list[tuple[Path, Path]]) -> None:
     mountpoint = parent.resolve()
     while not os.path.ismount(mountpoint):
         mountpoint = mountpoint.parent
-    with open_target(str(mountpoint)) as filesystem:
+    with connect(str(mountpoint)) as filesystem:
         info = filesystem.info()
     if SHARE not in info.features:
         raise CowfsError(f"this mount of {info.image} cannot share blocks; use cp")

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cowfs.api import connect
 from cowfs.cli.entry import warn
 from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
-from cowfs.cli.target import confirm, offline_device, open_target, yes_option
-from cowfs.daemon.finding import connect
+from cowfs.cli.target import confirm, offline_device, yes_option
+from cowfs.daemon.finding import connect as connect_daemon
 from cowfs.errors import EXIT_ERROR, ImageError, LockedError, UsageError
 from cowfs.escapes import escaped_path, printable
 
@@ -157,7 +158,7 @@ def _target_device(path: str, size_bytes: int | None, *, force: bool) -> "Iterat
 
 def _refuse_running(path: str) -> None:
     """A daemon that only reads holds no lock."""
-    client = connect(path)
+    client = connect_daemon(path)
     if client is not None:
         client.close()
         raise LockedError(f"{path} is mounted ({client.daemon}); unmount it first")
@@ -262,7 +263,7 @@ def check(
     from cowfs.care.check import check_image
 
     with (
-        open_target(target) as filesystem,
+        connect(target) as filesystem,
         progress_bar("reading") as bar,
         filesystem.device() as (device, generation),
     ):

@@ -2,10 +2,11 @@
 
 import click
 
+from cowfs.api import Connection, connect
 from cowfs.cli.entry import warn
 from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
 from cowfs.cli.snapshots import complete_name, target_argument
-from cowfs.cli.target import Target, confirm, offline_device, open_target, yes_option
+from cowfs.cli.target import confirm, offline_device, yes_option
 from cowfs.errors import ImageError, UsageError
 from cowfs.escapes import printable, quoted
 from cowfs.history.selection import select
@@ -64,7 +65,7 @@ def rollback(
             click.echo(f"went back to generation {generation}, which is now generation {restored}")
         return
     assert name is not None
-    with open_target(target) as filesystem:
+    with connect(target) as filesystem:
         if dry_run:
             chosen = select([name], filesystem.snapshots())
             if len(chosen) != 1 or chosen[0].name != name:
@@ -86,7 +87,7 @@ def rollback(
         )
 
 
-def _staying_behind(filesystem: Target) -> list[str]:
+def _staying_behind(filesystem: Connection) -> list[str]:
     """Who will go on to see the state before."""
     from cowfs.daemon.processes import holding_directories
 
@@ -145,7 +146,7 @@ def undo(target: str, force: bool, as_json: bool) -> None:
     \b
     cowfs undo ~/data
     """
-    with open_target(target) as filesystem:
+    with connect(target) as filesystem:
         behind = _staying_behind(filesystem)
         kept = filesystem.undo(force=force)
         _warn_of(behind)

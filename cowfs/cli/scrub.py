@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cowfs.api import Connection, connect
 from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
 from cowfs.cli.snapshots import target_argument
-from cowfs.cli.target import Target, open_target
 from cowfs.errors import EXIT_ERROR, CowfsError, UsageError
 from cowfs.escapes import escaped_path, printable, quoted
 
@@ -102,7 +102,7 @@ def status(target: str, as_json: bool) -> None:
     """
     from cowfs.cli.scrub_state import ScrubState
 
-    with open_target(target) as found:
+    with connect(target) as found:
         uuid = found.info().uuid
     report = ScrubState(uuid).report()
     if as_json:
@@ -125,7 +125,7 @@ def cancel(target: str) -> None:
     """
     from cowfs.cli.scrub_state import ScrubState
 
-    with open_target(target) as found:
+    with connect(target) as found:
         uuid = found.info().uuid
     state = ScrubState(uuid)
     worker = state.worker()
@@ -148,7 +148,7 @@ def _begin(
     from cowfs.cli.scrub_state import ScrubState
 
     rate_bytes = _rate(rate)
-    with open_target(target) as found:
+    with connect(target) as found:
         state = ScrubState(found.info().uuid)
         last = state.report()
         if resume and (last is None or last.state != "interrupted"):
@@ -210,7 +210,12 @@ def _spawn(
 
 
 def _scrub(
-    target: Target, state: "ScrubState", rate_bytes: int | None, *, read_only: bool, resume: bool
+    target: Connection,
+    state: "ScrubState",
+    rate_bytes: int | None,
+    *,
+    read_only: bool,
+    resume: bool,
 ) -> "ScrubReport":
     from cowfs.care.scrub import Scrub, report_of
 
@@ -290,7 +295,7 @@ def _run_until_told(scrub: "Scrub", stop: _Stop) -> bool:
     return False
 
 
-def _count_good(target: Target, copies: "list[BadCopy]") -> int:
+def _count_good(target: Connection, copies: "list[BadCopy]") -> int:
     """How many of the copies that were bad hold the bytes of their twin now."""
     from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_SIZE_BYTES
 

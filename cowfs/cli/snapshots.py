@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from cowfs.api import connect
 from cowfs.cli.entry import warn
 from cowfs.cli.output import (
     Column,
@@ -24,7 +25,6 @@ from cowfs.cli.output import (
     print_table,
     progress_bar,
 )
-from cowfs.cli.target import open_target
 from cowfs.daemon.messages import Progress
 from cowfs.errors import CowfsError, UsageError
 from cowfs.escapes import printable
@@ -42,7 +42,7 @@ target_argument = click.argument("target", metavar="TARGET", type=click.Path())
 def complete_name(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
     """The names of snapshots that begin with `text`, for the shell."""
     try:
-        with open_target(context.params["target"]) as filesystem:
+        with connect(context.params["target"]) as filesystem:
             names = [snapshot.name for snapshot in filesystem.snapshots()]
     except (CowfsError, OSError, KeyError):
         return []  # a hint that cannot be given
@@ -136,7 +136,7 @@ def create(target: str, name: str, message: str, as_json: bool) -> None:
     \b
     cowfs snapshot create ~/data before-upgrade -m 'all tests passed'
     """
-    with open_target(target) as filesystem:
+    with connect(target) as filesystem:
         made = filesystem.create_snapshot(name, message)
     if as_json:
         print_json("cowfs snapshot create", {"snapshot": as_fields(made)})
@@ -154,7 +154,7 @@ def list_snapshots(target: str, as_json: bool, bare: bool, exact: bool) -> None:
     cowfs snapshot list ~/data
     cowfs snapshot list disk.img -H -p | cut -f 1
     """
-    with open_target(target) as filesystem:
+    with connect(target) as filesystem:
         snapshots = filesystem.snapshots()
     if as_json:
         print_json("cowfs snapshot list", {"snapshots": as_fields(snapshots)})
@@ -230,7 +230,7 @@ def delete(
             "give a NAME, or a rule such as --keep-last; see cowfs snapshot delete --help"
         )
     with ExitStack() as stack:
-        filesystem = stack.enter_context(open_target(target))
+        filesystem = stack.enter_context(connect(target))
         found, kept = divide(names, rules, filesystem.snapshots(), time.time_ns())
         warn_of_future("cowfs", kept)
         require_released(found)  # all of them: a daemon is asked in several requests
@@ -281,7 +281,7 @@ def rename(target: str, old: str, new: str, as_json: bool) -> None:
     \b
     cowfs snapshot rename ~/data before-rollback-2026-01-05T12.00.00 keep
     """
-    with open_target(target) as filesystem:
+    with connect(target) as filesystem:
         renamed = filesystem.rename_snapshot(old, new)
     if as_json:
         print_json("cowfs snapshot rename", {"snapshot": as_fields(renamed)})
@@ -323,7 +323,7 @@ def release(target: str, names: tuple[str, ...], as_json: bool) -> None:
 
 
 def _hold(target: str, names: tuple[str, ...], *, held: bool, as_json: bool) -> None:
-    with open_target(target) as filesystem:
+    with connect(target) as filesystem:
         chosen = [found.name for found in select(names, filesystem.snapshots())]
         changed = filesystem.hold_snapshots(chosen, held)
     if as_json:

@@ -5,6 +5,7 @@ import stat
 
 import click
 
+from cowfs.api import Connection, connect
 from cowfs.cli.output import (
     Column,
     Numbers,
@@ -17,7 +18,6 @@ from cowfs.cli.output import (
     progress_bar,
 )
 from cowfs.cli.snapshots import shown_by, target_argument
-from cowfs.cli.target import Target, open_target
 from cowfs.escapes import escaped_path, printable
 from cowfs.history.reports import InfoReport, ReclaimReport, SpaceReport, reclaim_report
 
@@ -59,7 +59,7 @@ def df(target: str, as_json: bool, bare: bool, exact: bool) -> None:
     cowfs df ~/data
     cowfs df ~/data -H -p | cut -f 10
     """
-    with open_target(target) as filesystem:
+    with connect(target) as filesystem:
         space = filesystem.space()
         largest = _largest(filesystem, space)
     if as_json:
@@ -78,7 +78,7 @@ def df(target: str, as_json: bool, bare: bool, exact: bool) -> None:
             click.echo("for so much and the least loss: cowdu plan TARGET --free SIZE")
 
 
-def _largest(filesystem: Target, space: SpaceReport) -> list[ReclaimReport]:
+def _largest(filesystem: Connection, space: SpaceReport) -> list[ReclaimReport]:
     """Of a nearly full filesystem: which snapshots' deletion frees most, each alone and all together.
 
     Read here, not by the daemon, from a generation that it keeps meanwhile.
@@ -144,7 +144,7 @@ def info(target: str, generations: bool, as_json: bool, bare: bool, exact: bool)
     if generations:
         _show_generations(target, Numbers(exact), as_json=as_json, bare=bare)
         return
-    with open_target(target) as filesystem:
+    with connect(target) as filesystem:
         report = filesystem.info()
     if as_json:
         print_json("cowfs info", as_fields(report))
@@ -158,7 +158,7 @@ def _show_generations(target: str, numbers: Numbers, *, as_json: bool, bare: boo
     from cowfs.care.generations import generation_reports
 
     with (
-        open_target(target) as filesystem,
+        connect(target) as filesystem,
         progress_bar("looking") as bar,
         filesystem.device() as (device, _),
     ):
@@ -255,7 +255,7 @@ def sync(target: str, as_json: bool) -> None:
     \b
     cowfs sync ~/data
     """
-    with open_target(target) as filesystem:
+    with connect(target) as filesystem:
         generation = filesystem.sync()
     if as_json:
         print_json("cowfs sync", {"generation": generation})
@@ -275,7 +275,7 @@ def trim(target: str, as_json: bool) -> None:
     cowfs trim ~/data
     cowfs trim disk.img --json
     """
-    with open_target(target) as filesystem, progress_bar("trimming") as bar:
+    with connect(target) as filesystem, progress_bar("trimming") as bar:
         report = filesystem.trim(shown_by(bar))
         host_bytes = _host_bytes(filesystem.image)
     if as_json:

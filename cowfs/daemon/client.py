@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,43 +25,31 @@ from cowfs.daemon.messages import (
     PROGRESS,
     PROTOCOL_VERSION,
     REQUEST,
+    REQUEST_BYTES_MAX,
     RESULT,
-    CreateSnapshot,
-    DeleteSnapshots,
     Done,
-    Drops,
-    DropsReply,
     Envelope,
     ErrorMessage,
     FollowRemount,
-    HoldSnapshots,
-    Info,
-    InfoReply,
     PinGeneration,
     PinReply,
     Progress,
-    RenameSnapshot,
     RepairCopy,
     RepairReply,
     Reply,
     Request,
-    Rollback,
-    SnapshotReply,
-    Snapshots,
-    SnapshotsReply,
-    Space,
-    SpaceReply,
     Stop,
     Sync,
     Trim,
     TrimReply,
-    Undo,
+    WaitDrops,
     encode_request,
     error_of,
-    frame,
+    frames,
 )
 from cowfs.errors import ImageError, MountError, UsageError
-from cowfs.history.reports import DropReport, InfoReport, SnapshotReport, SpaceReport, TrimReport
+from cowfs.history.reports import InfoReport, TrimReport
+from cowfs.history.requests import Info, InfoReply
 
 ANSWER_BYTES_MAX = 256 << 20  # of all frames of one answer: 200,000 snapshots
 SILENCE_S_MAX = (
@@ -140,64 +128,26 @@ class Client:
     # --- requests
 
     def info(self) -> InfoReport:
-        return self._ask(Info(), InfoReply).info
+        return self.ask(Info(), InfoReply).info
 
-    def space(self) -> SpaceReport:
-        return self._ask(Space(), SpaceReply).space
-
-    def snapshots(self) -> tuple[SnapshotReport, ...]:
-        return self._ask(Snapshots(), SnapshotsReply).snapshots
-
-    def drops(self) -> tuple[DropReport, ...]:
-        return self._ask(Drops(), DropsReply).drops
-
-    def create_snapshot(self, name: str, description: str = "") -> SnapshotReport:
-        request = CreateSnapshot(name=name, description=description)
-        return self._ask(request, SnapshotReply).snapshot
-
-    def delete_snapshots(
-        self, names: Sequence[str], *, wait: bool = False, progress: ShowProgress | None = None
-    ) -> tuple[SnapshotReport, ...]:
-        """Delete them, all or none; more names than fit in one request go in several, in order."""
-        deleted: tuple[SnapshotReport, ...] = ()
-        batches = list(_batches(names))
-        for number, batch in enumerate(batches):
-            is_last = number == len(batches) - 1
-            request = DeleteSnapshots(names=batch, wait=wait and is_last)
-            deleted += self._ask(request, SnapshotsReply, progress).snapshots
-        return deleted
-
-    def rename_snapshot(self, old: str, new: str) -> SnapshotReport:
-        return self._ask(RenameSnapshot(old=old, new=new), SnapshotReply).snapshot
-
-    def hold_snapshots(self, names: Sequence[str], held: bool) -> tuple[SnapshotReport, ...]:
-        """Hold or release them, all or none; in several requests as deletions are."""
-        found: tuple[SnapshotReport, ...] = ()
-        for batch in _batches(names):
-            request = HoldSnapshots(names=batch, held=held)
-            found += self._ask(request, SnapshotsReply).snapshots
-        return found
-
-    def rollback(self, name: str, *, force: bool = False) -> SnapshotReport:
-        return self._ask(Rollback(name=name, force=force), SnapshotReply).snapshot
-
-    def undo(self, *, force: bool = False) -> SnapshotReport:
-        return self._ask(Undo(force=force), SnapshotReply).snapshot
+    def wait_drops(self, progress: ShowProgress | None = None) -> None:
+        """Return when the drop queue is empty and that is durable."""
+        self.ask(WaitDrops(), Done, progress)
 
     def sync(self) -> int:
         """Returns the newest durable generation."""
-        return self._ask(Sync(), Done).generation
+        return self.ask(Sync(), Done).generation
 
     def follow_remount(self) -> int:
         """Have the daemon see a remount, and follow it. Returns the newest durable generation."""
-        return self._ask(FollowRemount(), Done).generation
+        return self.ask(FollowRemount(), Done).generation
 
     def trim(self, progress: ShowProgress | None = None) -> TrimReport:
-        return self._ask(Trim(), TrimReply, progress).trim
+        return self.ask(Trim(), TrimReply, progress).trim
 
     def pin(self) -> tuple[int, bool]:
         """The generation kept whole until this client is closed, and whether it (still) is."""
-        reply = self._ask(PinGeneration(), PinReply)
+        reply = self.ask(PinGeneration(), PinReply)
         return reply.generation, reply.holds
 
     def repair(self, copy: RepairCopy) -> bool:
@@ -206,7 +156,7 @@ class Client:
         Raises:
             ReadOnlyError: nothing is written there.
         """
-        return self._ask(copy, RepairReply).accepted
+        return self.ask(copy, RepairReply).accepted
 
     def stop(self) -> None:
         """Unmount cleanly. Returns when the last commit is durable.
@@ -216,18 +166,24 @@ class Client:
             ConnectionAbortedError: the daemon ended without telling.
         """
         try:
-            self._ask(Stop(), Done)
+            self.ask(Stop(), Done)
         except _EndedError as error:
             raise ConnectionAbortedError(str(error)) from None
 
     # --- frames
 
-    def _ask(
+    def ask(
         self,
         request: Request,
         expected: type[ReplyType],
         progress: ShowProgress | None = None,
     ) -> ReplyType:
+        """The answer to a request, of the kind that is expected.
+
+        Raises:
+            CowfsError: what the daemon says is wrong.
+            MountError: it does not answer, or not in a way that can be read.
+        """
         try:
             self._send(request)
             payload = self._receive(progress)
@@ -249,9 +205,10 @@ class Client:
 
     def _send(self, request: Request) -> None:
         envelope = Envelope(version=PROTOCOL_VERSION, request=msgspec.Raw(encode_request(request)))
-        whole = frame(REQUEST, msgspec.json.encode(envelope))
-        if len(whole) > FRAME_BYTES_MAX:
-            raise UsageError(f"a request of {len(whole)} bytes is too long for the daemon")
+        payload = msgspec.json.encode(envelope)
+        if len(payload) > REQUEST_BYTES_MAX:
+            raise UsageError(f"a request of {len(payload)} bytes is too long for the daemon")
+        whole = b"".join(frames(REQUEST, payload))
         try:
             self._socket.sendall(whole)
         except (BrokenPipeError, ConnectionResetError):
@@ -301,19 +258,3 @@ def _decode(payload: bytes, kind: type[ReplyType]) -> ReplyType:
         return msgspec.json.decode(payload, type=kind)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise MountError(f"the daemon's answer cannot be read: {error}") from None
-
-
-def _batches(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The names in groups of which each fits in one request."""
-    room = FRAME_BYTES_MAX - 1024
-    batch: list[str] = []
-    used = 0
-    for name in names:
-        size = len(encode_request(Rollback(name=name)))  # more than the name alone
-        if batch and used + size > room:
-            yield tuple(batch)
-            batch, used = [], 0
-        batch.append(name)
-        used += size
-    if batch or not names:
-        yield tuple(batch)

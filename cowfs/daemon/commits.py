@@ -15,7 +15,9 @@ import trio
 
 from cowfs.daemon.discards import Discarder, ShowSweep
 from cowfs.errors import CowfsError, DeviceError, ReadOnlyError
-from cowfs.history.filesystem import Edit, EditAction, Filesystem
+from cowfs.history.edits import Edit
+from cowfs.history.filesystem import Checked, Filesystem
+from cowfs.history.records import RootRecord
 from cowfs.storage.commit import Commit
 from cowfs.storage.discards import Sweep
 from cowfs.storage.format import BLOCK_SIZE_BYTES
@@ -42,6 +44,9 @@ class _Batch:
     """
 
     edit: Edit | None = None
+    frozen: Callable[[], None] | None = None  # to call when the edit is made, before anything else
+    result: list[RootRecord] = field(default_factory=list)
+    refusal: CowfsError | None = None  # why the edit cannot be made; the commit goes on without it
     mark_clean: bool | None = None  # commit even if nothing changed, so that the mark is right
     is_forced: bool = False
     waiters: int = 0
@@ -110,18 +115,28 @@ class Committer:
         batch.waiters += 1
         await self._join(batch)
 
-    async def apply(self, action: EditAction) -> object:
-        """Make an edit durable. Returns its result, raises its error."""
+    async def apply(self, edit: Edit, frozen: Callable[[], None] | None = None) -> list[RootRecord]:
+        """Make an edit durable.
+
+        Args:
+            frozen: called in the same turn as the freeze that makes the edit; must not fail.
+
+        Returns:
+            The records of its answer.
+
+        Raises:
+            CowfsError: the edit cannot be made, or the commit failed (C8).
+        """
         while self._next.edit is not None:
             await self._next.done.wait()
         self.filesystem.store.require_writable()
         batch = self._next
-        batch.edit = Edit(action)
+        batch.edit, batch.frozen = edit, frozen
         batch.waiters += 1
         await self._join(batch)
-        if batch.edit.error is not None:
-            raise batch.edit.error
-        return batch.edit.result
+        if batch.refusal is not None:
+            raise batch.refusal
+        return batch.result
 
     async def trim(self, show: ShowSweep | None = None) -> Sweep:
         """Discard all free blocks, with what waits for nothing but the next commits to be free.
@@ -250,10 +265,14 @@ class Committer:
         writing = self._writing = trio.Event()
         try:
             is_marked = batch.mark_clean is None or batch.mark_clean == filesystem.marked_clean
-            is_due = batch.edit is not None or batch.is_forced or filesystem.changed
+            checked = self._check(batch)
+            is_due = checked is not None or batch.is_forced or filesystem.changed
             if is_due or not is_marked:
-                edits = [batch.edit] if batch.edit is not None else []
-                commit = filesystem.freeze(edits, clean=bool(batch.mark_clean))
+                commit = filesystem.freeze(checked, clean=bool(batch.mark_clean))
+                if checked is not None:
+                    batch.result = checked.result
+                    if batch.frozen is not None:
+                        batch.frozen()
                 if batch.waiters > 1 or not _is_small(commit):
                     await trio.to_thread.run_sync(commit.write)
                 else:
@@ -275,6 +294,18 @@ class Committer:
             self._writing = None
             writing.set()
             batch.done.set()
+
+    def _check(self, batch: _Batch) -> Checked | None:
+        """The batch's edit, when it can be made; else the batch is told why not."""
+        if batch.edit is None:
+            return None
+        try:
+            return self.filesystem.check(batch.edit)
+        except CowfsError as error:
+            if self.filesystem.store.failed is not None:
+                raise
+            batch.refusal = error
+            return None
 
 
 def _is_small(commit: Commit) -> bool:

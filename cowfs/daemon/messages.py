@@ -2,7 +2,8 @@
 
 Promises:
 - A frame is 4 bytes of length, 1 byte of kind, and JSON, FRAME_BYTES_MAX at the most; longer
-  answers come in several frames. A request carries PROTOCOL_VERSION; another is refused in words.
+  requests and answers come in several frames. A request carries PROTOCOL_VERSION; another is
+  refused in words.
 - An error of the service arrives as the same kind of `CowfsError`, with its words, errno and exit
   code.
 
@@ -21,10 +22,14 @@ from msgspec import Struct
 from cowfs import errors
 from cowfs.errors import CorruptError, CowfsError, UsageError
 from cowfs.escapes import encodable, quoted
-from cowfs.history.reports import DropReport, InfoReport, SnapshotReport, SpaceReport, TrimReport
+from cowfs.history import requests
+from cowfs.history.edits import AnyEdit
+from cowfs.history.reports import TrimReport
+from cowfs.history.requests import AnyQuery
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 FRAME_BYTES_MAX = 64 << 10
+REQUEST_BYTES_MAX = 16 << 20  # of all frames of one request: 60,000 names of snapshots
 HEADER = struct.Struct(">IB")
 
 # Kinds of frames.
@@ -35,70 +40,8 @@ class _Message(Struct, frozen=True, kw_only=True, tag_field="type", forbid_unkno
     pass
 
 
-class Info(_Message, tag="info", frozen=True, kw_only=True):
-    """What is mounted, and how. Answered by InfoReply."""
-
-
-class Space(_Message, tag="space", frozen=True, kw_only=True):
-    """Answered by SpaceReply."""
-
-
-class Snapshots(_Message, tag="snapshots", frozen=True, kw_only=True):
-    """All snapshots, the oldest first. Answered by SnapshotsReply."""
-
-
-class Drops(_Message, tag="drops", frozen=True, kw_only=True):
-    """The drop queue. Answered by DropsReply."""
-
-
-class CreateSnapshot(_Message, tag="create-snapshot", frozen=True, kw_only=True):
-    """Answered by SnapshotReply when it is durable."""
-
-    name: str
-    description: str = ""
-
-
-class DeleteSnapshots(_Message, tag="delete-snapshots", frozen=True, kw_only=True):
-    """All of these or none. Answered by SnapshotsReply (those deleted) when that is durable.
-
-    With `wait` only when the drop queue is empty, with Progress until then.
-    """
-
-    names: tuple[str, ...]
-    wait: bool = False
-
-
-class RenameSnapshot(_Message, tag="rename-snapshot", frozen=True, kw_only=True):
-    """Answered by SnapshotReply when it is durable."""
-
-    old: str
-    new: str
-
-
-class HoldSnapshots(_Message, tag="hold-snapshots", frozen=True, kw_only=True):
-    """Refuse the deletion of these from now on, or no longer: all of them or none.
-
-    Answered by SnapshotsReply (as they are then) when that is durable.
-    """
-
-    names: tuple[str, ...]
-    held: bool
-
-
-class Rollback(_Message, tag="rollback", frozen=True, kw_only=True):
-    """Answered by SnapshotReply: the automatic snapshot of the state before.
-
-    With `force` also while files are open for writing.
-    """
-
-    name: str
-    force: bool = False
-
-
-class Undo(_Message, tag="undo", frozen=True, kw_only=True):
-    """Take back the last rollback. Answered as Rollback."""
-
-    force: bool = False
+class WaitDrops(_Message, tag="wait-drops", frozen=True, kw_only=True):
+    """Wait until the drop queue is empty. Answered by Done when that is durable, with Progress."""
 
 
 class Sync(_Message, tag="sync", frozen=True, kw_only=True):
@@ -138,22 +81,7 @@ class RepairCopy(_Message, tag="repair-copy", frozen=True, kw_only=True):
 
 
 Request = (
-    Info
-    | Space
-    | Snapshots
-    | Drops
-    | CreateSnapshot
-    | DeleteSnapshots
-    | RenameSnapshot
-    | HoldSnapshots
-    | Rollback
-    | Undo
-    | Sync
-    | FollowRemount
-    | Trim
-    | Stop
-    | PinGeneration
-    | RepairCopy
+    AnyEdit | AnyQuery | WaitDrops | Sync | FollowRemount | Trim | Stop | PinGeneration | RepairCopy
 )
 
 
@@ -163,26 +91,6 @@ class Progress(Struct, frozen=True, kw_only=True):
     what: str
     done_bytes: int
     total_bytes: int
-
-
-class InfoReply(_Message, tag="info", frozen=True, kw_only=True):
-    info: InfoReport
-
-
-class SpaceReply(_Message, tag="space", frozen=True, kw_only=True):
-    space: SpaceReport
-
-
-class SnapshotReply(_Message, tag="snapshot", frozen=True, kw_only=True):
-    snapshot: SnapshotReport
-
-
-class SnapshotsReply(_Message, tag="snapshots", frozen=True, kw_only=True):
-    snapshots: tuple[SnapshotReport, ...]
-
-
-class DropsReply(_Message, tag="drops", frozen=True, kw_only=True):
-    drops: tuple[DropReport, ...]
 
 
 class PinReply(_Message, tag="pin", frozen=True, kw_only=True):
@@ -206,17 +114,7 @@ class Done(_Message, tag="done", frozen=True, kw_only=True):
     generation: int
 
 
-Reply = (
-    InfoReply
-    | SpaceReply
-    | SnapshotReply
-    | SnapshotsReply
-    | DropsReply
-    | PinReply
-    | RepairReply
-    | TrimReply
-    | Done
-)
+Reply = requests.Reply | PinReply | RepairReply | TrimReply | Done
 
 
 class Envelope(Struct, frozen=True, kw_only=True):
@@ -287,11 +185,11 @@ def frame(kind: int, payload: bytes | memoryview) -> bytes:
     return HEADER.pack(1 + len(payload), kind) + payload
 
 
-def result_frames(reply: Reply) -> Iterator[bytes]:
-    """An answer as frames, each no longer than FRAME_BYTES_MAX."""
-    view = memoryview(msgspec.json.encode(reply))
+def frames(last_kind: int, payload: bytes) -> Iterator[bytes]:
+    """A request or an answer as frames of at most FRAME_BYTES_MAX; all but the last are parts."""
+    view = memoryview(payload)
     step = FRAME_BYTES_MAX - HEADER.size
     while len(view) > step:
         yield frame(PART, view[:step])
         view = view[step:]
-    yield frame(RESULT, view)
+    yield frame(last_kind, view)

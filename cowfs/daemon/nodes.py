@@ -238,35 +238,37 @@ class Nodes(pyfuse3.Operations):
         ]
 
     def switch(self) -> "Stale":
-        """The live volume was replaced. Returns what the kernel is to forget."""
+        """The live volume was replaced. Returns what the kernel is to forget. Cannot fail."""
         old = self._live
         old.inodes.forget_answers()
         self._old_lookups, self._old_base = self._lookups, self._live_base
         self._lookups = Lookups()
         self._set_live()
         self._reclaims = list(self._live.orphans)  # open then, in a time that is not now
-        names = {entry.name for _, entry in old.listing(ROOT_INO)}
-        names |= {entry.name for _, entry in self._live.listing(ROOT_INO)}
-        return Stale(sorted(names), self._old_base, self._old_lookups)
+        return Stale((old, self._live), self._old_base, self._old_lookups)
 
 
 class Stale(NamedTuple):
     """What a rollback leaves behind in the kernel.
 
     Attributes:
-        names: in the root directory, before and after.
+        volumes: the live one before and after; the kernel may know names of either's root directory.
         base: node id of inode 0 of what was the live volume.
         lookups: the inodes of that volume which the kernel knows.
     """
 
-    names: list[bytes]
+    volumes: tuple[Volume, Volume]
     base: int
     lookups: Lookups
 
 
-def invalidate(stale: Stale) -> None:
-    """Let the kernel forget the tree that was live. Call it from a thread."""
-    for name in stale.names:
+def invalidate(stale: Stale, names: list[bytes]) -> None:
+    """Let the kernel forget the tree that was live. Call it from a thread.
+
+    Args:
+        names: of the root directory, before and after.
+    """
+    for name in names:
         try:
             pyfuse3.invalidate_entry(pyfuse3.InodeT(ROOT_NODE), pyfuse3.FileNameT(name))
         except OSError as error:

@@ -33,9 +33,12 @@ from cowfs.daemon.messages import (
     FRAME_BYTES_MAX,
     HEADER,
     LIFE,
+    PART,
     PROGRESS,
     PROTOCOL_VERSION,
     REQUEST,
+    REQUEST_BYTES_MAX,
+    RESULT,
     Envelope,
     PinGeneration,
     PinReply,
@@ -43,8 +46,8 @@ from cowfs.daemon.messages import (
     Reply,
     Request,
     frame,
+    frames,
     message_of,
-    result_frames,
 )
 from cowfs.errors import BusyError, CowfsError, MountError, UsageError
 
@@ -277,13 +280,21 @@ class _Connection:
             return None
         if not first:
             return None
+        payload = bytearray()
         with trio.move_on_after(REQUEST_TIMEOUT_S):
             header = bytes(first) + await self._exactly(HEADER.size - len(first))
-            size, kind = HEADER.unpack(header)
-            if kind != REQUEST or not 1 <= size <= FRAME_BYTES_MAX:
-                await self._fail(UsageError("the control socket got something that is no request"))
-                raise _ClientGoneError
-            return await self._exactly(size - 1)
+            while True:
+                size, kind = HEADER.unpack(header)
+                too_long = len(payload) + size > REQUEST_BYTES_MAX
+                if kind not in (REQUEST, PART) or not 1 <= size <= FRAME_BYTES_MAX or too_long:
+                    await self._fail(
+                        UsageError("the control socket got something that is no request")
+                    )
+                    raise _ClientGoneError
+                payload += await self._exactly(size - 1)
+                if kind == REQUEST:
+                    return bytes(payload)
+                header = await self._exactly(HEADER.size)
         raise _ClientGoneError
 
     async def _exactly(self, size: int) -> bytes:
@@ -319,7 +330,7 @@ class _Connection:
             if error_answer is not None:
                 await self._fail(error_answer)
             else:
-                for part in result_frames(reply):
+                for part in frames(RESULT, msgspec.json.encode(reply)):
                     await self._send(part)
             nursery.cancel_scope.cancel()
 

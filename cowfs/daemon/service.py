@@ -5,6 +5,7 @@ files are open for writing, and lets the kernel forget the old tree before it an
 """
 
 import contextlib
+import itertools
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -19,17 +20,29 @@ from cowfs.daemon.operations import Operations
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.processes import open_for_writing, still_mounted
 from cowfs.daemon.remounts import Remounts
-from cowfs.errors import BusyError, CowfsError, ReadOnlyError, StillMountedError, UsageError
+from cowfs.errors import (
+    BusyError,
+    CorruptError,
+    CowfsError,
+    DeviceError,
+    ReadOnlyError,
+    StillMountedError,
+    UsageError,
+)
 from cowfs.escapes import escaped_path
+from cowfs.files.items import ROOT_INO
+from cowfs.files.volume import Volume
 from cowfs.history import reports
-from cowfs.history.filesystem import EditAction, Filesystem
-from cowfs.history.records import RootRecord
+from cowfs.history.edits import CreateSnapshot, Edit, Rollback, Undo
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.requests import Info, InfoReply, Query, SnapshotsReply, Space, edit_reply
 from cowfs.storage.discards import Sweep
 
 log = logging.getLogger(__name__)
 
 ProgressCall = Callable[[messages.Progress], Awaitable[None]]
 NAMED_MAX = 5  # open files named in a refusal
+NAMES_AT_ONCE = 1000  # of a root directory: about a millisecond
 # The kernel ends the session at once when nobody else has the mount.
 UNMOUNTED_WAIT_S = 1.0
 UNMOUNTED_LOOKS = 5
@@ -57,7 +70,6 @@ class MountService:
         self._options = options
         self._unmount = unmount
         self._mountpoint = os.path.realpath(options.mountpoint)
-        self._stale: Stale | None = None
         self.ended = trio.Event()
         self.device = ""  # of the mount, as mountinfo has it; known once it answers
         self.remounts: Remounts | None = None  # when the mount answers
@@ -81,28 +93,17 @@ class MountService:
     async def handle(self, request: messages.Request, progress: ProgressCall) -> messages.Reply:
         filesystem = self._filesystem
         match request:
-            case messages.Info():
-                return messages.InfoReply(info=self._info())
-            case messages.Space():
-                await self._fetch_written()
-                return messages.SpaceReply(space=reports.space_report(filesystem))
-            case messages.Snapshots():
-                return messages.SnapshotsReply(snapshots=reports.snapshot_reports(filesystem))
-            case messages.Drops():
-                return messages.DropsReply(drops=reports.drop_reports(filesystem))
-            case messages.CreateSnapshot(name=name, description=description):
-                await self._fetch_written()
-                return await self._edit(filesystem.create_snapshot(name, description))
-            case messages.RenameSnapshot(old=old, new=new):
-                return await self._edit(filesystem.rename_snapshot(old, new))
-            case messages.DeleteSnapshots(names=names, wait=wait):
-                return await self._delete(names, progress if wait else None)
-            case messages.HoldSnapshots(names=names, held=held):
-                return await self._edit_several(filesystem.hold_snapshots(names, held))
-            case messages.Rollback(name=name, force=force):
-                return await self._replace_live(filesystem.rollback(name), force=force)
-            case messages.Undo(force=force):
-                return await self._replace_live(filesystem.undo(), force=force)
+            case Edit():
+                return await self._edit(request)
+            case Info():
+                return InfoReply(self._info())
+            case Query():
+                if isinstance(request, Space):
+                    await self._fetch_written()
+                return request.answer(filesystem)
+            case messages.WaitDrops():
+                await self._wait_drops(progress)
+                return messages.Done(generation=filesystem.store.superblock.generation)
             case messages.Sync():
                 await self._fetch_written()
                 if self._committer is not None:
@@ -207,34 +208,22 @@ class MountService:
             )
         return self._committer
 
-    async def _apply(self, action: EditAction) -> RootRecord:
-        record = await self._writer().apply(action)
-        assert isinstance(record, RootRecord)
-        return record
-
-    async def _edit(self, action: EditAction) -> messages.SnapshotReply:
-        record = await self._apply(action)
-        return messages.SnapshotReply(snapshot=reports.snapshot_report(self._filesystem, record))
-
-    async def _edit_several(self, action: EditAction) -> messages.SnapshotsReply:
-        records = await self._writer().apply(action)
-        assert isinstance(records, list)
-        return messages.SnapshotsReply(
-            snapshots=tuple(reports.snapshot_report(self._filesystem, each) for each in records)
-        )
-
-    async def _delete(
-        self, names: tuple[str, ...], progress: ProgressCall | None
-    ) -> messages.SnapshotsReply:
+    async def _edit(self, edit: Edit) -> SnapshotsReply:
+        """Make an edit; where it replaces the live volume, the kernel forgets the old tree."""
         committer = self._writer()
-        reply = await self._edit_several(self._filesystem.delete_snapshots(names))
+        if edit.replaces_live or isinstance(edit, CreateSnapshot):
+            await self._fetch_written()
+        if isinstance(edit, Rollback | Undo):
+            return await self._replace_live(committer, edit)
+        records = await committer.apply(edit)
         committer.kick_drops()
-        if progress is not None:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._show_drops, progress)
-                await committer.wait_drops()
-                nursery.cancel_scope.cancel()
-        return reply
+        return edit_reply(self._filesystem, records)
+
+    async def _wait_drops(self, progress: ProgressCall) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._show_drops, progress)
+            await self._writer().wait_drops()
+            nursery.cancel_scope.cancel()
 
     async def _trim(self, progress: ProgressCall) -> messages.TrimReply:
         async def show(sweep: Sweep) -> None:
@@ -261,11 +250,9 @@ class MountService:
                 )
             )
 
-    async def _replace_live(self, action: EditAction, *, force: bool) -> messages.SnapshotReply:
-        self._writer()
-        await self._fetch_written()
+    async def _replace_live(self, committer: Committer, edit: Rollback | Undo) -> SnapshotsReply:
         writers = self._operations.writers()
-        if writers and not force:
+        if writers and not edit.force:
             named = await trio.to_thread.run_sync(open_for_writing, self._mountpoint)
             shown = named[:NAMED_MAX] or [f"inode {ino}" for ino in writers[:NAMED_MAX]]
             more = len(writers) - len(shown)
@@ -274,17 +261,26 @@ class MountService:
                 f"files are open for writing: {', '.join(shown)}{rest}; close them, or use --force "
                 "and they get errors"
             )
-        record = await self._apply(self._switching(action))
-        assert self._stale is not None
-        await trio.to_thread.run_sync(invalidate, self._stale)
-        return messages.SnapshotReply(snapshot=reports.snapshot_report(self._filesystem, record))
+        stale: list[Stale] = []
+        # The switch is in the turn of the freeze: no request meets one without the other.
+        records = await committer.apply(edit, lambda: stale.append(self._operations.switch()))
+        names: set[bytes] = set()
+        for volume in stale[0].volumes:
+            await _add_root_names(volume, names)
+        await trio.to_thread.run_sync(invalidate, stale[0], sorted(names))
+        return edit_reply(self._filesystem, records)
 
-    def _switching(self, action: EditAction) -> EditAction:
-        """The edit, and the switch of the operations to the new volume in the same step."""
 
-        def apply(filesystem: Filesystem) -> object:
-            record = action(filesystem)
-            self._stale = self._operations.switch()
-            return record
+async def _add_root_names(volume: Volume, names: set[bytes]) -> None:
+    """The names in a root directory, read in slices: others are served between them.
 
-        return apply
+    What is damaged is left out: nothing of it can be looked up either.
+    """
+    after = 0
+    try:
+        while part := list(itertools.islice(volume.listing(ROOT_INO, after), NAMES_AT_ONCE)):
+            names.update(entry.name for _, entry in part)
+            after = part[-1][0]
+            await trio.lowlevel.checkpoint()
+    except (CorruptError, DeviceError) as error:
+        log.error("names in a root directory cannot be read: %s; run cowfs check", error)

@@ -1,10 +1,11 @@
 """The catalog: the tree of all roots, the superblock's one pointer into the image.
 
-Changed only while a transaction is frozen (filesystem.py), so that it always describes whole trees.
+Changed only while a transaction is frozen (filesystem.py), so that it always describes whole trees; what
+will be changed is reached before.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 
 from cowfs.errors import CorruptError, DeviceError, SnapshotError
 from cowfs.history.records import (
@@ -17,12 +18,15 @@ from cowfs.history.records import (
     decode_root,
     drop_key,
     encode_id,
+    parent_of,
     root_key,
+    snapshot_generation,
     snapshot_key,
     volume_key,
 )
 from cowfs.history.selection import unknown
 from cowfs.storage.btree import Tree
+from cowfs.storage.operation import Operation
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +36,9 @@ class Catalog:
 
     def __init__(self, tree: Tree, next_root_id: int) -> None:
         self.tree = tree
+        self.operation = tree.operation = Operation(tree.store.admission, tree.store.fail)
         self._next_root_id = next_root_id
         self._next_is_free = False  # looked up in the tree, not only told by the superblock
-
-    def load(self) -> None:
-        """Read all of it. Raises CorruptError, DeviceError when some of it cannot be read."""
-        for _ in self.tree.leaf_slices(b"", b"\xff"):
-            pass
 
     @property
     def next_root_id(self) -> int:
@@ -59,13 +59,17 @@ class Catalog:
                 self._next_root_id = found + 1
         return self._next_root_id
 
-    def take_root_id(self) -> int:
-        """A number that no root has had. Raises SnapshotError when there is none left."""
+    def require_root_id(self) -> int:
+        """The number that `take_root_id` gives next. Raises SnapshotError when there is none left."""
         if self.next_root_id > ROOT_ID_MAX:
             raise SnapshotError(
                 "the image has used up its eight million root ids; copy it to a new one"
             )
-        self._next_root_id += 1
+        return self.next_root_id
+
+    def take_root_id(self) -> int:
+        """A number that no root has had; `require_root_id` came before."""
+        self._next_root_id = self.next_root_id + 1
         return self._next_root_id - 1
 
     def root(self, root_id: int) -> RootRecord | None:
@@ -117,6 +121,26 @@ class Catalog:
         found = [record for record in self.roots() if record.kind == RootKind.SNAPSHOT]
         return sorted(found, key=lambda record: (record.created_generation, record.root_id))
 
+    def roots_grown_from(self, parents: Container[int]) -> Iterator[RootRecord]:
+        """The roots whose parent is one of these. Only those are decoded."""
+        for item, value in self.tree.items(b"R", b"S"):
+            if isinstance(value, RootRecord):
+                if value.parent_id in parents:
+                    yield value
+            elif parent_of(value) in parents:
+                yield self._decoded(item, value)
+
+    def newest_snapshot_generation(self) -> int:
+        """The generation of the newest snapshot; 0 where there is none."""
+        newest = 0
+        for item, value in self.tree.items(b"R", b"S"):
+            record = value if isinstance(value, RootRecord) else None
+            if record is None and snapshot_generation(value) > newest:
+                record = self._decoded(item, value)
+            if record is not None and record.kind == RootKind.SNAPSHOT:
+                newest = max(newest, record.created_generation)
+        return newest
+
     def put(self, record: RootRecord) -> None:
         self.tree.put(root_key(record.root_id), record)
 
@@ -127,9 +151,15 @@ class Catalog:
     def remove_name(self, record: RootRecord) -> None:
         self.tree.delete(snapshot_key(record.name))
 
-    def remove(self, record: RootRecord) -> None:
-        self.remove_name(record)
-        self.tree.delete(root_key(record.root_id))
+    def put_new(self, record: RootRecord) -> None:
+        """Put a record, and its name."""
+        self.put(record)
+        self.put_name(record)
+
+    def remove(self, records: Sequence[RootRecord]) -> None:
+        """Remove snapshots, and their names."""
+        self.tree.delete_ascending(sorted(snapshot_key(record.name) for record in records))
+        self.tree.delete_ascending(sorted(root_key(record.root_id) for record in records))
 
     def drops(self) -> list[DropRecord]:
         """The drop queue, in the order of deletion."""
@@ -140,6 +170,10 @@ class Catalog:
 
     def put_drop(self, record: DropRecord) -> None:
         self.tree.put(drop_key(record.number), record)
+
+    def put_drops(self, records: Sequence[DropRecord]) -> None:
+        """Put records whose numbers ascend."""
+        self.tree.put_ascending([(drop_key(record.number), record) for record in records])
 
     def remove_drop(self, number: int) -> None:
         self.tree.delete(drop_key(number))

@@ -7,13 +7,14 @@ free space beyond that of a commit (C10).
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cowfs.errors import CorruptError
+from cowfs.errors import CorruptError, NoSpaceError
 from cowfs.files.items import references
 from cowfs.history.catalog import Catalog
-from cowfs.history.records import DropRecord, DropStep
-from cowfs.storage.admission import TIER_DROP
+from cowfs.history.records import DropRecord, DropStep, drop_key
+from cowfs.storage.admission import TIER_DROP, TIER_FREE
 from cowfs.storage.format import NODE_BLOCKS, Pointer
 from cowfs.storage.store import Store
 
@@ -76,11 +77,17 @@ class DropQueue:
             for drop in self._drops.values()
         ]
 
-    def add(self, record: DropRecord) -> None:
-        """Take over the reference that a root record held. In a frozen transaction only."""
-        path = [_Step(step.pointer, None, step.done) for step in record.path]
-        self._drops[record.number] = _Drop(record, path, 0)
-        self._catalog.put_drop(record)
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is to be given back, stuck or not."""
+        return not self._drops
+
+    def add_all(self, records: Sequence[DropRecord]) -> None:
+        """Take over the references that root records held. In a frozen transaction only."""
+        for record in records:
+            path = [_Step(step.pointer, None, step.done) for step in record.path]
+            self._drops[record.number] = _Drop(record, path, 0)
+        self._catalog.put_drops(records)
 
     def next_number(self) -> int:
         return 1 + max([0, *self._drops, *self._finished])
@@ -97,7 +104,7 @@ class DropQueue:
                 continue
             try:
                 while nodes and drop.path:
-                    self._store.admission.admit(0, TIER_DROP)
+                    self._admit()
                     freed_now = self._visit(drop.path)
                     drop.freed_blocks += freed_now
                     freed += freed_now
@@ -114,6 +121,14 @@ class DropQueue:
             if not nodes:
                 break
         return freed
+
+    def _admit(self) -> None:
+        """Leave a quarter of the reserve; but where that is gone, use what is left: this frees."""
+        admission = self._store.admission
+        try:
+            admission.admit(0, TIER_DROP)
+        except NoSpaceError:
+            admission.admit(0, TIER_FREE)
 
     def _visit(self, path: list[_Step]) -> int:
         """One step of the walk: down into a child, or done with a node. Returns blocks freed."""
@@ -140,6 +155,12 @@ class DropQueue:
         if path:
             path[-1].done += 1
         return freed
+
+    def reach(self) -> None:
+        """Reach what `save` changes. Before a freeze changes anything."""
+        changed = [number for number, drop in self._drops.items() if drop.changed]
+        for number in sorted([*changed, *self._finished]):
+            self._catalog.tree.reach(drop_key(number))
 
     def save(self) -> None:
         """Put the state into the catalog. In a frozen transaction only."""

@@ -154,8 +154,9 @@ def make_filesystem(
         data_blocks=0,
         inode_count=volume.inodes.count,
     )
-    catalog.put(record)
-    catalog.put_name(record)
+    with catalog.operation.begin_admitted() as operation:
+        operation.change()
+        catalog.put_new(record)
     nodes += catalog.tree.place()
     commit = begin(
         store,

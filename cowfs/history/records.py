@@ -214,6 +214,23 @@ class RootRecord:
         )
 
 
+_PARENT_ID = struct.Struct("<48xQ")
+_CREATED_GENERATION = struct.Struct("<8xB95xQ")
+
+
+def parent_of(value: bytes) -> int:
+    """The parent's id in a root record that is not decoded; 0 where it is too short to have one."""
+    return int(_PARENT_ID.unpack_from(value)[0]) if len(value) >= ROOT_BYTES else 0
+
+
+def snapshot_generation(value: bytes) -> int:
+    """The generation that made a snapshot, from a record that is not decoded; 0 if it is none."""
+    if len(value) < ROOT_BYTES:
+        return 0
+    kind, generation = _CREATED_GENERATION.unpack_from(value)
+    return int(generation) if kind == RootKind.SNAPSHOT else 0
+
+
 def decode_root(value: bytes) -> RootRecord:
     if len(value) < ROOT_BYTES:
         raise CorruptError("root record", 0, "cut short", len(value))

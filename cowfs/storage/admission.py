@@ -44,6 +44,8 @@ class Limits:
         retained_generations: generations kept whole beside the newest, for rescue.
         commit_nodes: nodes that a commit may take beside the dirty ones: of the catalog, at splits.
         commit_groups: pages of refcounts that a commit may take beside the dirty ones.
+        freeing_nodes, freeing_groups: the same for a commit that only frees, whose own nodes are
+            counted one by one. What frees must be possible from any state.
         operation_nodes: nodes that one operation dirties, at the most (a rename dirties a dozen).
         ceiling_operations: operations that the ceilings make room for.
         ceiling_blocks: data blocks of each of these.
@@ -57,6 +59,8 @@ class Limits:
     retained_generations: int = 2
     commit_nodes: int = 24
     commit_groups: int = 8
+    freeing_nodes: int = 2
+    freeing_groups: int = 2
     operation_nodes: int = 16
     ceiling_operations: int = 256
     ceiling_blocks: int = 16
@@ -83,6 +87,8 @@ class Admission:
         closed: why nothing may change any more; None as long as something may.
         relieve: commits so that freed blocks can be used; returns whether that could help. Set by the
             owner of the commits, None until then.
+        let_go: lets go of the retained generations before the newest one, so that what only they show
+            can be used without a commit; returns whether that was anything. For what frees, at last.
         on_full: called when ENOSPC begins, once until there is room again.
         promised_blocks: blocks of data in memory that the next freeze places.
         promised_items: items in memory that the next freeze puts into leaves.
@@ -100,6 +106,7 @@ class Admission:
         self.reserve_blocks = limits.reserve_blocks(space_map.total_blocks)
         self.closed: CowfsError | None = None
         self.relieve: Callable[[], bool] | None = None
+        self.let_go: Callable[[], bool] | None = None
         self.on_full: Callable[[], None] | None = None
         self.promised_blocks = 0
         self.promised_items = 0
@@ -179,23 +186,32 @@ class Admission:
             0, room * DATA_BLOCKS_PER_LEAF_BLOCK // (DATA_BLOCKS_PER_LEAF_BLOCK + self._copies)
         )
 
-    def _room(self) -> int:
+    def _room(self, tier: int = TIER_ADD) -> int:
         """Blocks that the next commits leave free, less what each commit may take: at the most."""
         space = self._map
         ripe = space.free_blocks + space.pending_blocks + space.pending_system_blocks
-        pages = space.pages_to_write(self.limits.commit_groups) * self._copies
-        return ripe - pages - (self.limits.commit_nodes + self.dirty_nodes) * self._node_blocks
+        nodes, groups = self._commit_takes(tier)
+        pages = space.pages_to_write(groups) * self._copies
+        return ripe - pages - (nodes + self.dirty_nodes) * self._node_blocks
+
+    def _commit_takes(self, tier: int) -> tuple[int, int]:
+        """Nodes and pages of refcounts that a commit may take beside the dirty ones."""
+        limits = self.limits
+        if tier == TIER_FREE:
+            return limits.freeing_nodes, limits.freeing_groups
+        return limits.commit_nodes, limits.commit_groups
 
     def metadata_need(self) -> int:
         """Blocks that the open transaction's commit takes beside data, at the most."""
-        return self._metadata_need(0, 0, 0)
+        return self._metadata_need(TIER_ADD, 0, 0, 0)
 
-    def _metadata_need(self, blocks: int, nodes: int, groups: int) -> int:
+    def _metadata_need(self, tier: int, blocks: int, nodes: int, groups: int) -> int:
         """The same when it grows by so many data blocks, nodes and dirty groups."""
-        nodes += self.dirty_nodes + self.promised_items + self.limits.commit_nodes
+        commit_nodes, commit_groups = self._commit_takes(tier)
+        nodes += self.dirty_nodes + self.promised_items + commit_nodes
         node_blocks = nodes * self._node_blocks
         taken = 2 * (node_blocks + self.promised_blocks + blocks) // GROUP_BLOCKS
-        groups += self._map.dirty_groups + self.limits.commit_groups + taken
+        groups += self._map.dirty_groups + commit_groups + taken
         return node_blocks + self._map.pages_to_write(groups) * self._copies
 
     # --- asking -------------------------------------------------------------------------------------
@@ -222,7 +238,11 @@ class Admission:
             and self._map.dirty_groups <= self._group_ceiling
         ):
             return
-        if not self._fits(blocks, tier, nodes) and not self._relieved(blocks, tier, nodes):
+        if not (
+            self._fits(blocks, tier, nodes)
+            or self._relieved(blocks, tier, nodes)
+            or self._released(blocks, tier, nodes)
+        ):
             if self.on_full is not None and not self._said_full:
                 self._said_full = True
                 self.on_full()
@@ -315,6 +335,8 @@ class Admission:
             spare = self._spare(blocks, tier)
             if spare < 0 and not self.promised_items:
                 return False  # not even if all that is pending were free
+            if tier == TIER_FREE and self._map.free_blocks < 2 * self._metadata_need(tier, 0, 0, 0):
+                break  # a commit might not fit itself
             if self.relieve is None or not self.relieve():
                 break
             if self._fits(blocks, tier, nodes):
@@ -322,11 +344,20 @@ class Admission:
         self._hopeless = (spare, self._generation)
         return False
 
+    def _released(self, blocks: int, tier: int, nodes: int) -> bool:
+        """Give up retained generations for what frees, when nothing else helps."""
+        return (
+            tier == TIER_FREE
+            and self.let_go is not None
+            and self.let_go()
+            and self._fits(blocks, tier, nodes)
+        )
+
     def _spare(self, blocks: int, tier: int) -> int:
-        return self._room() - blocks - self.held_blocks(tier)
+        return self._room(tier) - blocks - self.held_blocks(tier)
 
     def _fits(self, blocks: int, tier: int, nodes: int, groups: int = 0) -> bool:
-        need = blocks + self.promised_blocks + self._metadata_need(blocks, nodes, groups)
+        need = blocks + self.promised_blocks + self._metadata_need(tier, blocks, nodes, groups)
         if self._map.free_blocks - need < self.held_blocks(tier):
             return False
         # Nodes need blocks that lie together: free ones that lie apart are room for data only.

@@ -16,7 +16,7 @@ Keeps I5. Source: Rodeh 2008; FORMAT.md "Nodes".
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from cowfs.errors import CorruptError, DeviceError
@@ -240,6 +240,19 @@ class Tree:
                         waiting.append(self._child(node, at))
         return count
 
+    def count_nodes(self, keys: Sequence[bytes]) -> int:
+        """How many nodes lie on the paths to keys that ascend."""
+        found: set[int] = set()
+        at = 0
+        while at < len(keys):
+            path: Path = []
+            leaf = self._descend(keys[at], path)
+            found.add(id(leaf))
+            found.update(id(node) for node, _ in path)
+            high = _upper_bound(path)
+            at = len(keys) if high is None else bisect_left(keys, high, at)
+        return len(found)
+
     # --- changing -----------------------------------------------------------------------------------
 
     def _writable_leaf(self, key: bytes, path: Path) -> Node:
@@ -405,6 +418,25 @@ class Tree:
         if leaf.used_bytes < MERGE_BELOW_BYTES and path:
             self._join(leaf, path, key)
         return True
+
+    def delete_ascending(self, keys: Sequence[bytes]) -> None:
+        """Remove keys that ascend; those of one leaf cost one descent."""
+        self._require_changing()
+        at = 0
+        while at < len(keys):
+            path: Path = []
+            leaf = self._writable_leaf(keys[at], path)
+            high = _upper_bound(path)
+            stop = len(keys) if high is None else bisect_left(keys, high, at)
+            gone = set(keys[at:stop])
+            kept = [index for index, key in enumerate(leaf.keys) if key not in gone]
+            if len(kept) < len(leaf.keys):
+                leaf.keys[:] = [leaf.keys[index] for index in kept]
+                leaf.values[:] = [leaf.values[index] for index in kept]
+                leaf.used_bytes = sum(self._entry_sizes(leaf))
+                if leaf.used_bytes < MERGE_BELOW_BYTES and path:
+                    self._join(leaf, path, keys[at])
+            at = stop
 
     def pop_range(self, start: bytes, stop: bytes) -> list[tuple[bytes, Any]]:
         """Remove and return entries with start <= key < stop: those of the first leaf that has any.

@@ -101,6 +101,7 @@ class Store:
         if not writable:
             self.admission.closed = ReadOnlyError("the image is open read-only")
         self.admission.opened(self.generation)
+        self.admission.let_go = self.let_go
         self.pins: dict[object, int] = {}  # generations that readers outside hold
         self.data_writes: list[tuple[int, list[Buffer]]] = []
         self.queued_blocks = 0  # in `data_writes`
@@ -414,6 +415,26 @@ class Store:
     def release_limit(self) -> int:
         """The newest generation whose freed blocks may be allocated, once this commit is durable."""
         return min([self.generation - self._retained, *self.pins.values()])
+
+    def let_go(self) -> bool:
+        """Let go of the retained generations before the newest durable one: the image is too full.
+
+        What only they show can be allocated then. A reader's pin of them does not hold any more.
+
+        Returns:
+            Whether there was anything.
+        """
+        newest, before = self.superblock.generation, self.map.free_blocks
+        self.map.release(newest)
+        if self.map.free_blocks == before:
+            return False
+        log.warning(
+            "the image is so full that earlier generations than %d are given up to delete snapshots",
+            newest,
+        )
+        self.pins = {pin: held for pin, held in self.pins.items() if held >= newest}
+        self.oldest_held = max(self.oldest_held, newest)
+        return True
 
     def oldest_retained(self) -> int:
         """The oldest generation that the open transaction's commit leaves whole."""

@@ -86,7 +86,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _cowfs(work: Path, file_count: int, snapshot_count: int, say: Say) -> dict[str, float]:
-    from cowfs.cli.target import open_target
+    from cowfs.api import connect
 
     label = f"{snapshot_count:,} snapshots of {file_count:,} files"
     say(f"cowfs: making {label}")
@@ -106,7 +106,7 @@ def _cowfs(work: Path, file_count: int, snapshot_count: int, say: Say) -> dict[s
         target.set_up()
 
         def take(name: str) -> None:
-            with open_target(place) as filesystem:  # the daemon does not wait for long
+            with connect(place) as filesystem:  # the daemon does not wait for long
                 filesystem.create_snapshot(name)
 
         names = make_history(place, file_count, snapshot_count, take)

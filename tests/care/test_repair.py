@@ -9,6 +9,7 @@ import pytest
 from cowfs.care.check import check_image
 from cowfs.care.repair import RepairRefusedError, repair_image
 from cowfs.errors import DeviceError, NoSpaceError
+from cowfs.history.edits import DeleteSnapshots
 from cowfs.history.images import open_filesystem
 from cowfs.history.records import RootKind
 from cowfs.storage.format import BLOCK_SIZE_BYTES, RING_SLOTS, Pointer
@@ -126,7 +127,7 @@ def test_repair_makes_it_clean_and_writes_to_free_blocks_only(
     recount(device).require_exact()
     filesystem = open_filesystem(device, writable=True)
     filesystem.live.create(1, b"afterwards", 0o100644, 0, 0)
-    filesystem.apply(filesystem.delete_snapshots(["monday"]))
+    filesystem.apply(DeleteSnapshots(("monday",)))
     filesystem.work_drops()
     filesystem.close()
     assert check_image(device).clean

@@ -17,6 +17,7 @@ from cowfs.storage.format import BLOCK_SIZE_BYTES, RING_SLOTS
 from cowfs.storage.superblock import read_newest
 from tests.cli.test_commands import fields, run
 from tests.image_files import change, make_image, snapshot, write
+from tests.model.behind import changing
 
 FILES = 300
 
@@ -256,7 +257,8 @@ def test_acls_come_out_as_root_and_their_loss_opens_nothing(
         volume.setxattr(ino, DEFAULT.encode(), ACL)
         broken = volume.create(ROOT_INO, b"broken", 0o100664, 0, 0)
         volume.setxattr(broken.ino, b"user.x", b"x")
-        volume.xattrs.set(volume.get(broken.ino), ACCESS.encode(), b"not an ACL")
+        with changing(volume):
+            volume.xattrs.set(volume.get(broken.ino), ACCESS.encode(), b"not an ACL")
 
     image = make_image(tmp_path / "disk.img")
     change(image, make)

@@ -15,8 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import cowfs.cli.space as space_command
+from cowfs.api import ImageConnection
 from cowfs.cli.main import _COMMANDS, cli
-from cowfs.cli.target import ImageTarget
 from cowfs.errors import DeviceError
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
@@ -774,7 +774,7 @@ def test_edit_that_is_interrupted_in_the_middle_commits_nothing(
         write("half", 50_000)(filesystem)
         raise fault
 
-    target = ImageTarget(str(image))
+    target = ImageConnection(str(image))
     with monkeypatch.context() as patch:
         patch.setattr(Filesystem, "apply", half)
         with pytest.raises(fault):
@@ -825,7 +825,7 @@ def test_df_with_thousands_of_snapshots_stays_a_page(
         ReclaimReport(names=names, reclaim_bytes=1 << 30),
     ]
     target = _ManySnapshots(_space_with(drops))
-    monkeypatch.setattr(space_command, "open_target", lambda _: contextlib.nullcontext(target))
+    monkeypatch.setattr(space_command, "connect", lambda _: contextlib.nullcontext(target))
     monkeypatch.setattr(space_command, "_largest", lambda *_: reports)
     lines = output("df", "anything").splitlines()
     assert len(lines) < 10

@@ -5,6 +5,8 @@ by whatever name, gets the faulty one. A fault whose line is not in the function
 error: it must be kept true.
 """
 
+import __future__
+
 import importlib
 import inspect
 import textwrap
@@ -45,6 +47,7 @@ _COMMIT = "cowfs.storage.commit:Commit._write"
 _STORE = "cowfs.storage.store:Store"
 _MAP = "cowfs.storage.spacemap:SpaceMap"
 _HISTORY = "cowfs.history.filesystem:Filesystem"
+_EDITS = "cowfs.history.edits"
 _DROPS = "cowfs.history.drops:DropQueue"
 _VOLUME = "cowfs.files.volume:Volume"
 _ORPHANS = "cowfs.files.orphans:Orphans"
@@ -80,7 +83,7 @@ FAULTS = (
         "a commit is acknowledged and not written",
         f"{_HISTORY}.commit",
         "self._wait()",
-        "self._wait()\nif not edits and not clean: return",
+        "self._wait()\nif checked is None and not clean: return",
     ),
     Fault(
         "superblock in one copy only",
@@ -225,43 +228,43 @@ FAULTS = (
     ),
     Fault(
         "snapshot without a reference",
-        f"{_HISTORY}.create_snapshot",
-        "filesystem.store.add_reference(root.block, root.twin)",
+        f"{_EDITS}:CreateSnapshot.apply",
+        "store.add_reference(root.block, root.twin)",
         "pass",
     ),
     Fault(
         "rollback without a reference",
-        f"{_HISTORY}.rollback",
+        f"{_EDITS}:Rollback.apply",
         "filesystem.store.add_reference(root.block, root.twin)",
         "pass",
     ),
     Fault(
         "undo keeps the record whose reference it takes",
-        f"{_HISTORY}.undo",
-        "filesystem.catalog.remove(target)",
+        f"{_EDITS}:Undo.apply",
+        "filesystem.catalog.remove([target])",
         "pass",
     ),
     Fault(
         "a hold is acknowledged and not kept",
-        f"{_HISTORY}.hold_snapshots",
+        f"{_EDITS}:HoldSnapshots.apply",
         "filesystem.catalog.put(record)",
         "pass",
     ),
     Fault(
         "a release is acknowledged and not kept",
-        f"{_HISTORY}.hold_snapshots",
-        "flag = FLAG_HELD if held else 0",
+        f"{_EDITS}:HoldSnapshots.apply",
+        "flag = FLAG_HELD if self.held else 0",
         "flag = FLAG_HELD",
     ),
     Fault(
         "rollback passes a hold on",
-        f"{_HISTORY}._successor",
+        f"{_EDITS}:_plan_successor",
         "flags=target.flags & FLAG_SHARES",
         "flags=target.flags",
     ),
     Fault(
         "a renamed snapshot is held no more",
-        f"{_HISTORY}.rename_snapshot",
+        f"{_EDITS}:RenameSnapshot.apply",
         "flags=record.flags & ~FLAG_AUTOMATIC",
         "flags=record.flags & FLAG_SHARES",
     ),
@@ -296,8 +299,8 @@ FAULTS = (
     ),
     Fault(
         "deleted snapshot not in the drop queue",
-        f"{_DROPS}.add",
-        "self._catalog.put_drop(record)",
+        f"{_DROPS}.add_all",
+        "self._catalog.put_drops(records)",
         "pass",
     ),
     Fault(
@@ -326,14 +329,14 @@ FAULTS = (
     Fault(
         "a snapshot is taken before what was written",
         f"{_HISTORY}.freeze",
-        "self._set_live(self.current_record())",
-        "self._set_live(self.current_record() if not edits else self.record)",
+        "self.set_live_record(self.current_record())",
+        "self.set_live_record(self.current_record() if checked is None else self.record)",
     ),
     Fault(
         "rollback keeps the old tree",
-        f"{_HISTORY}._replace_live",
-        "self._set_live(record)",
-        "self._set_live(replace(record, tree=old.tree))",
+        f"{_EDITS}:_replace_live",
+        "filesystem.set_live(record, volume)",
+        "filesystem.set_live(replace(record, tree=old.tree), volume)",
     ),
 )
 
@@ -383,7 +386,8 @@ def applied(fault: Fault) -> Iterator[None]:
     function = found
     source = textwrap.dedent(inspect.getsource(function))
     namespace = dict(function.__globals__)
-    exec(compile(_replaced(source, fault), f"<{fault.name}>", "exec"), namespace)
+    flags = __future__.annotations.compiler_flag
+    exec(compile(_replaced(source, fault), f"<{fault.name}>", "exec", flags), namespace)
     faulty = namespace[function.__name__]
     whole = function.__code__
     function.__code__ = faulty.__code__

@@ -26,6 +26,7 @@ from typing import TypeVar
 from cowfs.care.check import check_image
 from cowfs.errors import CowfsError, ImageError
 from cowfs.files.volume import Volume
+from cowfs.history.edits import DeleteSnapshots, HoldSnapshots
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
 from cowfs.storage.format import NODE_BLOCKS
@@ -383,8 +384,8 @@ def _probe(filesystem: Filesystem, device: MemoryDevice, shown: Picture) -> None
     filesystem.reclaim_orphans()
     names = [record.name for record in filesystem.catalog.snapshots()]
     if names:
-        filesystem.apply(filesystem.hold_snapshots(names, False))
-        filesystem.apply(filesystem.delete_snapshots(names))
+        filesystem.apply(HoldSnapshots(names, False))
+        filesystem.apply(DeleteSnapshots(names))
     filesystem.work_drops()
     filesystem.commit()
     counted = recount(filesystem.store.device)

@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from cowfs.errors import SnapshotError
 from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Changes, Volume
-from cowfs.history.filesystem import Edit, EditAction, Filesystem
+from cowfs.history.edits import (
+    CreateSnapshot,
+    DeleteSnapshots,
+    Edit,
+    HoldSnapshots,
+    RenameSnapshot,
+    Rollback,
+    Undo,
+)
+from cowfs.history.filesystem import Checked, Filesystem
 from cowfs.history.images import open_filesystem
 from cowfs.storage.commit import Commit
 from cowfs.storage.discards import Sweep
@@ -279,8 +288,8 @@ class Session:
             self.files.reclaim(ino)
         freeze = filesystem.freeze
 
-        def remembered(edits: Sequence[Edit] = (), *, clean: bool = False) -> Commit:
-            commit = freeze(edits, clean=clean)
+        def remembered(checked: Checked | None = None, *, clean: bool = False) -> Commit:
+            commit = freeze(checked, clean=clean)
             self._committed[commit.generation] = self.model.copy()
             return commit
 
@@ -335,13 +344,13 @@ class Session:
 
     # --- history ------------------------------------------------------------------------------------
 
-    def _edit(self, make: Callable[[], EditAction], model: Callable[..., None]) -> bool:
+    def _edit(self, edit: Edit, model: Callable[..., None]) -> bool:
         self._land()
         try:
-            action = make()
+            records = self.filesystem.apply(edit)
         except SnapshotError:
             return False
-        model(self.filesystem.apply(action))
+        model(records[0] if edit.has_one else records)
         generation = self.filesystem.store.superblock.generation
         self._committed[generation] = self.model.copy()
         return True
@@ -350,7 +359,7 @@ class Session:
         def model(_record: object) -> None:
             self.model.snapshots[name] = self.files.copy()
 
-        return self._edit(lambda: self.filesystem.create_snapshot(name), model)
+        return self._edit(CreateSnapshot(name), model)
 
     def _do_delete(self, names: str) -> bool:
         def model(_records: object) -> None:
@@ -359,23 +368,23 @@ class Session:
                 if self.model.undo == name:
                     self.model.undo = None
 
-        return self._edit(lambda: self.filesystem.delete_snapshots(names.split(",")), model)
+        return self._edit(DeleteSnapshots(tuple(names.split(","))), model)
 
     def _do_rename_snapshot(self, old: str, new: str) -> bool:
         return self._edit(
-            lambda: self.filesystem.rename_snapshot(old, new),
+            RenameSnapshot(old, new),
             lambda _record: self.model.rename_snapshot(old, new),
         )
 
     def _do_hold(self, name: str) -> bool:
         return self._edit(
-            lambda: self.filesystem.hold_snapshots([name], True),
+            HoldSnapshots((name,), True),
             lambda _records: self.model.held.add(name),
         )
 
     def _do_release(self, name: str) -> bool:
         return self._edit(
-            lambda: self.filesystem.hold_snapshots([name], False),
+            HoldSnapshots((name,), False),
             lambda _records: self.model.held.discard(name),
         )
 
@@ -386,7 +395,7 @@ class Session:
 
     def _do_rollback(self, name: str) -> bool:
         return self._edit(
-            lambda: self.filesystem.rollback(name),
+            Rollback(name),
             lambda kept: self._replace_live(kept.name, self.model.snapshots[name]),
         )
 
@@ -396,7 +405,7 @@ class Session:
             target = self.model.snapshots.pop(self.model.undo)
             self._replace_live(kept.name, target)  # type: ignore[attr-defined]
 
-        return self._edit(lambda: self.filesystem.undo(), model)
+        return self._edit(Undo(), model)
 
     def _do_drop(self, nodes: str) -> None:
         self.filesystem.drops.step(int(nodes))

@@ -22,6 +22,7 @@ import pytest
 import trio
 
 from cowfs import errors
+from cowfs.api import MountConnection
 from cowfs.daemon import messages, places, server
 from cowfs.daemon.client import Client
 from cowfs.daemon.messages import Progress, Reply, Request
@@ -36,6 +37,7 @@ from cowfs.errors import (
     SnapshotError,
     UsageError,
 )
+from cowfs.history import edits, requests
 from cowfs.history.reports import DropReport, InfoReport, SnapshotReport, SpaceReport, TrimReport
 
 HEADER = struct.Struct(">IB")
@@ -114,16 +116,18 @@ class FakeService:
         if self.error is not None:
             raise self.error
         match request:
-            case messages.Info():
-                return messages.InfoReply(info=AN_INFO)
-            case messages.Space():
-                return messages.SpaceReply(space=A_SPACE)
-            case messages.Snapshots():
+            case requests.Info():
+                return requests.InfoReply(info=AN_INFO)
+            case requests.Space():
+                return requests.SpaceReply(space=A_SPACE)
+            case requests.Snapshots():
                 snapshots = tuple(a_snapshot(f"ü {n}", "x" * 500) for n in range(self.many))
-                return messages.SnapshotsReply(snapshots=snapshots)
-            case messages.Drops():
-                return messages.DropsReply(drops=A_SPACE.drops)
-            case messages.DeleteSnapshots(names=names):
+                return requests.SnapshotsReply(snapshots=snapshots)
+            case requests.Drops():
+                return requests.DropsReply(drops=A_SPACE.drops)
+            case edits.DeleteSnapshots(names=names):
+                return requests.SnapshotsReply(snapshots=tuple(map(a_snapshot, names)))
+            case messages.WaitDrops():
                 try:
                     for step in range(self.steps):
                         told = Progress(what="drop", done_bytes=step, total_bytes=self.steps)
@@ -132,20 +136,20 @@ class FakeService:
                 except trio.BrokenResourceError:
                     self.progress_broke.set()
                     raise
-                return messages.SnapshotsReply(snapshots=tuple(map(a_snapshot, names)))
-            case messages.HoldSnapshots(names=names):
-                return messages.SnapshotsReply(snapshots=tuple(map(a_snapshot, names)))
+                return messages.Done(generation=9)
+            case edits.HoldSnapshots(names=names):
+                return requests.SnapshotsReply(snapshots=tuple(map(a_snapshot, names)))
             case messages.Sync() | messages.FollowRemount() | messages.Stop():
                 return messages.Done(generation=9)
             case messages.Trim():
                 await progress(Progress(what="trimming", done_bytes=1, total_bytes=2))
                 return messages.TrimReply(trim=A_TRIM)
-            case messages.Undo():
-                return messages.SnapshotReply(snapshot=a_snapshot("kept"))
-            case messages.CreateSnapshot(name=name) | messages.Rollback(name=name):
-                return messages.SnapshotReply(snapshot=a_snapshot(name))
-            case messages.RenameSnapshot(new=name):
-                return messages.SnapshotReply(snapshot=a_snapshot(name))
+            case edits.Undo():
+                return requests.SnapshotsReply(snapshots=(a_snapshot("kept"),))
+            case edits.CreateSnapshot(name=name) | edits.Rollback(name=name):
+                return requests.SnapshotsReply(snapshots=(a_snapshot(name),))
+            case edits.RenameSnapshot(new=name):
+                return requests.SnapshotsReply(snapshots=(a_snapshot(name),))
         raise AssertionError(request)
 
     def pin(self) -> server.Pin:
@@ -248,31 +252,34 @@ def test_every_request_arrives_and_is_answered(path: Path, service: FakeService)
     """Promise: what the client asks is what the service gets, and the other way round."""
     with Client(path) as client:
         assert client.daemon_pid == os.getpid()
+        mount = MountConnection(client, "disk.img")
         assert client.info() == AN_INFO
-        assert client.space() == A_SPACE
-        assert client.drops() == A_SPACE.drops
-        assert [found.name for found in client.snapshots()] == ["ü 0", "ü 1"]
-        assert client.create_snapshot("日本", "text").name == "日本"
-        assert client.rename_snapshot("a", "b").name == "b"
-        assert [found.name for found in client.hold_snapshots(["a", "b"], True)] == ["a", "b"]
-        assert [found.name for found in client.hold_snapshots(["a"], False)] == ["a"]
-        assert client.rollback("r", force=True).name == "r"
-        assert client.undo().name == "kept"
-        assert client.sync() == 9
+        assert mount.space() == A_SPACE
+        assert mount.drops() == A_SPACE.drops
+        assert [found.name for found in mount.snapshots()] == ["ü 0", "ü 1"]
+        assert mount.create_snapshot("日本", "text").name == "日本"
+        assert mount.rename_snapshot("a", "b").name == "b"
+        assert [found.name for found in mount.hold_snapshots(["a", "b"], True)] == ["a", "b"]
+        assert [found.name for found in mount.hold_snapshots(["a"], False)] == ["a"]
+        assert mount.rollback("r", force=True).name == "r"
+        assert mount.undo().name == "kept"
+        mount.wait_drops()
+        assert mount.sync() == 9
         assert client.follow_remount() == 9
-        assert client.trim() == A_TRIM
+        assert mount.trim() == A_TRIM
         client.stop()
     assert service.requests == [
-        messages.Info(),
-        messages.Space(),
-        messages.Drops(),
-        messages.Snapshots(),
-        messages.CreateSnapshot(name="日本", description="text"),
-        messages.RenameSnapshot(old="a", new="b"),
-        messages.HoldSnapshots(names=("a", "b"), held=True),
-        messages.HoldSnapshots(names=("a",), held=False),
-        messages.Rollback(name="r", force=True),
-        messages.Undo(force=False),
+        requests.Info(),
+        requests.Space(),
+        requests.Drops(),
+        requests.Snapshots(),
+        edits.CreateSnapshot(name="日本", description="text"),
+        edits.RenameSnapshot(old="a", new="b"),
+        edits.HoldSnapshots(names=("a", "b"), held=True),
+        edits.HoldSnapshots(names=("a",), held=False),
+        edits.Rollback(name="r", force=True),
+        edits.Undo(force=False),
+        messages.WaitDrops(),
         messages.Sync(),
         messages.FollowRemount(),
         messages.Trim(),
@@ -285,7 +292,7 @@ def test_long_list_comes_in_frames_of_bounded_size(path: Path, service: FakeServ
     """Promise: an answer may be long, no frame is longer than the limit, nothing is missing."""
     service.many = 3000
     with Client(path) as client:
-        assert len(client.snapshots()) == 3000
+        assert len(MountConnection(client, "disk.img").snapshots()) == 3000
     kinds = []
     with raw_connection(path) as connection:
         connection.sendall(request_frame({"type": "snapshots"}))
@@ -303,31 +310,36 @@ def test_progress_is_told_before_the_answer(path: Path) -> None:
     """Promise: long work shows how far it is."""
     told: list[Progress] = []
     with Client(path) as client:
-        client.delete_snapshots(["a"], wait=True, progress=told.append)
+        mount = MountConnection(client, "disk.img")
+        mount.delete_snapshots(["a"], wait=True, progress=told.append)
     assert [progress.done_bytes for progress in told] == [0, 1, 2]
 
 
 @pytest.mark.usefixtures("served")
-def test_many_names_are_deleted_in_several_requests(path: Path, service: FakeService) -> None:
-    """Promise: a list that is longer than a request is no error, and only the last one waits."""
+def test_many_names_are_deleted_in_one_request(path: Path, service: FakeService) -> None:
+    """Promise: a list that is longer than a frame is one edit, all or nothing."""
     names = [f"{number:0250}" for number in range(1000)]
     with Client(path) as client:
-        deleted = client.delete_snapshots(names, wait=True)
+        deleted = MountConnection(client, "disk.img").delete_snapshots(names)
     assert [found.name for found in deleted] == names
-    asked = [
-        request for request in service.requests if isinstance(request, messages.DeleteSnapshots)
-    ]
-    assert len(asked) > 3
-    assert [request.wait for request in asked] == [False] * (len(asked) - 1) + [True]
+    assert service.requests == [edits.DeleteSnapshots(tuple(names))]
 
 
 @pytest.mark.usefixtures("served")
-def test_request_that_is_too_long_is_refused_by_the_client(path: Path) -> None:
-    """Promise: the limit holds at both ends, and the connection goes on."""
+def test_request_that_is_too_long_is_refused_at_both_ends(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: the limit holds at both ends, and the connection of an honest client goes on."""
+    monkeypatch.setattr("cowfs.daemon.client.REQUEST_BYTES_MAX", 200_000)
     with Client(path) as client:
+        mount = MountConnection(client, "disk.img")
         with pytest.raises(UsageError, match="too long"):
-            client.create_snapshot("x" * messages.FRAME_BYTES_MAX)
+            mount.create_snapshot("x" * 200_000)
         assert client.sync() == 9
+    monkeypatch.undo()
+    monkeypatch.setattr("cowfs.daemon.server.REQUEST_BYTES_MAX", 200_000)
+    with Client(path) as client, pytest.raises(UsageError, match="no request"):
+        MountConnection(client, "disk.img").create_snapshot("x" * 200_000)
 
 
 def test_answer_that_is_ready_is_sent_though_the_server_ends(
@@ -509,7 +521,7 @@ def test_other_version_is_refused_in_words(path: Path, service: FakeService) -> 
         assert found is not None
         message = json.loads(found[1])
         assert message["kind"] == "UsageError"
-        assert "version 1" in message["message"]
+        assert f"version {messages.PROTOCOL_VERSION}" in message["message"]
         assert "99" in message["message"]
     assert not service.requests
 
@@ -749,9 +761,7 @@ def test_client_that_leaves_ends_only_the_telling(path: Path, service: FakeServi
     """Promise: a request whose client is gone harms nobody, and its progress says so."""
     service.steps = 100_000_000
     with raw_connection(path) as connection:
-        connection.sendall(
-            request_frame({"type": "delete-snapshots", "names": ["a"], "wait": True})
-        )
+        connection.sendall(request_frame({"type": "wait-drops"}))
         assert read_frame(connection) is not None
     assert service.progress_broke.wait(10)
     with Client(path) as client:

@@ -35,6 +35,7 @@ from cowfs.files.acl import (
 from cowfs.files.items import ROOT_INO
 from cowfs.files.volume import Changes, Volume
 from cowfs.history.blocks import explain_block
+from cowfs.history.edits import CreateSnapshot, DeleteSnapshots, RenameSnapshot, Rollback, Undo
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
 from cowfs.history.names import volume_of
@@ -256,17 +257,17 @@ def work(device: MemoryDevice, _folder: Path) -> None:
         return
     attempt(filesystem.commit)
     attempt(filesystem.reclaim_orphans)
-    attempt(lambda: filesystem.apply(filesystem.create_snapshot("made")))
+    attempt(lambda: filesystem.apply(CreateSnapshot("made")))
     _change(filesystem.live)
     attempt(filesystem.commit)
     for name in ("monday", "tuesday"):
-        attempt(lambda name=name: filesystem.apply(filesystem.rollback(name)))
+        attempt(lambda name=name: filesystem.apply(Rollback(name)))
         _change(filesystem.live)
         attempt(filesystem.commit)
-    attempt(lambda: filesystem.apply(filesystem.undo()))
-    attempt(lambda: filesystem.apply(filesystem.rename_snapshot("monday", "sunday")))
+    attempt(lambda: filesystem.apply(Undo()))
+    attempt(lambda: filesystem.apply(RenameSnapshot("monday", "sunday")))
     for name in ("made", "sunday", "tuesday"):
-        attempt(lambda name=name: filesystem.apply(filesystem.delete_snapshots([name])))
+        attempt(lambda name=name: filesystem.apply(DeleteSnapshots((name,))))
     attempt(filesystem.work_drops)
     _remove_all(filesystem.live)
     attempt(filesystem.close)

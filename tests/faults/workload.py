@@ -17,7 +17,15 @@ from cowfs.daemon.options import CACHE_BYTES_MIN
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
 from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Changes, Volume
-from cowfs.history.filesystem import Edit, EditAction, Filesystem
+from cowfs.history.edits import (
+    CreateSnapshot,
+    DeleteSnapshots,
+    Edit,
+    RenameSnapshot,
+    Rollback,
+    Undo,
+)
+from cowfs.history.filesystem import Checked, Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.device import Device
 from tests.model.devices import MemoryDevice
@@ -127,22 +135,21 @@ class Workload:
             raise AssertionError(f"refused with {error!r} what the model does") from error
         model()
 
-    def commit(self, edits: Sequence[Edit] = (), model: Callable[..., None] | None = None) -> None:
-        """Commit; the model takes over edits with the generation that holds them."""
+    def commit(
+        self, checked: Checked | None = None, model: Callable[..., None] | None = None
+    ) -> None:
+        """Commit; the model takes over an edit with the generation that holds it."""
         filesystem = self.opened
-        commit = filesystem.freeze(edits)
-        if model is not None and all(edit.error is None for edit in edits):
-            model(*[edit.result for edit in edits])
+        commit = filesystem.freeze(checked)
+        if model is not None and checked is not None:
+            model(checked.result[0] if checked.edit.has_one else checked.result)
         self.states[commit.generation] = self.model.copy()
         commit.write()
         filesystem.finish(commit)
         self.acknowledged = commit.generation
-        for edit in edits:
-            if edit.error is not None:
-                raise edit.error
 
-    def edit(self, make: Callable[[], EditAction], model: Callable[..., None]) -> None:
-        self.commit([Edit(make())], model)
+    def edit(self, edit: Edit, model: Callable[..., None]) -> None:
+        self.commit(self.opened.check(edit), model)
 
     # --- judging ------------------------------------------------------------------------------------
 
@@ -158,7 +165,7 @@ class Workload:
             lambda: volume.setxattr(ROOT, b"user.late", b""),
             lambda: volume.rename(ROOT, b"inline", ROOT, b"late"),
             filesystem.commit,
-            lambda: filesystem.apply(filesystem.create_snapshot("late")),
+            lambda: filesystem.apply(CreateSnapshot("late")),
             lambda: filesystem.freeze(),
         ):
             try:
@@ -435,7 +442,7 @@ def snapshot(name: str) -> Step:
             work.model.snapshots[name] = work.files.copy()
 
         if name not in work.model.snapshots:
-            work.edit(lambda: work.opened.create_snapshot(name, "text"), model)
+            work.edit(CreateSnapshot(name, "text"), model)
 
     return step
 
@@ -446,7 +453,7 @@ def rename_snapshot(old: str, new: str) -> Step:
             work.model.snapshots[new] = work.model.snapshots.pop(old)
 
         if old in work.model.snapshots and new not in work.model.snapshots:
-            work.edit(lambda: work.opened.rename_snapshot(old, new), model)
+            work.edit(RenameSnapshot(old, new), model)
 
     return step
 
@@ -461,7 +468,7 @@ def delete_snapshots(*names: str) -> Step:
                 work.model.undo = None if work.model.undo == name else work.model.undo
 
         if there:
-            work.edit(lambda: work.opened.delete_snapshots(there), model)
+            work.edit(DeleteSnapshots(tuple(there)), model)
 
     return step
 
@@ -476,7 +483,7 @@ def rollback(name: str) -> Step:
     def step(work: Workload) -> None:
         if name in work.model.snapshots:
             work.edit(
-                lambda: work.opened.rollback(name),
+                Rollback(name),
                 lambda kept: _switched(work, work.model.snapshots[name], kept.name),
             )
 
@@ -490,7 +497,7 @@ def undo(work: Workload) -> None:
         _switched(work, target, kept.name)  # type: ignore[attr-defined]
 
     if work.model.undo is not None:
-        work.edit(lambda: work.opened.undo(), model)
+        work.edit(Undo(), model)
 
 
 def drop_some(work: Workload) -> None:

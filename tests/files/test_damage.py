@@ -26,6 +26,7 @@ from cowfs.files.acl import (
 )
 from cowfs.files.items import ROOT_INO
 from cowfs.files.volume import CAPABILITY_XATTR, Changes, Volume
+from cowfs.history.edits import CreateSnapshot
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.admission import TIER_ADD
@@ -215,7 +216,7 @@ def populated(request: pytest.FixtureRequest) -> tuple[MemoryDevice, Model, list
     model: Model = {}
     populate(filesystem.live, model, random.Random(7))
     if request.param:
-        filesystem.apply(filesystem.create_snapshot("before"))
+        filesystem.apply(CreateSnapshot("before"))
     filesystem.commit()
     nodes = list(tree_nodes(filesystem))
     filesystem.close()

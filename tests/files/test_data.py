@@ -20,6 +20,7 @@ from cowfs.files.items import (
     split_key,
 )
 from cowfs.files.volume import Changes, Volume
+from cowfs.history.edits import CreateSnapshot
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.format import Pointer
@@ -322,7 +323,7 @@ def test_overwrites_that_cut_extents_in_one_leaf_and_across_two_keep_the_rest() 
     choice = random.Random(5)
     for round_number in range(4):
         if round_number == 2:
-            filesystem.apply(filesystem.create_snapshot("held"))
+            filesystem.apply(CreateSnapshot("held"))
         for half in range(1, 47, 3):
             at, size = half << 19, choice.choice((BLOCK, 1 << 19, 1 << 20, 2 << 20))
             at += choice.randrange(100) * BLOCK

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from cowfs.care.check import check_image
 from cowfs.errors import NoSpaceError
 from cowfs.files.volume import Changes, Volume
+from cowfs.history.edits import CreateSnapshot, DeleteSnapshots
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.admission import DEFAULT_LIMITS, Limits
@@ -222,7 +223,7 @@ def delete_in_order(filesystem: Filesystem, order: str, *, crash_every: int = 0)
 def try_snapshot(filesystem: Filesystem, name: str) -> bool:
     """Make a snapshot, or see it refused for want of space, with nothing changed."""
     try:
-        filesystem.apply(filesystem.create_snapshot(name))
+        filesystem.apply(CreateSnapshot(name))
     except NoSpaceError as error:
         assert "snapshot" in str(error)
         assert filesystem.catalog.find(name) is None
@@ -234,7 +235,7 @@ def try_snapshot(filesystem: Filesystem, name: str) -> bool:
 def delete_snapshots_one_by_one(filesystem: Filesystem) -> None:
     while filesystem.catalog.snapshots():
         kept = filesystem.catalog.snapshots()
-        filesystem.apply(filesystem.delete_snapshots([kept[0].name]))
+        filesystem.apply(DeleteSnapshots((kept[0].name,)))
         filesystem.work_drops()
 
 
@@ -272,7 +273,7 @@ def test_full_with_snapshots_deletes_every_file_and_every_snapshot(
     require_clean(filesystem)
     for names in (["two"], ["one", "three"]):
         there = {record.name for record in filesystem.catalog.snapshots()}
-        filesystem.apply(filesystem.delete_snapshots([name for name in names if name in there]))
+        filesystem.apply(DeleteSnapshots(tuple([name for name in names if name in there])))
         filesystem = crashed(filesystem)
         filesystem.work_drops()
         require_clean(filesystem)
@@ -329,7 +330,7 @@ def test_room_to_delete_under_a_snapshot_is_known_after_a_remount() -> None:
     assert held > filesystem.store.admission.reserve_blocks
     filesystem = crashed(filesystem)
     assert filesystem.store.admission.held_blocks() == held
-    filesystem.apply(filesystem.delete_snapshots(["one"]))
+    filesystem.apply(DeleteSnapshots(("one",)))
     filesystem = crashed(filesystem)
     assert filesystem.store.admission.held_blocks() >= held, "a dropped snapshot still shares"
     filesystem.work_drops()
@@ -577,10 +578,10 @@ def test_random_work_at_the_edge_of_full_fails_with_nothing_but_enospc() -> None
                 elif kind < 0.7:
                     filesystem.commit()
                 elif kind < 0.72 and len(filesystem.catalog.snapshots()) < 4:
-                    filesystem.apply(filesystem.create_snapshot(f"s{step}"))
+                    filesystem.apply(CreateSnapshot(f"s{step}"))
                 elif kind < 0.74 and filesystem.catalog.snapshots():
                     kept = filesystem.catalog.snapshots()
-                    filesystem.apply(filesystem.delete_snapshots([choice.choice(kept).name]))
+                    filesystem.apply(DeleteSnapshots((choice.choice(kept).name,)))
                 elif kind < 0.8:
                     filesystem.drops.step(4)
                 elif kind < 0.85:
@@ -603,7 +604,7 @@ def test_random_work_at_the_edge_of_full_fails_with_nothing_but_enospc() -> None
         filesystem.work_drops()
         while filesystem.catalog.snapshots():
             kept = filesystem.catalog.snapshots()
-            filesystem.apply(filesystem.delete_snapshots([kept[0].name]))
+            filesystem.apply(DeleteSnapshots((kept[0].name,)))
             filesystem.work_drops()
         require_clean(filesystem)
         filesystem.reclaim_orphans()

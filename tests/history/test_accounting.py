@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from cowfs.history.edits import CreateSnapshot, DeleteSnapshots
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem, restore_generation
 from cowfs.history.owners import (
@@ -234,8 +235,16 @@ def test_seventy_snapshots_need_two_words() -> None:
             history.choice.choice(
                 (history.write_new, history.overwrite, history.punch, history.share_in_live)
             )()
-        history.filesystem.apply(history.filesystem.create_snapshot(f"n{number}"))
-    history.filesystem.apply(history.filesystem.delete_snapshots(["n3", "n64", "n65"]))
+        history.filesystem.apply(CreateSnapshot(f"n{number}"))
+    history.filesystem.apply(
+        DeleteSnapshots(
+            (
+                "n3",
+                "n64",
+                "n65",
+            )
+        )
+    )
     history.drop_some()
     history.commit()
     found = holdings(history.disk)
@@ -365,7 +374,7 @@ def freed_really(history: History, records: Sequence[RootRecord], *, drain: bool
     if not drain:
         for waiting in filesystem.drops._drops.values():
             waiting.stuck = True
-    filesystem.apply(filesystem.delete_snapshots([record.name for record in records]))
+    filesystem.apply(DeleteSnapshots(tuple([record.name for record in records])))
     filesystem.work_drops()
     assert len(filesystem.drops.progress()) == (
         0 if drain else len(history.filesystem.drops._drops)

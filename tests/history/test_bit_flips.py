@@ -20,6 +20,7 @@ from cowfs.care.scrub_report import BadCopy
 from cowfs.errors import CorruptError, CowfsError
 from cowfs.files.items import ROOT_INO, TYPE_EXTENT, decode_extent
 from cowfs.files.volume import Volume
+from cowfs.history.edits import CreateSnapshot
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_SIZE_BYTES, Pointer, ring_blocks
@@ -114,7 +115,7 @@ def image() -> tuple[MemoryDevice, Content, dict[str, list[Place]]]:
         live.write(ino, 0, choice.randbytes(choice.choice([10, 1800, 5000, 20_000])))
         if not number % 4:
             live.setxattr(ino, b"user.a", choice.randbytes(choice.choice([10, 2000])))
-    filesystem.apply(filesystem.create_snapshot("one"))
+    filesystem.apply(CreateSnapshot("one"))
     for number in range(50, 70):
         inode = live.find(ROOT_INO, b"%d" % number)
         if inode is None:

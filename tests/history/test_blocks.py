@@ -5,6 +5,7 @@ import pytest
 
 from cowfs.errors import UsageError
 from cowfs.history.blocks import BlockReport, explain_block
+from cowfs.history.edits import CreateSnapshot
 from cowfs.history.images import open_filesystem
 from cowfs.history.names import resolve
 from cowfs.history.owners import survey
@@ -101,7 +102,7 @@ def test_block_is_told_where_the_newest_root_shows_it() -> None:
     ino = live.create(1, b"file", 0o100644, 0, 0).ino
     live.write(ino, 0, b"1" * 4 * BLOCK_SIZE_BYTES)
     for name in ("one", "two"):
-        filesystem.apply(filesystem.create_snapshot(name))
+        filesystem.apply(CreateSnapshot(name))
 
     def told() -> list[tuple[str, bytes | None]]:
         surveyed = survey(open_filesystem(history.disk, writable=False))

@@ -1,4 +1,4 @@
-"""Edits of the catalog, one case at a time: several in one commit, and what must be refused."""
+"""Edits of the catalog, one case at a time, and what must be refused."""
 
 import stat
 
@@ -6,9 +6,17 @@ import pytest
 
 from cowfs.care.check import check_image
 from cowfs.errors import SnapshotError, UsageError
-from cowfs.history.filesystem import Edit, Filesystem
+from cowfs.history.edits import (
+    CreateSnapshot,
+    DeleteSnapshots,
+    HoldSnapshots,
+    RenameSnapshot,
+    Rollback,
+    Undo,
+)
+from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
-from cowfs.history.records import FLAG_HELD, RootRecord
+from cowfs.history.records import FLAG_HELD
 from tests.model.devices import MemoryDevice
 from tests.model.recount import recount
 
@@ -32,11 +40,6 @@ def names(filesystem: Filesystem) -> set[bytes]:
     return {entry.name for _, entry in filesystem.live.listing(ROOT)}
 
 
-def late(filesystem: Filesystem, kind: str, *words: object) -> Edit:
-    """An edit that is made only when it runs, when those before it are done."""
-    return Edit(lambda fs: getattr(fs, kind)(*words)(fs))
-
-
 def require_clean(disk: MemoryDevice) -> None:
     recount(disk).require_exact()
     report = check_image(disk)
@@ -45,28 +48,17 @@ def require_clean(disk: MemoryDevice) -> None:
 
 @pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("second", ["delete", "rollback", "undo"])
-def test_edit_of_a_snapshot_of_the_same_commit_works(second: str, changed: bool) -> None:
-    """Promise C6: edits that share a commit behave as if each had its own."""
+def test_edit_of_a_snapshot_right_after_it_was_made_works(second: str, changed: bool) -> None:
+    """Promise C6: an edit holds all that was written before it, and is whole for the next one."""
     disk, filesystem = make()
     write(filesystem, b"old", b"x" * 9000)
     filesystem.commit()
     if changed:
         write(filesystem, b"new", b"y" * 9000)
-    create = Edit(filesystem.create_snapshot("s"))
-    edits = [create]
-    if second == "delete":
-        edits.append(Edit(lambda fs: fs.delete_snapshots(["s"])(fs)))
-    else:
-        edits.append(late(filesystem, "rollback", "s"))
-        if second == "undo":
-            edits.append(late(filesystem, "undo"))
-    if second == "delete":  # there is nothing to give back yet
-        with pytest.raises(SnapshotError, match="is being made"):
-            filesystem.commit(edits)
-        filesystem.apply(filesystem.delete_snapshots(["s"]))
-    else:
-        filesystem.commit(edits)
-        assert all(edit.error is None for edit in edits)
+    filesystem.apply(CreateSnapshot("s"))
+    filesystem.apply(DeleteSnapshots(("s",)) if second == "delete" else Rollback("s"))
+    if second == "undo":
+        filesystem.apply(Undo())
     assert names(filesystem) == ({b"old", b"new"} if changed else {b"old"})
     filesystem.work_drops()
     require_clean(disk)
@@ -81,15 +73,22 @@ def test_delete_of_several_is_all_or_nothing() -> None:
     """Promise C6: a deletion that names one unknown snapshot deletes none."""
     disk, filesystem = make()
     for name in ("a", "b", "c"):
-        filesystem.apply(filesystem.create_snapshot(name))
+        filesystem.apply(CreateSnapshot(name))
     with pytest.raises(SnapshotError, match="nope"):
-        filesystem.delete_snapshots(["a", "nope", "b"])
-    first = Edit(filesystem.delete_snapshots(["b"]))
-    second = Edit(filesystem.delete_snapshots(["a", "b"]))
-    with pytest.raises(SnapshotError):
-        filesystem.commit([first, second])
+        filesystem.apply(DeleteSnapshots(("a", "nope", "b")))
+    filesystem.apply(DeleteSnapshots(("b",)))
+    with pytest.raises(SnapshotError, match="'b'"):
+        filesystem.apply(DeleteSnapshots(("a", "b")))
     assert [record.name for record in filesystem.catalog.snapshots()] == ["a", "c"]
-    filesystem.apply(filesystem.delete_snapshots(["a", "a", "c"]))
+    filesystem.apply(
+        DeleteSnapshots(
+            (
+                "a",
+                "a",
+                "c",
+            )
+        )
+    )
     filesystem.work_drops()
     assert not filesystem.catalog.snapshots()
     require_clean(disk)
@@ -104,54 +103,60 @@ def test_held_snapshot_is_not_deleted_until_released() -> None:
     disk, filesystem = make()
     write(filesystem, b"file", b"x" * 9000)
     for name in ("a", "b", "c"):
-        filesystem.apply(filesystem.create_snapshot(name))
-    records = filesystem.apply(filesystem.hold_snapshots(["a", "c", "a"], True))
+        filesystem.apply(CreateSnapshot(name))
+    records = filesystem.apply(
+        HoldSnapshots(
+            (
+                "a",
+                "c",
+                "a",
+            ),
+            True,
+        )
+    )
     assert isinstance(records, list)
     assert [(record.name, record.held) for record in records] == [("a", True), ("c", True)]
-    filesystem.apply(filesystem.hold_snapshots(["a"], True))  # a second time is no error
+    filesystem.apply(HoldSnapshots(("a",), True))  # a second time is no error
     for opened in (filesystem, open_filesystem(disk.crash(), writable=True)):
         assert held_names(opened) == ["a", "c"]
         with pytest.raises(SnapshotError, match=r"^snapshot 'a' is held; .* release it first$"):
-            opened.delete_snapshots(["b", "a"])
+            opened.apply(DeleteSnapshots(("b", "a")))
         with pytest.raises(SnapshotError, match=r"^snapshots 'c', 'a' are held; .* release them"):
-            opened.delete_snapshots(["c", "a"])
-    filesystem.apply(filesystem.delete_snapshots(["b"]))
-    filesystem.apply(filesystem.hold_snapshots(["a", "c"], False))
-    filesystem.apply(filesystem.delete_snapshots(["a", "c"]))
+            opened.apply(DeleteSnapshots(("c", "a")))
+    filesystem.apply(DeleteSnapshots(("b",)))
+    filesystem.apply(
+        HoldSnapshots(
+            (
+                "a",
+                "c",
+            ),
+            False,
+        )
+    )
+    filesystem.apply(
+        DeleteSnapshots(
+            (
+                "a",
+                "c",
+            )
+        )
+    )
     filesystem.work_drops()
     assert not filesystem.catalog.snapshots()
     require_clean(disk)
 
 
 def test_hold_that_names_an_unknown_snapshot_holds_none() -> None:
-    """Promise C6: all or none, also when one of them goes in the same commit."""
+    """Promise C6: all or none, also when one of them went just before."""
     disk, filesystem = make()
     for name in ("a", "b"):
-        filesystem.apply(filesystem.create_snapshot(name))
+        filesystem.apply(CreateSnapshot(name))
     with pytest.raises(SnapshotError, match="nope"):
-        filesystem.hold_snapshots(["a", "nope"], True)
-    gone = Edit(filesystem.delete_snapshots(["b"]))
-    hold = Edit(filesystem.hold_snapshots(["a", "b"], True))
+        filesystem.apply(HoldSnapshots(("a", "nope"), True))
+    filesystem.apply(DeleteSnapshots(("b",)))
     with pytest.raises(SnapshotError, match="'b'"):
-        filesystem.commit([gone, hold])
-    assert gone.error is None
+        filesystem.apply(HoldSnapshots(("a", "b"), True))
     assert held_names(filesystem) == []
-    require_clean(disk)
-
-
-def test_hold_of_the_same_commit_comes_before_a_deletion() -> None:
-    """Promise C6: a deletion that was asked for before the hold was there is refused when it runs."""
-    disk, filesystem = make()
-    for name in ("a", "b"):
-        filesystem.apply(filesystem.create_snapshot(name))
-    hold = Edit(filesystem.hold_snapshots(["b"], True))
-    delete = Edit(filesystem.delete_snapshots(["a", "b"]))
-    with pytest.raises(SnapshotError, match="'b' is held"):
-        filesystem.commit([hold, delete])
-    assert [record.name for record in filesystem.catalog.snapshots()] == ["a", "b"]
-    new = Edit(filesystem.create_snapshot("c"))
-    filesystem.commit([new, late(filesystem, "hold_snapshots", ["c"], True)])
-    assert held_names(filesystem) == ["b", "c"]
     require_clean(disk)
 
 
@@ -159,14 +164,14 @@ def test_hold_is_kept_by_a_rename_and_inherited_by_nothing() -> None:
     """Promise: new snapshots, rollbacks and undo's automatic ones are not held; renamed ones are."""
     disk, filesystem = make()
     write(filesystem, b"file", b"x" * 9000)
-    filesystem.apply(filesystem.create_snapshot("a"))
-    filesystem.apply(filesystem.hold_snapshots(["a"], True))
-    filesystem.apply(filesystem.rename_snapshot("a", "b"))
+    filesystem.apply(CreateSnapshot("a"))
+    filesystem.apply(HoldSnapshots(("a",), True))
+    filesystem.apply(RenameSnapshot("a", "b"))
     assert held_names(filesystem) == ["b"]
-    filesystem.apply(filesystem.rollback("b"))
-    filesystem.apply(filesystem.create_snapshot("c"))
-    filesystem.apply(filesystem.undo())
-    filesystem.apply(filesystem.create_snapshot("d"))
+    filesystem.apply(Rollback("b"))
+    filesystem.apply(CreateSnapshot("c"))
+    filesystem.apply(Undo())
+    filesystem.apply(CreateSnapshot("d"))
     assert held_names(filesystem) == ["b"]
     assert not filesystem.record.held
     assert len(filesystem.catalog.snapshots()) == 4
@@ -178,22 +183,18 @@ def test_undo_does_not_use_up_what_is_held() -> None:
     """Promise: undo names the snapshot and what to do; nothing changes but the hold; release helps."""
     disk, filesystem = make()
     write(filesystem, b"one", b"1")
-    filesystem.apply(filesystem.create_snapshot("s"))
+    filesystem.apply(CreateSnapshot("s"))
     write(filesystem, b"two", b"2")
-    kept = filesystem.apply(filesystem.rollback("s"))
-    assert isinstance(kept, RootRecord)
-    hold = Edit(filesystem.hold_snapshots([kept.name], True))
-    undo = Edit(filesystem.undo())
+    (kept,) = filesystem.apply(Rollback("s"))
+    filesystem.apply(HoldSnapshots((kept.name,), True))
     says = f"use up snapshot '{kept.name}', which is held; cowfs snapshot release it"
     with pytest.raises(SnapshotError, match=says):
-        filesystem.commit([hold, undo])
-    with pytest.raises(SnapshotError, match=says):
-        filesystem.undo()
+        filesystem.apply(Undo())
     assert names(filesystem) == {b"one"}
     assert filesystem.catalog.snapshot(kept.name).flags == kept.flags | FLAG_HELD
-    filesystem.apply(filesystem.hold_snapshots([kept.name], False))
+    filesystem.apply(HoldSnapshots((kept.name,), False))
     assert filesystem.catalog.snapshot(kept.name).flags == kept.flags
-    filesystem.apply(filesystem.undo())
+    filesystem.apply(Undo())
     assert names(filesystem) == {b"one", b"two"}
     require_clean(disk)
 
@@ -203,10 +204,10 @@ def test_orphan_in_a_snapshot_is_reclaimed_after_rollback() -> None:
     disk, filesystem = make()
     write(filesystem, b"file", b"x" * 50_000)
     orphan = filesystem.live.unlink(ROOT, b"file").ino
-    filesystem.apply(filesystem.create_snapshot("s"))
+    filesystem.apply(CreateSnapshot("s"))
     assert filesystem.live.reclaim(orphan)
     filesystem.commit()
-    filesystem.apply(filesystem.rollback("s"))
+    filesystem.apply(Rollback("s"))
     assert filesystem.live.orphans == {orphan}
     filesystem.reclaim_orphans()
     filesystem.commit()
@@ -218,17 +219,17 @@ def test_undo_goes_back_and_forth() -> None:
     """Promise: undo of an undo is a redo, as often as wanted."""
     disk, filesystem = make()
     write(filesystem, b"one", b"1")
-    filesystem.apply(filesystem.create_snapshot("s"))
+    filesystem.apply(CreateSnapshot("s"))
     write(filesystem, b"two", b"2")
-    filesystem.apply(filesystem.rollback("s"))
+    filesystem.apply(Rollback("s"))
     for turn in range(5):
         assert names(filesystem) == ({b"one"} if turn % 2 == 0 else {b"one", b"two"})
-        filesystem.apply(filesystem.undo())
+        filesystem.apply(Undo())
         assert len(filesystem.catalog.snapshots()) == 2
     kept = next(record for record in filesystem.catalog.snapshots() if record.automatic)
-    filesystem.apply(filesystem.delete_snapshots([kept.name]))
+    filesystem.apply(DeleteSnapshots((kept.name,)))
     with pytest.raises(SnapshotError, match="no rollback to undo"):
-        filesystem.undo()
+        filesystem.apply(Undo())
     filesystem.work_drops()
     require_clean(disk)
 
@@ -237,11 +238,11 @@ def test_old_volume_after_rollback_can_be_read_and_not_written() -> None:
     """Promise: stale handles of a live volume that was rolled back read what they read before."""
     _, filesystem = make()
     write(filesystem, b"file", b"before")
-    filesystem.apply(filesystem.create_snapshot("s"))
+    filesystem.apply(CreateSnapshot("s"))
     write(filesystem, b"file", b"after!")
     old_root, old = filesystem.record.root_id, filesystem.live
     ino = old.lookup(ROOT, b"file").ino
-    filesystem.apply(filesystem.rollback("s"))
+    filesystem.apply(Rollback("s"))
     assert filesystem.volume(old_root) is old
     assert old.read(ino, 0, 10) == b"after!"
     assert filesystem.live.read(ino, 0, 10) == b"before"
@@ -255,7 +256,7 @@ def test_impossible_name_is_refused_before_anything_happens(name: str) -> None:
     """Promise: a snapshot's name is always one path component that a terminal can show."""
     _, filesystem = make()
     with pytest.raises(UsageError):
-        filesystem.create_snapshot(name)
+        filesystem.apply(CreateSnapshot(name))
 
 
 def test_many_snapshots_and_drops_leave_nothing_behind() -> None:
@@ -266,12 +267,11 @@ def test_many_snapshots_and_drops_leave_nothing_behind() -> None:
     before = filesystem.space()
     for number in range(300):
         write(filesystem, b"file", b"%d" % number * 3000)
-        record = filesystem.apply(filesystem.create_snapshot(f"s{number:03}" + "n" * 200))
-        assert isinstance(record, RootRecord)
+        filesystem.apply(CreateSnapshot(f"s{number:03}" + "n" * 200))
     assert filesystem.catalog.tree.node_count > 3
     assert filesystem.space().catalog > before.catalog
     wanted = [record.name for record in filesystem.catalog.snapshots()]
-    filesystem.apply(filesystem.delete_snapshots(wanted))
+    filesystem.apply(DeleteSnapshots(wanted))
     assert len(filesystem.drops.progress()) == 300
     filesystem = open_filesystem(disk.crash(), writable=True)
     filesystem.work_drops()

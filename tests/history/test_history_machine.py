@@ -9,10 +9,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from cowfs.errors import DeviceError, NoSpaceError, SnapshotError
-from cowfs.history.filesystem import Edit, EditAction
+from cowfs.history.edits import (
+    CreateSnapshot,
+    DeleteSnapshots,
+    Edit,
+    HoldSnapshots,
+    RenameSnapshot,
+    Rollback,
+    Undo,
+)
 from cowfs.history.owners import OwnerKind, owner_sets
 from cowfs.history.records import RootRecord
 from cowfs.history.usage import exclusive_blocks, referenced_blocks, written_blocks
+from cowfs.storage.commit import Commit
 from tests.model.devices import Fault
 from tests.model.files_machine import FilesMachine, compare, picks, sizes
 from tests.model.profiles import MACHINE_SECONDS_MAX, machine_settings
@@ -44,27 +53,22 @@ class HistoryMachine(FilesMachine):
         self.next_fault = Fault(kind, after, short=short, sticky=True)
         self.next_seed = seed
 
-    def _apply(
-        self, make: Callable[[], EditAction], model: Callable[..., None], *, legal: bool
-    ) -> RootRecord | None:
-        """Make an edit and apply it, or see it refused. Returns the edit's result."""
+    def _apply(self, edit: Edit, model: Callable[..., None], *, legal: bool) -> RootRecord | None:
+        """Make an edit, or see it refused. Returns the first record of its answer."""
         self.settle()
         try:
-            action: EditAction = make()
+            checked = self.filesystem.check(edit)
         except SnapshotError:
             assert not legal, "refused what the model does"
             return None
         assert legal, "allowed what the model refuses"
-        edit = Edit(action)
-        self._commit_with([edit], model)
-        if edit.error is not None:
-            raise edit.error
-        return edit.result  # type: ignore[return-value]
+        commit = self.filesystem.freeze(checked)
+        model(checked.result[0] if edit.has_one else checked.result)
+        self._write_commit(commit)
+        return checked.result[0] if checked.result else None
 
-    def _commit_with(self, edits: list[Edit], model: Callable[..., None]) -> None:
-        """Commit edits; the model takes them over with the generation that holds them."""
-        commit = self.filesystem.freeze(edits)
-        model(*[edit.result for edit in edits if edit.error is None])
+    def _write_commit(self, commit: Commit) -> None:
+        """Write a commit that was frozen; the model is what it will hold."""
         self.states[commit.generation] = self.model.copy()
         self.device.fault, self.next_fault = self.next_fault, None
         commit.write()
@@ -88,7 +92,7 @@ class HistoryMachine(FilesMachine):
         legal = name not in self.model.snapshots
         if legal and len(self.model.snapshots) >= 5:
             return
-        self._apply(lambda: self.filesystem.create_snapshot(name, "text"), model, legal=legal)
+        self._apply(CreateSnapshot(name, "text"), model, legal=legal)
 
     @precondition(lambda self: self.model.snapshots)
     @rule(chosen=st.sets(picks, min_size=1, max_size=4), extra=st.sampled_from([[], [], ["none"]]))
@@ -103,7 +107,7 @@ class HistoryMachine(FilesMachine):
                     self.model.undo = None
 
         legal = not extra and self.model.held.isdisjoint(wanted)
-        self._apply(lambda: self.filesystem.delete_snapshots(wanted), model, legal=legal)
+        self._apply(DeleteSnapshots(tuple(wanted)), model, legal=legal)
 
     @precondition(lambda self: self.model.snapshots)
     @rule(
@@ -124,8 +128,7 @@ class HistoryMachine(FilesMachine):
             else:
                 self.model.held.difference_update(wanted)
 
-        make = self.filesystem.hold_snapshots
-        self._apply(lambda: make(wanted, held), model, legal=not extra)
+        self._apply(HoldSnapshots(tuple(wanted), held), model, legal=not extra)
         if undo:
             self.undo()
 
@@ -190,7 +193,7 @@ class HistoryMachine(FilesMachine):
             self.model.rename_snapshot(old, new)
 
         legal = new not in self.model.snapshots
-        self._apply(lambda: self.filesystem.rename_snapshot(old, new), model, legal=legal)
+        self._apply(RenameSnapshot(old, new), model, legal=legal)
 
     @precondition(lambda self: self.model.snapshots)
     @rule(pick=picks)
@@ -204,7 +207,7 @@ class HistoryMachine(FilesMachine):
             self.model.live = target.copy()
             self.model.undo = kept.name
 
-        self._apply(lambda: self.filesystem.rollback(name), model, legal=True)
+        self._apply(Rollback(name), model, legal=True)
 
     @rule()
     def undo(self) -> None:
@@ -216,29 +219,7 @@ class HistoryMachine(FilesMachine):
             self.model.undo = kept.name
 
         legal = self.model.undo is not None and self.model.undo not in self.model.held
-        self._apply(lambda: self.filesystem.undo(), model, legal=legal)
-
-    @rule(name=snapshot_names, seed=picks)
-    def edits_of_one_commit(self, name: str, seed: int) -> None:
-        """Several edits may share a commit: each sees what those before it made."""
-        if name in self.model.snapshots or len(self.model.snapshots) >= 5:
-            return
-        self.settle()
-        filesystem = self.filesystem
-        create = Edit(filesystem.create_snapshot(name))
-        again = Edit(filesystem.create_snapshot(name))
-        edits = [create, again]
-        if seed % 2:
-            self.extra += 1
-            edits.append(Edit(filesystem.create_snapshot(f"extra-{self.extra}")))
-
-        def model(*records: RootRecord) -> None:
-            for record in records:
-                self.model.snapshots[record.name] = self.files.copy()
-
-        self._commit_with(edits, model)
-        assert create.error is None
-        assert isinstance(again.error, SnapshotError)
+        self._apply(Undo(), model, legal=legal)
 
     # --- drop queue ---------------------------------------------------------------------------------
 

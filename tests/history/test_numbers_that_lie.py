@@ -11,6 +11,7 @@ from cowfs.care.check import check_image
 from cowfs.care.repair import repair_image
 from cowfs.errors import CorruptError, ImageError, NoSpaceError
 from cowfs.files.items import INO_MAX, ROOT_INO, inode_key
+from cowfs.history.edits import CreateSnapshot, Rollback, Undo
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem, restore_generation
 from cowfs.history.owners import owner_sets
@@ -19,6 +20,7 @@ from cowfs.storage.device import FileDevice
 from cowfs.storage.format import GENERATION_MAX, GENERATION_WRITABLE_MAX
 from cowfs.storage.superblock import read_newest, write_slot
 from tests.image_files import change, history, make_image, require_clean
+from tests.model.behind import edit_by_hand
 
 NAMES = ["one", "two", "three"]
 
@@ -40,7 +42,7 @@ def lie(image: Path, **members: int) -> None:
 def lie_in_record(image: Path, edit: Callable[[Filesystem], object]) -> None:
     """Write something into the catalog as the last thing of all."""
     device = FileDevice(image, writable=True)
-    open_filesystem(device, writable=True).apply(edit)
+    edit_by_hand(open_filesystem(device, writable=True), edit)
     device.close()
 
 
@@ -112,8 +114,10 @@ def test_highest_inode_that_exists_leaves_no_number(image: Path) -> None:
 
     def step(filesystem: Filesystem) -> None:
         tree = filesystem.live.tree
-        tree.reach(inode_key(INO_MAX))
-        tree.put(inode_key(INO_MAX), filesystem.live.get(ROOT_INO).encode())
+        with filesystem.live.operation.begin_admitted() as operation:
+            tree.reach(inode_key(INO_MAX))
+            operation.change()
+            tree.put(inode_key(INO_MAX), filesystem.live.get(ROOT_INO).encode())
         for name in (b"a", b"b"):
             with pytest.raises(NoSpaceError, match="no inode number is left"):
                 filesystem.live.create(ROOT_INO, name, 0o100644, 0, 0)
@@ -206,12 +210,12 @@ def _is_clean(image: Path) -> bool:
 
 
 def _make(name: str) -> Callable[[Filesystem], object]:
-    return lambda filesystem: filesystem.apply(filesystem.create_snapshot(name))
+    return lambda filesystem: filesystem.apply(CreateSnapshot(name))
 
 
 def _roll_back(name: str) -> Callable[[Filesystem], object]:
-    return lambda filesystem: filesystem.apply(filesystem.rollback(name))
+    return lambda filesystem: filesystem.apply(Rollback(name))
 
 
 def _undo(filesystem: Filesystem) -> None:
-    filesystem.apply(filesystem.undo())
+    filesystem.apply(Undo())

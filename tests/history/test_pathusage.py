@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cowfs.files.items import ROOT_INO
+from cowfs.history.edits import CreateSnapshot, DeleteSnapshots
 from cowfs.history.names import require, resolve
 from cowfs.history.owners import OwnerKind, owner_sets, survey
 from cowfs.history.pathusage import (
@@ -270,7 +271,7 @@ class Cases:
 
     def snapshot(self, name: str) -> RootRecord:
         filesystem = self.history.filesystem
-        filesystem.apply(filesystem.create_snapshot(name))
+        filesystem.apply(CreateSnapshot(name))
         return filesystem.catalog.snapshot(name)
 
     def usage(self, record: RootRecord, path: bytes = b"") -> tuple[float, float]:
@@ -332,7 +333,7 @@ def test_rewritten_part_of_a_file_is_not_pinned_by_the_rest() -> None:
     assert cases.frees(record) == 7
     filesystem = cases.history.filesystem
     before = filesystem.space()
-    filesystem.apply(filesystem.delete_snapshots(["before"]))
+    filesystem.apply(DeleteSnapshots(("before",)))
     filesystem.work_drops()
     assert (before.tree - filesystem.space().tree) // MIB_BLOCKS == 7
     assert cases.usage(filesystem.record) == (8, 8)
@@ -356,8 +357,8 @@ def test_what_a_path_cannot_free_is_not_exclusive() -> None:
     history.commit()
     top = usage_of_path(filesystem, argument(history, filesystem.record, b"folder"))
     assert (top.total, top.exclusive) == (10, 6)
-    filesystem.apply(filesystem.create_snapshot("one"))
-    history.filesystem.apply(filesystem.delete_snapshots(["one"]))
+    filesystem.apply(CreateSnapshot("one"))
+    history.filesystem.apply(DeleteSnapshots(("one",)))
     top = usage_of_path(filesystem, argument(history, filesystem.record, b"folder"))
     assert (top.total, top.exclusive) == (10, 0), "the queue has not given it back"
     filesystem.work_drops()

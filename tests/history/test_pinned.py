@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from cowfs.history.edits import CreateSnapshot
 from cowfs.history.names import resolve
 from cowfs.history.owners import OwnerSets, owner_sets
 from cowfs.history.pinned import NAMELESS, Pinned, pinned_by
@@ -108,7 +109,7 @@ def test_file_that_was_deleted_while_open_has_no_name() -> None:
     ino = live.create(1, b"open", 0o100644, 0, 0).ino
     live.write(ino, 0, b"1" * 10 * BLOCK_SIZE_BYTES)
     live.unlink(1, b"open")
-    history.filesystem.apply(history.filesystem.create_snapshot("with"))
+    history.filesystem.apply(CreateSnapshot("with"))
     while not live.reclaim(ino):
         pass
     history.commit()
@@ -123,10 +124,10 @@ def test_path_is_that_of_the_newest_snapshot_of_the_set() -> None:
     below = live.create(1, b"below", 0o040755, 0, 0).ino
     ino = live.create(1, b"file", 0o100644, 0, 0).ino
     live.write(ino, 0, b"1" * 10 * BLOCK_SIZE_BYTES)
-    filesystem.apply(filesystem.create_snapshot("one"))
+    filesystem.apply(CreateSnapshot("one"))
     live.rename(1, b"file", below, b"moved", 0)
     live.rename(1, b"below", 1, b"under", 0)
-    filesystem.apply(filesystem.create_snapshot("two"))
+    filesystem.apply(CreateSnapshot("two"))
     live.unlink(below, b"moved")
     while not live.reclaim(ino):
         pass

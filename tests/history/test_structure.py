@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cowfs.files.items import references
+from cowfs.history.edits import CreateSnapshot, DeleteSnapshots
 from cowfs.history.images import open_filesystem
 from cowfs.history.owners import Survey, survey
 from cowfs.history.structure import Structure, covered, empty_structure, spread
@@ -151,9 +152,9 @@ def test_places_that_were_freed_and_used_again_are_read_anew() -> None:
         for ino in inos:
             live.write(ino, 0, history.choice.randbytes(20 * BLOCK_SIZE_BYTES))
         history.write_small()
-        history.filesystem.apply(history.filesystem.create_snapshot(f"n{number}"))
+        history.filesystem.apply(CreateSnapshot(f"n{number}"))
         if number > 3:
-            history.filesystem.apply(history.filesystem.delete_snapshots([f"n{number - 3}"]))
+            history.filesystem.apply(DeleteSnapshots((f"n{number - 3}",)))
             history.filesystem.work_drops()
         fresh = survey(history.filesystem)
         for structure in known:

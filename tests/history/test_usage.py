@@ -2,7 +2,8 @@
 
 import random
 
-from cowfs.history.filesystem import Edit, Filesystem
+from cowfs.history.edits import CreateSnapshot, Rollback
+from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.history.owners import OwnerKind, owner_sets
 from cowfs.history.records import RootRecord
@@ -29,9 +30,7 @@ def create(filesystem: Filesystem, name: bytes, seed: int | None = None) -> int:
 
 
 def snapshot(filesystem: Filesystem, name: str) -> RootRecord:
-    edit = Edit(filesystem.create_snapshot(name))
-    filesystem.commit([edit])
-    assert edit.error is None
+    filesystem.apply(CreateSnapshot(name))
     return filesystem.catalog.snapshot(name)
 
 
@@ -94,9 +93,6 @@ def test_rollback_and_what_it_keeps_know_that_files_share() -> None:
     live.share(live, one, 0, two, 0, SIZE)
     snapshot(filesystem, "shared")
     for name in ("before", "shared"):
-        edit = Edit(filesystem.rollback(name))
-        filesystem.commit([edit])
-        assert edit.error is None
-        assert isinstance(edit.result, RootRecord)
-        require_exact(disk, filesystem, filesystem.catalog.snapshot(edit.result.name))
+        (kept,) = filesystem.apply(Rollback(name))
+        require_exact(disk, filesystem, filesystem.catalog.snapshot(kept.name))
     require_exact(disk, filesystem, snapshot(filesystem, "after"))

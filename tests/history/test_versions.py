@@ -7,6 +7,7 @@ import pytest
 
 from cowfs.files.items import INODE_INLINE
 from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE
+from cowfs.history.edits import CreateSnapshot
 from cowfs.history.versions import KINDS, Version, versions_of
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 from tests.history.test_accounting import each_moment, seeds
@@ -93,7 +94,7 @@ def test_versions_tell_changes_of_content_only() -> None:
     def snapshot() -> None:
         nonlocal number
         number += 1
-        filesystem.apply(filesystem.create_snapshot(f"s{number}"))
+        filesystem.apply(CreateSnapshot(f"s{number}"))
 
     snapshot()  # 0: empty
     live.write(ino, 0, b"small")
@@ -135,14 +136,14 @@ def test_version_does_not_depend_on_how_extents_are_cut() -> None:
     live, filesystem = history.live, history.filesystem
     one = live.create(1, b"file", 0o100644, 0, 0).ino
     live.write(one, 0, b"1" * 8 * BLOCK_SIZE_BYTES)
-    filesystem.apply(filesystem.create_snapshot("whole"))
+    filesystem.apply(CreateSnapshot("whole"))
     two = live.create(1, b"pieces", 0o100644, 0, 0).ino
     for at in (0, 3, 6):
         size = min(3, 8 - at) * BLOCK_SIZE_BYTES
         start = at * BLOCK_SIZE_BYTES
         assert live.share(live, one, start, two, start, size) == size
     live.rename(1, b"pieces", 1, b"file", 0)
-    filesystem.apply(filesystem.create_snapshot("pieces"))
+    filesystem.apply(CreateSnapshot("pieces"))
     assert len(list(live.data.extents(two, 0, 100))) > 1
     versions = versions_of(filesystem, history.records, b"file")
     assert [version.roots for version in versions] == [(0, 1)]
@@ -154,13 +155,13 @@ def test_symlinks_and_replaced_kinds_are_versions() -> None:
     live, filesystem = history.live, history.filesystem
     for number, target in enumerate((b"one", b"two", b"one")):
         live.symlink(1, b"link", target, 0, 0)
-        filesystem.apply(filesystem.create_snapshot(f"s{number}"))
+        filesystem.apply(CreateSnapshot(f"s{number}"))
         live.reclaim(live.unlink(1, b"link").ino)
     live.create(1, b"link", 0o040755, 0, 0)
-    filesystem.apply(filesystem.create_snapshot("directory"))
+    filesystem.apply(CreateSnapshot("directory"))
     live.rmdir(1, b"link")
     live.create(1, b"link", 0o010644, 0, 0)
-    filesystem.apply(filesystem.create_snapshot("pipe"))
+    filesystem.apply(CreateSnapshot("pipe"))
     versions = versions_of(filesystem, history.records, b"link")
     assert [(version.kind, version.roots) for version in versions] == [
         ("symlink", (0, 2)),

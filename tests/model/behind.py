@@ -1,9 +1,13 @@
-"""Changing a volume as no operation of it would: what an image could hold all the same."""
+"""Changing a volume or a catalog as no operation would: what an image could hold all the same."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from cowfs.files.volume import Volume
+from cowfs.history.edits import Edit, Plan
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.records import RootRecord, root_key
 
 
 @contextmanager
@@ -13,3 +17,21 @@ def changing(volume: Volume) -> Iterator[None]:
         operation.change()
         yield
         volume.changed = True
+
+
+class AnyEdit(Edit, frozen=True):
+    """Whatever a function does to the records of roots, as the last thing before a commit."""
+
+    change: Any  # called with the filesystem
+
+    def check(self, filesystem: Filesystem) -> Plan:
+        return Plan([root_key(record.root_id) for record in filesystem.catalog.roots()])
+
+    def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
+        self.change(filesystem)
+        return []
+
+
+def edit_by_hand(filesystem: Filesystem, change: Callable[[Filesystem], object]) -> None:
+    """Make a commit whose last step is `change`."""
+    filesystem.apply(AnyEdit(change))

@@ -113,9 +113,9 @@ class FilesMachine(RuleBasedStateMachine):
         filesystem = self.filesystem
         freeze = filesystem.freeze
 
-        def recorded(edits=(), *, clean=False):  # type: ignore[no-untyped-def]
+        def recorded(checked=None, *, clean=False):  # type: ignore[no-untyped-def]
             generation = filesystem.store.generation
-            commit = freeze(edits, clean=clean)
+            commit = freeze(checked, clean=clean)
             self.states[generation] = self.model.copy()
             return commit
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 
 from cowfs.files.items import ROOT_INO
 from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE, Changes, Volume
+from cowfs.history.edits import CreateSnapshot, DeleteSnapshots, Rollback, Undo
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.history.records import RootRecord
@@ -251,14 +252,14 @@ class History:
     def snapshot(self) -> None:
         if len(self.records) < SNAPSHOTS_MAX:
             self.made += 1
-            self.filesystem.apply(self.filesystem.create_snapshot(f"s{self.made}"))
+            self.filesystem.apply(CreateSnapshot(f"s{self.made}"))
 
     def delete(self) -> None:
         """One or two of them; sometimes the queue does a part, and sometimes all."""
         names = [record.name for record in self.records]
         if len(names) > 2:
             chosen = self.choice.sample(names, self.choice.choice((1, 1, 2)))
-            self.filesystem.apply(self.filesystem.delete_snapshots(chosen))
+            self.filesystem.apply(DeleteSnapshots(chosen))
             if self.choice.random() < 0.15:
                 self.filesystem.work_drops()
             else:
@@ -270,11 +271,11 @@ class History:
     def rollback(self) -> None:
         if self.records and len(self.records) < SNAPSHOTS_MAX:
             name = self.choice.choice(self.records).name
-            self.filesystem.apply(self.filesystem.rollback(name))
+            self.filesystem.apply(Rollback(name))
 
     def undo(self) -> None:
         with suppress(OSError):  # there is none to undo
-            self.filesystem.apply(self.filesystem.undo())
+            self.filesystem.apply(Undo())
 
     def commit(self) -> None:
         self.filesystem.commit()

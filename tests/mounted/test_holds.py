@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cowfs.cli.target import open_target
+from cowfs.api import connect
 from cowfs.errors import SnapshotError
 from tests.conftest import (
     is_mount_point,
@@ -51,7 +51,7 @@ def test_hold_of_a_mounted_snapshot_outlives_the_mount(place: Path) -> None:
     assert refused.returncode == 1
     says = "snapshot 'auto-1' is held; cowfs snapshot release it first"
     assert says in refused.stderr
-    with open_target(place) as target, pytest.raises(SnapshotError, match=says):
+    with connect(place) as target, pytest.raises(SnapshotError, match=says):
         target.delete_snapshots(["auto-2", "auto-1"])  # the daemon's own word
     assert names(place) == ["auto-1", "auto-2", "auto-3"]
     require_success(

@@ -222,6 +222,7 @@ def test_daemon_keeps_no_descriptor_of_its_caller(image: Path, tmp_path: Path) -
         assert {path for path in opened if path.startswith("/")} == {
             "/dev/null",
             "/dev/fuse",
+            f"/proc/{pid}/mountinfo",
             str(image),
             str(places.make_directory()),
             str(places.make_directory() / Path(places.socket_name(image)).with_suffix(".log")),

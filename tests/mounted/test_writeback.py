@@ -18,6 +18,8 @@ import pytest
 
 from cowfs.daemon import places
 from cowfs.daemon.client import Client
+from cowfs.history.edits import CreateSnapshot
+from cowfs.history.requests import SnapshotsReply
 from tests.conftest import FAILED, Mounted, mounted, require_success, run_command
 from tests.mounted.counting_writer import SLOTS
 
@@ -66,7 +68,7 @@ def test_snapshot_holds_every_write_that_returned_before(
             for number in range(SNAPSHOTS):
                 time.sleep(0.05)
                 taken.append([int.from_bytes(done.read_bytes(), "little") for done in shared])
-                client.create_snapshot(f"s{number}")
+                client.ask(CreateSnapshot(f"s{number}"), SnapshotsReply)
     finally:
         for writer in writers:
             writer.kill()
@@ -99,7 +101,7 @@ def test_snapshot_waits_for_pages_that_are_on_their_way(tmp_path: Path) -> None:
                 for at in range(size):
                     os.pwrite(file, bytes([number + 1]) * (1 << 20), at << 20)
                 times.append(os.fstat(file).st_mtime_ns)
-                client.create_snapshot(f"s{number}")
+                client.ask(CreateSnapshot(f"s{number}"), SnapshotsReply)
         os.close(file)
         for number in range(6):
             status = os.stat(mount.path / ".snapshots" / f"s{number}" / "file")
@@ -295,7 +297,7 @@ def test_snapshot_holds_the_pages_below_another_mount(held: Mounted) -> None:
     try:
         with Client(places.find_sockets(held.image)[0]) as client:
             os.write(file, b"below" * 100_000)
-            client.create_snapshot("s")
+            client.ask(CreateSnapshot("s"), SnapshotsReply)
     finally:
         subprocess.run(["umount", held.path], check=True)
     os.close(file)

@@ -1,6 +1,8 @@
 """The B+tree against a sorted dictionary, over commits, crashes and shared roots."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import strategies as st
@@ -225,12 +227,12 @@ class TreeMachine(RuleBasedStateMachine):
             root = self.tree.root
             store.add_reference(root.block, root.twin)
             record = self._record(keep, self.catalog.take_root_id(), RootKind.SNAPSHOT)
-            self.catalog.put(record)
-            self.catalog.put_name(record)
+            with self._changing_catalog():
+                self.catalog.put_new(record)
             self.kept[keep] = self.model.copy()
         main = self._record("main", self.tree.owner, RootKind.VOLUME)
-        self.catalog.put(main)
-        self.catalog.put_name(main)
+        with self._changing_catalog():
+            self.catalog.put_new(main)
         nodes += self.catalog.tree.place()
         self.states[store.generation] = (self.model.copy(), dict(self.kept))
         self.inflight = begin(
@@ -277,7 +279,8 @@ class TreeMachine(RuleBasedStateMachine):
         name = sorted(self.kept)[at % len(self.kept)]
         del self.kept[name]
         record = self.catalog.snapshot(name)
-        self.catalog.remove(record)
+        with self._changing_catalog():
+            self.catalog.remove([record])
         waiting = [record.pointer]
         while waiting:
             pointer = waiting.pop()
@@ -299,6 +302,12 @@ class TreeMachine(RuleBasedStateMachine):
             tree = Tree(self.store, record.pointer, record.root_id, record.node_count, no_data)
             require_sound(tree)
             assert list(tree.items(b"\0", b"\xff" * 301)) == model.items(b"\0", b"\xff" * 301)
+
+    @contextmanager
+    def _changing_catalog(self) -> Iterator[None]:
+        with self.catalog.operation.begin_admitted() as operation:
+            operation.change()
+            yield
 
     # --- reopening ----------------------------------------------------------------------------------
 

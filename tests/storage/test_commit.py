@@ -10,8 +10,10 @@ import pytest
 
 from cowfs.care.check import check_image
 from cowfs.errors import DeviceError
-from cowfs.history.filesystem import Edit, Filesystem
+from cowfs.history.edits import CreateSnapshot, DeleteSnapshots, HoldSnapshots, Plan, Rollback
+from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
+from cowfs.history.records import RootRecord
 from cowfs.storage.admission import DEFAULT_LIMITS
 from cowfs.storage.discards import Sweep
 from cowfs.storage.format import BLOCK_SIZE_BYTES, RING_SLOTS
@@ -80,12 +82,12 @@ def test_commit_never_writes_what_a_retained_generation_shows(seed: int) -> None
         snapshots = filesystem.catalog.snapshots()
         kind = choice.random()
         if kind < 0.2 and len(snapshots) < 4:
-            filesystem.apply(filesystem.create_snapshot(f"s{step}"))
+            filesystem.apply(CreateSnapshot(f"s{step}"))
         elif kind < 0.35 and snapshots:
             name = choice.choice(snapshots).name
-            filesystem.apply(filesystem.delete_snapshots([name]))
+            filesystem.apply(DeleteSnapshots((name,)))
         elif kind < 0.4 and snapshots:
-            filesystem.apply(filesystem.rollback(choice.choice(snapshots).name))
+            filesystem.apply(Rollback(choice.choice(snapshots).name))
         elif kind < 0.5:
             disk = disk.crash(choice)
             device = FaultDevice(disk)
@@ -229,7 +231,7 @@ def test_load_of_a_frozen_node_beats_an_older_node_of_that_place_in_the_cache() 
     for number in range(600):
         volume.create(ROOT, b"%04d" % number + b"n" * 100, stat.S_IFREG, 0, 0)
     filesystem.commit()
-    filesystem.apply(filesystem.create_snapshot("s"))
+    filesystem.apply(CreateSnapshot("s"))
     for turn in range(30):  # places come free and are used again
         ino = volume.lookup(ROOT, b"%04d" % (turn * 20) + b"n" * 100).ino
         volume.write(ino, 0, b"%d" % turn)
@@ -265,11 +267,12 @@ def test_freeze_that_fails_by_a_mistake_of_ours_ends_writing() -> None:
     expected = contents(filesystem)
     work(filesystem, random.Random(6))
 
-    def broken(_filesystem: Filesystem) -> None:
-        raise ValueError("a mistake")
+    class Broken(HoldSnapshots, frozen=True):
+        def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
+            raise ValueError("a mistake")
 
     with pytest.raises(ValueError, match="a mistake"):
-        filesystem.commit([Edit(broken)])
+        filesystem.apply(Broken((), True))
     with pytest.raises(DeviceError):
         filesystem.commit()
     assert contents(open_filesystem(disk.crash(), writable=False)) == expected

@@ -292,7 +292,7 @@ def test_sweeps_beside_allocations_and_commits_lose_nothing(
 def test_sweep_ends_where_writing_has_ended() -> None:
     """Promise C8: nothing changes the image after a failed commit, discards included."""
     _, filesystem = make()
-    filesystem.store.failed = DeviceError("ended")
+    filesystem.store.admission.closed = DeviceError("ended")
     with pytest.raises(DeviceError, match="ended"):
         Sweep.of_everything(filesystem.store).look()
 

@@ -7,6 +7,7 @@ import pytest
 from cowfs.care.check import check_image
 from cowfs.errors import DeviceError
 from cowfs.files.items import ROOT_INO
+from cowfs.history.edits import CreateSnapshot
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
@@ -21,7 +22,7 @@ def with_a_repair_waiting() -> tuple[MemoryDevice, FaultDevice, Filesystem, int]
     filesystem.commit()
     block = filesystem.live.tree.root_node().block
     # A snapshot holds the node, so that it is not simply replaced by the next commit.
-    filesystem.apply(filesystem.create_snapshot("held"))
+    filesystem.apply(CreateSnapshot("held"))
     disk.damage(block, 100)
     device = FaultDevice(disk)
     filesystem = open_filesystem(device, writable=True)

@@ -5,6 +5,7 @@ import stat
 import pytest
 
 from cowfs.errors import CorruptError, DeviceError, ReadOnlyError
+from cowfs.history.edits import CreateSnapshot
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.format import NODE_BLOCKS, Pointer
@@ -104,7 +105,7 @@ def test_read_only_store_refuses_every_change() -> None:
         lambda: filesystem.live.create(ROOT, b"x", stat.S_IFREG, 0, 0),
         lambda: filesystem.live.unlink(ROOT, b"001"),
         lambda: filesystem.live.write(2, 0, b"x"),
-        lambda: filesystem.apply(filesystem.create_snapshot("s")),
+        lambda: filesystem.apply(CreateSnapshot("s")),
     ):
         with pytest.raises(ReadOnlyError):
             change()

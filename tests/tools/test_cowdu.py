@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cowfs.history.edits import DeleteSnapshots
 from tests.image_files import change, history, make_image, require_clean, tree_bytes
 from tests.tools.running import cowdu as run
 from tests.tools.running import cowdu_answer
@@ -53,7 +54,7 @@ def test_cowdu_tells_what_deleting_a_set_frees(image: Path, names: tuple[str, ..
     assert told["names"] == list(names)
 
     def delete(filesystem: Any) -> None:
-        filesystem.apply(filesystem.delete_snapshots(names))
+        filesystem.apply(DeleteSnapshots(tuple(names)))
         filesystem.work_drops()
 
     change(image, delete)

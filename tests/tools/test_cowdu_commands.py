@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cowfs.files.items import ROOT_INO
+from cowfs.history.edits import DeleteSnapshots, HoldSnapshots
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
 from cowfs.history.usage import exclusive_blocks
@@ -38,7 +39,7 @@ def freed_bytes(image: Path, names: list[str]) -> int:
     before = tree_bytes(image)
 
     def delete(filesystem: Filesystem) -> None:
-        filesystem.apply(filesystem.delete_snapshots(names))
+        filesystem.apply(DeleteSnapshots(names))
         filesystem.work_drops()
 
     change(image, delete)
@@ -226,7 +227,7 @@ def test_plan_frees_what_it_says_with_the_command_that_it_prints(image: Path) ->
 
 def test_plan_leaves_alone_what_is_held_or_kept(image: Path) -> None:
     """Promise: neither a held snapshot nor one that a rule keeps is in a plan."""
-    change(image, lambda filesystem: filesystem.apply(filesystem.hold_snapshots(["two"], True)))
+    change(image, lambda filesystem: filesystem.apply(HoldSnapshots(("two",), True)))
     told = answer("plan", image, "--free", "4K", "--keep", "three")
     assert {row["name"] for row in told["snapshots"]}.isdisjoint({"two", "three"})
     assert told["kept"] == {"two": ["held"], "three": ["named"]}

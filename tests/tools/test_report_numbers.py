@@ -10,6 +10,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
+from cowfs.history.edits import HoldSnapshots, Rollback
 from tests.conftest import require_success
 from tests.image_files import change, history, make_image, require_clean, tree_bytes
 from tests.tools.report_driver import chromium
@@ -23,8 +24,8 @@ def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     path = make_image(tmp_path / "disk.img")
     change(path, *history(NAMES))
-    change(path, lambda filesystem: filesystem.apply(filesystem.rollback(NAMES[2])))
-    change(path, lambda filesystem: filesystem.apply(filesystem.hold_snapshots([NAMES[5]], True)))
+    change(path, lambda filesystem: filesystem.apply(Rollback(NAMES[2])))
+    change(path, lambda filesystem: filesystem.apply(HoldSnapshots((NAMES[5],), True)))
     return path
 
 

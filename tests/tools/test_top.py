@@ -18,6 +18,7 @@ from textual.pilot import Pilot
 from cowfs.daemon.messages import Progress
 from cowfs.errors import CorruptError
 from cowfs.files.items import ROOT_INO
+from cowfs.history.edits import DeleteSnapshots, HoldSnapshots, RenameSnapshot
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
 from cowfs.history.pathusage import Argument, Place, usage_of_path
@@ -69,7 +70,7 @@ def image(tmp_path: Path, original: bytes) -> Iterator[Path]:
 
 def hold(*names: str) -> Callable[[Filesystem], object]:
     """A step for `change`: hold snapshots."""
-    return lambda filesystem: filesystem.apply(filesystem.hold_snapshots(names, True))
+    return lambda filesystem: filesystem.apply(HoldSnapshots(names, True))
 
 
 def asked(image: Path, question: Callable[[Filesystem], Any]) -> Any:
@@ -475,7 +476,7 @@ def test_delete_asks_about_what_is_there_now(image: Path) -> None:
 
     def delete(*names: str) -> Callable[[Filesystem], None]:
         def step(filesystem: Filesystem) -> None:
-            filesystem.apply(filesystem.delete_snapshots(names))
+            filesystem.apply(DeleteSnapshots(names))
             filesystem.work_drops()
 
         return step
@@ -500,7 +501,7 @@ def test_delete_waits_for_the_space_and_tells_how_far_it_is(
     image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Promise: what the daemon tells while it gives space back is shown, until all is free."""
-    from cowfs.cli.target import ImageTarget
+    from cowfs.api import ImageConnection
 
     may_end = threading.Event()
     waits = []
@@ -510,7 +511,7 @@ def test_delete_waits_for_the_space_and_tells_how_far_it_is(
         progress(Progress(what="giving back space", done_bytes=1 << 20, total_bytes=2 << 20))
         assert may_end.wait(SECONDS_MAX)
 
-    monkeypatch.setattr(ImageTarget, "delete_snapshots", slow)
+    monkeypatch.setattr(ImageConnection, "delete_snapshots", slow)
 
     async def session(top: Top, pilot: "Pilot[None]") -> None:
         await go_to(top, pilot, "four")
@@ -613,8 +614,8 @@ def test_refresh_shows_what_others_did_and_keeps_marks_and_cursor(image: Path) -
         assert top.page.roots.roots[-2].usage == asked(image, measure).snapshots[-1]
 
         def delete(filesystem: Filesystem) -> None:
-            filesystem.apply(filesystem.rename_snapshot("one", "uno"))
-            filesystem.apply(filesystem.delete_snapshots(["three"]))
+            filesystem.apply(RenameSnapshot("one", "uno"))
+            filesystem.apply(DeleteSnapshots(("three",)))
             filesystem.work_drops()
 
         change(image, delete)

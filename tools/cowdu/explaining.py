@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import click
 from msgspec import Struct
 
+from cowfs.api import connect
 from cowfs.cli.output import (
     Column,
     Numbers,
@@ -16,7 +17,6 @@ from cowfs.cli.output import (
     print_table,
 )
 from cowfs.cli.snapshots import complete_name, retention_options, target_argument
-from cowfs.cli.target import open_target
 from cowfs.errors import UsageError
 from cowfs.escapes import escaped, printable
 from cowfs.history.blocks import explain_block
@@ -215,7 +215,7 @@ def log(path: str, image: str | None, absent: bool, as_json: bool, bare: bool, e
     cowdu log --image disk.img /report.odt
     """
     where = inside(path, image)
-    with open_target(where.target) as target, look_at(target) as found:
+    with connect(where.target) as target, look_at(target) as found:
         meant = meaning(found.filesystem, target, where.path)
         if meant.record is None:
             raise UsageError("name a file, not .snapshots")

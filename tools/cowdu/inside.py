@@ -7,7 +7,7 @@ at the path any more; no symbolic link below the mount is followed at its end.
 import os
 from typing import NamedTuple
 
-from cowfs.cli.target import Target
+from cowfs.api import Connection
 from cowfs.daemon import places
 from cowfs.errors import MountError, UsageError
 from cowfs.history.filesystem import Filesystem
@@ -61,7 +61,7 @@ def one_target(paths: list[Inside]) -> str:
     return targets.pop()
 
 
-def meaning(filesystem: Filesystem, target: Target, path: bytes) -> Meant:
+def meaning(filesystem: Filesystem, target: Connection, path: bytes) -> Meant:
     """Which root a path leads into, and where in it.
 
     Raises:

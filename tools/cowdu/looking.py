@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from cowfs.api import Connection, connect
 from cowfs.cli.output import progress_bar
-from cowfs.cli.target import Target, open_target
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.owners import OwnerSets, Survey, survey
 from cowfs.history.records import RootRecord
@@ -77,7 +77,7 @@ def stand_back() -> None:
 
 
 @contextmanager
-def look_at(target: Target) -> Iterator[Look]:
+def look_at(target: Connection) -> Iterator[Look]:
     """The newest state of a target, durable and kept whole while the block runs."""
     with progress_bar("reading") as bar, target.reading() as filesystem:
         yield Look(filesystem, bar)
@@ -85,7 +85,7 @@ def look_at(target: Target) -> Iterator[Look]:
 
 @contextmanager
 def look(path: str) -> Iterator[Look]:
-    """The same of a mount point or an image. Raises as `open_target`."""
+    """The same of a mount point or an image. Raises as `cowfs.connect`."""
     stand_back()
-    with open_target(path) as target, look_at(target) as found:
+    with connect(path) as target, look_at(target) as found:
         yield found

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 import click
 import numpy as np
 
+from cowfs.api import connect
 from cowfs.cli.output import Numbers, list_options, print_json
-from cowfs.cli.target import open_target
 from cowfs.errors import UsageError
 from cowfs.escapes import escaped_path, printable
 from cowfs.history.names import resolve, volume_of
@@ -61,7 +61,7 @@ def du(
     """
     where = [inside(path, image) for path in paths]
     limit = 0 if summarize else depth
-    with open_target(one_target(where)) as target, look_at(target) as found:
+    with connect(one_target(where)) as target, look_at(target) as found:
         meant = [meaning(found.filesystem, target, each.path) for each in where]
         tops = [_usage(found, each, path) for each, path in zip(meant, where, strict=True)]
         rows = [

@@ -5,8 +5,8 @@ import sys
 
 import click
 
+from cowfs.api import connect
 from cowfs.cli.snapshots import target_argument
-from cowfs.cli.target import open_target
 from cowfs.errors import UsageError
 
 REFRESH_S = 2.0
@@ -40,7 +40,7 @@ def top(target: str, read_only: bool, refresh_s: float) -> None:
         raise UsageError("cowdu top needs a terminal; cowdu list is for scripts")
     if os.environ.get("TERM", "dumb") == "dumb":
         raise UsageError("cowdu top needs a terminal that can move its cursor; cowdu list does not")
-    with open_target(target) as found:
+    with connect(target) as found:
         found.info()  # what cannot be opened is told before the screen is taken
 
     from .program import Top

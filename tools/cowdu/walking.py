@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from cowfs.cli.target import Target, open_target
+from cowfs.api import Connection, connect
 from cowfs.daemon.client import ShowProgress
 from cowfs.errors import CorruptError, SnapshotError
 from cowfs.escapes import printable
@@ -134,8 +134,8 @@ class Source:
         self._trees: OrderedDict[tuple[int, int], Inside] = OrderedDict()
 
     def generation(self) -> int:
-        """The newest durable generation, without making one. Raises as `open_target`."""
-        with self._lock, open_target(self.path) as target:
+        """The newest durable generation, without making one. Raises as `cowfs.connect`."""
+        with self._lock, connect(self.path) as target:
             return target.info().generation
 
     def roots(self, progress: Progress | None = None, *, durable: bool = False) -> Roots:
@@ -171,7 +171,7 @@ class Source:
             SnapshotError: one is unknown or held.
             CowfsError: it cannot be opened, or not be written.
         """
-        with self._lock, open_target(self.path) as target:
+        with self._lock, connect(self.path) as target:
             target.delete_snapshots(names, wait=True, progress=progress)
 
     def _ask(
@@ -180,7 +180,7 @@ class Source:
         stand_back()
         attempt = 1
         while True:
-            with self._lock, open_target(self.path) as target:
+            with self._lock, connect(self.path) as target:
                 generation = target.info().generation
                 try:
                     with _reading(target, durable=durable) as filesystem:
@@ -194,7 +194,7 @@ class Source:
 
 
 @contextmanager
-def _reading(target: Target, *, durable: bool) -> Iterator[Filesystem]:
+def _reading(target: Connection, *, durable: bool) -> Iterator[Filesystem]:
     if durable:
         with target.device() as (device, generation):
             yield open_filesystem(device, writable=False, generation=generation)

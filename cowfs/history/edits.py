@@ -1,0 +1,425 @@
+"""The edits of the catalog, as values: what a command, a program or the control socket asks for.
+
+An edit is frozen; it travels over the control socket as it is. It is made in two steps
+(`Filesystem.check`, `Filesystem.freeze`):
+
+- `check` comes before the freeze. It looks, refuses, and finds out everything that the edit needs: the
+  answer is a `Plan`, with the catalog's keys that will change. All that can fail is here: a name that is
+  not there, a lost leaf, no room. The filesystem then reaches those keys.
+- `apply` comes inside the freeze, when every tree is whole. It only changes what the plan names, in
+  memory, and cannot fail. The edit becomes durable with that commit: it is atomic (C6) and O(1) but for
+  the number of its own snapshots.
+
+A deleted root's place in the lineage is taken by its parent: what grew from it grew from that.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from msgspec import Struct
+
+from cowfs.errors import CorruptError, DeviceError, NoSpaceError, SnapshotError
+from cowfs.history.records import (
+    FLAG_AUTOMATIC,
+    FLAG_HELD,
+    FLAG_SHARES,
+    MAIN_VOLUME,
+    DropRecord,
+    DropStep,
+    RootKind,
+    RootRecord,
+    check_description,
+    check_snapshot_name,
+    drop_key,
+    root_key,
+    snapshot_key,
+    volume_key,
+)
+from cowfs.history.retention import require_released
+from cowfs.storage.format import NODE_BLOCKS
+
+if TYPE_CHECKING:
+    from cowfs.files.volume import Volume
+    from cowfs.history.filesystem import Filesystem
+
+# How many quarters of the reserve an edit must leave (storage/admission.py; that file needs numpy).
+TIER_REMOVE, TIER_FREE = 2, 0
+
+
+@dataclass(slots=True)
+class Plan:
+    """What `check` found.
+
+    Attributes:
+        keys: of the catalog, that `apply` changes beside the live volume's record.
+        records: that it changes, as they are before.
+        relinked: roots that grew from a deleted one, with their new parents.
+        live: the record and the volume that become the live ones.
+        name: of the snapshot that keeps what was live.
+    """
+
+    keys: list[bytes] = field(default_factory=list)
+    records: list[RootRecord] = field(default_factory=list)
+    relinked: list[RootRecord] = field(default_factory=list)
+    live: tuple[RootRecord, Volume] | None = None
+    name: str = ""
+
+
+class Edit(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
+    """One change of the catalog. What it is about are its fields.
+
+    Attributes:
+        tier: how much of the reserve it must leave.
+        replaces_live: whether another tree becomes the live volume.
+        has_one: whether its result is one record, else a list of them.
+    """
+
+    tier: ClassVar[int] = TIER_REMOVE
+    replaces_live: ClassVar[bool] = False
+    has_one: ClassVar[bool] = True
+
+    def check(self, filesystem: Filesystem) -> Plan:
+        """Find out whether the edit can be made, and what it changes. Changes nothing itself.
+
+        Raises:
+            UsageError: a name or a description cannot be.
+            SnapshotError: a snapshot is not there, or is, or is held.
+            NoSpaceError: there is no room for it.
+            CorruptError, DeviceError: the catalog, or a tree, cannot be read (C9).
+        """
+        raise NotImplementedError
+
+    def no_room(self) -> NoSpaceError:
+        """Why the edit was not admitted."""
+        return NoSpaceError("the filesystem is full; delete files or snapshots (cowdu shows which)")
+
+    def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
+        """Make the edit, in a freeze. Returns the records that the answer is about."""
+        raise NotImplementedError
+
+
+class CreateSnapshot(Edit, frozen=True, tag="create-snapshot"):
+    """Keep the live volume as it is, under a name. The answer is the new snapshot."""
+
+    name: str
+    description: str = ""
+
+    def check(self, filesystem: Filesystem) -> Plan:
+        check_snapshot_name(self.name)
+        check_description(self.description)
+        _require_unused(filesystem, self.name)
+        filesystem.store.admission.admit_snapshot(filesystem.live.tree.node_count)
+        root_id = filesystem.catalog.require_root_id()
+        return Plan([root_key(root_id), snapshot_key(self.name)])
+
+    def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
+        live, store = filesystem.record, filesystem.store
+        snapshot = replace(
+            live,
+            root_id=filesystem.catalog.take_root_id(),
+            kind=RootKind.SNAPSHOT,
+            name=self.name,
+            description=self.description,
+            uuid=os.urandom(16),
+            created_generation=store.generation,
+            created_ns=time.time_ns(),
+            undo_id=0,
+            flags=live.flags & FLAG_SHARES,
+        )
+        root = live.tree
+        store.add_reference(root.block, root.twin)  # type: ignore[union-attr]
+        filesystem.catalog.put_new(snapshot)
+        filesystem.set_live_record(replace(live, parent_id=snapshot.root_id))
+        store.admission.set_shared(live.node_count, store.generation)
+        return [snapshot]
+
+
+class DeleteSnapshots(Edit, frozen=True, tag="delete-snapshots"):
+    """Delete all of these, or none: their roots move to the drop queue. The answer is those deleted."""
+
+    names: tuple[str, ...]
+
+    tier: ClassVar[int] = TIER_FREE
+    has_one: ClassVar[bool] = False
+
+    def check(self, filesystem: Filesystem) -> Plan:
+        catalog = filesystem.catalog
+        records = [catalog.snapshot(name) for name in dict.fromkeys(self.names)]
+        require_released(records)
+        plan = Plan(records=records, relinked=_relinked(filesystem, records))
+        first = filesystem.drops.next_number()
+        plan.keys += [drop_key(first + at) for at in range(len(records))]
+        for record in records:
+            plan.keys += (root_key(record.root_id), snapshot_key(record.name))
+        plan.keys += [root_key(record.root_id) for record in plan.relinked]
+        return plan
+
+    def no_room(self) -> NoSpaceError:
+        count = len(dict.fromkeys(self.names))
+        if count == 1:
+            return super().no_room()
+        return NoSpaceError(
+            f"the filesystem is too full to delete {count} snapshots in one step; delete fewer at once"
+        )
+
+    def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
+        first, now_ns = filesystem.drops.next_number(), time.time_ns()
+        copies = filesystem.store.copies
+        filesystem.catalog.remove(plan.records)
+        _relink(filesystem, plan)
+        for record in plan.records:
+            filesystem.forget_volume(record.root_id)
+        filesystem.drops.add_all(
+            [
+                DropRecord(
+                    number=first + at,
+                    root_id=record.root_id,
+                    name=record.name,
+                    deleted_ns=now_ns,
+                    freed_blocks=0,
+                    path=(DropStep(record.pointer, 0),),
+                    referenced_blocks=record.referenced_blocks(copies),
+                )
+                for at, record in enumerate(plan.records)
+            ]
+        )
+        filesystem.shared_is_stale = True
+        return plan.records
+
+
+class RenameSnapshot(Edit, frozen=True, tag="rename-snapshot"):
+    """Give a snapshot another name. The answer is the renamed snapshot."""
+
+    old: str
+    new: str
+
+    def check(self, filesystem: Filesystem) -> Plan:
+        check_snapshot_name(self.new)
+        record = filesystem.catalog.snapshot(self.old)
+        _require_unused(filesystem, self.new)
+        keys = [root_key(record.root_id), snapshot_key(self.old), snapshot_key(self.new)]
+        return Plan(keys, [record])
+
+    def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
+        (record,) = plan.records
+        filesystem.catalog.remove_name(record)
+        renamed = replace(record, name=self.new, flags=record.flags & ~FLAG_AUTOMATIC)
+        filesystem.catalog.put_new(renamed)
+        return [renamed]
+
+
+class HoldSnapshots(Edit, frozen=True, tag="hold-snapshots"):
+    """Refuse the deletion of all of these from now on, or no longer. All of them, or none.
+
+    The answer is all of them, as they are then; one that is as it should be stays so.
+    """
+
+    names: tuple[str, ...]
+    held: bool
+
+    has_one: ClassVar[bool] = False
+
+    def check(self, filesystem: Filesystem) -> Plan:
+        records = [filesystem.catalog.snapshot(name) for name in dict.fromkeys(self.names)]
+        return Plan([root_key(record.root_id) for record in records], records)
+
+    def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
+        flag = FLAG_HELD if self.held else 0
+        records = [
+            replace(record, flags=record.flags & ~FLAG_HELD | flag) for record in plan.records
+        ]
+        for record in records:
+            filesystem.catalog.put(record)
+        return records
+
+
+class Rollback(Edit, frozen=True, tag="rollback"):
+    """Let the live volume be what a snapshot holds; keep what it was as an automatic snapshot.
+
+    The answer is that automatic snapshot. Every other snapshot stays. With `force` also while files
+    are open for writing, which only a mount can know.
+    """
+
+    name: str
+    force: bool = False
+
+    replaces_live: ClassVar[bool] = True
+
+    def check(self, filesystem: Filesystem) -> Plan:
+        target = filesystem.catalog.snapshot(self.name)
+        _admit_shared(filesystem, target)
+        root = target.pointer
+        for block in (root.block, root.twin):
+            if block:
+                filesystem.store.map.require(block, NODE_BLOCKS)
+        return _plan_successor(filesystem, target, target.root_id, Plan([], [target]))
+
+    def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
+        (target,) = plan.records
+        root = target.pointer
+        filesystem.store.add_reference(root.block, root.twin)
+        return _replace_live(filesystem, plan, f"the state before the rollback to {self.name}")
+
+
+class Undo(Edit, frozen=True, tag="undo"):
+    """Take back the last rollback, or undo. The answer is the automatic snapshot of what it undid.
+
+    `force` as for `Rollback`.
+    """
+
+    force: bool = False
+
+    replaces_live: ClassVar[bool] = True
+
+    def check(self, filesystem: Filesystem) -> Plan:
+        target = _undo_target(filesystem)
+        _admit_shared(filesystem, target)
+        plan = Plan([], [target], _relinked(filesystem, [target]))
+        plan.keys += (root_key(target.root_id), snapshot_key(target.name))
+        plan.keys += [root_key(record.root_id) for record in plan.relinked]
+        return _plan_successor(filesystem, target, target.parent_id, plan)
+
+    def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
+        (target,) = plan.records
+        filesystem.catalog.remove([target])  # the live volume takes over its reference
+        filesystem.forget_volume(target.root_id)
+        _relink(filesystem, plan)
+        return _replace_live(filesystem, plan, "the state before a rollback was undone")
+
+
+# What travels: the decoder takes exactly these.
+AnyEdit = CreateSnapshot | DeleteSnapshots | RenameSnapshot | HoldSnapshots | Rollback | Undo
+
+
+def _require_unused(filesystem: Filesystem, name: str) -> None:
+    if filesystem.catalog.find(name) is not None:
+        raise SnapshotError(f"there is a snapshot {name!r} already")
+
+
+def _undo_target(filesystem: Filesystem) -> RootRecord:
+    undo_id = filesystem.record.undo_id
+    record = filesystem.catalog.root(undo_id) if undo_id else None
+    if record is None:
+        raise SnapshotError("there is no rollback to undo, or its automatic snapshot is deleted")
+    if record.held:
+        raise SnapshotError(
+            f"undo would use up snapshot {record.name!r}, which is held; cowfs snapshot release it first"
+        )
+    return record
+
+
+def _admit_shared(filesystem: Filesystem, target: RootRecord) -> None:
+    """Let the live volume share all nodes of a snapshot, if there is room to copy them (C10)."""
+    try:
+        filesystem.store.admission.admit_snapshot(target.node_count)
+    except NoSpaceError as error:
+        message = str(error).replace("no room for a snapshot", f"no room to go to {target.name!r}")
+        raise NoSpaceError(message) from None
+
+
+def _relinked(filesystem: Filesystem, gone: list[RootRecord]) -> list[RootRecord]:
+    """The roots that grew from those that go, with the parents that take their places."""
+    parents = {record.root_id: record.parent_id for record in gone}
+    relinked = []
+    for record in filesystem.catalog.roots_grown_from(parents):
+        if record.root_id in parents or record.root_id == filesystem.record.root_id:
+            continue
+        relinked.append(replace(record, parent_id=_ancestor(parents, record.parent_id)))
+    return relinked
+
+
+def _ancestor(parents: dict[int, int], root_id: int) -> int:
+    """The nearest one above that stays. An image may say anything: a circle ends at no parent."""
+    for _ in range(len(parents) + 1):
+        if root_id not in parents:
+            return root_id
+        root_id = parents[root_id]
+    return 0
+
+
+def _relink(filesystem: Filesystem, plan: Plan) -> None:
+    for record in plan.relinked:
+        filesystem.catalog.put(record)
+    parents = {record.root_id: record.parent_id for record in plan.records}
+    live = filesystem.record
+    if live.parent_id in parents or live.undo_id in parents:
+        filesystem.set_live_record(
+            replace(
+                live,
+                parent_id=_ancestor(parents, live.parent_id),
+                undo_id=0 if live.undo_id in parents else live.undo_id,
+            )
+        )
+
+
+def _plan_successor(filesystem: Filesystem, target: RootRecord, parent_id: int, plan: Plan) -> Plan:
+    """Add to a plan what the live volume will be with the tree of `target`.
+
+    Raises:
+        SnapshotError: the tree cannot be read.
+    """
+    catalog = filesystem.catalog
+    record = replace(
+        target,
+        root_id=catalog.require_root_id(),
+        kind=RootKind.VOLUME,
+        name=MAIN_VOLUME,
+        description="",
+        uuid=filesystem.record.uuid,
+        origin_uuid=target.uuid,
+        created_generation=filesystem.store.generation,
+        created_ns=time.time_ns(),
+        parent_id=parent_id,
+        undo_id=filesystem.record.root_id,
+        flags=target.flags & FLAG_SHARES,
+    )
+    volume = filesystem.open_volume(record, writable=True)
+    try:
+        volume.load_orphans()
+    except (CorruptError, DeviceError) as error:
+        refusal = SnapshotError(f"snapshot {target.name!r} cannot be read: {error}")
+        refusal.errno = errno.EIO
+        raise refusal from error
+    plan.live = record, volume
+    stamp = time.strftime("%Y-%m-%dT%H.%M.%S", time.localtime(record.created_ns // 10**9))
+    plan.name = name = f"before-rollback-{stamp}"
+    number = 1
+    while catalog.find(plan.name) is not None:
+        number += 1
+        plan.name = f"{name}.{number}"
+    plan.keys += (root_key(record.root_id), volume_key(MAIN_VOLUME), snapshot_key(plan.name))
+    return plan
+
+
+def _replace_live(filesystem: Filesystem, plan: Plan, reason: str) -> list[RootRecord]:
+    """The live volume becomes the one of the plan; the edit has seen to its tree's reference.
+
+    Returns:
+        The automatic snapshot of what was live.
+    """
+    assert plan.live is not None
+    record, volume = plan.live
+    old, store, catalog = filesystem.record, filesystem.store, filesystem.catalog
+    kept = replace(
+        old,
+        kind=RootKind.SNAPSHOT,
+        name=plan.name,
+        description=reason,
+        uuid=os.urandom(16),
+        created_generation=store.generation,
+        created_ns=record.created_ns,
+        undo_id=0,
+        flags=FLAG_AUTOMATIC | old.flags & FLAG_SHARES,
+    )
+    catalog.put_new(kept)
+    root_id = catalog.take_root_id()
+    assert root_id == record.root_id, "another edit came between"
+    catalog.put_name(record)
+    filesystem.set_live(record, volume)
+    store.admission.set_shared(record.node_count, store.generation)
+    return [kept]
