@@ -122,8 +122,10 @@ class Catalog:
         return sorted(found, key=lambda record: (record.created_generation, record.root_id))
 
     def roots_grown_from(self, parents: Container[int]) -> Iterator[RootRecord]:
-        """The roots whose parent is one of these. Only those are decoded."""
+        """The other roots whose parent is one of these. Only those are decoded."""
         for item, value in self.tree.items(b"R", b"S"):
+            if int.from_bytes(item[1:], "big") in parents:
+                continue
             if isinstance(value, RootRecord):
                 if value.parent_id in parents:
                     yield value

@@ -327,7 +327,7 @@ def _relinked(filesystem: Filesystem, gone: list[RootRecord]) -> list[RootRecord
     parents = {record.root_id: record.parent_id for record in gone}
     relinked = []
     for record in filesystem.catalog.roots_grown_from(parents):
-        if record.root_id in parents or record.root_id == filesystem.record.root_id:
+        if record.root_id == filesystem.record.root_id:
             continue
         relinked.append(replace(record, parent_id=_ancestor(parents, record.parent_id)))
     return relinked
