@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from cowfs.history.filesystem import Filesystem
 
 # How many quarters of the reserve an edit must leave (storage/admission.py; that file needs numpy).
-TIER_REMOVE, TIER_FREE = 2, 0
+TIER_REMOVE, TIER_DROP, TIER_FREE = 2, 1, 0
 
 
 @dataclass(slots=True)
@@ -58,12 +58,14 @@ class Plan:
     Attributes:
         keys: of the catalog, that `apply` changes beside the live volume's record.
         records: that it changes, as they are before.
+        added: records that are new, or may be longer than they were.
         relinked: roots that grew from a deleted one, with their new parents.
         live: the record and the volume that become the live ones.
         name: of the snapshot that keeps what was live.
     """
 
     keys: list[bytes] = field(default_factory=list)
+    added: int = 4
     records: list[RootRecord] = field(default_factory=list)
     relinked: list[RootRecord] = field(default_factory=list)
     live: tuple[RootRecord, Volume] | None = None
@@ -151,7 +153,7 @@ class DeleteSnapshots(Edit, frozen=True, tag="delete-snapshots"):
         catalog = filesystem.catalog
         records = [catalog.snapshot(name) for name in dict.fromkeys(self.names)]
         require_released(records)
-        plan = Plan(records=records, relinked=_relinked(filesystem, records))
+        plan = Plan(added=len(records), records=records, relinked=_relinked(filesystem, records))
         first = filesystem.drops.next_number()
         plan.keys += [drop_key(first + at) for at in range(len(records))]
         for record in records:
@@ -203,7 +205,7 @@ class RenameSnapshot(Edit, frozen=True, tag="rename-snapshot"):
         record = filesystem.catalog.snapshot(self.old)
         _require_unused(filesystem, self.new)
         keys = [root_key(record.root_id), snapshot_key(self.old), snapshot_key(self.new)]
-        return Plan(keys, [record])
+        return Plan(keys, records=[record])
 
     def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
         (record,) = plan.records
@@ -222,11 +224,12 @@ class HoldSnapshots(Edit, frozen=True, tag="hold-snapshots"):
     names: tuple[str, ...]
     held: bool
 
+    tier: ClassVar[int] = TIER_FREE  # no record grows, and a release comes before a deletion
     has_one: ClassVar[bool] = False
 
     def check(self, filesystem: Filesystem) -> Plan:
         records = [filesystem.catalog.snapshot(name) for name in dict.fromkeys(self.names)]
-        return Plan([root_key(record.root_id) for record in records], records)
+        return Plan([root_key(record.root_id) for record in records], records=records)
 
     def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
         flag = FLAG_HELD if self.held else 0
@@ -243,21 +246,24 @@ class Rollback(Edit, frozen=True, tag="rollback"):
 
     The answer is that automatic snapshot. Every other snapshot stays. With `force` also while files
     are open for writing, which only a mount can know.
+
+    It is the way out of a filesystem that was filled by mistake, so it is not refused for the room to
+    copy what it shares: until a snapshot is deleted, deleting files may then lack that room.
     """
 
     name: str
     force: bool = False
 
+    tier: ClassVar[int] = TIER_DROP
     replaces_live: ClassVar[bool] = True
 
     def check(self, filesystem: Filesystem) -> Plan:
         target = filesystem.catalog.snapshot(self.name)
-        _admit_shared(filesystem, target)
         root = target.pointer
         for block in (root.block, root.twin):
             if block:
                 filesystem.store.map.require(block, NODE_BLOCKS)
-        return _plan_successor(filesystem, target, target.root_id, Plan([], [target]))
+        return _plan_successor(filesystem, target, target.root_id, Plan(records=[target]))
 
     def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
         (target,) = plan.records
@@ -269,17 +275,17 @@ class Rollback(Edit, frozen=True, tag="rollback"):
 class Undo(Edit, frozen=True, tag="undo"):
     """Take back the last rollback, or undo. The answer is the automatic snapshot of what it undid.
 
-    `force` as for `Rollback`.
+    `force` and room as for `Rollback`.
     """
 
     force: bool = False
 
+    tier: ClassVar[int] = TIER_DROP
     replaces_live: ClassVar[bool] = True
 
     def check(self, filesystem: Filesystem) -> Plan:
         target = _undo_target(filesystem)
-        _admit_shared(filesystem, target)
-        plan = Plan([], [target], _relinked(filesystem, [target]))
+        plan = Plan(records=[target], relinked=_relinked(filesystem, [target]))
         plan.keys += (root_key(target.root_id), snapshot_key(target.name))
         plan.keys += [root_key(record.root_id) for record in plan.relinked]
         return _plan_successor(filesystem, target, target.parent_id, plan)
@@ -311,15 +317,6 @@ def _undo_target(filesystem: Filesystem) -> RootRecord:
             f"undo would use up snapshot {record.name!r}, which is held; cowfs snapshot release it first"
         )
     return record
-
-
-def _admit_shared(filesystem: Filesystem, target: RootRecord) -> None:
-    """Let the live volume share all nodes of a snapshot, if there is room to copy them (C10)."""
-    try:
-        filesystem.store.admission.admit_snapshot(target.node_count)
-    except NoSpaceError as error:
-        message = str(error).replace("no room for a snapshot", f"no room to go to {target.name!r}")
-        raise NoSpaceError(message) from None
 
 
 def _relinked(filesystem: Filesystem, gone: list[RootRecord]) -> list[RootRecord]:

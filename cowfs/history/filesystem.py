@@ -167,7 +167,7 @@ class Filesystem:
         its keys and to the live volume's record, and the leaves that new records need.
         """
         keys = sorted([*plan.keys, root_key(self.record.root_id)])
-        nodes = self.catalog.tree.count_nodes(keys) + len(keys) // ENTRIES_PER_LEAF_MIN
+        nodes = self.catalog.tree.count_nodes(keys) + plan.added // ENTRIES_PER_LEAF_MIN + 1
         return (
             nodes
             if edit.tier == TIER_FREE

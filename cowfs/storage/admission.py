@@ -159,7 +159,10 @@ class Admission:
         """Blocks that an operation of that tier must leave."""
         if tier == TIER_ADD:
             return self._held_with(self.shared_nodes, self.catalog_nodes)
-        return self.reserve_blocks * tier // 4
+        if tier == TIER_FREE:
+            return 0
+        copies = self._catalog_copies(self.catalog_nodes)
+        return self.reserve_blocks * tier // 4 + copies * self._node_blocks
 
     def _held_with(self, shared_nodes: int, catalog_nodes: int) -> int:
         """What adding must leave when snapshots share so many nodes and the catalog has so many."""
