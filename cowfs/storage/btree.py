@@ -62,6 +62,9 @@ class Tree:
 
     __slots__ = (
         "_emptied",
+        "_found_key",
+        "_found_leaf",
+        "_found_path",
         "_head_to",
         "_reached_from",
         "_reached_generation",
@@ -91,6 +94,11 @@ class Tree:
         self.references = references
         self.operation: Operation | None = None
         self._emptied: list[bytes] = []  # keys of the leaves without entries, until the freeze
+        # The key that was reached last, its leaf and the path to it, until the tree changes its shape:
+        # who reaches a key nearly always changes it next.
+        self._found_key = b""
+        self._found_leaf: Node | None = None
+        self._found_path: Path = []
         # The ranges of the leaf that was reached last, and of the tree's first and last leaf when
         # they were: orphan marks are in the one, new inodes in the other.
         self._reached_generation = 0
@@ -289,7 +297,8 @@ class Tree:
         if self._is_reached(key):
             return
         path: Path = []
-        self._writable_leaf(key, path)
+        self._found_leaf = self._writable_leaf(key, path)
+        self._found_key, self._found_path = key, path
         start, stop = b"", None
         for node, at in path:
             if at:
@@ -365,6 +374,9 @@ class Tree:
     def put(self, key: bytes, value: Any) -> None:
         """Insert, or replace the value of an existing key."""
         self._require_changing()
+        if key == self._found_key and self._found_leaf is not None:
+            self._put_into(self._found_leaf, key, value, self._found_path)
+            return
         path: Path = []
         self._put_into(self._writable_leaf(key, path), key, value, path)
 
@@ -407,8 +419,11 @@ class Tree:
     def delete(self, key: bytes) -> bool:
         """Remove `key`. Returns whether it was there."""
         self._require_changing()
-        path: Path = []
-        leaf = self._writable_leaf(key, path)
+        if key == self._found_key and self._found_leaf is not None:
+            leaf, path = self._found_leaf, self._found_path
+        else:
+            path = []
+            leaf = self._writable_leaf(key, path)
         at = bisect_left(leaf.keys, key)
         if at == len(leaf.keys) or leaf.keys[at] != key:
             return False
@@ -512,6 +527,7 @@ class Tree:
 
     def _split(self, node: Node, at: int, path: Path) -> None:
         """Cut an overfull node in two, and its parents as they overflow. `at`: the last change."""
+        self._found_leaf = None
         while node.used_bytes > NODE_CAPACITY_BYTES:
             keys, values = node.keys, node.values
             sizes = self._entry_sizes(node)
@@ -558,6 +574,7 @@ class Tree:
 
     def place(self) -> list[Node]:
         """Give every dirty node its address, for a commit. Returns them, children before parents."""
+        self._found_leaf = None
         for key in self._emptied:
             path: Path = []
             leaf = self._writable_leaf(key, path)
@@ -599,6 +616,7 @@ class Tree:
             key: in the range of `node`.
             last: nothing will be put into the range any more.
         """
+        self._found_leaf = None
         store = self.store
         while path and node.used_bytes < MERGE_BELOW_BYTES:
             parent, at = path.pop()
