@@ -30,6 +30,8 @@ from cowfs.storage.operation import Operation
 
 log = logging.getLogger(__name__)
 
+DECODED_MAX = 32768  # root records kept as they were decoded: some 700 bytes each
+
 
 class Catalog:
     """Roots by id and by name, and the drop queue's records."""
@@ -39,6 +41,9 @@ class Catalog:
         self.operation = tree.operation = Operation(tree.store.admission, tree.store.fail)
         self._next_root_id = next_root_id
         self._next_is_free = False  # looked up in the tree, not only told by the superblock
+        self._known: dict[
+            bytes, tuple[bytes, RootRecord]
+        ] = {}  # by key: the bytes, and what they say
 
     @property
     def next_root_id(self) -> int:
@@ -79,9 +84,14 @@ class Catalog:
         return self._decoded(root_key(root_id), value)
 
     def _decoded(self, item: bytes, value: bytes) -> RootRecord:
+        known = self._known.get(item)
+        if known is not None and known[0] == value:
+            return known[1]
         record = decode_root(value)
         if item != root_key(record.root_id):
             raise CorruptError("catalog", 0, "a root record has another id", record.root_id)
+        if known is not None or len(self._known) < DECODED_MAX:
+            self._known[item] = (value, record)
         return record
 
     def find(self, name: str) -> RootRecord | None:
@@ -113,8 +123,16 @@ class Catalog:
 
     def roots(self) -> Iterator[RootRecord]:
         """All roots, in the order of their ids."""
-        for item, value in self.tree.items(b"R", b"S"):
+        return self.roots_from(0)
+
+    def roots_from(self, root_id: int) -> Iterator[RootRecord]:
+        """The same, from that id on: whoever lists them in parts goes on where a part ended."""
+        for item, value in self.tree.items(root_key(root_id), b"S"):
             yield value if isinstance(value, RootRecord) else self._decoded(item, value)
+
+    @property
+    def snapshot_count(self) -> int:
+        return sum(last - first for _, _, first, last in self.tree.leaf_slices(b"S", b"T"))
 
     def snapshots(self) -> list[RootRecord]:
         """All snapshots, the oldest first."""
@@ -162,6 +180,8 @@ class Catalog:
         """Remove snapshots, and their names."""
         self.tree.delete_ascending(sorted(snapshot_key(record.name) for record in records))
         self.tree.delete_ascending(sorted(root_key(record.root_id) for record in records))
+        for record in records:
+            self._known.pop(root_key(record.root_id), None)
 
     def drops(self) -> list[DropRecord]:
         """The drop queue, in the order of deletion."""

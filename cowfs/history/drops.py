@@ -4,21 +4,26 @@ A root is dropped depth first. A node that others share only loses the queue's r
 the queue's alone loses its children first and is freed last. The state is the path from the root to the
 node at work, written with every commit, together with the refcounts it explains (C6, C7). It needs no
 free space beyond that of a commit (C10).
+
+Nothing here but a list of the whole queue takes longer because the queue is long.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cowfs.errors import CorruptError, NoSpaceError
 from cowfs.files.items import references
 from cowfs.history.catalog import Catalog
-from cowfs.history.records import DropRecord, DropStep, drop_key
+from cowfs.history.records import COUNTER_MAX, DropRecord, DropStep, drop_key
 from cowfs.storage.admission import TIER_DROP, TIER_FREE
 from cowfs.storage.format import NODE_BLOCKS, Pointer
+from cowfs.storage.spacemap import Run
 from cowfs.storage.store import Store
 
 log = logging.getLogger(__name__)
+
+RUNS_PER_WORK = 4  # runs of data that take as long as one node: about 50 us
 
 
 @dataclass(slots=True)
@@ -33,7 +38,6 @@ class _Drop:
     record: DropRecord
     path: list[_Step]
     freed_blocks: int
-    changed: bool = False
     stuck: bool = False
 
 
@@ -48,78 +52,110 @@ class DropProgress:
 
 
 class DropQueue:
-    """The queue of one open image. `step` belongs to the open transaction, like any operation."""
+    """The queue of one open image. `step` belongs to the open transaction, like any operation.
+
+    Attributes:
+        freed_blocks, referenced_blocks: sums over the roots that are in the queue.
+    """
 
     def __init__(self, store: Store, catalog: Catalog) -> None:
         self._store = store
         self._catalog = catalog
         self._drops: dict[int, _Drop] = {}
-        self._finished: list[int] = []
+        self._waiting: dict[int, _Drop] = {}  # those of them that `step` works on, in that order
+        self._changed: dict[int, _Drop] = {}  # since the last freeze
+        self._finished: set[int] = set()  # since then
+        self._last_number = 0
+        self.freed_blocks = self.referenced_blocks = 0
         for record in catalog.drops():
-            path = [_Step(step.pointer, None, step.done) for step in record.path]
-            self._drops[record.number] = _Drop(record, path, record.freed_blocks)
+            self._take(record)
+
+    def _take(self, record: DropRecord) -> None:
+        path = [_Step(step.pointer, None, step.done) for step in record.path]
+        drop = _Drop(record, path, record.freed_blocks)
+        self._drops[record.number] = self._waiting[record.number] = drop
+        self._last_number = max(self._last_number, record.number)
+        self.freed_blocks += record.freed_blocks
+        self.referenced_blocks += record.referenced_blocks
+
+    def __len__(self) -> int:
+        """How many roots are not given back yet, stuck ones included."""
+        return len(self._drops)
 
     @property
     def working(self) -> bool:
         """Whether `step` has anything to do."""
-        return any(not drop.stuck for drop in self._drops.values())
+        return bool(self._waiting)
 
     @property
     def changed(self) -> bool:
         """Whether the next commit has something of the queue to write."""
-        return bool(self._finished) or any(drop.changed for drop in self._drops.values())
+        return bool(self._finished or self._changed)
 
     def progress(self) -> list[DropProgress]:
-        return [
-            DropProgress(
+        return list(self.each())
+
+    def each(self) -> Iterator[DropProgress]:
+        """Those in the queue now, each as it is when it is asked for: the queue may go on between."""
+        for drop in list(self._drops.values()):
+            yield DropProgress(
                 drop.record.name, drop.freed_blocks, drop.record.referenced_blocks, drop.stuck
             )
-            for drop in self._drops.values()
-        ]
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is to be given back, stuck or not."""
-        return not self._drops
 
     def add_all(self, records: Sequence[DropRecord]) -> None:
-        """Take over the references that root records held. In a frozen transaction only."""
+        """Take over the references that root records held. In a frozen transaction only.
+
+        Args:
+            records: each with a number from `next_number`, ascending.
+        """
         for record in records:
-            path = [_Step(step.pointer, None, step.done) for step in record.path]
-            self._drops[record.number] = _Drop(record, path, 0)
+            self._take(record)
         self._catalog.put_drops(records)
 
     def next_number(self) -> int:
-        return 1 + max([0, *self._drops, *self._finished])
+        """A number that no record of the queue has; another one at each call."""
+        self._last_number += 1
+        if self._last_number > COUNTER_MAX:  # an image may say any number: begin again below it
+            self._last_number = 1
+        while self._last_number in self._drops or self._last_number in self._finished:
+            self._last_number += 1
+        return self._last_number
 
-    def step(self, nodes: int) -> int:
-        """Visit at most `nodes` nodes. Returns the number of blocks freed.
+    def step(self, work: int) -> int:
+        """Go on for so much work: one for each node, and one for some runs of data that a leaf has.
+
+        It ends with the node that exceeds it, a leaf of 250 runs at the most.
+
+        Returns:
+            The number of blocks freed.
 
         Raises:
             NoSpaceError, DeviceError: nothing can be committed.
         """
         freed = 0
-        for number, drop in list(self._drops.items()):
-            if drop.stuck:
-                continue
+        while work > 0 and self._waiting:
+            number, drop = next(iter(self._waiting.items()))
             try:
-                while nodes and drop.path:
+                while work > 0 and drop.path:
                     self._admit()
-                    freed_now = self._visit(drop.path)
+                    freed_now, worked = self._visit(drop.path)
                     drop.freed_blocks += freed_now
+                    self.freed_blocks += freed_now
                     freed += freed_now
-                    drop.changed = True
-                    nodes -= 1
+                    self._changed[number] = drop
+                    work -= worked
             except CorruptError as error:
                 drop.stuck = True
+                del self._waiting[number]
                 log.error(
                     "cannot give back snapshot %r: %s; run cowfs check", drop.record.name, error
                 )
             if not drop.path:
-                del self._drops[number]
-                self._finished.append(number)
-            if not nodes:
-                break
+                del self._drops[number], self._waiting[number]
+                self._changed.pop(number, None)
+                self._finished.add(number)
+                self.freed_blocks -= drop.freed_blocks
+                self.referenced_blocks -= drop.record.referenced_blocks
         return freed
 
     def _admit(self) -> None:
@@ -130,18 +166,23 @@ class DropQueue:
         except NoSpaceError:
             admission.admit(0, TIER_FREE)
 
-    def _visit(self, path: list[_Step]) -> int:
-        """One step of the walk: down into a child, or done with a node. Returns blocks freed."""
+    def _visit(self, path: list[_Step]) -> tuple[int, int]:
+        """One step of the walk: down into a child, or done with a node.
+
+        Returns:
+            The blocks freed, and how much work it was.
+        """
         store = self._store
         step = path[-1]
-        freed = 0
+        freed, worked = 0, 1
         if step.done or store.map.refcount(step.pointer.block) == 1:
             node = store.load(step.pointer, step.level)
             if node.level and step.done < len(node.values):
                 path.append(_Step(node.values[step.done], node.level - 1, 0))
-                return 0
+                return 0, 1
             if not node.level:
-                runs = references(node.keys, node.values)
+                runs = _joined(references(node.keys, node.values))
+                worked += len(runs) // RUNS_PER_WORK
                 for first, count in runs:  # all or none: this leaf is visited again if it fails
                     store.map.require(first, count)
                 if step.pointer.twin:
@@ -154,22 +195,35 @@ class DropQueue:
         path.pop()
         if path:
             path[-1].done += 1
-        return freed
+        return freed, worked
 
     def reach(self) -> None:
-        """Reach what `save` changes. Before a freeze changes anything."""
-        changed = [number for number, drop in self._drops.items() if drop.changed]
-        for number in sorted([*changed, *self._finished]):
+        """See to it that `save` meets no damage. Before a freeze changes anything.
+
+        Raises:
+            CorruptError, DeviceError: the catalog has a leaf that cannot be read; nothing was changed.
+        """
+        for number in sorted([*self._finished, *self._changed]):
             self._catalog.tree.reach(drop_key(number))
 
     def save(self) -> None:
-        """Put the state into the catalog. In a frozen transaction only."""
-        for number in self._finished:
+        """Put what changed into the catalog. In a frozen transaction only."""
+        for number in sorted(self._finished):
             self._catalog.remove_drop(number)
         self._finished.clear()
-        for drop in self._drops.values():
-            if drop.changed:
-                path = tuple(DropStep(step.pointer, step.done) for step in drop.path)
-                drop.record = drop.record.with_path(path, drop.freed_blocks)
-                self._catalog.put_drop(drop.record)
-                drop.changed = False
+        for drop in self._changed.values():
+            path = tuple(DropStep(step.pointer, step.done) for step in drop.path)
+            drop.record = drop.record.with_path(path, drop.freed_blocks)
+            self._catalog.put_drop(drop.record)
+        self._changed.clear()
+
+
+def _joined(runs: list[Run]) -> list[Run]:
+    """The same runs in the order of their blocks, with those made one that lie end to end."""
+    joined: list[Run] = []
+    for first, count in sorted(runs):
+        if joined and sum(joined[-1]) == first:
+            joined[-1] = (joined[-1][0], joined[-1][1] + count)
+        else:
+            joined.append((first, count))
+    return joined

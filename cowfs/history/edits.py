@@ -59,6 +59,7 @@ class Plan:
         keys: of the catalog, that `apply` changes beside the live volume's record.
         records: that it changes, as they are before.
         added: records that are new, or may be longer than they were.
+        drop_numbers: of the drop queue, for the records that go there.
         relinked: roots that grew from a deleted one, with their new parents.
         live: the record and the volume that become the live ones.
         name: of the snapshot that keeps what was live.
@@ -67,6 +68,7 @@ class Plan:
     keys: list[bytes] = field(default_factory=list)
     added: int = 4
     records: list[RootRecord] = field(default_factory=list)
+    drop_numbers: list[int] = field(default_factory=list)
     relinked: list[RootRecord] = field(default_factory=list)
     live: tuple[RootRecord, Volume] | None = None
     name: str = ""
@@ -154,8 +156,8 @@ class DeleteSnapshots(Edit, frozen=True, tag="delete-snapshots"):
         records = [catalog.snapshot(name) for name in dict.fromkeys(self.names)]
         require_released(records)
         plan = Plan(added=len(records), records=records, relinked=_relinked(filesystem, records))
-        first = filesystem.drops.next_number()
-        plan.keys += [drop_key(first + at) for at in range(len(records))]
+        plan.drop_numbers = [filesystem.drops.next_number() for _ in records]
+        plan.keys += map(drop_key, plan.drop_numbers)
         for record in records:
             plan.keys += (root_key(record.root_id), snapshot_key(record.name))
         plan.keys += [root_key(record.root_id) for record in plan.relinked]
@@ -170,7 +172,7 @@ class DeleteSnapshots(Edit, frozen=True, tag="delete-snapshots"):
         )
 
     def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
-        first, now_ns = filesystem.drops.next_number(), time.time_ns()
+        now_ns = time.time_ns()
         copies = filesystem.store.copies
         filesystem.catalog.remove(plan.records)
         _relink(filesystem, plan)
@@ -179,7 +181,7 @@ class DeleteSnapshots(Edit, frozen=True, tag="delete-snapshots"):
         filesystem.drops.add_all(
             [
                 DropRecord(
-                    number=first + at,
+                    number=number,
                     root_id=record.root_id,
                     name=record.name,
                     deleted_ns=now_ns,
@@ -187,7 +189,7 @@ class DeleteSnapshots(Edit, frozen=True, tag="delete-snapshots"):
                     path=(DropStep(record.pointer, 0),),
                     referenced_blocks=record.referenced_blocks(copies),
                 )
-                for at, record in enumerate(plan.records)
+                for number, record in zip(plan.drop_numbers, plan.records, strict=True)
             ]
         )
         filesystem.shared_is_stale = True

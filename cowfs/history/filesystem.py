@@ -192,7 +192,7 @@ class Filesystem:
 
     def _count_shared(self) -> None:
         """Find out anew what the live tree shares with snapshots, once deleted ones are given back."""
-        if not self.shared_is_stale or not self.drops.is_empty:
+        if not self.shared_is_stale or len(self.drops):
             return  # those that are dropped share as long as they hold
         tree, admission = self.live.tree, self.store.admission
         self.shared_is_stale = False

@@ -15,7 +15,7 @@ from cowfs.errors import ImageError
 from cowfs.escapes import escaped_path
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from cowfs.history.filesystem import Filesystem
     from cowfs.history.records import RootRecord
@@ -152,26 +152,42 @@ def snapshot_report(filesystem: Filesystem, record: RootRecord) -> SnapshotRepor
 
 def snapshot_reports(filesystem: Filesystem) -> tuple[SnapshotReport, ...]:
     """All snapshots, the oldest first."""
-    return tuple(snapshot_report(filesystem, record) for record in filesystem.catalog.snapshots())
+    return tuple(each_snapshot(filesystem, filesystem.catalog.snapshots()))
+
+
+def each_snapshot(
+    filesystem: Filesystem, records: Iterable[RootRecord]
+) -> Iterator[SnapshotReport]:
+    """The reports one by one, for whoever has other things to do between; the catalog may change."""
+    return (snapshot_report(filesystem, record) for record in records)
 
 
 def drop_reports(filesystem: Filesystem) -> tuple[DropReport, ...]:
     """The drop queue, in the order of deletion."""
+    return tuple(each_drop(filesystem))
+
+
+def each_drop(filesystem: Filesystem) -> Iterator[DropReport]:
+    """The same one by one; the queue may go on between."""
     from cowfs.storage.format import BLOCK_SIZE_BYTES
 
-    return tuple(
-        DropReport(
+    for drop in filesystem.drops.each():
+        yield DropReport(
             name=drop.name,
             freed_bytes=drop.freed_blocks * BLOCK_SIZE_BYTES,
             referenced_bytes=drop.referenced_blocks * BLOCK_SIZE_BYTES,
             stuck=drop.stuck,
         )
-        for drop in filesystem.drops.progress()
-    )
 
 
-def space_report(filesystem: Filesystem) -> SpaceReport:
-    """The space of an open image as it is now, the open transaction included."""
+def space_report(
+    filesystem: Filesystem, drops: tuple[DropReport, ...] | None = None
+) -> SpaceReport:
+    """The space of an open image as it is now, the open transaction included.
+
+    Args:
+        drops: the drop queue, when it was listed already.
+    """
     from cowfs.storage.format import BLOCK_SIZE_BYTES
 
     space = filesystem.space()
@@ -186,7 +202,7 @@ def space_report(filesystem: Filesystem) -> SpaceReport:
         promised_bytes=space.promised * BLOCK_SIZE_BYTES,
         reserved_bytes=space.reserved * BLOCK_SIZE_BYTES,
         available_bytes=space.available * BLOCK_SIZE_BYTES,
-        drops=drop_reports(filesystem),
+        drops=drop_reports(filesystem) if drops is None else drops,
     )
 
 
@@ -220,7 +236,7 @@ def info_report(
         committed_ns=superblock.committed_ns,
         clean=bool(superblock.flags & FLAG_CLEAN),
         duplicated_metadata=superblock.duplicates_metadata,
-        snapshot_count=len(filesystem.catalog.snapshots()),
+        snapshot_count=filesystem.catalog.snapshot_count,
         inode_count=filesystem.live.inodes.count,
         live_root_id=filesystem.record.root_id,
         mount_point=mount_point,

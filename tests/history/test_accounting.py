@@ -372,8 +372,7 @@ def freed_really(history: History, records: Sequence[RootRecord], *, drain: bool
     filesystem = history.copy()
     before = filesystem.space().tree
     if not drain:
-        for waiting in filesystem.drops._drops.values():
-            waiting.stuck = True
+        filesystem.drops._waiting.clear()  # as if damage was in the way of each
     filesystem.apply(DeleteSnapshots(tuple([record.name for record in records])))
     filesystem.work_drops()
     assert len(filesystem.drops.progress()) == (
