@@ -8,7 +8,8 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
 
 import trio
 
@@ -35,12 +36,25 @@ from cowfs.files.volume import Volume
 from cowfs.history import reports
 from cowfs.history.edits import CreateSnapshot, Edit, Rollback, Undo
 from cowfs.history.filesystem import Filesystem
-from cowfs.history.requests import Info, InfoReply, Query, SnapshotsReply, Space, edit_reply
+from cowfs.history.records import RootRecord
+from cowfs.history.requests import (
+    Drops,
+    DropsReply,
+    Info,
+    InfoReply,
+    Snapshots,
+    SnapshotsReply,
+    Space,
+    SpaceReply,
+)
 from cowfs.storage.discards import Sweep
+from cowfs.storage.format import BLOCK_SIZE_BYTES
 
 log = logging.getLogger(__name__)
 
 ProgressCall = Callable[[messages.Progress], Awaitable[None]]
+Report = TypeVar("Report")
+SLICE_REPORTS = 128  # made between two requests: about 1 ms
 NAMED_MAX = 5  # open files named in a refusal
 NAMES_AT_ONCE = 1000  # of a root directory: about a millisecond
 # The kernel ends the session at once when nobody else has the mount.
@@ -97,10 +111,14 @@ class MountService:
                 return await self._edit(request)
             case Info():
                 return InfoReply(self._info())
-            case Query():
-                if isinstance(request, Space):
-                    await self._fetch_written()
-                return request.answer(filesystem)
+            # The others as `answer` does it, but long lists in slices.
+            case Space():
+                await self._fetch_written()
+                return SpaceReply(reports.space_report(filesystem, await self._drops()))
+            case Snapshots():
+                return await self._snapshots(filesystem.catalog.snapshots())
+            case Drops():
+                return DropsReply(await self._drops())
             case messages.WaitDrops():
                 await self._wait_drops(progress)
                 return messages.Done(generation=filesystem.store.superblock.generation)
@@ -208,6 +226,12 @@ class MountService:
             )
         return self._committer
 
+    async def _snapshots(self, records: list[RootRecord]) -> SnapshotsReply:
+        return SnapshotsReply(await sliced(reports.each_snapshot(self._filesystem, records)))
+
+    async def _drops(self) -> tuple[reports.DropReport, ...]:
+        return await sliced(reports.each_drop(self._filesystem))
+
     async def _edit(self, edit: Edit) -> SnapshotsReply:
         """Make an edit; where it replaces the live volume, the kernel forgets the old tree."""
         committer = self._writer()
@@ -217,7 +241,7 @@ class MountService:
             return await self._replace_live(committer, edit)
         records = await committer.apply(edit)
         committer.kick_drops()
-        return edit_reply(self._filesystem, records)
+        return await self._snapshots(records)
 
     async def _wait_drops(self, progress: ProgressCall) -> None:
         async with trio.open_nursery() as nursery:
@@ -241,12 +265,12 @@ class MountService:
     async def _show_drops(self, progress: ProgressCall) -> None:
         while True:
             await trio.sleep(0.2)
-            drops = reports.drop_reports(self._filesystem)
+            drops = self._filesystem.drops
             await progress(
                 messages.Progress(
                     what="giving back blocks",
-                    done_bytes=sum(drop.freed_bytes for drop in drops),
-                    total_bytes=sum(drop.referenced_bytes for drop in drops),
+                    done_bytes=drops.freed_blocks * BLOCK_SIZE_BYTES,
+                    total_bytes=drops.referenced_blocks * BLOCK_SIZE_BYTES,
                 )
             )
 
@@ -268,7 +292,7 @@ class MountService:
         for volume in stale[0].volumes:
             await _add_root_names(volume, names)
         await trio.to_thread.run_sync(invalidate, stale[0], sorted(names))
-        return edit_reply(self._filesystem, records)
+        return await self._snapshots(records)
 
 
 async def _add_root_names(volume: Volume, names: set[bytes]) -> None:
@@ -284,3 +308,13 @@ async def _add_root_names(volume: Volume, names: set[bytes]) -> None:
             await trio.lowlevel.checkpoint()
     except (CorruptError, DeviceError) as error:
         log.error("names in a root directory cannot be read: %s; run cowfs check", error)
+
+
+async def sliced(each: Iterable[Report]) -> tuple[Report, ...]:
+    """All of a list that may be long, made in slices with the other requests between."""
+    made = []
+    for report in each:
+        made.append(report)
+        if len(made) % SLICE_REPORTS == 0:
+            await trio.lowlevel.checkpoint()
+    return tuple(made)

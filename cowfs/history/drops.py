@@ -106,7 +106,7 @@ class DropQueue:
         """Take over the references that root records held. In a frozen transaction only.
 
         Args:
-            records: each with a number from `next_number`, ascending.
+            records: each with a number from `next_number`.
         """
         for record in records:
             self._take(record)

@@ -8,6 +8,7 @@ import pytest
 
 from cowfs.errors import CorruptError
 from cowfs.history.drops import RUNS_PER_WORK, DropQueue
+from cowfs.history.edits import CreateSnapshot, DeleteSnapshots
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.history.records import COUNTER_MAX, DropRecord
@@ -56,8 +57,8 @@ def make(deleted: int = DELETED) -> tuple[MemoryDevice, Filesystem]:
         ino = volume.create(ROOT, b"file%d" % number, stat.S_IFREG | 0o644, 0, 0).ino
     for number in range(deleted):
         volume.write(ino, 0, b"%d" % number * 3000)
-        filesystem.apply(filesystem.create_snapshot(f"s{number:03d}"))
-    filesystem.apply(filesystem.delete_snapshots([f"s{number:03d}" for number in range(deleted)]))
+        filesystem.apply(CreateSnapshot(f"s{number:03d}"))
+    filesystem.apply(DeleteSnapshots(tuple(f"s{number:03d}" for number in range(deleted))))
     return disk, filesystem
 
 
@@ -144,12 +145,12 @@ def test_a_turn_ends_by_the_runs_of_a_leaf_not_only_by_its_nodes() -> None:
         for ino in files:
             volume.write(ino, 2 * at * BLOCK_SIZE_BYTES, bytes([at]) * BLOCK_SIZE_BYTES)
         filesystem.commit()
-    filesystem.apply(filesystem.create_snapshot("s"))
+    filesystem.apply(CreateSnapshot("s"))
     for ino in files:
         volume.write(ino, 0, b"x")
     for name in range(8):
         volume.unlink(ROOT, b"%d" % name)
-    filesystem.apply(filesystem.delete_snapshots(["s"]))
+    filesystem.apply(DeleteSnapshots(("s",)))
     space_map, most, runs = filesystem.store.map, 0, 0
     drop = space_map.drop
 
@@ -188,6 +189,7 @@ def test_what_was_reached_is_saved_whatever_is_lost_after(monkeypatch: pytest.Mo
         while len(drops) > DELETED - 3:
             drops.step(1)
         drops.step(1)
+        operation = again.catalog.operation.begin_admitted()
         if reached:
             drops.reach()
         again.store.cache = NodeCache()  # which had it all
@@ -197,6 +199,7 @@ def test_what_was_reached_is_saved_whatever_is_lost_after(monkeypatch: pytest.Mo
 
         monkeypatch.setattr(again.store, "load", lost)
         if reached:
+            operation.change()
             drops.save()
             assert not drops.changed
         else:
@@ -212,7 +215,9 @@ def test_queue_takes_several_at_once() -> None:
     copy = DropQueue(filesystem.store, filesystem.catalog)
     assert [each.name for each in copy.progress()] == [record.name for record in records]
     copy._drops.clear()
-    copy.add_all(records[::-1])
+    with filesystem.catalog.operation.begin_admitted() as operation:
+        operation.change()
+        copy.add_all(records[::-1])
     assert filesystem.catalog.drops() == records
     filesystem.work_drops()
     recount(disk).require_exact()
