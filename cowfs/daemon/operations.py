@@ -52,7 +52,7 @@ NARROW_HANDLES = WRITER_BIT | 1 << 62
 COOKIE_DOT, COOKIE_DOT_DOT, COOKIE_SNAPSHOTS = 1, 2, 3
 # Snapshots in one answer: the root directory of each may have to be read, 0.2 ms, and kernels ask for
 # a thousand at once.
-SNAPSHOTS_LISTED_MAX = 32
+SNAPSHOTS_LISTED_MAX = 8
 Reply = Callable[[Any, bytes, Any, int], bool]  # as pyfuse3.readdir_reply
 XATTR_NAMESPACES = (b"user.", b"trusted.", b"security.")
 

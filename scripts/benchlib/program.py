@@ -23,6 +23,7 @@ from benchlib.accounting import accounting_figures
 from benchlib.plan import WORKLOADS, as_json, measure_all, parameters, with_needs
 from benchlib.snapshots import all_figures
 from benchlib.targets import TARGETS
+from benchlib.waits import wait_figures
 from rich.console import Console
 
 DEFAULT_TARGETS = "cowfs,null,null-stock,zfs-fuse,ext4,btrfs"
@@ -59,6 +60,15 @@ def main(checkout: Path) -> int:
     parser.add_argument(
         "--accounting", action="store_true", help="cowdu and Btrfs's tools at 1,000 snapshots"
     )
+    parser.add_argument(
+        "--snapshots",
+        type=int,
+        nargs="?",
+        const=2000,
+        default=0,
+        metavar="N",
+        help="waits of a client beside lists, edits and the drop queue at N snapshots (2000)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there as well")
     parser.add_argument("--dir", type=Path, help="where images go (default: .bench here)")
     arguments = parser.parse_args()
@@ -89,6 +99,8 @@ def main(checkout: Path) -> int:
             more, failed = accounting_figures(work, arguments.quick, say)
             figures |= more
             failures += failed
+        if arguments.snapshots:
+            figures |= wait_figures(work, arguments.snapshots, say)
     except KeyboardInterrupt:
         say("interrupted; everything is unmounted")
         return 130
