@@ -27,6 +27,7 @@ Say = Callable[[str], None]
 
 def make_snapshots(image: Path, count: int) -> None:
     """Fill a new image with so many snapshots, named s00000 and on."""
+    from cowfs.history.edits import CreateSnapshot
     from cowfs.history.images import open_filesystem
     from cowfs.storage.device import FileDevice
 
@@ -38,7 +39,7 @@ def make_snapshots(image: Path, count: int) -> None:
     for number in range(count):
         for change in range(CHANGES):
             live.write(inos[(number * 7 + change * 31) % FILES], 0, os.urandom(5000))
-        filesystem.apply(filesystem.create_snapshot(f"s{number:05d}"))
+        filesystem.apply(CreateSnapshot(f"s{number:05d}"))
     filesystem.close()
 
 
