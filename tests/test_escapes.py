@@ -19,6 +19,7 @@ from cowfs.escapes import (
     shell_word,
     unescaped,
 )
+from cowfs.history import edits
 
 NAMES = st.binary(max_size=40) | st.text(max_size=20).map(
     lambda text: text.encode(errors="replace")
@@ -102,11 +103,11 @@ def test_request_that_cannot_be_text_is_refused_in_words() -> None:
     """Promise: what no image could store is a usage error that shows it, not an internal one."""
     bad = os.fsdecode(b"d\xff")
     for request, says in (
-        (messages.CreateSnapshot(name=bad), r"snapshot name 'd\\xff' is not valid UTF-8"),
-        (messages.Rollback(name=bad), r"snapshot name 'd\\xff' is not valid UTF-8"),
-        (messages.DeleteSnapshots(names=("a", bad)), r"snapshot name 'd\\xff' is not"),
+        (edits.CreateSnapshot(name=bad), r"snapshot name 'd\\xff' is not valid UTF-8"),
+        (edits.Rollback(name=bad), r"snapshot name 'd\\xff' is not valid UTF-8"),
+        (edits.DeleteSnapshots(names=("a", bad)), r"snapshot name 'd\\xff' is not"),
         (
-            messages.CreateSnapshot(name="good", description=bad),
+            edits.CreateSnapshot(name="good", description=bad),
             r"the description 'd\\xff' is not valid UTF-8",
         ),
     ):

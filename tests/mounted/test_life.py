@@ -25,7 +25,9 @@ from tests.conftest import (
     wait_for_end,
 )
 
-pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
+# A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
+NAMESPACES = pytest.mark.xdist_group("mount namespaces")
+pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs, NAMESPACES]
 
 
 def runtime_files(image: Path) -> set[str]:

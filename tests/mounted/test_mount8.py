@@ -17,7 +17,9 @@ import pytest
 from tests.conftest import json_of, require_clean, require_success, run_command, wait_for_end
 from tests.mounted.machine import AS_ROOT, Machine, machine
 
-pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
+# A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
+NAMESPACES = pytest.mark.xdist_group("mount namespaces")
+pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs, NAMESPACES]
 
 USUAL = (
     "defaults,noauto,nofail,_netdev,user,x-systemd.automount,x-systemd.requires=a.mount,"

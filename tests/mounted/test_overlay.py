@@ -14,7 +14,9 @@ import pytest
 
 from tests.conftest import Mounted
 
-pytestmark = [pytest.mark.mounted, pytest.mark.needs_root]
+# A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
+NAMESPACES = pytest.mark.xdist_group("mount namespaces")
+pytestmark = [pytest.mark.mounted, pytest.mark.needs_root, NAMESPACES]
 
 OPTIONS = "lowerdir={0}/two:{0}/one,upperdir={1}/upper,workdir={1}/work,redirect_dir=on,index=off"
 
@@ -32,7 +34,10 @@ def in_overlay(layers: Path, place: Path, program: str) -> str:
         f"cd /; umount {shlex.quote(str(merged))}"
     )
     done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script], capture_output=True, text=True, timeout=100
+        ["unshare", "--mount", "--propagation=slave", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert done.returncode == 0, done
     return done.stdout

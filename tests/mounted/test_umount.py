@@ -27,7 +27,9 @@ from tests.conftest import (
 )
 from tests.mounted.machine import ANNA, AS_ROOT, machine
 
-pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
+# A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
+NAMESPACES = pytest.mark.xdist_group("mount namespaces")
+pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs, NAMESPACES]
 
 NAMED_SECONDS_MAX = 20
 

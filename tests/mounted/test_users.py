@@ -13,7 +13,9 @@ import pytest
 from tests.conftest import require_clean, require_success, run_command
 from tests.mounted.machine import ANNA, BERT, Machine, machine
 
-pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
+# A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
+NAMESPACES = pytest.mark.xdist_group("mount namespaces")
+pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs, NAMESPACES]
 
 
 @pytest.fixture(scope="module")
