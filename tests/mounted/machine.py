@@ -84,7 +84,17 @@ class Machine:
             arguments += [str(closed), sys.base_prefix, inner]
         script += "echo ready; exec sleep infinity"
         self._holder = subprocess.Popen(
-            [*AS_ROOT, "unshare", "--mount", "bash", "-c", script, "sh", *arguments],
+            [
+                *AS_ROOT,
+                "unshare",
+                "--mount",
+                "--propagation=slave",
+                "bash",
+                "-c",
+                script,
+                "sh",
+                *arguments,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
