@@ -41,14 +41,12 @@ from cowfs.history.records import (
     volume_key,
 )
 from cowfs.history.retention import require_released
+from cowfs.storage.admission import TIER_DROP, TIER_FREE, TIER_REMOVE
 from cowfs.storage.format import NODE_BLOCKS
 
 if TYPE_CHECKING:
     from cowfs.files.volume import Volume
     from cowfs.history.filesystem import Filesystem
-
-# How many quarters of the reserve an edit must leave (storage/admission.py; that file needs numpy).
-TIER_REMOVE, TIER_DROP, TIER_FREE = 2, 1, 0
 
 
 @dataclass(slots=True)

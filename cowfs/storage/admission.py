@@ -14,15 +14,20 @@ them the promised blocks, the promised items, the dirty nodes and the dirty grou
 another comparison. The ceilings bound what is in memory, not a number of calls, so no operation can go
 round them; and they end with the transaction in which they were set.
 
-Knows nothing of trees and files. Keeps C10.
+Knows nothing of trees and files, and needs no numpy: what names an edit starts fast. Keeps C10.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cowfs.errors import CowfsError, NoSpaceError
 from cowfs.storage.format import BLOCK_SIZE_BYTES, GROUP_BLOCKS, NODE_BLOCKS
-from cowfs.storage.spacemap import SpaceMap
+
+if TYPE_CHECKING:
+    from cowfs.storage.spacemap import SpaceMap
 
 # How many quarters of the reserve an operation must leave.
 TIER_ADD, TIER_REMOVE, TIER_DROP, TIER_FREE = 4, 2, 1, 0
