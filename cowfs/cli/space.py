@@ -19,7 +19,7 @@ from cowfs.cli.output import (
 )
 from cowfs.cli.snapshots import shown_by, target_argument
 from cowfs.escapes import escaped_path, printable
-from cowfs.history.reports import InfoReport, ReclaimReport, SpaceReport, reclaim_report
+from cowfs.history.reports import InfoReport, ReclaimReport, SpaceReport
 
 NEARLY_FULL_SHARE = 20  # when less than a twentieth of the image is available
 SNAPSHOTS_LOOKED_AT = 64  # the oldest; cowdu looks at all
@@ -89,6 +89,8 @@ def _largest(filesystem: Connection, space: SpaceReport) -> list[ReclaimReport]:
     names = [each.name for each in filesystem.snapshots()][:SNAPSHOTS_LOOKED_AT]
     if not names:
         return []
+    from cowfs.accounting.usage import reclaim_report  # reads the image: needs numpy
+
     with filesystem.reading() as opened:
         alone = [reclaim_report(opened, [name]) for name in names]
         together = [reclaim_report(opened, names)] if len(names) > 1 else []

@@ -15,7 +15,7 @@ from cowfs.errors import ImageError
 from cowfs.escapes import escaped_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
     from cowfs.history.filesystem import Filesystem
     from cowfs.history.records import RootRecord
@@ -246,22 +246,6 @@ def info_report(
         failed_ns=filesystem.store.failed_ns,
         failure=str(filesystem.store.failed) if filesystem.store.failed is not None else None,
     )
-
-
-def reclaim_report(filesystem: Filesystem, names: Sequence[str]) -> ReclaimReport:
-    """What deleting exactly the snapshots of these names would free (C11).
-
-    Raises:
-        SnapshotError: one of them is unknown.
-        CorruptError: no number can be trusted.
-    """
-    from cowfs.history.usage import exclusive_blocks
-    from cowfs.storage.format import BLOCK_SIZE_BYTES
-
-    distinct = tuple(dict.fromkeys(names))
-    records = [filesystem.catalog.snapshot(name) for name in distinct]
-    blocks = exclusive_blocks(filesystem, records)
-    return ReclaimReport(names=distinct, reclaim_bytes=blocks * BLOCK_SIZE_BYTES)
 
 
 def trim_report(filesystem: Filesystem, sweep: Sweep) -> TrimReport:

@@ -17,6 +17,21 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
+from cowfs.accounting.blocks import explain_block
+from cowfs.accounting.owners import Survey, owner_sets, survey
+from cowfs.accounting.paths import volume_of
+from cowfs.accounting.pathusage import (
+    Argument,
+    usage_of_orphans,
+    usage_of_path,
+    usage_of_snapshots,
+    usage_together,
+)
+from cowfs.accounting.pinned import pinned_by
+from cowfs.accounting.plan import plan_reclaim
+from cowfs.accounting.usage import written_blocks
+from cowfs.accounting.versions import versions_of
+from cowfs.accounting.virtual_drop import simulate_deletion
 from cowfs.care.check import check_image
 from cowfs.care.generations import generation_reports
 from cowfs.care.repair import repair_image
@@ -34,26 +49,11 @@ from cowfs.files.acl import (
 )
 from cowfs.files.items import ROOT_INO
 from cowfs.files.volume import Changes, Volume
-from cowfs.history.blocks import explain_block
 from cowfs.history.edits import CreateSnapshot, DeleteSnapshots, RenameSnapshot, Rollback, Undo
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
-from cowfs.history.names import volume_of
-from cowfs.history.owners import Survey, owner_sets, survey
-from cowfs.history.pathusage import (
-    Argument,
-    usage_of_orphans,
-    usage_of_path,
-    usage_of_snapshots,
-    usage_together,
-)
-from cowfs.history.pinned import pinned_by
-from cowfs.history.plan import plan_reclaim
 from cowfs.history.records import RootKind, RootRecord
 from cowfs.history.reports import info_report, snapshot_reports, space_report
-from cowfs.history.simulation import simulate_deletion
-from cowfs.history.usage import exclusive_blocks, written_blocks
-from cowfs.history.versions import versions_of
 from tests.care.image_builder import MemoryDevice
 from tests.damage.hostile import write_image
 
@@ -199,7 +199,7 @@ def measure(device: MemoryDevice, folder: Path) -> None:
             attempt(action, filesystem)
         records = attempt(lambda: list(filesystem.catalog.snapshots()))
         for record in records or ():  # type: ignore[attr-defined]
-            attempt(exclusive_blocks, filesystem, [record])
+            attempt(simulate_deletion, filesystem, [record])
             attempt(written_blocks, filesystem, record)
     image = folder / "cowdump.img"
     write_image(device, image)

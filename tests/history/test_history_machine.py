@@ -8,6 +8,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
+from cowfs.accounting.owners import OwnerKind, owner_sets
+from cowfs.accounting.usage import referenced_blocks, written_blocks
+from cowfs.accounting.virtual_drop import simulate_deletion
 from cowfs.errors import DeviceError, NoSpaceError, SnapshotError
 from cowfs.history.edits import (
     CreateSnapshot,
@@ -18,9 +21,7 @@ from cowfs.history.edits import (
     Rollback,
     Undo,
 )
-from cowfs.history.owners import OwnerKind, owner_sets
 from cowfs.history.records import RootRecord
-from cowfs.history.usage import exclusive_blocks, referenced_blocks, written_blocks
 from cowfs.storage.commit import Commit
 from tests.model.devices import Fault
 from tests.model.files_machine import FilesMachine, compare, picks, sizes
@@ -151,7 +152,7 @@ class HistoryMachine(FilesMachine):
         free = sorted(self.model.snapshots.keys() - self.model.held)
         wanted = sorted({free[pick % len(free)] for pick in chosen})
         records = [self.filesystem.catalog.snapshot(name) for name in wanted]
-        predicted = exclusive_blocks(self.filesystem, records)
+        predicted = simulate_deletion(self.filesystem, records).blocks
         owners = owner_sets(self.filesystem)
         bits = [owners.bit(OwnerKind.SNAPSHOT, record.root_id) for record in records]
         assert owners.exclusive(bits).total == predicted, "the two algorithms"

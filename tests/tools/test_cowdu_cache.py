@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from xxhash import xxh3_128_digest
 
-from cowfs.history.blocks import explain_block
+from cowfs.accounting.blocks import explain_block
+from cowfs.accounting.owners import OwnerKind, OwnerSets, owner_sets
 from cowfs.history.images import open_filesystem
-from cowfs.history.owners import OwnerKind, OwnerSets, owner_sets
 from cowfs.storage.device import FileDevice
 from tests.image_files import change, history, make_image, snapshot, write
 from tools.cowdu.looking import Look

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from cowfs.accounting.virtual_drop import simulate_deletion
 from cowfs.files.items import ROOT_INO
 from cowfs.history.edits import DeleteSnapshots, HoldSnapshots
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
-from cowfs.history.usage import exclusive_blocks
 from cowfs.storage.device import FileDevice
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 from tests.image_files import (
@@ -51,7 +51,7 @@ def counted_bytes(image: Path, names: list[str]) -> int:
     filesystem = open_filesystem(FileDevice(image, writable=False), writable=False)
     try:
         records = [filesystem.catalog.snapshot(name) for name in names]
-        return exclusive_blocks(filesystem, records) * BLOCK_SIZE_BYTES
+        return simulate_deletion(filesystem, records).blocks * BLOCK_SIZE_BYTES
     finally:
         filesystem.close()
 

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 from textual.pilot import Pilot
 
+from cowfs.accounting.pathusage import Argument, Place, usage_of_path
+from cowfs.accounting.virtual_drop import simulate_deletion
 from cowfs.daemon.messages import Progress
 from cowfs.errors import CorruptError
 from cowfs.files.items import ROOT_INO
 from cowfs.history.edits import DeleteSnapshots, HoldSnapshots, RenameSnapshot
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
-from cowfs.history.pathusage import Argument, Place, usage_of_path
-from cowfs.history.usage import exclusive_blocks
 from cowfs.storage.device import FileDevice
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 from cowfs_tools.cowdu.dialogs import Question
@@ -186,7 +186,9 @@ def test_marking_any_set_tells_what_deleting_it_frees(image: Path) -> None:
 
     def frees(names: tuple[str, ...]) -> Callable[[Filesystem], int]:
         return lambda filesystem: (
-            exclusive_blocks(filesystem, [filesystem.catalog.snapshot(name) for name in names])
+            simulate_deletion(
+                filesystem, [filesystem.catalog.snapshot(name) for name in names]
+            ).blocks
             * BLOCK_SIZE_BYTES
         )
 

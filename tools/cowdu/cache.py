@@ -23,9 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_128_digest
 
-from cowfs.cli.own_files import read_own, replace_file
-from cowfs.history.filesystem import Filesystem
-from cowfs.history.owners import (
+from cowfs.accounting.owners import (
     Blocks,
     Owner,
     OwnerKind,
@@ -35,8 +33,10 @@ from cowfs.history.owners import (
     are_sound,
     owners_of,
 )
+from cowfs.accounting.structure import Structure, is_sound
+from cowfs.cli.own_files import read_own, replace_file
+from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import RootKind
-from cowfs.history.structure import Structure, is_sound
 from cowfs.storage.format import MAX_TOTAL_BLOCKS
 
 VERSION = 1

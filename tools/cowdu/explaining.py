@@ -5,6 +5,11 @@ from collections.abc import Sequence
 import click
 from msgspec import Struct
 
+from cowfs.accounting.blocks import explain_block
+from cowfs.accounting.owners import Owner, OwnerKind
+from cowfs.accounting.paths import resolve
+from cowfs.accounting.pinned import Pinned, pinned_by
+from cowfs.accounting.versions import Version, versions_of
 from cowfs.api import connect
 from cowfs.cli.output import (
     Column,
@@ -19,13 +24,8 @@ from cowfs.cli.output import (
 from cowfs.cli.snapshots import complete_name, retention_options, target_argument
 from cowfs.errors import UsageError
 from cowfs.escapes import escaped, printable
-from cowfs.history.blocks import explain_block
-from cowfs.history.names import resolve
-from cowfs.history.owners import Owner, OwnerKind
-from cowfs.history.pinned import Pinned, pinned_by
 from cowfs.history.reports import image_name
 from cowfs.history.retention import Rules
-from cowfs.history.versions import Version, versions_of
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
 from .choosing import LIVE, chosen_records, spans

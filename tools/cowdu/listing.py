@@ -7,6 +7,7 @@ from typing import NamedTuple
 import click
 from msgspec import Struct
 
+from cowfs.accounting.owners import OwnerKind
 from cowfs.cli.output import (
     Column,
     Numbers,
@@ -18,7 +19,6 @@ from cowfs.cli.output import (
 from cowfs.cli.snapshots import complete_name, retention_options, target_argument
 from cowfs.errors import UsageError
 from cowfs.escapes import quoted
-from cowfs.history.owners import OwnerKind
 from cowfs.history.reports import image_name
 from cowfs.history.retention import Rules
 from cowfs.storage.format import BLOCK_SIZE_BYTES

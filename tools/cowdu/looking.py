@@ -8,12 +8,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from cowfs.accounting.owners import OwnerSets, Survey, survey
+from cowfs.accounting.structure import Progress
 from cowfs.api import Connection, connect
 from cowfs.cli.output import progress_bar
 from cowfs.history.filesystem import Filesystem
-from cowfs.history.owners import OwnerSets, Survey, survey
 from cowfs.history.records import RootRecord
-from cowfs.history.structure import Progress
 
 from .cache import Kept, agrees
 

@@ -10,8 +10,8 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
+from cowfs.accounting.pathusage import Place
 from cowfs.escapes import printable
-from cowfs.history.pathusage import Place
 
 from .rows import Usage
 from .walking import Inside, Line, Root, Roots, shown_name

@@ -6,12 +6,8 @@ from collections.abc import Iterator, Sequence
 import click
 import numpy as np
 
-from cowfs.api import connect
-from cowfs.cli.output import Numbers, list_options, print_json
-from cowfs.errors import UsageError
-from cowfs.escapes import escaped_path, printable
-from cowfs.history.names import resolve, volume_of
-from cowfs.history.pathusage import (
+from cowfs.accounting.paths import resolve, volume_of
+from cowfs.accounting.pathusage import (
     Argument,
     Place,
     Whole,
@@ -19,6 +15,10 @@ from cowfs.history.pathusage import (
     usage_of_snapshots,
     usage_together,
 )
+from cowfs.api import connect
+from cowfs.cli.output import Numbers, list_options, print_json
+from cowfs.errors import UsageError
+from cowfs.escapes import escaped_path, printable
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
 from .inside import Inside, Meant, inside, meaning, one_target

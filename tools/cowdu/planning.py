@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import click
 from msgspec import Struct
 
+from cowfs.accounting.owners import OwnerKind, OwnerSets
+from cowfs.accounting.plan import Loss, NotEnoughError, Plan, plan_reclaim
 from cowfs.cli.output import (
     Column,
     Numbers,
@@ -17,8 +19,6 @@ from cowfs.cli.snapshots import retention_options, target_argument
 from cowfs.daemon.options import parse_size
 from cowfs.errors import CowfsError
 from cowfs.escapes import shell_word
-from cowfs.history.owners import OwnerKind, OwnerSets
-from cowfs.history.plan import Loss, NotEnoughError, Plan, plan_reclaim
 from cowfs.history.records import RootRecord
 from cowfs.history.reports import image_name
 from cowfs.history.retention import Rules

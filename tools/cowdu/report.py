@@ -15,14 +15,14 @@ from typing import Any
 
 import click
 
+from cowfs.accounting.owners import OwnerSets, members
+from cowfs.accounting.paths import resolve
+from cowfs.accounting.pinned import Pinned, pinned_by
 from cowfs.cli.output import Numbers, json_option, print_json
 from cowfs.cli.own_files import make_file, replace_file
 from cowfs.cli.snapshots import target_argument
 from cowfs.errors import CorruptError, CowfsError, UsageError
 from cowfs.escapes import escaped_path, printable
-from cowfs.history.names import resolve
-from cowfs.history.owners import OwnerSets, members
-from cowfs.history.pinned import Pinned, pinned_by
 from cowfs.history.reports import image_name, space_report
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
+from cowfs.accounting.owners import OwnerKind, OwnerSets
+from cowfs.accounting.pathusage import usage_of_orphans
+from cowfs.accounting.usage import referenced_blocks, written_blocks
+from cowfs.accounting.virtual_drop import simulate_deletion
 from cowfs.history.filesystem import Filesystem
-from cowfs.history.owners import OwnerKind, OwnerSets
-from cowfs.history.pathusage import usage_of_orphans
 from cowfs.history.records import RootRecord
 from cowfs.history.reports import ReclaimReport, image_name, space_report
 from cowfs.history.selection import select
-from cowfs.history.usage import exclusive_blocks, referenced_blocks, written_blocks
 from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_BLOCKS
 
 from .looking import Look
@@ -115,7 +116,7 @@ def usage_report(
         together = (
             rows[0].exclusive_bytes // BLOCK_SIZE_BYTES
             if len(rows) == 1
-            else exclusive_blocks(look.filesystem, chosen)
+            else simulate_deletion(look.filesystem, chosen).blocks
         )
     names = tuple(record.name for record in chosen)
     return UsageReport(
@@ -181,7 +182,7 @@ def _row(
 
 def _measured(filesystem: Filesystem, record: RootRecord) -> Usage:
     referenced = referenced_blocks(filesystem, record) * BLOCK_SIZE_BYTES
-    exclusive = exclusive_blocks(filesystem, [record]) * BLOCK_SIZE_BYTES
+    exclusive = simulate_deletion(filesystem, [record]).blocks * BLOCK_SIZE_BYTES
     nodes = record.node_count * NODE_BLOCKS * filesystem.store.copies
     return Usage(
         kind="snapshot",

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from cowfs.accounting.owners import OwnerKind, OwnerSets
+from cowfs.accounting.pathusage import Argument, Place, usage_of_path
+from cowfs.accounting.structure import Progress
 from cowfs.api import Connection, connect
 from cowfs.daemon.client import ShowProgress
 from cowfs.errors import CorruptError, SnapshotError
@@ -19,9 +22,6 @@ from cowfs.escapes import printable
 from cowfs.files.items import ROOT_INO
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
-from cowfs.history.owners import OwnerKind, OwnerSets
-from cowfs.history.pathusage import Argument, Place, usage_of_path
-from cowfs.history.structure import Progress
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
 from .looking import Look, stand_back

@@ -24,7 +24,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.widget import Widget
 
-from cowfs.history.structure import Progress
+from cowfs.accounting.structure import Progress
 
 from .sparks import BARS
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cowfs.accounting.owners import owner_sets
 from cowfs.care.check import check_image
 from cowfs.care.repair import repair_image
 from cowfs.errors import CorruptError, ImageError, NoSpaceError
@@ -14,7 +15,6 @@ from cowfs.files.items import INO_MAX, ROOT_INO, inode_key
 from cowfs.history.edits import CreateSnapshot, Rollback, Undo
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem, restore_generation
-from cowfs.history.owners import owner_sets
 from cowfs.history.records import ROOT, ROOT_ID_MAX, decode_root
 from cowfs.storage.device import FileDevice
 from cowfs.storage.format import GENERATION_MAX, GENERATION_WRITABLE_MAX

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cowfs.accounting.owners import Owner, OwnerKind, Survey, members
+from cowfs.accounting.paths import PathFinder, volume_of
+from cowfs.accounting.structure import Numbers
 from cowfs.errors import UsageError
 from cowfs.files.items import KEY_BYTES, TYPE_EXTENT, decode_extent, split_key
 from cowfs.history.filesystem import Filesystem
-from cowfs.history.names import PathFinder, volume_of
-from cowfs.history.owners import Owner, OwnerKind, Survey, members
 from cowfs.history.records import RootRecord
-from cowfs.history.structure import Numbers
 from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_BLOCKS, RING_SLOTS
 
 PATHS_MAX = 100

@@ -18,11 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from cowfs.errors import CorruptError, DeviceError, ImageError
-from cowfs.history.catalog import Catalog
-from cowfs.history.filesystem import Filesystem
-from cowfs.history.records import RootKind
-from cowfs.history.structure import (
+from cowfs.accounting.structure import (
     Numbers,
     Progress,
     Root,
@@ -31,6 +27,10 @@ from cowfs.history.structure import (
     read_structure,
     spread,
 )
+from cowfs.errors import CorruptError, DeviceError, ImageError
+from cowfs.history.catalog import Catalog
+from cowfs.history.filesystem import Filesystem
+from cowfs.history.records import RootKind
 from cowfs.storage.btree import Tree
 from cowfs.storage.format import MAX_TOTAL_BLOCKS, Superblock
 from cowfs.storage.store import Store

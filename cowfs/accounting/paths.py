@@ -9,6 +9,7 @@ import errno
 import stat
 from collections.abc import Iterable, Set
 
+from cowfs.accounting.structure import Progress, child_pointer
 from cowfs.errors import CorruptError, UsageError, posix_error
 from cowfs.files.items import (
     KEY_BYTES,
@@ -21,7 +22,6 @@ from cowfs.files.items import (
 from cowfs.files.volume import Volume
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import RootRecord
-from cowfs.history.structure import Progress, child_pointer
 from cowfs.storage.format import Pointer
 from cowfs.storage.store import Store
 

@@ -5,12 +5,12 @@ import stat
 
 import pytest
 
+from cowfs.accounting.versions import KINDS, Version, versions_of
 from cowfs.files.items import INODE_INLINE
 from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE
 from cowfs.history.edits import CreateSnapshot
-from cowfs.history.versions import KINDS, Version, versions_of
 from cowfs.storage.format import BLOCK_SIZE_BYTES
-from tests.history.test_accounting import each_moment, seeds
+from tests.accounting.test_accounting import each_moment, seeds
 from tests.model.histories import History
 from tests.model.holdings import Held, holdings
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cowfs.accounting.paths import PathFinder, volume_of
+from cowfs.accounting.structure import Progress
+from cowfs.accounting.virtual_drop import Freed, simulate_deletion
 from cowfs.history.filesystem import Filesystem
-from cowfs.history.names import PathFinder, volume_of
 from cowfs.history.records import RootRecord
-from cowfs.history.simulation import Freed, simulate_deletion
-from cowfs.history.structure import Progress
 
 NAMELESS = b"(deleted while open)"  # no path of a file: the directory of those without a name
 

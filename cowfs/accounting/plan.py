@@ -17,9 +17,9 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from cowfs.accounting.owners import OwnerSets, members
+from cowfs.accounting.structure import Numbers
 from cowfs.errors import CowfsError
-from cowfs.history.owners import OwnerSets, members
-from cowfs.history.structure import Numbers
 
 EXACT_SNAPSHOTS_MAX = 3000  # beyond, the tables of pairs would take more than 140 MiB
 FEW_AT_FIRST = 8

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import pytest
 
+from cowfs.accounting.owners import OwnerSets, owner_sets
+from cowfs.accounting.paths import resolve
+from cowfs.accounting.pinned import NAMELESS, Pinned, pinned_by
 from cowfs.history.edits import CreateSnapshot
-from cowfs.history.names import resolve
-from cowfs.history.owners import OwnerSets, owner_sets
-from cowfs.history.pinned import NAMELESS, Pinned, pinned_by
 from cowfs.history.records import RootRecord
 from cowfs.storage.format import BLOCK_SIZE_BYTES
-from tests.history.test_accounting import (
+from tests.accounting.test_accounting import (
     bits_of,
     each_moment,
     keys_of,

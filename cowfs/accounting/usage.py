@@ -1,93 +1,38 @@
-"""Accounting by *virtual drop*: what deleting snapshots would free, to the block (C11).
+"""The numbers of a single snapshot: what it references, what is new in it, what deleting it frees.
 
-DESIGN.md section 6 gives the definitions. The deletion of a set of roots is simulated without writing;
-its cost is that of what would be freed. owners.py is the other algorithm, which must agree.
-
-All numbers are blocks, metadata and twins included; the catalog and the space map belong to no root.
+DESIGN.md section 6 gives the definitions. owners.py computes the same numbers for all roots at once, by
+another algorithm; a test holds the two together. All numbers are blocks, metadata and twins included;
+the catalog and the space map belong to no root.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from cowfs.errors import CorruptError
+from cowfs.accounting.structure import child_pointer
+from cowfs.accounting.virtual_drop import simulate_deletion
 from cowfs.files.items import KEY_BYTES, TYPE_EXTENT, decode_extent, references, split_key
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import RootRecord
-from cowfs.storage.format import GROUP_BLOCKS, NODE_BLOCKS, Pointer
+from cowfs.history.reports import ReclaimReport
+from cowfs.storage.format import BLOCK_SIZE_BYTES, GROUP_BLOCKS, NODE_BLOCKS, Pointer
 from cowfs.storage.node import Node
 from cowfs.storage.store import Store
 
 Entry = tuple[Pointer, int | None]  # a node to visit, and its level where known
 
 
-class _Hits:
-    """How many references to each shared block the simulation has dropped."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._nodes: Counter[int] = Counter()
-        self._data: dict[int, np.ndarray] = {}
-
-    def node(self, pointer: Pointer) -> bool:
-        """Drop one reference to a node. Returns whether it was the last."""
-        count = self._store.map.refcount(pointer.block)
-        self._nodes[pointer.block] += 1
-        hits = self._nodes[pointer.block]
-        if hits > count:
-            raise CorruptError("space map", pointer.block, "refcount is too low", count, hits)
-        return hits == count
-
-    def data(self, first: int, count: int) -> int:
-        """Drop one reference to each block of a run. Returns how many lost their last."""
-        counts = self._store.map.refcounts(first, count)
-        if not counts.all():
-            raise CorruptError("space map", first, "a block in use has refcount 0")
-        if int(counts.max()) == 1:
-            return count
-        freed = 0
-        at = 0
-        while at < count:
-            group, start = divmod(first + at, GROUP_BLOCKS)
-            here = min(count - at, GROUP_BLOCKS - start)
-            hits = self._data.get(group)
-            if hits is None:
-                hits = self._data[group] = np.zeros(GROUP_BLOCKS, np.uint32)
-            part = hits[start : start + here]
-            part += 1
-            wanted = counts[at : at + here]
-            if (part > wanted).any():
-                raise CorruptError("space map", first + at, "refcount is too low")
-            freed += int(np.count_nonzero(part == wanted))
-            at += here
-        return freed
-
-
-def exclusive_blocks(filesystem: Filesystem, records: Sequence[RootRecord]) -> int:
-    """Blocks that deleting exactly these snapshots would free: reachable from no other root.
-
-    Reads the nodes that would be freed and the refcounts of their children, nothing else.
+def reclaim_report(filesystem: Filesystem, names: Sequence[str]) -> ReclaimReport:
+    """What deleting exactly the snapshots of these names would free (C11).
 
     Raises:
-        CorruptError: the refcounts cannot be right; no number is better than a wrong one.
+        SnapshotError: one of them is unknown.
+        CorruptError: no number can be trusted.
     """
-    store = filesystem.store
-    hits = _Hits(store)
-    freed = 0
-    stack: list[Entry] = [(record.pointer, None) for record in records]
-    while stack:
-        pointer, level = stack.pop()
-        if not hits.node(pointer):
-            continue
-        node = store.load(pointer, level)
-        freed += NODE_BLOCKS * (2 if pointer.twin else 1)
-        if node.level:
-            stack.extend((_pointer(child), node.level - 1) for child in node.values)
-        else:
-            for first, count in references(node.keys, node.values):
-                freed += hits.data(first, count)
-    return freed
+    distinct = tuple(dict.fromkeys(names))
+    records = [filesystem.catalog.snapshot(name) for name in distinct]
+    blocks = simulate_deletion(filesystem, records).blocks
+    return ReclaimReport(names=distinct, reclaim_bytes=blocks * BLOCK_SIZE_BYTES)
 
 
 class _Blocks:
@@ -146,7 +91,7 @@ def _nodes_since(store: Store, root: Pointer, since: int) -> Iterator[tuple[Poin
         node = store.load(pointer, level)
         yield pointer, node
         if node.level:
-            stack.extend((_pointer(child), node.level - 1) for child in node.values)
+            stack.extend((child_pointer(child), node.level - 1) for child in node.values)
 
 
 def written_blocks(filesystem: Filesystem, record: RootRecord) -> int:
@@ -179,7 +124,3 @@ def written_blocks(filesystem: Filesystem, record: RootRecord) -> int:
     if record.shares:
         total += fresh.without(_Blocks()) + older.without(_data_of(store, parent))
     return total
-
-
-def _pointer(child: Node | Pointer) -> Pointer:
-    return child.pointer() if isinstance(child, Node) else child

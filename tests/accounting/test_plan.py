@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from cowfs.history.owners import Owner, OwnerKind, OwnerSets, owner_sets
-from cowfs.history.plan import Loss, NotEnoughError, Plan, plan_reclaim
-from tests.history.test_accounting import seeds
+from cowfs.accounting.owners import Owner, OwnerKind, OwnerSets, owner_sets
+from cowfs.accounting.plan import Loss, NotEnoughError, Plan, plan_reclaim
+from tests.accounting.test_accounting import seeds
 from tests.model.histories import History
 
 CASES = 400  # of made-up owner sets, at the default length
@@ -160,7 +160,7 @@ def test_plan_of_made_up_sets_is_right(runs: bool, loss: Loss) -> None:
 @pytest.mark.parametrize("loss", list(Loss))
 def test_plan_beyond_the_exact_tables_is_right(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise: with more snapshots than the tables are made for, a plan is right, if not the least."""
-    monkeypatch.setattr("cowfs.history.plan.EXACT_SNAPSHOTS_MAX", 2)
+    monkeypatch.setattr("cowfs.accounting.plan.EXACT_SNAPSHOTS_MAX", 2)
     for seed in cases(200):
         choice = random.Random(seed)
         snapshots = choice.randint(3, 9)

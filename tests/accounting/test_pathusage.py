@@ -7,11 +7,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pytest
 
-from cowfs.files.items import ROOT_INO
-from cowfs.history.edits import CreateSnapshot, DeleteSnapshots
-from cowfs.history.names import require, resolve
-from cowfs.history.owners import OwnerKind, owner_sets, survey
-from cowfs.history.pathusage import (
+from cowfs.accounting.owners import OwnerKind, owner_sets, survey
+from cowfs.accounting.paths import require, resolve
+from cowfs.accounting.pathusage import (
     Argument,
     Place,
     Whole,
@@ -20,10 +18,12 @@ from cowfs.history.pathusage import (
     usage_of_snapshots,
     usage_together,
 )
+from cowfs.accounting.virtual_drop import simulate_deletion
+from cowfs.files.items import ROOT_INO
+from cowfs.history.edits import CreateSnapshot, DeleteSnapshots
 from cowfs.history.records import RootRecord
-from cowfs.history.simulation import simulate_deletion
 from cowfs.storage.format import BLOCK_SIZE_BYTES
-from tests.history.test_accounting import each_moment, seeds
+from tests.accounting.test_accounting import each_moment, seeds
 from tests.model.histories import History
 from tests.model.holdings import Edge, Held, Holdings, Key, holdings
 

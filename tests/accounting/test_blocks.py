@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
+from cowfs.accounting.blocks import BlockReport, explain_block
+from cowfs.accounting.owners import survey
+from cowfs.accounting.paths import resolve
 from cowfs.errors import UsageError
-from cowfs.history.blocks import BlockReport, explain_block
 from cowfs.history.edits import CreateSnapshot
 from cowfs.history.images import open_filesystem
-from cowfs.history.names import resolve
-from cowfs.history.owners import survey
 from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_BLOCKS, RING_SLOTS
-from tests.history.test_accounting import key_of, seeds
+from tests.accounting.test_accounting import key_of, seeds
 from tests.model.histories import History
 from tests.model.holdings import Holdings, holdings
 from tests.model.recount import recount

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from xxhash import xxh3_128_digest
 
+from cowfs.accounting.paths import resolve, volume_of
+from cowfs.accounting.structure import Numbers, covered, require_inside
 from cowfs.files.items import FILE_BLOCK_MAX, INODE_INLINE, TYPE_INLINE, TYPE_SYMLINK, Inode, key
 from cowfs.files.volume import Volume
 from cowfs.history.filesystem import Filesystem
-from cowfs.history.names import resolve, volume_of
 from cowfs.history.records import RootRecord
-from cowfs.history.structure import Numbers, covered, require_inside
 
 KINDS = {
     stat.S_IFREG: "file",

@@ -5,11 +5,11 @@ import random
 import numpy as np
 import pytest
 
+from cowfs.accounting.owners import Survey, survey
+from cowfs.accounting.structure import Structure, covered, empty_structure, spread
 from cowfs.files.items import references
 from cowfs.history.edits import CreateSnapshot, DeleteSnapshots
 from cowfs.history.images import open_filesystem
-from cowfs.history.owners import Survey, survey
-from cowfs.history.structure import Structure, covered, empty_structure, spread
 from cowfs.storage.device import Device
 from cowfs.storage.format import (
     BLOCK_SIZE_BYTES,
@@ -17,7 +17,7 @@ from cowfs.storage.format import (
     decode_node,
     decode_pointer,
 )
-from tests.history.test_accounting import seeds, table_of
+from tests.accounting.test_accounting import seeds, table_of
 from tests.model.devices import FaultDevice, MemoryDevice
 from tests.model.histories import History
 from tests.model.holdings import holdings
@@ -195,7 +195,7 @@ def test_copy_that_diverged_has_other_nodes_of_the_same_birth_in_the_same_place(
 @pytest.mark.parametrize("seed", seeds(6, 40))
 def test_known_nodes_are_not_read_again(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise: a look costs the reads of what is new: each new node once, a new root once more."""
-    monkeypatch.setattr("cowfs.history.owners._retained", lambda *_: None)
+    monkeypatch.setattr("cowfs.accounting.owners._retained", lambda *_: None)
     history = History(seed, small_files=100)
     history.run(60)
     known = survey(history.filesystem).structure

@@ -1,8 +1,10 @@
 """What deleting some roots would free, block by block: which of the roots hold it, in which file.
 
-The virtual drop of usage.py, with a memory. Nothing is written. A node is gone through when each of its
-references was dropped, level by level from the roots, so that all roots that reach it are known by then;
-data is compared with its refcounts at the end. The cost is that of what would be freed.
+The deletion is simulated on the refcounts and nothing is written: this is the *virtual drop*. Nodes
+are visited level by level from the roots. A node is entered once all its references were dropped; by
+then all roots that reach it are known. References to data are compared with the refcounts at the end.
+The cost is that of what would be freed. owners.py computes the same numbers in another way, and the two
+must agree (C11).
 
 A set of roots is an int here, bit i for the root number i. All numbers are blocks, twins of nodes
 included.
@@ -14,13 +16,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from cowfs.accounting.structure import Numbers, Progress, child_pointer, require_inside, spread
 from cowfs.errors import CorruptError
 from cowfs.files.items import INO_MAX, KEY_BYTES, TYPE_EXTENT, decode_extent, split_key
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import RootRecord
-from cowfs.history.structure import Numbers, Progress, child_pointer, require_inside, spread
 from cowfs.storage.format import GROUP_BLOCKS, NODE_BLOCKS, Pointer
 from cowfs.storage.spacemap import SpaceMap
 from cowfs.storage.store import Store
@@ -180,33 +181,63 @@ class _Gathered:
 
 def _freed(space_map: SpaceMap, node_blocks: dict[int, int], runs: Runs) -> Freed:
     piece_first, piece_count, piece_from, piece_runs = pieces_of(runs.first, runs.count)
-    hits = np.diff(piece_from)
-    first: list[int] = []
-    count: list[int] = []
-    source: list[int] = []
-    # Refcounts may differ inside a piece, by references from elsewhere: it is cut once more there.
-    for number, (start, size) in enumerate(
-        zip(piece_first.tolist(), piece_count.tolist(), strict=True)
-    ):
-        counts = space_map.refcounts(start, size)
-        wanted = int(hits[number])
-        if int(counts.min()) < wanted:
-            raise CorruptError("space map", start, "refcount is too low", int(counts.min()), wanted)
-        for at, length in _equal_runs(counts == wanted):
-            first.append(start + at)
-            count.append(length)
-            source.append(number)
-    picked = np.array(source, np.int64)
-    lengths = hits[picked] if len(picked) else np.zeros(0, np.int64)
-    chosen = piece_runs[spread(piece_from[picked], lengths)] if len(picked) else piece_runs[:0]
+    source, at, length = _lost_parts(space_map, piece_first, piece_count, np.diff(piece_from))
+    run_counts = np.diff(piece_from)[source]
     return Freed(
         node_blocks,
         runs,
-        np.array(first, np.int64),
-        np.array(count, np.int64),
-        np.concatenate([[0], np.cumsum(lengths)]),
-        chosen,
+        piece_first[source] + at,
+        length,
+        np.concatenate([[0], np.cumsum(run_counts)]),
+        piece_runs[spread(piece_from[source], run_counts)],
     )
+
+
+def _lost_parts(
+    space_map: SpaceMap, first: Numbers, count: Numbers, hits: Numbers
+) -> tuple[Numbers, Numbers, Numbers]:
+    """The parts of pieces whose blocks lose their last reference.
+
+    Refcounts may differ inside a piece, by references from elsewhere.
+
+    Args:
+        first, count: blocks of the pieces, in order of place, none across groups of the space map.
+        hits: how many references to each block of a piece are dropped.
+
+    Returns:
+        of each part the number of its piece, its first block there, and its length.
+    """
+    none = np.zeros(0, np.int64)
+    sources, starts, lengths = [none], [none], [none]
+    groups = first // GROUP_BLOCKS
+    begins = np.flatnonzero(np.diff(groups, prepend=-1))
+    for begin, stop in pairwise([*begins.tolist(), len(first)]):
+        base = int(first[begin])
+        counts = space_map.refcounts(base, int(first[stop - 1] + count[stop - 1]) - base)
+        sizes = count[begin:stop]
+        blocks = spread(first[begin:stop] - base, sizes)
+        wanted = np.repeat(hits[begin:stop], sizes)
+        found = counts[blocks]
+        wrong = np.flatnonzero(found < wanted)
+        if len(wrong):
+            at = wrong[0]
+            block = base + int(blocks[at])
+            raise CorruptError(
+                "space map", block, "refcount is too low", int(found[at]), int(wanted[at])
+            )
+        is_lost = found == wanted
+        piece_begin = np.cumsum(sizes) - sizes
+        is_begin = np.zeros(len(blocks), np.bool_)
+        is_begin[piece_begin] = True
+        follows = np.concatenate([[False], is_lost[:-1]]) & ~is_begin
+        part_begin = np.flatnonzero(is_lost & ~follows)
+        is_last = np.append(~follows[1:] | ~is_lost[1:], True)
+        part_last = np.flatnonzero(is_lost & is_last)
+        piece = np.searchsorted(piece_begin, part_begin, side="right") - 1
+        sources.append(piece + begin)
+        starts.append(part_begin - piece_begin[piece])
+        lengths.append(part_last - part_begin + 1)
+    return np.concatenate(sources), np.concatenate(starts), np.concatenate(lengths)
 
 
 def pieces_of(first: Numbers, count: Numbers) -> tuple[Numbers, Numbers, Numbers, Numbers]:
@@ -231,11 +262,3 @@ def pieces_of(first: Numbers, count: Numbers) -> tuple[Numbers, Numbers, Numbers
     begins = np.flatnonzero(np.diff(piece, prepend=-1))
     which = piece[begins]
     return cuts[which], np.diff(cuts)[which], np.append(begins, len(piece)), run
-
-
-def _equal_runs(chosen: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """(first, count) of each stretch of true ones."""
-    if chosen.all():
-        return [(0, len(chosen))]
-    edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0)).tolist()
-    return [(start, stop - start) for start, stop in zip(edges[::2], edges[1::2], strict=True)]

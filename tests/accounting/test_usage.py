@@ -2,12 +2,13 @@
 
 import random
 
+from cowfs.accounting.owners import OwnerKind, owner_sets
+from cowfs.accounting.usage import referenced_blocks, written_blocks
+from cowfs.accounting.virtual_drop import simulate_deletion
 from cowfs.history.edits import CreateSnapshot, Rollback
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
-from cowfs.history.owners import OwnerKind, owner_sets
 from cowfs.history.records import RootRecord
-from cowfs.history.usage import exclusive_blocks, referenced_blocks, written_blocks
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 from tests.model.devices import MemoryDevice
 from tests.model.recount import reachable_from
@@ -41,7 +42,7 @@ def require_exact(disk: MemoryDevice, filesystem: Filesystem, record: RootRecord
     owners = owner_sets(filesystem)
     bit = owners.bit(OwnerKind.SNAPSHOT, record.root_id)
     assert owners.referenced(bit).total == len(own)
-    assert owners.exclusive([bit]).total == exclusive_blocks(filesystem, [record])
+    assert owners.exclusive([bit]).total == simulate_deletion(filesystem, [record]).blocks
     parent = filesystem.catalog.root(record.parent_id) if record.parent_id else None
     before = reachable_from(disk, parent.pointer) if parent is not None else set()
     assert written_blocks(filesystem, record) == len(own - before)

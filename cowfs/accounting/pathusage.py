@@ -16,6 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cowfs.accounting.owners import OwnerSets
+from cowfs.accounting.paths import DEPTH_MAX, DIRECTORY, require
+from cowfs.accounting.structure import Numbers, Progress, covered, require_inside
+from cowfs.accounting.virtual_drop import Freed, pieces_of, simulate_deletion
 from cowfs.errors import CorruptError
 from cowfs.files.items import (
     INO_MAX,
@@ -29,11 +33,7 @@ from cowfs.files.items import (
 )
 from cowfs.files.volume import Volume
 from cowfs.history.filesystem import Filesystem
-from cowfs.history.names import DEPTH_MAX, DIRECTORY, require
-from cowfs.history.owners import OwnerSets
 from cowfs.history.records import RootRecord
-from cowfs.history.simulation import Freed, pieces_of, simulate_deletion
-from cowfs.history.structure import Numbers, Progress, covered, require_inside
 
 SCAN_SHARE = 8  # with more than an eighth of all inodes, the whole tree is read in order
 
