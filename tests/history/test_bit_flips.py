@@ -235,3 +235,22 @@ def test_every_flip_is_found_and_repaired_or_costs_its_own_part(
     assert repaired > 100
     record_property("count", ("bit flips repaired from a twin", repaired))
     record_property("count", ("bit flips in both copies or in data, EIO for their part", lost))
+
+
+@pytest.mark.parametrize("kind", ["catalog", "node", "counts", "index"])
+def test_damage_to_the_header_of_a_twin_is_repaired(
+    image: tuple[MemoryDevice, Content, dict[str, list[Place]]], kind: str
+) -> None:
+    """Promise C9: a twin is repaired too where only the checksum that it begins with is wrong."""
+    original, _, by_kind = image
+    place = by_kind[kind][0]
+    block, twin = place.blocks
+    for at in range(32):
+        device = original.copy()
+        device.damage(twin, at, 1)
+        filesystem = open_filesystem(device, writable=True)
+        found = scrub(device, filesystem)
+        assert [copy.bad_block for copy in found.bad_copies] == [twin], at
+        filesystem.commit()
+        filesystem.close()
+        assert device.block(twin) == device.block(block), at
