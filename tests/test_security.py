@@ -1,4 +1,4 @@
-"""Promises of README "Security": what the code never does, and what another user may not.
+"""Promises of cowfs/docs/security.md: what the code never does, and what another user may not.
 
 The second half needs root, because it becomes somebody else.
 """

@@ -1,4 +1,4 @@
-"""Owner sets: how many blocks each set of roots reaches, and no other root. DESIGN.md section 6.
+"""Owner sets: how many blocks each set of roots reaches, and no other root. docs/design/accounting.md.
 
 One pass over the distinct nodes, level by level from the roots, unites for each block the sets of
 roots that reach it. Every question after that is a sum over sets: what deleting any snapshots would

@@ -172,7 +172,7 @@ class RootRecord:
         return bool(self.flags & FLAG_SHARES)
 
     def referenced_blocks(self, node_copies: int) -> int:
-        """Blocks reachable from this root (DESIGN.md "Accounting"), twins of nodes included.
+        """Blocks reachable from this root (docs/design/accounting.md), twins of nodes included.
 
         With `shares` an upper bound: what files share is counted for each (usage.py counts it once).
         """

@@ -1,6 +1,6 @@
 """The crash lab: records workloads, makes every state that a crash may leave, and judges each one.
 
-A state is judged by everything that is promised of it (cowfs/DESIGN.md, "What a crash may leave"):
+A state is judged by everything that is promised of it (cowfs/docs/design/contract.md):
 
 1. `check` finds it clean, with I1 to I7; where all that was written is flushed it has nothing to
    remark at all;

@@ -110,7 +110,7 @@ def test_root_counter_out_of_range_is_refused(member: str) -> None:
 
 
 def test_referenced_blocks_count_nodes_with_their_twins() -> None:
-    """Promise: referenced is whole nodes and data (DESIGN.md "Accounting")."""
+    """Promise: referenced is whole nodes and data (docs/design/accounting.md)."""
     assert root().referenced_blocks(2) == 7 * NODE_BLOCKS * 2 + 100
     assert root().referenced_blocks(1) == 7 * NODE_BLOCKS + 100
 
