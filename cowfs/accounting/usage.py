@@ -1,8 +1,8 @@
 """The numbers of a single snapshot: what it references, what is new in it, what deleting it frees.
 
-docs/design/accounting.md has the definitions. owners.py computes the same numbers for all roots at once, by
-another algorithm; a test holds the two together. All numbers are blocks, metadata and twins included;
-the catalog and the space map belong to no root.
+docs/design/accounting.md has the definitions. owners.py computes the same numbers for all roots at
+once, by another algorithm; a test holds the two together. All numbers are blocks, metadata and twins
+included; the catalog and the space map belong to no root.
 """
 
 from collections.abc import Iterator, Sequence
