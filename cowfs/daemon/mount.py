@@ -481,7 +481,7 @@ class _Mount:
     async def _reclaim(self) -> None:
         """Give back large deleted files between requests."""
         while True:
-            more = self._operations.reclaim_some()
+            more = self._operations.nodes.reclaim_some()
             await trio.sleep(0 if more else 0.1)
 
     async def _follow_remounts(self) -> None:

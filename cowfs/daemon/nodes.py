@@ -24,7 +24,6 @@ from cowfs.daemon.fuse import pyfuse3, show_numbers
 from cowfs.daemon.lookups import Lookups
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.privileges import SET_ID
-from cowfs.daemon.writeback import Writeback
 from cowfs.errors import CowfsError, posix_error
 from cowfs.files.items import INO_MAX, ROOT_INO, Inode
 from cowfs.files.volume import Volume
@@ -43,8 +42,8 @@ TIMEOUT_S = 86400.0
 assert INO_MAX < 1 << INO_BITS
 
 
-class Nodes(pyfuse3.Operations):
-    """What the handlers (operations.py) share.
+class Nodes:
+    """The state of one mount that the handlers (operations.py) share.
 
     Args:
         filesystem: open.
@@ -52,43 +51,30 @@ class Nodes(pyfuse3.Operations):
         options: of the mount.
     """
 
-    supports_dot_lookup = True
-
     def __init__(
         self, filesystem: Filesystem, committer: Committer | None, options: MountOptions
     ) -> None:
-        super().__init__()
         self.filesystem = filesystem
         self.committer = committer
-        self._snapshots_shown = options.snapshots == "visible"
         self._snapshots_served = options.snapshots != "disabled"
-        self._xattrs = options.xattrs
-        self.enable_acl = options.acls and options.xattrs  # read by pyfuse3 at the mount
         self._access_times = options.access_times
         self._strict_times = options.access_times and options.strict_access_times
-        self._lookups = Lookups()  # of the live volume's inodes
-        self._old_lookups = self._lookups  # before the last rollback, of the nodes from `_old_base`
-        self._writers: dict[int, int] = {}  # handles open for writing, by node id
+        self.lookups = Lookups()  # of the live volume's inodes
+        self._old_lookups = self.lookups  # before the last rollback, of the nodes from `_old_base`
+        self.writers: dict[int, int] = {}  # handles open for writing, by node id
         self._reclaims: list[int] = []  # orphans too large for one turn
-        self.writeback: Writeback | None = None
-        if options.writeback and committer is not None:
-            self.writeback = Writeback(options.mountpoint, self._writers.keys)
-        self.enable_writeback_cache = self.writeback is not None
         self._set_live()
         self._old_base = self._live_base
-        self._absent = pyfuse3.EntryAttributes()
-        self._absent.st_ino = pyfuse3.InodeT(0)
-        self._absent.entry_timeout = TIMEOUT_S
         self._uid, self._gid = os.getuid(), os.getgid()
         self._started_ns = time.time_ns()
 
     def _set_live(self) -> None:
-        self._live = self.filesystem.live
+        self.live = self.filesystem.live
         self._live_base = self.filesystem.record.root_id << INO_BITS
         self._show_numbers()
 
     def _show_numbers(self) -> None:
-        is_free = self._live.inodes.next_ino <= SNAPSHOTS_NUMBER
+        is_free = self.live.inodes.next_ino <= SNAPSHOTS_NUMBER
         show_numbers(
             plain_base=self._live_base,
             plain_mask=INO_MAX,
@@ -98,21 +84,21 @@ class Nodes(pyfuse3.Operations):
 
     # --- node ids -----------------------------------------------------------------------------------
 
-    def _resolve(self, node: int) -> tuple[Volume, int]:
+    def resolve(self, node: int) -> tuple[Volume, int]:
         """The volume and inode number of a node id. Raises OSError ESTALE for one that is gone."""
         ino = node - self._live_base
         if 0 < ino <= INO_MAX:
-            return self._live, ino
+            return self.live, ino
         if node == ROOT_NODE:
-            return self._live, ROOT_INO
+            return self.live, ROOT_INO
         volume = self.filesystem.volume(node >> INO_BITS)
         if volume is None:
             raise posix_error(errno.ESTALE)
         return volume, node & INO_MAX
 
-    def _resolve_for_change(self, node: int) -> tuple[Volume, int]:
-        volume, ino = self._resolve(node)
-        if volume is not self._live:
+    def resolve_for_change(self, node: int) -> tuple[Volume, int]:
+        volume, ino = self.resolve(node)
+        if volume is not self.live:
             stale = volume.tree.owner << INO_BITS | ino
             raise posix_error(errno.ESTALE if self._was_live(stale) else errno.EROFS)
         return volume, ino
@@ -122,14 +108,14 @@ class Nodes(pyfuse3.Operations):
         record = self.filesystem.catalog.root(node >> INO_BITS)
         return record is None or record.automatic
 
-    def _attributes(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
+    def attributes(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
         entry: pyfuse3.EntryAttributes | None = inode.answer
         if entry is not None:
             return entry
         entry = pyfuse3.EntryAttributes()  # with the type and the block size of a regular file
         ino, mode = inode.ino, inode.mode
         file_type = mode & 0o170000
-        if volume is self._live:
+        if volume is self.live:
             entry.st_ino = self._live_base + ino if ino != ROOT_INO else ROOT_NODE
         else:
             entry.st_ino = volume.tree.owner << INO_BITS | ino
@@ -155,31 +141,31 @@ class Nodes(pyfuse3.Operations):
         inode.answer = entry
         return entry
 
-    def _found(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
+    def found(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
         """The answer of a lookup: the kernel holds one more reference to the inode."""
-        if volume is self._live:
-            self._lookups.add(inode.ino)
-        return self._attributes(volume, inode)
+        if volume is self.live:
+            self.lookups.add(inode.ino)
+        return self.attributes(volume, inode)
 
-    def _accessed(self, volume: Volume, inode: Inode) -> None:
+    def accessed(self, volume: Volume, inode: Inode) -> None:
         """A file was read."""
         if self._access_times and not self._rests:
             volume.accessed(inode, strict=self._strict_times)
 
-    def _changed(self) -> None:
+    def changed(self) -> None:
         if self.committer is not None:
             self.committer.kick_if_due()
 
     # --- the directory .snapshots -------------------------------------------------------------------
 
-    def _is_snapshots_parent(self, node: int) -> bool:
+    def is_snapshots_parent(self, node: int) -> bool:
         return node == ROOT_NODE and self._snapshots_served
 
-    def _is_snapshot_root(self, volume: Volume, ino: int) -> bool:
+    def is_snapshot_root(self, volume: Volume, ino: int) -> bool:
         """Whether it is a directory of .snapshots."""
-        return ino == ROOT_INO and volume is not self._live
+        return ino == ROOT_INO and volume is not self.live
 
-    def _snapshots_attributes(self) -> pyfuse3.EntryAttributes:
+    def snapshots_attributes(self) -> pyfuse3.EntryAttributes:
         self._show_numbers()
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = pyfuse3.InodeT(SNAPSHOTS_NODE)
@@ -191,10 +177,10 @@ class Nodes(pyfuse3.Operations):
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._started_ns
         return entry
 
-    def _refuse_reserved(self, parent: int, name: bytes) -> None:
+    def refuse_reserved(self, parent: int, name: bytes) -> None:
         if parent == SNAPSHOTS_NODE:
             raise posix_error(errno.EROFS)
-        if name == SNAPSHOTS_NAME and self._is_snapshots_parent(parent):
+        if name == SNAPSHOTS_NAME and self.is_snapshots_parent(parent):
             raise posix_error(errno.EEXIST)
 
     # --- orphans --------------------------------------------------------------------------------------
@@ -204,9 +190,18 @@ class Nodes(pyfuse3.Operations):
         """Whether the mount is read-only for the time being."""
         return self.committer is not None and self.committer.resting
 
-    def _reclaim(self, ino: int) -> None:
+    def forget(self, node: int, count: int) -> None:
+        """The kernel dropped `count` references to a node; the last one of an orphan reclaims it."""
+        ino = node - self._live_base
+        if not 0 < ino <= INO_MAX:
+            self._old_lookups.drop(node - self._old_base, count)
+        elif self.lookups.drop(ino, count) == 0 and ino in self.live.orphans:
+            self.reclaim(ino)
+
+    def reclaim(self, ino: int) -> None:
+        """Free what an orphan holds; a large one bit by bit, between requests (`reclaim_some`)."""
         try:
-            if not self._live.reclaim(ino):
+            if not self.live.reclaim(ino):
                 self._reclaims.append(ino)
         except CowfsError as error:
             log.warning("inode %d keeps its space until the next mount: %s", ino, error)
@@ -217,35 +212,35 @@ class Nodes(pyfuse3.Operations):
             return False
         if self._reclaims:
             ino = self._reclaims.pop()
-            if ino in self._live.orphans:
-                self._reclaim(ino)
+            if ino in self.live.orphans:
+                self.reclaim(ino)
         return bool(self._reclaims)
 
-    def _lost_name(self, inode: Inode | None) -> None:
+    def lost_name(self, inode: Inode | None) -> None:
         """An inode may have lost its last name: reclaim it unless the kernel still knows it."""
-        if inode is not None and not inode.nlink and inode.ino not in self._lookups:
-            self._reclaim(inode.ino)
-        self._changed()
+        if inode is not None and not inode.nlink and inode.ino not in self.lookups:
+            self.reclaim(inode.ino)
+        self.changed()
 
     # --- rollback -----------------------------------------------------------------------------------
 
-    def writers(self) -> list[int]:
+    def writer_inos(self) -> list[int]:
         """Inode numbers of the live volume that are open for writing."""
         return [
             node - self._live_base if node != ROOT_NODE else ROOT_INO
-            for node in self._writers
+            for node in self.writers
             if 0 < node - self._live_base <= INO_MAX
         ]
 
     def switch(self) -> "Stale":
         """The live volume was replaced. Returns what the kernel is to forget. Cannot fail."""
-        old = self._live
+        old = self.live
         old.inodes.forget_answers()
-        self._old_lookups, self._old_base = self._lookups, self._live_base
-        self._lookups = Lookups()
+        self._old_lookups, self._old_base = self.lookups, self._live_base
+        self.lookups = Lookups()
         self._set_live()
-        self._reclaims = list(self._live.orphans)  # open then, in a time that is not now
-        return Stale((old, self._live), self._old_base, self._old_lookups)
+        self._reclaims = list(self.live.orphans)  # open then, in a time that is not now
+        return Stale((old, self.live), self._old_base, self._old_lookups)
 
 
 class Stale(NamedTuple):

@@ -29,15 +29,18 @@ from cowfs.daemon.nodes import (
     ROOT_NODE,
     SNAPSHOTS_NAME,
     SNAPSHOTS_NODE,
+    TIMEOUT_S,
     Nodes,
 )
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.privileges import SET_ID, cleared_by_setattr, group_bit, is_member
+from cowfs.daemon.writeback import Writeback
 from cowfs.errors import CorruptError, posix_error
 from cowfs.files.acl import ACCESS_NAME
 from cowfs.files.acl import NAMES as ACL_NAMES
+from cowfs.files.attributes import Changes
 from cowfs.files.items import INO_MAX, NAME_BYTES_MAX, ROOT_INO, Inode
-from cowfs.files.volume import Changes, Volume
+from cowfs.files.volume import Volume
 from cowfs.history.filesystem import Filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
@@ -57,13 +60,45 @@ Reply = Callable[[Any, bytes, Any, int], bool]  # as pyfuse3.readdir_reply
 XATTR_NAMESPACES = (b"user.", b"trusted.", b"security.")
 
 
-class Operations(Nodes):
-    """The handlers of one mount. Args as of Nodes."""
+class Operations(pyfuse3.Operations):
+    """The handlers of one mount.
+
+    Args:
+        filesystem: open.
+        committer: of its commits; None when the mount is read-only.
+        options: of the mount.
+
+    Attributes:
+        nodes: node ids and what the kernel knows of them.
+    """
+
+    supports_dot_lookup = True  # read by pyfuse3 at the mount, as the next two
 
     def __init__(
         self, filesystem: Filesystem, committer: Committer | None, options: MountOptions
     ) -> None:
-        super().__init__(filesystem, committer, options)
+        super().__init__()
+        self.filesystem = filesystem
+        self.committer = committer
+        self.nodes = nodes = Nodes(filesystem, committer, options)
+        self._resolve = nodes.resolve
+        self._resolve_for_change = nodes.resolve_for_change
+        self._attributes = nodes.attributes
+        self._found = nodes.found
+        self._accessed = nodes.accessed
+        self._changed = nodes.changed
+        self._lost_name = nodes.lost_name
+        self._snapshots_shown = options.snapshots == "visible"
+        self._xattrs = options.xattrs
+        self.enable_acl = options.acls and options.xattrs
+        self._keep_cache = not (options.access_times and options.strict_access_times)
+        self.writeback: Writeback | None = None
+        if options.writeback and committer is not None:
+            self.writeback = Writeback(options.mountpoint, nodes.writers.keys)
+        self.enable_writeback_cache = self.writeback is not None
+        self._absent = pyfuse3.EntryAttributes()
+        self._absent.st_ino = pyfuse3.InodeT(0)
+        self._absent.entry_timeout = TIMEOUT_S
         self._narrow = NarrowListings(NARROW_HANDLES, pyfuse3.readdir_reply)
 
     # --- names --------------------------------------------------------------------------------------
@@ -73,14 +108,14 @@ class Operations(Nodes):
         if parent == SNAPSHOTS_NODE:
             return self._lookup_snapshot(name)
         volume, ino = self._resolve(parent)
-        if name == SNAPSHOTS_NAME and self._is_snapshots_parent(parent):
-            return self._snapshots_attributes()
+        if name == SNAPSHOTS_NAME and self.nodes.is_snapshots_parent(parent):
+            return self.nodes.snapshots_attributes()
         inode: Inode | None
         if name == b".":  # of a file too: so the kernel finds again what a file handle names
             inode = volume.get(ino)
         elif name == b"..":
-            if self._is_snapshot_root(volume, ino):
-                return self._snapshots_attributes()
+            if self.nodes.is_snapshot_root(volume, ino):
+                return self.nodes.snapshots_attributes()
             inode = volume.lookup(ino, name)
         else:
             inode = volume.find(ino, name)
@@ -90,9 +125,9 @@ class Operations(Nodes):
 
     def _lookup_snapshot(self, name: bytes) -> pyfuse3.EntryAttributes:
         if name == b".":
-            return self._snapshots_attributes()
+            return self.nodes.snapshots_attributes()
         if name == b"..":
-            return self._found(self._live, self._live.get(ROOT_INO))
+            return self._found(self.nodes.live, self.nodes.live.get(ROOT_INO))
         record = None
         if len(name) <= NAME_BYTES_MAX:
             record = self.filesystem.catalog.find(name.decode("utf-8", "surrogateescape"))
@@ -106,11 +141,7 @@ class Operations(Nodes):
     @waits
     async def forget(self, inode_list: list[tuple[int, int]]) -> None:
         for node, count in inode_list:
-            ino = node - self._live_base
-            if not 0 < ino <= INO_MAX:
-                self._old_lookups.drop(node - self._old_base, count)
-            elif self._lookups.drop(ino, count) == 0 and ino in self._live.orphans:
-                self._reclaim(ino)
+            self.nodes.forget(node, count)
 
     @answers
     def mknod(
@@ -127,7 +158,7 @@ class Operations(Nodes):
     def _make(
         self, parent: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext, rdev: int = 0
     ) -> pyfuse3.EntryAttributes:
-        self._refuse_reserved(parent, name)
+        self.nodes.refuse_reserved(parent, name)
         volume, directory = self._resolve_for_change(parent)
         inode = self._create(volume, directory, name, mode, ctx, rdev)
         self._changed()
@@ -153,7 +184,7 @@ class Operations(Nodes):
     def symlink(
         self, parent: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        self._refuse_reserved(parent, name)
+        self.nodes.refuse_reserved(parent, name)
         volume, directory = self._resolve_for_change(parent)
         inode = volume.symlink(directory, name, target, ctx.uid, ctx.gid)
         self._changed()
@@ -163,7 +194,7 @@ class Operations(Nodes):
     def link(
         self, node: int, new_parent: int, new_name: bytes, ctx: object
     ) -> pyfuse3.EntryAttributes:
-        self._refuse_reserved(new_parent, new_name)
+        self.nodes.refuse_reserved(new_parent, new_name)
         volume, ino = self._resolve_for_change(node)
         _, directory = self._resolve_for_change(new_parent)
         inode = volume.link(ino, directory, new_name)
@@ -181,7 +212,7 @@ class Operations(Nodes):
     def rmdir(self, parent: int, name: bytes, ctx: object) -> None:
         if parent == SNAPSHOTS_NODE:
             raise posix_error(errno.EROFS)  # deleting a snapshot is a command's business
-        if name == SNAPSHOTS_NAME and self._is_snapshots_parent(parent):
+        if name == SNAPSHOTS_NAME and self.nodes.is_snapshots_parent(parent):
             raise posix_error(errno.EBUSY)
         volume, directory = self._resolve_for_change(parent)
         self._lost_name(volume.rmdir(directory, name))
@@ -199,7 +230,7 @@ class Operations(Nodes):
         for directory, part in ((parent, name), (new_parent, new_name)):
             if directory == SNAPSHOTS_NODE:
                 raise posix_error(errno.EROFS)
-            if part == SNAPSHOTS_NAME and self._is_snapshots_parent(directory):
+            if part == SNAPSHOTS_NAME and self.nodes.is_snapshots_parent(directory):
                 raise posix_error(errno.EBUSY)
         volume, old_directory = self._resolve_for_change(parent)
         _, directory = self._resolve_for_change(new_parent)
@@ -213,7 +244,7 @@ class Operations(Nodes):
     @answers
     def getattr(self, node: int, ctx: object) -> pyfuse3.EntryAttributes:
         if node == SNAPSHOTS_NODE:
-            return self._snapshots_attributes()
+            return self.nodes.snapshots_attributes()
         volume, ino = self._resolve(node)
         return self._attributes(volume, volume.get(ino))
 
@@ -266,7 +297,7 @@ class Operations(Nodes):
         answer.f_blocks = space.total - space.system
         answer.f_bfree = max(0, space.free + space.pending - space.promised)
         answer.f_bavail = space.available
-        inodes = self._live.inodes
+        inodes = self.nodes.live.inodes
         free_inodes = min(INO_MAX - inodes.next_ino, space.available * 8)
         answer.f_files = inodes.count + free_inodes
         answer.f_ffree = answer.f_favail = free_inodes
@@ -346,20 +377,19 @@ class Operations(Nodes):
                     bits = stat.S_ISUID | group_bit(inode, inode.mode, ctx)
                 volume.setattr(ino, Changes(size_bytes=0, clear_bits=bits, clear_capability=True))
                 self._changed()
-            self._writers[node] = self._writers.get(node, 0) + 1
+            self.nodes.writers[node] = self.nodes.writers.get(node, 0) + 1
             handle |= WRITER_BIT
         else:
             volume, ino = self._resolve(node)
             volume.get(ino)
         # Without its pages the kernel sends us the first read of each place after each open.
-        keep_cache = not self._strict_times
-        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=keep_cache)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=self._keep_cache)
 
     @answers
     def create(
         self, parent: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        self._refuse_reserved(parent, name)
+        self.nodes.refuse_reserved(parent, name)
         volume, directory = self._resolve_for_change(parent)
         inode = self._create(volume, directory, name, stat.S_IFREG | mode & 0o7777, ctx)
         self._changed()
@@ -367,7 +397,7 @@ class Operations(Nodes):
         node = entry.st_ino
         if flags & os.O_ACCMODE == os.O_RDONLY:
             return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(node), keep_cache=True), entry
-        self._writers[node] = 1
+        self.nodes.writers[node] = 1
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(node | WRITER_BIT), keep_cache=True), entry
 
     @waits
@@ -413,9 +443,9 @@ class Operations(Nodes):
     def release(self, handle: int) -> None:
         if handle & WRITER_BIT:
             node = handle & HANDLE_NODE
-            left = self._writers.pop(node, 0) - 1
+            left = self.nodes.writers.pop(node, 0) - 1
             if left > 0:
-                self._writers[node] = left
+                self.nodes.writers[node] = left
 
     @waits
     async def fsync(self, handle: int, datasync: bool) -> None:
@@ -446,7 +476,7 @@ class Operations(Nodes):
     ) -> int:
         source, source_ino = self._resolve(node_in)
         volume, ino = self._resolve_for_change(node_out)
-        shared = volume.share(source, source_ino, offset_in, ino, offset_out, length)
+        shared = volume.reflink(source, source_ino, offset_in, ino, offset_out, length)
         self._changed()
         return shared
 
@@ -498,13 +528,15 @@ class Operations(Nodes):
         if (
             shown
             and start_id < COOKIE_SNAPSHOTS
-            and not reply(token, SNAPSHOTS_NAME, self._snapshots_attributes(), COOKIE_SNAPSHOTS)
+            and not reply(
+                token, SNAPSHOTS_NAME, self.nodes.snapshots_attributes(), COOKIE_SNAPSHOTS
+            )
         ):
             return
         if not inode.nlink:
             return
-        live = volume is self._live
-        get, known, attributes = volume.inodes.get, self._lookups.add, self._attributes
+        live = volume is self.nodes.live
+        get, known, attributes = volume.inodes.get, self.nodes.lookups.add, self._attributes
         for cookie, entry in volume.listing(ino, max(start_id, COOKIE_SNAPSHOTS)):
             try:
                 found = get(entry.ino)
@@ -517,8 +549,8 @@ class Operations(Nodes):
                 known(entry.ino)
 
     def _parent_attributes(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
-        if self._is_snapshot_root(volume, inode.ino):
-            return self._snapshots_attributes()
+        if self.nodes.is_snapshot_root(volume, inode.ino):
+            return self.nodes.snapshots_attributes()
         parent = inode
         try:
             if inode.nlink:
@@ -528,17 +560,17 @@ class Operations(Nodes):
         return self._attributes(volume, parent)
 
     def _list_snapshots(self, start_id: int, token: pyfuse3.ReaddirToken, reply: Reply) -> None:
-        own = self._snapshots_attributes()
+        own = self.nodes.snapshots_attributes()
         if start_id < COOKIE_DOT and not reply(token, b".", own, COOKIE_DOT):
             return
-        parent = self._attributes(self._live, self._live.get(ROOT_INO))
+        parent = self._attributes(self.nodes.live, self.nodes.live.get(ROOT_INO))
         if start_id < COOKIE_DOT_DOT and not reply(token, b"..", parent, COOKIE_DOT_DOT):
             return
         shown = 0
         next_id = max(0, start_id - COOKIE_SNAPSHOTS + 1)
         for record in self.filesystem.catalog.roots_from(next_id):
             volume = self.filesystem.volume(record.root_id)
-            if volume is None or volume is self._live:
+            if volume is None or volume is self.nodes.live:
                 continue
             try:
                 entry = copy.copy(self._attributes(volume, volume.get(ROOT_INO)))

@@ -275,7 +275,7 @@ class MountService:
             )
 
     async def _replace_live(self, committer: Committer, edit: Rollback | Undo) -> SnapshotsReply:
-        writers = self._operations.writers()
+        writers = self._operations.nodes.writer_inos()
         if writers and not edit.force:
             named = await trio.to_thread.run_sync(open_for_writing, self._mountpoint)
             shown = named[:NAMED_MAX] or [f"inode {ino}" for ino in writers[:NAMED_MAX]]
@@ -287,7 +287,7 @@ class MountService:
             )
         stale: list[Stale] = []
         # The switch is in the turn of the freeze: no request meets one without the other.
-        records = await committer.apply(edit, lambda: stale.append(self._operations.switch()))
+        records = await committer.apply(edit, lambda: stale.append(self._operations.nodes.switch()))
         names: set[bytes] = set()
         for volume in stale[0].volumes:
             await _add_root_names(volume, names)

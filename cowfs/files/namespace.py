@@ -1,9 +1,8 @@
-"""Names: what makes, finds, moves and removes files and directories of one tree.
+"""Names: the operations that make, find, move and remove files and directories of one tree.
 
-Every method is one operation of the history: it happens whole or not at all, and never suspends. It is
-admitted, reaches what it will change, and only then changes it (operation.py): so damage and a full
-image refuse the operation, and neither half of it nor the commit meets them (C9, C10). POSIX answers are
-`OSError`.
+Every method is one operation: it happens whole or not at all, and never suspends. It is admitted,
+reaches what it will change, and only then changes it (storage/operation.py). So damage or a full image
+refuse the operation as a whole, and the commit meets neither (C9, C10). POSIX answers are `OSError`.
 """
 
 import errno
@@ -11,9 +10,7 @@ import stat
 import time
 from collections.abc import Iterator
 
-from cowfs.errors import CorruptError, ReadOnlyError, posix_error
-from cowfs.files.data import Data
-from cowfs.files.inodes import Inodes
+from cowfs.errors import CorruptError, posix_error
 from cowfs.files.items import (
     FILE_SIZE_MAX,
     LINK_MAX,
@@ -26,14 +23,8 @@ from cowfs.files.items import (
     Name,
     key,
 )
-from cowfs.files.names import Names
-from cowfs.files.orphans import Orphans
-from cowfs.files.ranges import Ranges
-from cowfs.files.stored_acls import StoredAcls
-from cowfs.files.xattrs import Xattrs
+from cowfs.files.parts import Parts
 from cowfs.storage.admission import TIER_ADD, TIER_REMOVE
-from cowfs.storage.btree import Tree
-from cowfs.storage.operation import Operation
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -43,60 +34,37 @@ WHITEOUT_MODE, WHITEOUT_DEVICE = stat.S_IFCHR, 0
 
 
 class Namespace:
-    """The files of one tree, by name. `Volume` is the whole of it.
+    """The names of one tree, and the operations that change them."""
 
-    Args:
-        tree: of the volume or snapshot.
-        name_seed: of the hashes of names, from the superblock.
-        next_ino, inode_count, data_blocks: from the root record.
-        writable: False for a snapshot.
-    """
-
-    def __init__(
-        self,
-        tree: Tree,
-        name_seed: int,
-        *,
-        next_ino: int,
-        inode_count: int,
-        data_blocks: int,
-        writable: bool,
-    ) -> None:
-        self.tree = tree
-        self.store = tree.store
-        self.operation = tree.operation = Operation(tree.store.admission, tree.store.fail)
-        self.inodes = Inodes(tree, next_ino, inode_count)
-        self.data = Data(tree, data_blocks)
-        self.ranges = Ranges(self.data)
-        self.names = Names(tree, name_seed)
-        self.xattrs = Xattrs(tree, name_seed)
-        self.acls = StoredAcls(self.xattrs)
-        self.writable = writable
-        self._orphans = Orphans(tree, self.inodes, self.data, self.xattrs)
-        self.changed = False  # since the last flush
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._tree = parts.tree
+        self._inodes = parts.inodes
+        self._names = parts.names
+        self._acls = parts.acls
+        self._orphans = parts.orphans
+        self._begin = parts.begin
+        self._touch = parts.touch
+        self._get = parts.inodes.get
 
     def make_root(self, mode: int, uid: int, gid: int) -> None:
         """The root directory of a new, empty tree."""
-        with self.operation.begin_admitted() as operation:
-            self.inodes.reach_new()
+        with self._parts.operation.begin_admitted() as operation:
+            self._inodes.reach_new()
             operation.change()
-            inode = self.inodes.create(stat.S_IFDIR | mode, uid, gid, ROOT_INO)
+            inode = self._inodes.create(stat.S_IFDIR | mode, uid, gid, ROOT_INO)
             assert inode.ino == ROOT_INO
             inode.nlink = 2
-            self.changed = True
+            self._parts.changed = True
 
     # --- looking ------------------------------------------------------------------------------------
-
-    def get(self, ino: int) -> Inode:
-        """The inode. Raises OSError ESTALE."""
-        return self.inodes.get(ino)
 
     def lookup(self, directory: int, name: bytes) -> Inode:
         """The inode of a name, `.` and `..` included. Raises OSError ENOENT, ENOTDIR."""
         if name == b".":
             return self._directory(directory)
         if name == b"..":
-            return self.get(self._directory(directory).rdev)
+            return self._get(self._directory(directory).rdev)
         entry = self._find(directory, name)
         if entry is None:
             raise posix_error(errno.ENOENT)
@@ -110,7 +78,7 @@ class Namespace:
     def listing(self, directory: int, after: int = 0) -> Iterator[tuple[int, Name]]:
         """(cookie, entry) of each name with a cookie above `after`. The volume must not change."""
         self._directory(directory)
-        return self.names.listing(directory, after)
+        return self._names.listing(directory, after)
 
     # --- making and unmaking ------------------------------------------------------------------------
 
@@ -163,19 +131,19 @@ class Namespace:
             if is_directory and parent.nlink >= LINK_MAX:
                 raise posix_error(errno.EMLINK)
             mode, access, default = self._inherited(parent, mode, umask, inherits)
-            self.inodes.reach(parent)
-            self.inodes.reach_new()
+            self._inodes.reach(parent)
+            self._inodes.reach_new()
             operation.change()
-            inode = self.inodes.create(mode, uid, gid, directory if is_directory else rdev)
-            self.names.add(directory, name, inode.ino, mode >> 12)
+            inode = self._inodes.create(mode, uid, gid, directory if is_directory else rdev)
+            self._names.add(directory, name, inode.ino, mode >> 12)
             if is_directory:
                 inode.nlink = 2
                 parent.nlink += 1
             if target:
-                self.tree.put(key(inode.ino, TYPE_SYMLINK, 0), target)
+                self._tree.put(key(inode.ino, TYPE_SYMLINK, 0), target)
                 inode.size_bytes = len(target)
             if default is not None:
-                self.acls.put_inherited(inode, access, default)
+                self._acls.put_inherited(inode, access, default)
             self._renamed(parent, len(name), inode.mtime_ns)
             return inode
 
@@ -185,10 +153,10 @@ class Namespace:
         """Mode and access ACL of a new file, and the default ACL that they come from, if one does."""
         default = None
         if inherits and parent.xattr_count and not stat.S_ISLNK(mode):
-            default = self.acls.default(parent)
+            default = self._acls.default(parent)
         if default is None:
             return mode & ~umask, None, None
-        return *self.acls.inherit(parent, default, mode), default
+        return *self._acls.inherit(parent, default, mode), default
 
     def create_unnamed(
         self,
@@ -213,17 +181,17 @@ class Namespace:
         """
         with self._begin(TIER_ADD) as operation:
             parent = self._living(directory)
-            self.tree.reach(key(0, TYPE_ORPHAN, self.inodes.reach_new()))
+            self._tree.reach(key(0, TYPE_ORPHAN, self._inodes.reach_new()))
             if parent.mode & stat.S_ISGID:
                 gid = parent.gid
             mode, access, _ = self._inherited(parent, stat.S_IFREG | mode & 0o7777, umask, inherits)
             operation.change()
-            inode = self.inodes.create(mode, uid, gid, 0)
+            inode = self._inodes.create(mode, uid, gid, 0)
             inode.nlink = 0
-            self.acls.put_access(inode, access)
+            self._acls.put_access(inode, access)
             self._orphans.inos.add(inode.ino)
             self._orphans.unnamed.add(inode.ino)
-            self.changed = True
+            self._parts.changed = True
             return inode
 
     def symlink(self, directory: int, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
@@ -238,7 +206,7 @@ class Namespace:
     def link(self, ino: int, directory: int, name: bytes) -> Inode:
         """Another name for a file. Raises OSError EPERM for a directory, EMLINK, EEXIST, ENOENT."""
         with self._begin(TIER_ADD) as operation:
-            inode = self.get(ino)
+            inode = self._get(ino)
             parent = self._living(directory)
             if stat.S_ISDIR(inode.mode):
                 raise posix_error(errno.EPERM)
@@ -247,16 +215,16 @@ class Namespace:
             if not inode.nlink and ino not in self._orphans.unnamed:
                 raise posix_error(errno.ENOENT)
             self._reach_new_name(directory, name)
-            self.inodes.reach(parent)
+            self._inodes.reach(parent)
             self._orphans.reach(inode)
             operation.change()
             now_ns = time.time_ns()
-            self.names.add(directory, name, ino, inode.mode >> 12)
+            self._names.add(directory, name, ino, inode.mode >> 12)
             inode.nlink += 1
             if inode.nlink == 1:
                 self._orphans.named(ino)
             inode.ctime_ns = now_ns
-            self.inodes.touch(inode)
+            self._inodes.touch(inode)
             self._renamed(parent, len(name), now_ns)
             return inode
 
@@ -272,12 +240,12 @@ class Namespace:
             if stat.S_ISDIR(inode.mode):
                 raise posix_error(errno.EISDIR)
             self._require_linked(inode)
-            self.inodes.reach(parent)
+            self._inodes.reach(parent)
             self._orphans.reach(inode)
-            self.names.reach(directory, name)
+            self._names.reach(directory, name)
             operation.change()
             now_ns = time.time_ns()
-            self.names.remove(directory, name)
+            self._names.remove(directory, name)
             self._renamed(parent, -len(name), now_ns)
             self._unlinked(inode, now_ns)
             return inode
@@ -291,12 +259,12 @@ class Namespace:
             inode = self.lookup(directory, name)
             self._require_empty(inode)
             self._require_linked(inode)
-            self.inodes.reach(parent)
+            self._inodes.reach(parent)
             self._orphans.reach(inode)
-            self.names.reach(directory, name)
+            self._names.reach(directory, name)
             operation.change()
             now_ns = time.time_ns()
-            self.names.remove(directory, name)
+            self._names.remove(directory, name)
             self._count_link(parent, -1)
             self._renamed(parent, -len(name), now_ns)
             self._unlinked(inode, now_ns)
@@ -364,21 +332,21 @@ class Namespace:
                 elif stat.S_ISDIR(target.mode):
                     raise posix_error(errno.EISDIR)
                 self._require_linked(target)
-            self.names.reach(old_directory, old_name)
+            self._names.reach(old_directory, old_name)
             if target is None:
-                self.names.reach_new(directory, name)
+                self._names.reach_new(directory, name)
             else:
-                self.names.reach(directory, name)
+                self._names.reach(directory, name)
             for inode in (old_parent, parent, moving):
-                self.inodes.reach(inode)
+                self._inodes.reach(inode)
             if target is not None:
                 self._orphans.reach(target)
             if whiteout:
-                self.inodes.reach_new()
+                self._inodes.reach_new()
             operation.change()
             now_ns = time.time_ns()
             if target is None:
-                self.names.add(directory, name, moving.ino, moving.mode >> 12)
+                self._names.add(directory, name, moving.ino, moving.mode >> 12)
                 self._renamed(parent, len(name), now_ns)
             elif flags == RENAME_EXCHANGE:
                 self._exchange(old_parent, old_name, moving, parent, name, target)
@@ -386,17 +354,17 @@ class Namespace:
             else:
                 if stat.S_ISDIR(moving.mode):
                     self._count_link(parent, -1)
-                self.names.change(directory, name, moving.ino, moving.mode >> 12)
+                self._names.change(directory, name, moving.ino, moving.mode >> 12)
                 self._renamed(parent, 0, now_ns)
                 self._unlinked(target, now_ns)
             if whiteout:
                 if old_parent.mode & stat.S_ISGID:
                     gid = old_parent.gid
-                left = self.inodes.create(WHITEOUT_MODE, uid, gid, WHITEOUT_DEVICE)
-                self.names.change(old_directory, old_name, left.ino, left.mode >> 12)
+                left = self._inodes.create(WHITEOUT_MODE, uid, gid, WHITEOUT_DEVICE)
+                self._names.change(old_directory, old_name, left.ino, left.mode >> 12)
                 self._renamed(old_parent, 0, now_ns)
             else:
-                self.names.remove(old_directory, old_name)
+                self._names.remove(old_directory, old_name)
                 self._renamed(old_parent, -len(old_name), now_ns)
             self._moved(moving, old_parent, parent, now_ns)
             return target
@@ -411,8 +379,8 @@ class Namespace:
         target: Inode,
     ) -> None:
         now_ns = time.time_ns()
-        self.names.change(old_parent.ino, old_name, target.ino, target.mode >> 12)
-        self.names.change(parent.ino, name, moving.ino, moving.mode >> 12)
+        self._names.change(old_parent.ino, old_name, target.ino, target.mode >> 12)
+        self._names.change(parent.ino, name, moving.ino, moving.mode >> 12)
         self._renamed(old_parent, 0, now_ns)
         self._renamed(parent, 0, now_ns)
         self._moved(moving, old_parent, parent, now_ns)
@@ -424,25 +392,12 @@ class Namespace:
             self._count_link(old_parent, -1)
             self._count_link(parent, 1)
         inode.ctime_ns = now_ns
-        self.inodes.touch(inode)
+        self._inodes.touch(inode)
 
     # --- inside ---------------------------------------------------------------------------------------
 
-    def _require_writable(self) -> None:
-        if not self.writable:
-            raise ReadOnlyError("a snapshot cannot be changed")
-
-    def _begin(self, tier: int, blocks: int = 0) -> Operation:
-        """Begin an operation that adds so many blocks of data."""
-        self._require_writable()
-        return self.operation.begin(tier, blocks)
-
-    def _touch(self, inode: Inode) -> None:
-        self.changed = True
-        self.inodes.touch(inode)
-
     def _directory(self, ino: int) -> Inode:
-        inode = self.get(ino)
+        inode = self._get(ino)
         if not stat.S_ISDIR(inode.mode):
             raise posix_error(errno.ENOTDIR)
         return inode
@@ -458,11 +413,11 @@ class Namespace:
         self._directory(directory)
         if len(name) > NAME_BYTES_MAX:
             raise posix_error(errno.ENAMETOOLONG)
-        return self.names.find(directory, name)
+        return self._names.find(directory, name)
 
     def _named(self, entry: Name) -> Inode:
         try:
-            return self.inodes.get(entry.ino)
+            return self._inodes.get(entry.ino)
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
@@ -478,7 +433,7 @@ class Namespace:
         self._check_name(name)
         if name in (b".", b".."):
             raise posix_error(errno.EEXIST)
-        self.names.reach_new(directory, name)
+        self._names.reach_new(directory, name)
 
     def _renamed(self, directory: Inode, bytes_more: int, now_ns: int) -> None:
         directory.size_bytes = max(0, min(FILE_SIZE_MAX, directory.size_bytes + bytes_more))
@@ -488,7 +443,7 @@ class Namespace:
     def _unlinked(self, inode: Inode, now_ns: int) -> None:
         inode.nlink = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
         inode.ctime_ns = now_ns
-        self.inodes.touch(inode)
+        self._inodes.touch(inode)
         if not inode.nlink:
             self._orphans.inos.add(inode.ino)
 
@@ -504,7 +459,7 @@ class Namespace:
     def _require_empty(self, inode: Inode) -> None:
         if not stat.S_ISDIR(inode.mode):
             raise posix_error(errno.ENOTDIR)
-        if not self.names.is_empty(inode.ino):
+        if not self._names.is_empty(inode.ino):
             raise posix_error(errno.ENOTEMPTY)
 
     def _require_outside(self, ino: int, directory: int) -> None:

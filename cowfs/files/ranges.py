@@ -61,7 +61,7 @@ class Ranges:
 
     def __init__(self, data: Data) -> None:
         self._data = data
-        self.shared = (
+        self.has_reflinks = (
             False  # since the tree was opened: some of its blocks have two parents by `share`
         )
 
@@ -209,7 +209,7 @@ class Ranges:
         extents, count = self._pieces(source, source_inode, begin, count, first)
         return Pieces(extents, first, count, min(count * BLOCK_SIZE_BYTES, length))
 
-    def reach_share(self, inode: Inode, pieces: Pieces) -> Patch:
+    def reach_reflink(self, inode: Inode, pieces: Pieces) -> Patch:
         """Reach what `share` changes.
 
         Raises:
@@ -221,12 +221,12 @@ class Ranges:
         data.reach(inode, pieces.first, pieces.first + pieces.count)
         return Patch(data.inline_block(inode), {})
 
-    def share(self, inode: Inode, offset: int, pieces: Pieces, patch: Patch) -> None:
+    def reflink(self, inode: Inode, offset: int, pieces: Pieces, patch: Patch) -> None:
         """Let a part of a file be made of the blocks of another."""
         data = self._data
         if patch.inline is not None:
             data.put(inode, patch)
-        self.shared = True
+        self.has_reflinks = True
         for _, extent in pieces.extents:  # before the old ones go: they may be the same blocks
             data.store.map.add(extent.block, extent.count)
         first, stop = pieces.first, pieces.first + pieces.count

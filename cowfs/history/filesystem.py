@@ -132,7 +132,7 @@ class Filesystem:
             node_count=max(1, live.tree.node_count),  # the image may have said any number
             data_blocks=live.data.data_blocks,
             inode_count=live.inodes.count,
-            flags=self.record.flags | (FLAG_SHARES if live.ranges.shared else 0),
+            flags=self.record.flags | (FLAG_SHARES if live.ranges.has_reflinks else 0),
         )
 
     # --- edits --------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class Filesystem:
 
     def set_live(self, record: RootRecord, volume: Volume) -> None:
         """Another volume is the live one; what was live is the snapshot of its root. In a freeze."""
-        self.live.writable = False
+        self.live.make_read_only()
         self._snapshot_volumes[self.record.root_id] = self.live
         self.set_live_record(record)
         self.live = volume

@@ -510,7 +510,7 @@ def test_data_that_is_shared_and_overwritten_before_a_commit_waits_unseen() -> N
     live = history.live
     one, two = (live.create(1, name, 0o100644, 0, 0).ino for name in (b"one", b"two"))
     live.write(one, 0, b"1" * 40960)
-    live.share(live, one, 0, two, 0, 4096)  # gives the data of `one` its place
+    live.reflink(live, one, 0, two, 0, 4096)  # gives the data of `one` its place
     live.write(one, 4096, b"2" * 36864)
     for _ in range(3):
         history.commit()

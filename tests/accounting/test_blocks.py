@@ -124,7 +124,7 @@ def test_block_of_more_files_than_are_told_has_some_of_them() -> None:
     live.write(source, 0, b"1" * 4 * BLOCK_SIZE_BYTES)
     for number in range(120):
         ino = live.create(1, b"%d" % number, 0o100644, 0, 0).ino
-        live.share(live, source, 0, ino, 0, 4 * BLOCK_SIZE_BYTES)
+        live.reflink(live, source, 0, ino, 0, 4 * BLOCK_SIZE_BYTES)
     history.commit()
     surveyed = survey(filesystem)
     block = int(surveyed.structure.run_first[0])

@@ -310,7 +310,7 @@ def test_file_and_its_reflink_in_one_snapshot_count_once() -> None:
     source = cases.write(b"file", 6)
     target = live.create(ROOT_INO, b"copy", 0o100644, 0, 0).ino
     for at in range(6):
-        assert live.share(live, source, at << 20, target, at << 20, 1 << 20) == 1 << 20
+        assert live.reflink(live, source, at << 20, target, at << 20, 1 << 20) == 1 << 20
     record = cases.snapshot("s4")
     cases.remove(b"file", b"copy")
     assert cases.usage(record) == (6, 6)
@@ -352,7 +352,7 @@ def test_what_a_path_cannot_free_is_not_exclusive() -> None:
     assert (top.total, top.exclusive) == (10, 10)
     assert [(place.total, place.exclusive) for place in top.children] == [(10, 0), (10, 0)]
     open_ino = live.create(1, b"open", 0o100644, 0, 0).ino
-    live.share(live, ino, 0, open_ino, 0, 4 * BLOCK_SIZE_BYTES)
+    live.reflink(live, ino, 0, open_ino, 0, 4 * BLOCK_SIZE_BYTES)
     live.unlink(1, b"open")
     history.commit()
     top = usage_of_path(filesystem, argument(history, filesystem.record, b"folder"))

@@ -56,13 +56,13 @@ def test_blocks_that_files_share_are_counted_once() -> None:
     live = filesystem.live
     one = create(filesystem, b"one", 1)
     two = create(filesystem, b"two")
-    assert live.share(live, one, 0, two, 0, SIZE) == SIZE
+    assert live.reflink(live, one, 0, two, 0, SIZE) == SIZE
     first = snapshot(filesystem, "first")
     assert first.shares
     assert first.referenced_blocks(2) - referenced_blocks(filesystem, first) == 40
     require_exact(disk, filesystem, first)
     three = create(filesystem, b"three")
-    assert live.share(live, two, 0, three, BLOCK_SIZE_BYTES, SIZE) == SIZE
+    assert live.reflink(live, two, 0, three, BLOCK_SIZE_BYTES, SIZE) == SIZE
     second = snapshot(filesystem, "second")
     require_exact(disk, filesystem, second)
 
@@ -79,7 +79,7 @@ def test_blocks_that_came_back_from_an_older_snapshot_were_written() -> None:
     again = create(filesystem, b"again")
     volume = filesystem.volume(oldest.root_id)
     assert volume is not None
-    assert live.share(volume, one, 0, again, 0, SIZE) == SIZE
+    assert live.reflink(volume, one, 0, again, 0, SIZE) == SIZE
     newest = snapshot(filesystem, "newest")
     require_exact(disk, filesystem, newest)
     assert written_blocks(filesystem, newest) > 40
@@ -91,7 +91,7 @@ def test_rollback_and_what_it_keeps_know_that_files_share() -> None:
     live = filesystem.live
     one, two = create(filesystem, b"one", 1), create(filesystem, b"two")
     snapshot(filesystem, "before")
-    live.share(live, one, 0, two, 0, SIZE)
+    live.reflink(live, one, 0, two, 0, SIZE)
     snapshot(filesystem, "shared")
     for name in ("before", "shared"):
         (kept,) = filesystem.apply(Rollback(name))

@@ -6,8 +6,8 @@ import stat
 import pytest
 
 from cowfs.accounting.versions import KINDS, Version, versions_of
+from cowfs.files.content import KEEP_SIZE, PUNCH_HOLE
 from cowfs.files.items import INODE_INLINE
-from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE
 from cowfs.history.edits import CreateSnapshot
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 from tests.accounting.test_accounting import each_moment, seeds
@@ -141,7 +141,7 @@ def test_version_does_not_depend_on_how_extents_are_cut() -> None:
     for at in (0, 3, 6):
         size = min(3, 8 - at) * BLOCK_SIZE_BYTES
         start = at * BLOCK_SIZE_BYTES
-        assert live.share(live, one, start, two, start, size) == size
+        assert live.reflink(live, one, start, two, start, size) == size
     live.rename(1, b"pieces", 1, b"file", 0)
     filesystem.apply(CreateSnapshot("pieces"))
     assert len(list(live.data.extents(two, 0, 100))) > 1

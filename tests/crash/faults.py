@@ -49,6 +49,7 @@ _MAP = "cowfs.storage.spacemap:SpaceMap"
 _HISTORY = "cowfs.history.filesystem:Filesystem"
 _EDITS = "cowfs.history.edits"
 _DROPS = "cowfs.history.drops:DropQueue"
+_NAMESPACE = "cowfs.files.namespace:Namespace"
 _VOLUME = "cowfs.files.volume:Volume"
 _ORPHANS = "cowfs.files.orphans:Orphans"
 _RANGES = "cowfs.files.ranges:Ranges"
@@ -271,7 +272,7 @@ FAULTS = (
     # files that share
     Fault(
         "blocks that files share are not counted",
-        f"{_RANGES}.share",
+        f"{_RANGES}.reflink",
         "data.store.map.add(extent.block, extent.count)",
         "pass",
     ),
@@ -319,7 +320,7 @@ FAULTS = (
     Fault("changed inodes left out of a commit", f"{_VOLUME}.flush", "self.inodes.flush()", "pass"),
     Fault(
         "a commit between the halves of a rename",
-        f"{_VOLUME}.rename",
+        f"{_NAMESPACE}.rename",
         "self.names.remove(old_directory, old_name)",
         "operation.step = 0\n"
         "self.store.admission.relieve()\n"

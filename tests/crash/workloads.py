@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cowfs.errors import SnapshotError
+from cowfs.files.attributes import Changes
+from cowfs.files.content import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
-from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Changes, Volume
+from cowfs.files.volume import Volume
 from cowfs.history.edits import (
     CreateSnapshot,
     DeleteSnapshots,
@@ -603,7 +605,7 @@ class Session:
         try:
             ino = self._file(path).ino
             live = self.filesystem.live
-            shared = live.share(volume, source.ino, 0, ino, offset, size)
+            shared = live.reflink(volume, source.ino, 0, ino, offset, size)
         except OSError as error:
             assert error.errno in (
                 errno.EXDEV,

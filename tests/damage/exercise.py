@@ -47,8 +47,9 @@ from cowfs.files.acl import (
     AclEntry,
     encode_acl,
 )
+from cowfs.files.attributes import Changes
 from cowfs.files.items import ROOT_INO
-from cowfs.files.volume import Changes, Volume
+from cowfs.files.volume import Volume
 from cowfs.history.edits import CreateSnapshot, DeleteSnapshots, RenameSnapshot, Rollback, Undo
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from cowfs.care.check import check_image
 from cowfs.daemon.options import CACHE_BYTES_MIN
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
+from cowfs.files.attributes import Changes
+from cowfs.files.content import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
-from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Changes, Volume
+from cowfs.files.volume import Volume
 from cowfs.history.edits import (
     CreateSnapshot,
     DeleteSnapshots,
@@ -295,7 +297,7 @@ def share(source: bytes, path: bytes, begin: int, offset: int, size: int) -> Ste
         from_ino, ino = find(work, source), find(work, path)
         if from_ino and ino:
             work.both(
-                lambda: work.volume.share(work.volume, from_ino, begin, ino, offset, size),
+                lambda: work.volume.reflink(work.volume, from_ino, begin, ino, offset, size),
                 lambda: work.files.share(work.files.file(from_ino), begin, ino, offset, size),
             )
 

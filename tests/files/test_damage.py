@@ -24,8 +24,9 @@ from cowfs.files.acl import (
     inherit,
     with_mode,
 )
+from cowfs.files.attributes import CAPABILITY_XATTR, Changes
 from cowfs.files.items import ROOT_INO
-from cowfs.files.volume import CAPABILITY_XATTR, Changes, Volume
+from cowfs.files.volume import Volume
 from cowfs.history.edits import CreateSnapshot
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem

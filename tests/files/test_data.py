@@ -9,6 +9,7 @@ import pytest
 
 from cowfs.care.check import check_image
 from cowfs.errors import CorruptError, DeviceError
+from cowfs.files.attributes import Changes
 from cowfs.files.items import (
     EXTENT_BLOCKS_MAX,
     FILE_SIZE_MAX,
@@ -19,7 +20,7 @@ from cowfs.files.items import (
     key,
     split_key,
 )
-from cowfs.files.volume import Changes, Volume
+from cowfs.files.volume import Volume
 from cowfs.history.edits import CreateSnapshot
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem

@@ -6,8 +6,8 @@ import pytest
 
 from cowfs.care.check import check_image
 from cowfs.errors import NoSpaceError
+from cowfs.files.content import KEEP_SIZE
 from cowfs.files.ranges import SHARE_BLOCKS_MAX, SHARE_EXTENTS_MAX
-from cowfs.files.volume import KEEP_SIZE
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from tests.model.devices import MemoryDevice
@@ -34,7 +34,7 @@ def share_all(filesystem: Filesystem, one: int, two: int) -> list[int]:
     done = [0]
     while sum(done) < size:
         at = sum(done)
-        done.append(live.share(live, one, at, two, at, size - at))
+        done.append(live.reflink(live, one, at, two, at, size - at))
         assert done[-1] > 0, "a call that shares nothing would be the end of the file"
     return done[1:]
 

@@ -18,8 +18,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import cowfs.storage.discards as discards_module
 from cowfs.care.check import check_image
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
+from cowfs.files.attributes import CAPABILITY_XATTR, Changes
+from cowfs.files.content import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
-from cowfs.files.volume import CAPABILITY_XATTR, KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE, Changes, Volume
+from cowfs.files.volume import Volume
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.discards import DISCARD_BLOCKS_MIN, Sweep
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
@@ -356,7 +358,7 @@ class FilesMachine(RuleBasedStateMachine):
             return
         overlaps = source is self.files.file(ino) and abs(begin - first) * BLOCK < size
         try:
-            shared = self.volume.share(volume, source.ino, offset, ino, first * BLOCK, size)
+            shared = self.volume.reflink(volume, source.ino, offset, ino, first * BLOCK, size)
         except NoSpaceError:
             return
         except OSError as error:

@@ -11,8 +11,10 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 
+from cowfs.files.attributes import Changes
+from cowfs.files.content import KEEP_SIZE, PUNCH_HOLE
 from cowfs.files.items import ROOT_INO
-from cowfs.files.volume import KEEP_SIZE, PUNCH_HOLE, Changes, Volume
+from cowfs.files.volume import Volume
 from cowfs.history.edits import CreateSnapshot, DeleteSnapshots, Rollback, Undo
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
@@ -245,7 +247,7 @@ class History:
         size = self.choice.choice((1, 4, FILE_BLOCKS_MAX)) * BLOCK_SIZE_BYTES
         start = 0 if self.choice.random() < 0.4 else blocks[0] * BLOCK_SIZE_BYTES
         with suppress(OSError):  # small files, ranges that overlap
-            self.live.share(source, source_ino, start, target, blocks[1] * BLOCK_SIZE_BYTES, size)
+            self.live.reflink(source, source_ino, start, target, blocks[1] * BLOCK_SIZE_BYTES, size)
 
     # --- history ------------------------------------------------------------------------------------
 

@@ -1,0 +1,215 @@
+"""Attributes: size, mode, owner, times, extended attributes and ACLs of the files of one tree.
+
+Every method is one operation, as in namespace.py. Permissions are the kernel's business
+(default_permissions); the caller decides who may, and passes ownership in.
+"""
+
+import errno
+import stat
+import time
+from dataclasses import dataclass
+
+from cowfs.errors import CorruptError, DeviceError, posix_error
+from cowfs.files.acl import NAMES as ACL_NAMES
+from cowfs.files.items import (
+    INODE_INLINE,
+    SYMLINK_BYTES_MAX,
+    TYPE_SYMLINK,
+    Inode,
+    key,
+)
+from cowfs.files.parts import Parts
+from cowfs.storage.admission import TIER_ADD, TIER_REMOVE
+from cowfs.storage.format import BLOCK_SIZE_BYTES
+
+CAPABILITY_XATTR = b"security.capability"
+RELATIME_NS = 24 * 3600 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What `setattr` is to change; None leaves alone. Times in nanoseconds.
+
+    `clear_bits` are bits of the mode to take away, whatever `mode` says. `clear_capability` removes what
+    an execution of the file would gain by its xattr.
+    """
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size_bytes: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    ctime_ns: int | None = None
+    clear_bits: int = 0
+    clear_capability: bool = False
+
+
+class Attributes:
+    """The attributes of the files of one tree, and the operations that change them."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._tree = parts.tree
+        self._inodes = parts.inodes
+        self._data = parts.data
+        self._xattrs = parts.xattrs
+        self._acls = parts.acls
+        self._begin = parts.begin
+        self._touch = parts.touch
+        self._get = parts.inodes.get
+
+    def stat_blocks(self, inode: Inode) -> int:
+        """st_blocks: 512-byte units that the file's data takes in the image."""
+        if inode.mode & 0o170000 == stat.S_IFREG:
+            blocks = self._data.allocated_blocks(inode)
+            if not blocks and inode.flags & INODE_INLINE:
+                return -(-inode.size_bytes // 512)
+            return blocks * (BLOCK_SIZE_BYTES // 512)
+        return 0
+
+    def readlink(self, ino: int) -> bytes:
+        inode = self._get(ino)
+        if not stat.S_ISLNK(inode.mode):
+            raise posix_error(errno.EINVAL)
+        target = self._tree.get(key(ino, TYPE_SYMLINK, 0))
+        if target is None or not 0 < len(target) <= SYMLINK_BYTES_MAX:
+            raise CorruptError(f"symlink {ino}", ino, "target is missing")
+        return target  # type: ignore[no-any-return]
+
+    def setattr(self, ino: int, changes: Changes) -> Inode:
+        """Change attributes. The caller decides who may, and which set-id bits go.
+
+        A new mode changes the access ACL with it.
+
+        Raises:
+            OSError: EISDIR, EINVAL for the size of what has none; EFBIG.
+        """
+        size = changes.size_bytes
+        tier, blocks = TIER_REMOVE, 0
+        if size is not None:
+            self._parts.require_writable()
+            inode = self._get(ino)
+            if stat.S_ISDIR(inode.mode):
+                raise posix_error(errno.EISDIR)
+            if not stat.S_ISREG(inode.mode) or size < 0:
+                raise posix_error(errno.EINVAL)
+            tier, blocks = self._data.truncation(inode, size)
+        with self._begin(tier, blocks) as operation:
+            inode = self._get(ino)
+            clear_capability = changes.clear_capability and bool(inode.xattr_count)
+            if clear_capability:
+                self._xattrs.reach_remove(inode, CAPABILITY_XATTR)
+            access = None if changes.mode is None else self._acls.reach_mode(inode, changes.mode)
+            patch = None if size is None else self._data.reach_truncate(inode, size)
+            self._inodes.reach(inode)
+            operation.change()
+            if size is not None:
+                self._data.truncate(inode, size, patch)
+            self._set_attributes(inode, changes, access, clear_capability)
+            return inode
+
+    def _set_attributes(
+        self, inode: Inode, changes: Changes, access: bytes | None, clear_capability: bool
+    ) -> None:
+        """Change all that `setattr` is to change but the size; the inode and its xattrs are reached."""
+        now_ns = time.time_ns()
+        if changes.size_bytes is not None:
+            inode.mtime_ns = now_ns
+        if changes.mode is not None:
+            inode.mode = stat.S_IFMT(inode.mode) | changes.mode & 0o7777
+            self._acls.put_access(inode, access)
+        inode.mode &= ~changes.clear_bits
+        if clear_capability:
+            self._xattrs.remove(inode, CAPABILITY_XATTR)
+        if changes.uid is not None:
+            inode.uid = changes.uid
+        if changes.gid is not None:
+            inode.gid = changes.gid
+        if changes.atime_ns is not None:
+            inode.atime_ns = _time_range(changes.atime_ns)
+        if changes.mtime_ns is not None:
+            inode.mtime_ns = _time_range(changes.mtime_ns)
+        inode.ctime_ns = now_ns if changes.ctime_ns is None else _time_range(changes.ctime_ns)
+        self._touch(inode)
+
+    def accessed(self, inode: Inode, *, strict: bool = False) -> None:
+        """The file was read: relatime, as the kernel's own filesystems keep it by default.
+
+        Args:
+            strict: the time of every access is kept.
+
+        Where there is no room the time stays: reading must not eat what deleting will need (C10).
+        """
+        now_ns = time.time_ns()
+        stale = inode.atime_ns < inode.mtime_ns or inode.atime_ns < inode.ctime_ns
+        stale = stale or strict or now_ns - inode.atime_ns > RELATIME_NS
+        if not self._parts.writable or not stale:
+            return
+        if self._parts.store.admission.would_admit():
+            with self._parts.operation.begin_admitted() as operation:
+                try:
+                    self._inodes.reach(inode)
+                except (CorruptError, DeviceError):
+                    return  # what was read is good all the same
+                operation.change()
+                inode.atime_ns = now_ns
+                self._touch(inode)
+
+    def getxattr(self, ino: int, name: bytes) -> bytes:
+        """Raises OSError ENODATA."""
+        inode = self._get(ino)
+        value = self._xattrs.get(inode, name)
+        if value is None:
+            raise posix_error(errno.ENODATA)
+        if name in ACL_NAMES:
+            self._acls.check(inode, name, value)
+        return value
+
+    def listxattr(self, ino: int) -> list[bytes]:
+        return self._xattrs.names(self._get(ino))
+
+    def setxattr(self, ino: int, name: bytes, value: bytes, *, keep_setgid: bool = True) -> None:
+        """Set an attribute.
+
+        An access ACL sets the mode too.
+
+        Args:
+            keep_setgid: False if an access ACL is set by one who may not leave that bit behind.
+
+        Raises:
+            OSError: ERANGE, E2BIG, ENOSPC; for an ACL as StoredAcls.set.
+        """
+        with self._begin(TIER_ADD) as operation:
+            inode = self._get(ino)
+            self._inodes.reach(inode)
+            if name in ACL_NAMES:
+                mode, encoded = self._acls.reach_set(inode, name, value)
+                operation.change()
+                self._acls.set(inode, name, encoded)
+                inode.mode = mode if keep_setgid else mode & ~stat.S_ISGID
+            else:
+                self._xattrs.reach_set(inode, name, value)
+                operation.change()
+                self._xattrs.set(inode, name, value)
+            inode.ctime_ns = time.time_ns()
+            self._touch(inode)
+
+    def removexattr(self, ino: int, name: bytes) -> None:
+        """Raises OSError ENODATA; not for an ACL, which everything has or could have."""
+        with self._begin(TIER_REMOVE) as operation:
+            inode = self._get(ino)
+            self._inodes.reach(inode)
+            if not self._xattrs.reach_remove(inode, name):
+                if name in ACL_NAMES:
+                    return
+                raise posix_error(errno.ENODATA)
+            operation.change()
+            self._xattrs.remove(inode, name)
+            inode.ctime_ns = time.time_ns()
+            self._touch(inode)
+
+
+def _time_range(time_ns: int) -> int:
+    """A time that fits the inode: a signed 64-bit count of nanoseconds."""
+    return max(-(1 << 63), min((1 << 63) - 1, time_ns))

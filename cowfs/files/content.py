@@ -1,0 +1,176 @@
+"""Content: the operations that read, write, allocate and reflink the data of the files of one tree.
+
+Every method is one operation, as in namespace.py.
+"""
+
+import errno
+import os
+import time
+
+from cowfs.errors import posix_error
+from cowfs.files.data import Reading
+from cowfs.files.items import FILE_SIZE_MAX, Inode
+from cowfs.files.parts import Parts
+from cowfs.storage.admission import TIER_ADD, TIER_REMOVE
+from cowfs.storage.device import Buffer
+from cowfs.storage.format import BLOCK_SIZE_BYTES
+
+KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10  # FALLOC_FL_* of linux/falloc.h
+
+
+class Content:
+    """The data of the files of one tree, and the operations on it."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._inodes = parts.inodes
+        self._data = parts.data
+        self._ranges = parts.ranges
+        self._begin = parts.begin
+        self._touch = parts.touch
+        self._regular = parts.regular
+
+    def reading(self, ino: int, offset: int, size: int) -> Reading:
+        """What to fetch for a read. Raises OSError EISDIR, EINVAL."""
+        return self._data.reading(self._regular(ino), offset, size)
+
+    def read(self, ino: int, offset: int, size: int) -> bytes:
+        """The bytes themselves, waited for."""
+        data = self.reading(ino, offset, size).fetch(wait=True)
+        assert data is not None
+        return bytes(data)
+
+    def write(self, ino: int, offset: int, data: Buffer, *, keep_times: bool = False) -> Inode:
+        """Write all of `data`; somebody else sees to its times if they are kept.
+
+        Raises:
+            OSError: EISDIR, EINVAL, EFBIG.
+            NoSpaceError: no room.
+        """
+        inode = self._regular(ino)
+        if not data:
+            self._parts.require_writable()
+            return inode
+        blocks = -(-(offset + len(data)) // BLOCK_SIZE_BYTES) - offset // BLOCK_SIZE_BYTES
+        with self._begin(TIER_ADD, blocks) as operation:
+            inode = self._regular(ino)
+            patch = self._data.reach_write(inode, offset, data)
+            operation.change()
+            self._data.write(inode, offset, data, patch)
+            if keep_times:
+                self._touch(inode)
+            else:
+                self._written(inode)
+            return inode
+
+    def seek(self, ino: int, offset: int, whence: int) -> int:
+        """SEEK_DATA and SEEK_HOLE. Raises OSError ENXIO behind the end or the last data; EINVAL."""
+        inode = self._regular(ino)
+        if not 0 <= offset < inode.size_bytes:
+            raise posix_error(errno.ENXIO)
+        if whence == os.SEEK_HOLE:
+            return self._ranges.next_hole(inode, offset)
+        if whence != os.SEEK_DATA:
+            raise posix_error(errno.EINVAL)
+        found = self._ranges.next_data(inode, offset)
+        if found is None or found >= inode.size_bytes:
+            raise posix_error(errno.ENXIO)
+        return found
+
+    def allocate(self, ino: int, mode: int, offset: int, length: int) -> Inode:
+        """fallocate(2).
+
+        Nothing in use is ever written over, so nothing is allocated ahead: to allocate is to see that
+        the data would fit now, and to set the size. A hole that is punched is given back.
+
+        Args:
+            mode: 0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE with or without KEEP_SIZE.
+
+        Raises:
+            OSError: EOPNOTSUPP for other modes; EINVAL, EFBIG.
+            NoSpaceError: it would not fit.
+        """
+        self._parts.require_writable()
+        inode = self._regular(ino)
+        if offset < 0 or length <= 0:
+            raise posix_error(errno.EINVAL)
+        if mode not in (0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE):
+            raise posix_error(errno.EOPNOTSUPP)
+        if offset + length > FILE_SIZE_MAX:
+            raise posix_error(errno.EFBIG)
+        end = offset + length
+        zeroes = bool(mode & (PUNCH_HOLE | ZERO_RANGE))
+        grows = not mode & KEEP_SIZE and end > inode.size_bytes
+        if zeroes:
+            tier, blocks = TIER_REMOVE, 2  # at the edges
+        else:
+            tier, blocks = TIER_ADD, self._ranges.missing_blocks(inode, offset, length)
+            # No commit helps against that, and the filesystem is not full for what is smaller.
+            self._parts.store.admission.require_blocks(blocks)
+        if grows:
+            more_tier, more = self._data.truncation(inode, end)
+            tier, blocks = max(tier, more_tier), blocks + more
+        with self._begin(tier, blocks) as operation:
+            inode = self._regular(ino)
+            self._inodes.reach(inode)
+            zeroing = self._ranges.reach_zero(inode, offset, length) if zeroes else None
+            patch = self._data.reach_truncate(inode, end) if grows else None
+            operation.change()
+            if zeroing is not None:
+                self._ranges.zero(inode, zeroing)
+            if grows:
+                self._data.truncate(inode, end, patch)
+            self._written(inode)
+            return inode
+
+    def reflink(
+        self,
+        source: "Content",
+        source_ino: int,
+        source_offset: int,
+        ino: int,
+        offset: int,
+        length: int,
+    ) -> int:
+        """Make a range of a file share the blocks of a range of another file (FICLONERANGE).
+
+        Args:
+            source: the content of any volume or snapshot of the image, this one too.
+
+        Returns:
+            Bytes that are shared now: `length`, or less if the source ends there or the caller is to
+            ask again for the rest.
+
+        Raises:
+            OSError: EXDEV where blocks cannot be shared; EINVAL, EFBIG.
+            NoSpaceError: no room for the extents.
+        """
+        self._parts.require_writable()
+        inode = self._regular(ino)
+        source_inode = source._regular(source_ino)
+        if source_offset < 0 or offset < 0 or length < 0:
+            raise posix_error(errno.EINVAL)
+        source.settle(source_ino)
+        where = (source._data, source_inode, source_offset, inode, offset, length)
+        pieces = self._ranges.find_pieces(*where)
+        if pieces is None:
+            return 0
+        with self._begin(TIER_ADD, pieces.leaf_blocks(self._parts.store.copies)) as operation:
+            self._inodes.reach(inode)
+            patch = self._ranges.reach_reflink(inode, pieces)
+            operation.change()
+            self._ranges.reflink(inode, offset, pieces, patch)
+            self._written(inode)
+            return pieces.size_bytes
+
+    def settle(self, ino: int) -> None:
+        """Give the data of a file its blocks before the freeze does, so that it can be shared."""
+        if ino in self._data.dirty:  # it was admitted and reached when it was written
+            with self._parts.operation.begin_admitted() as operation:
+                operation.change()
+                self._data.settle(self._inodes.get(ino))
+
+    def _written(self, inode: Inode) -> None:
+        """Update the times of a file whose data changed."""
+        inode.mtime_ns = inode.ctime_ns = time.time_ns()
+        self._touch(inode)

@@ -1,0 +1,95 @@
+"""What all operations on one tree share: its items by kind, and how an operation begins.
+
+namespace.py, attributes.py and content.py are the operations; volume.py puts them together. Keeps I7.
+"""
+
+import errno
+import stat
+
+from cowfs.errors import ReadOnlyError, posix_error
+from cowfs.files.data import Data
+from cowfs.files.inodes import Inodes
+from cowfs.files.items import Inode
+from cowfs.files.names import Names
+from cowfs.files.orphans import Orphans
+from cowfs.files.ranges import Ranges
+from cowfs.files.stored_acls import StoredAcls
+from cowfs.files.xattrs import Xattrs
+from cowfs.storage.btree import Tree
+from cowfs.storage.operation import Operation
+
+
+class Parts:
+    """The parts of one volume.
+
+    Args:
+        tree: of the volume or snapshot.
+        name_seed: seed of the hashes of names, from the superblock.
+        next_ino, inode_count, data_blocks: from the root record.
+        writable: False for a snapshot.
+
+    Attributes:
+        operation: the one operation that may be under way in this tree.
+        changed: whether anything changed since the last flush.
+    """
+
+    __slots__ = (
+        "acls",
+        "changed",
+        "data",
+        "inodes",
+        "names",
+        "operation",
+        "orphans",
+        "ranges",
+        "store",
+        "tree",
+        "writable",
+        "xattrs",
+    )
+
+    def __init__(
+        self,
+        tree: Tree,
+        name_seed: int,
+        *,
+        next_ino: int,
+        inode_count: int,
+        data_blocks: int,
+        writable: bool,
+    ) -> None:
+        self.tree = tree
+        self.store = tree.store
+        self.operation = tree.operation = Operation(tree.store.admission, tree.store.fail)
+        self.inodes = Inodes(tree, next_ino, inode_count)
+        self.data = Data(tree, data_blocks)
+        self.ranges = Ranges(self.data)
+        self.names = Names(tree, name_seed)
+        self.xattrs = Xattrs(tree, name_seed)
+        self.acls = StoredAcls(self.xattrs)
+        self.orphans = Orphans(tree, self.inodes, self.data, self.xattrs)
+        self.writable = writable
+        self.changed = False
+
+    def require_writable(self) -> None:
+        """Raise ReadOnlyError for a snapshot."""
+        if not self.writable:
+            raise ReadOnlyError("a snapshot cannot be changed")
+
+    def begin(self, tier: int, blocks: int = 0) -> Operation:
+        """Begin an operation that adds up to `blocks` blocks of data."""
+        if not self.writable:
+            self.require_writable()
+        return self.operation.begin(tier, blocks)
+
+    def touch(self, inode: Inode) -> None:
+        """Record that an inode, reached before, was changed."""
+        self.changed = True
+        self.inodes.touch(inode)
+
+    def regular(self, ino: int) -> Inode:
+        """The inode of a regular file. Raises OSError EISDIR, EINVAL, ESTALE."""
+        inode = self.inodes.get(ino)
+        if not stat.S_ISREG(inode.mode):
+            raise posix_error(errno.EISDIR if stat.S_ISDIR(inode.mode) else errno.EINVAL)
+        return inode
