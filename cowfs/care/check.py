@@ -9,10 +9,11 @@ The image must not be written meanwhile, unless its writer retains the generatio
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 from cowfs.care.contents import Contents, TreePart, paths_of
 from cowfs.care.reader import (

@@ -13,10 +13,11 @@ What only files could tell (a lost name, a wrong link count, damaged data) is le
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 from xxhash import xxh3_128_digest
 
 from cowfs.care.check import Inspection, inspect_image

@@ -265,7 +265,7 @@ class Committer:
         writing = self._writing = trio.Event()
         try:
             is_marked = batch.mark_clean is None or batch.mark_clean == filesystem.marked_clean
-            checked = self._check(batch)
+            checked = await self._check(batch)
             is_due = checked is not None or batch.is_forced or filesystem.changed
             if is_due or not is_marked:
                 commit = filesystem.freeze(checked, clean=bool(batch.mark_clean))
@@ -295,12 +295,25 @@ class Committer:
             writing.set()
             batch.done.set()
 
-    def _check(self, batch: _Batch) -> Checked | None:
-        """The batch's edit, when it can be made; else the batch is told why not."""
-        if batch.edit is None:
+    async def _check(self, batch: _Batch) -> Checked | None:
+        """Check the batch's edit; one that cannot be made is recorded as `refusal`.
+
+        `_writing` is set: no other edit can be made meanwhile.
+        """
+        edit = batch.edit
+        if edit is None:
             return None
         try:
-            return self.filesystem.check(batch.edit)
+            slices = edit.check_in_slices(self.filesystem)
+            plan = None
+            while slices is not None:
+                try:
+                    next(slices)
+                except StopIteration as end:
+                    plan = end.value
+                    break
+                await trio.lowlevel.checkpoint()
+            return self.filesystem.check(edit, plan)
         except CowfsError as error:
             if self.filesystem.store.failed is not None:
                 raise

@@ -139,9 +139,12 @@ class Catalog:
         found = [record for record in self.roots() if record.kind == RootKind.SNAPSHOT]
         return sorted(found, key=lambda record: (record.created_generation, record.root_id))
 
-    def roots_grown_from(self, parents: Container[int]) -> Iterator[RootRecord]:
-        """The other roots whose parent is one of these. Only those are decoded."""
-        for item, value in self.tree.items(b"R", b"S"):
+    def roots_grown_from(self, parents: Container[int], first_id: int = 0) -> Iterator[RootRecord]:
+        """The other roots, with ids from `first_id`, whose parent is one of these.
+
+        Only those are decoded.
+        """
+        for item, value in self.tree.items(root_key(first_id), b"S"):
             if int.from_bytes(item[1:], "big") in parents:
                 continue
             if isinstance(value, RootRecord):

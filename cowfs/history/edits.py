@@ -18,10 +18,13 @@ from __future__ import annotations
 import errno
 import os
 import time
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from cowfs.errors import CorruptError, DeviceError, NoSpaceError, SnapshotError
 from cowfs.history.records import (
@@ -48,6 +51,9 @@ if TYPE_CHECKING:
     from cowfs.files.volume import Volume
     from cowfs.history.filesystem import Filesystem
 
+SLICE_NAMES = 64  # of an edit, checked in one turn of the daemon's loop: 2 ms
+T = TypeVar("T")
+
 
 @dataclass(slots=True)
 class Plan:
@@ -57,7 +63,7 @@ class Plan:
         keys: of the catalog, that `apply` changes beside the live volume's record.
         records: that it changes, as they are before.
         added: records that are new, or may be longer than they were.
-        drop_numbers: of the drop queue, for the records that go there.
+        drops: records for the drop queue.
         relinked: roots that grew from a deleted one, with their new parents.
         live: the record and the volume that become the live ones.
         name: of the snapshot that keeps what was live.
@@ -66,7 +72,7 @@ class Plan:
     keys: list[bytes] = field(default_factory=list)
     added: int = 4
     records: list[RootRecord] = field(default_factory=list)
-    drop_numbers: list[int] = field(default_factory=list)
+    drops: list[DropRecord] = field(default_factory=list)
     relinked: list[RootRecord] = field(default_factory=list)
     live: tuple[RootRecord, Volume] | None = None
     name: str = ""
@@ -95,6 +101,14 @@ class Edit(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
             CorruptError, DeviceError: the catalog, or a tree, cannot be read (C9).
         """
         raise NotImplementedError
+
+    def check_in_slices(self, filesystem: Filesystem) -> Generator[None, None, Plan] | None:
+        """`check` in slices of at most SLICE_NAMES names, for an edit that may have thousands.
+
+        Requests may be served between two slices, but no other edit may be made. None for an edit whose
+        check is short, or must be of one piece.
+        """
+        return None
 
     def no_room(self) -> NoSpaceError:
         """Why the edit was not admitted."""
@@ -150,15 +164,32 @@ class DeleteSnapshots(Edit, frozen=True, tag="delete-snapshots"):
     has_one: ClassVar[bool] = False
 
     def check(self, filesystem: Filesystem) -> Plan:
-        catalog = filesystem.catalog
-        records = [catalog.snapshot(name) for name in dict.fromkeys(self.names)]
+        return _in_one_piece(self.check_in_slices(filesystem))
+
+    def check_in_slices(self, filesystem: Filesystem) -> Generator[None, None, Plan]:
+        records = yield from _snapshots(filesystem, self.names)
         require_released(records)
-        plan = Plan(added=len(records), records=records, relinked=_relinked(filesystem, records))
-        plan.drop_numbers = [filesystem.drops.next_number() for _ in records]
-        plan.keys += map(drop_key, plan.drop_numbers)
-        for record in records:
-            plan.keys += (root_key(record.root_id), snapshot_key(record.name))
-        plan.keys += [root_key(record.root_id) for record in plan.relinked]
+        relinked = yield from _relinked(filesystem, records)
+        plan = Plan(added=len(records), records=records, relinked=relinked)
+        plan.keys += [root_key(record.root_id) for record in relinked]
+        now_ns = time.time_ns()
+        copies = filesystem.store.copies
+        for part in _slices(records):
+            for record in part:
+                number = filesystem.drops.next_number()
+                plan.keys += (drop_key(number), root_key(record.root_id), snapshot_key(record.name))
+                plan.drops.append(
+                    DropRecord(
+                        number=number,
+                        root_id=record.root_id,
+                        name=record.name,
+                        deleted_ns=now_ns,
+                        freed_blocks=0,
+                        path=(DropStep(record.pointer, 0),),
+                        referenced_blocks=record.referenced_blocks(copies),
+                    )
+                )
+            yield
         return plan
 
     def no_room(self) -> NoSpaceError:
@@ -170,26 +201,11 @@ class DeleteSnapshots(Edit, frozen=True, tag="delete-snapshots"):
         )
 
     def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
-        now_ns = time.time_ns()
-        copies = filesystem.store.copies
         filesystem.catalog.remove(plan.records)
         _relink(filesystem, plan)
         for record in plan.records:
             filesystem.forget_volume(record.root_id)
-        filesystem.drops.add_all(
-            [
-                DropRecord(
-                    number=number,
-                    root_id=record.root_id,
-                    name=record.name,
-                    deleted_ns=now_ns,
-                    freed_blocks=0,
-                    path=(DropStep(record.pointer, 0),),
-                    referenced_blocks=record.referenced_blocks(copies),
-                )
-                for number, record in zip(plan.drop_numbers, plan.records, strict=True)
-            ]
-        )
+        filesystem.drops.add_all(plan.drops)
         filesystem.shared_is_stale = True
         return plan.records
 
@@ -228,7 +244,10 @@ class HoldSnapshots(Edit, frozen=True, tag="hold-snapshots"):
     has_one: ClassVar[bool] = False
 
     def check(self, filesystem: Filesystem) -> Plan:
-        records = [filesystem.catalog.snapshot(name) for name in dict.fromkeys(self.names)]
+        return _in_one_piece(self.check_in_slices(filesystem))
+
+    def check_in_slices(self, filesystem: Filesystem) -> Generator[None, None, Plan]:
+        records = yield from _snapshots(filesystem, self.names)
         return Plan([root_key(record.root_id) for record in records], records=records)
 
     def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
@@ -285,7 +304,8 @@ class Undo(Edit, frozen=True, tag="undo"):
 
     def check(self, filesystem: Filesystem) -> Plan:
         target = _undo_target(filesystem)
-        plan = Plan(records=[target], relinked=_relinked(filesystem, [target]))
+        relinked = _in_one_piece(_relinked(filesystem, [target]))
+        plan = Plan(records=[target], relinked=relinked)
         plan.keys += (root_key(target.root_id), snapshot_key(target.name))
         plan.keys += [root_key(record.root_id) for record in plan.relinked]
         return _plan_successor(filesystem, target, target.parent_id, plan)
@@ -319,15 +339,51 @@ def _undo_target(filesystem: Filesystem) -> RootRecord:
     return record
 
 
-def _relinked(filesystem: Filesystem, gone: list[RootRecord]) -> list[RootRecord]:
+def _in_one_piece(slices: Generator[None, None, T]) -> T:
+    """Run a check to its end."""
+    while True:
+        try:
+            next(slices)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+
+def _slices(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    for at in range(0, len(items), SLICE_NAMES):
+        yield items[at : at + SLICE_NAMES]
+
+
+def _snapshots(
+    filesystem: Filesystem, names: Sequence[str]
+) -> Generator[None, None, list[RootRecord]]:
+    """The snapshots of these names, each once."""
+    records = []
+    for part in _slices(list(dict.fromkeys(names))):
+        records += [filesystem.catalog.snapshot(name) for name in part]
+        yield
+    return records
+
+
+def _relinked(
+    filesystem: Filesystem, gone: list[RootRecord]
+) -> Generator[None, None, list[RootRecord]]:
     """The roots that grew from those that go, with the parents that take their places."""
     parents = {record.root_id: record.parent_id for record in gone}
-    relinked = []
-    for record in filesystem.catalog.roots_grown_from(parents):
-        if record.root_id == filesystem.record.root_id:
-            continue
-        relinked.append(replace(record, parent_id=_ancestor(parents, record.parent_id)))
-    return relinked
+    live_id = filesystem.record.root_id
+    relinked: list[RootRecord] = []
+    next_id = 0
+    while True:
+        grown = filesystem.catalog.roots_grown_from(parents, next_id)
+        part = list(islice(grown, SLICE_NAMES))
+        relinked += [
+            replace(record, parent_id=_ancestor(parents, record.parent_id))
+            for record in part
+            if record.root_id != live_id
+        ]
+        if len(part) < SLICE_NAMES:
+            return relinked
+        next_id = part[-1].root_id + 1
+        yield
 
 
 def _ancestor(parents: dict[int, int], root_id: int) -> int:

@@ -6,8 +6,10 @@ atomic (C6). A freeze changes what is in memory and cannot be refused.
 """
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec.structs import replace
 
 from cowfs.errors import CorruptError, CowfsError, DeviceError, NoSpaceError
 from cowfs.files.items import references
@@ -137,10 +139,13 @@ class Filesystem:
 
     # --- edits --------------------------------------------------------------------------------------
 
-    def check(self, edit: Edit) -> Checked:
+    def check(self, edit: Edit, plan: Plan | None = None) -> Checked:
         """Find out whether an edit can be made, and reach all that it changes (edits.py).
 
         The freeze must follow at once. May commit, to make room.
+
+        Args:
+            plan: what `edit.check_in_slices` found; no other edit was made since it began.
 
         Raises:
             CowfsError: the edit cannot be made, and nothing of it was done.
@@ -149,7 +154,8 @@ class Filesystem:
         store.require_writable()
         self.live.flush()  # what is checked is what will be frozen
         generation = store.generation
-        plan = edit.check(self)
+        if plan is None:
+            plan = edit.check(self)
         try:
             store.admission.admit(0, edit.tier, self._nodes_of(edit, plan))
         except NoSpaceError:

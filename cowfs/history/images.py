@@ -2,7 +2,8 @@
 
 import os
 import time
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from cowfs.errors import ImageError, UsageError
 from cowfs.files.items import ROOT_INO, references

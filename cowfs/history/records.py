@@ -7,9 +7,11 @@ a table for each; a test holds the two together.
 
 import re
 import struct
-from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple, Protocol
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from cowfs.errors import CorruptError, UsageError
 from cowfs.escapes import quoted
@@ -126,8 +128,7 @@ class TreeRoot(Protocol):
     def pointer(self) -> Pointer: ...
 
 
-@dataclass(frozen=True, slots=True)
-class RootRecord:
+class RootRecord(Struct, frozen=True):
     """A volume or a snapshot. FORMAT.md "Root record".
 
     `tree` is a `Pointer`, or until the commit has written it the node itself: the record is encoded
@@ -295,8 +296,7 @@ class DropStep(NamedTuple):
     done: int
 
 
-@dataclass(frozen=True, slots=True)
-class DropRecord:
+class DropRecord(Struct, frozen=True):
     """A deleted root whose blocks are being given back. FORMAT.md "Drop record".
 
     `path` runs from the root to the node being worked on. The queue holds one reference to the first;

@@ -11,7 +11,9 @@ but for bad copies, which are repaired first (repairs.py).
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
 
 from cowfs.errors import CorruptError, DeviceError
 from cowfs.storage.device import Buffer

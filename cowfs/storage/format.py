@@ -7,10 +7,10 @@ an array, are in index_pages.py: this file needs no numpy, so that a command sta
 """
 
 import struct
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple, NewType
 
+from msgspec import Struct
 from xxhash import xxh3_128_digest
 
 from cowfs.errors import CorruptError, ImageError
@@ -71,8 +71,7 @@ def decode_pointer(data: bytes) -> Pointer:
     return Pointer(*POINTER.unpack(data))
 
 
-@dataclass(frozen=True, slots=True)
-class Superblock:
+class Superblock(Struct, frozen=True):
     """One commit: what the image is, and where its trees are. FORMAT.md "Superblock"."""
 
     uuid: bytes

@@ -8,9 +8,10 @@ import stat
 import struct
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec.structs import replace
 from xxhash import xxh3_64_digest, xxh3_128_digest
 
 from cowfs.errors import DeviceError

@@ -6,10 +6,10 @@ The images are written by hand (image_builder.py), one fault in each.
 import stat
 import struct
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from cowfs.care.check import CheckProgress, CheckReport, Finding, check_image
 from cowfs.care.contents import detached_directories

@@ -65,7 +65,7 @@ def too_high(builder: ImageBuilder) -> None:
 
 
 def wrong_root_counters(builder: ImageBuilder) -> None:
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     builder.roots[0] = replace(
         builder.roots[0], node_count=1, data_blocks=99, inode_count=5, next_ino=2

@@ -1,9 +1,9 @@
 """Promises of `info --generations` and `rollback --generation`: back to an earlier commit."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from cowfs.care.generations import generation_reports
 from cowfs.errors import ImageError

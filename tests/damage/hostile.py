@@ -8,11 +8,12 @@ children, the checksums are right up to the superblock. The same recipe gives th
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import fields, replace
 from xxhash import xxh3_128_digest
 
 from cowfs.files.items import (

@@ -3,11 +3,10 @@
 One test for each reason that a decoder knows.
 """
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from cowfs.errors import CorruptError, UsageError
 from cowfs.history.records import (

@@ -4,12 +4,12 @@ One test for each reason that a decoder knows.
 """
 
 import struct
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from xxhash import xxh3_128_digest
 
 from cowfs.errors import CorruptError, ImageError

@@ -1,8 +1,7 @@
 """The superblock ring: which slot wins, and what every kind of damage leads to."""
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 from xxhash import xxh3_128_digest
 
 from cowfs.care.check import check_image
