@@ -18,7 +18,7 @@ from cowfs.history.catalog import Catalog
 from cowfs.history.records import COUNTER_MAX, DropRecord, DropStep, drop_key
 from cowfs.storage.admission import TIER_DROP, TIER_FREE
 from cowfs.storage.format import NODE_BLOCKS, Pointer
-from cowfs.storage.spacemap import Run
+from cowfs.storage.runs import Run
 from cowfs.storage.store import Store
 
 log = logging.getLogger(__name__)

@@ -199,7 +199,7 @@ class Admission:
         space = self._map
         ripe = space.free_blocks + space.pending_blocks + space.pending_system_blocks
         nodes, groups = self._commit_takes(tier)
-        pages = space.pages_to_write(groups) * self._copies
+        pages = space.index.pages_to_write(groups) * self._copies
         return ripe - pages - (nodes + self.dirty_nodes) * self._node_blocks
 
     def _commit_takes(self, tier: int) -> tuple[int, int]:
@@ -220,7 +220,7 @@ class Admission:
         node_blocks = nodes * self._node_blocks
         taken = 2 * (node_blocks + self.promised_blocks + blocks) // GROUP_BLOCKS
         groups += self._map.dirty_groups + commit_groups + taken
-        return node_blocks + self._map.pages_to_write(groups) * self._copies
+        return node_blocks + self._map.index.pages_to_write(groups) * self._copies
 
     # --- asking -------------------------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from cowfs.errors import NoSpaceError
 from cowfs.storage.format import GROUP_BLOCKS, KIND_DATA, KIND_NODES, KIND_NONE, KIND_TWINS
-from cowfs.storage.spacemap import Run, SpaceMap
+from cowfs.storage.runs import Run
+from cowfs.storage.spacemap import SpaceMap
 
 # A large request looks first for groups with this much room: runs of 1 MiB and more.
 ROOMY_BLOCKS = 256

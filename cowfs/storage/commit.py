@@ -25,8 +25,8 @@ from cowfs.storage.format import (
     Superblock,
     encode_node,
 )
+from cowfs.storage.map_index import FrozenMap
 from cowfs.storage.node import Node
-from cowfs.storage.spacemap import FrozenMap
 from cowfs.storage.store import Store
 from cowfs.storage.superblock import write_slot
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from cowfs.storage.device import Device
 from cowfs.storage.format import BLOCK_SIZE_BYTES, GROUP_BLOCKS
-from cowfs.storage.spacemap import Run, merge_runs
+from cowfs.storage.runs import Run, merge_runs
 
 if TYPE_CHECKING:
     from cowfs.storage.store import Store

@@ -43,7 +43,8 @@ from cowfs.storage.format import (
 )
 from cowfs.storage.node import CACHE_BYTES_DEFAULT, Node, NodeCache, node_from_image
 from cowfs.storage.repairs import Repairs, good_copy
-from cowfs.storage.spacemap import Run, SpaceMap
+from cowfs.storage.runs import Run
+from cowfs.storage.spacemap import SpaceMap
 from cowfs.storage.superblock import next_generation, read_earlier
 
 log = logging.getLogger(__name__)

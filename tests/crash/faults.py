@@ -193,12 +193,12 @@ FAULTS = (
     Fault(
         "discard of blocks that are still shown",
         f"{_MAP}.free_runs",
-        "runs = _zero_runs(np.frombuffer(self.group(number).busy, np.uint8), base)",
+        "runs = zero_runs(np.frombuffer(self.group(number).busy, np.uint8), base)",
         "busy = bytearray(self.group(number).busy)\n"
         "for first, count in sum(self._pending.values(), []):\n"
         "    if first // GROUP_BLOCKS == number:\n"
         "        busy[first - base : first - base + count] = bytes(count)\n"
-        "runs = _zero_runs(np.frombuffer(busy, np.uint8), base)",
+        "runs = zero_runs(np.frombuffer(busy, np.uint8), base)",
     ),
     # refcounts
     Fault(

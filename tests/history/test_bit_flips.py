@@ -88,9 +88,9 @@ def places(device: MemoryDevice, filesystem: Filesystem) -> list[Place]:
     node(store.superblock.catalog, "catalog")
     for record in filesystem.catalog.roots():
         node(record.pointer, "node")
-    for level, entries in enumerate(store.map._index):
+    for level, entries in enumerate(store.map.index.levels):
         for number in np.flatnonzero(entries["block"]).tolist():
-            pointer = store.map._pointer(level, number)
+            pointer = store.map.index.pointer(level, number)
             blocks = (pointer.block, pointer.twin)
             found[pointer] = Place("index" if level else "counts", blocks, BLOCK_SIZE_BYTES)
     slot = store.superblock.slot()

@@ -56,7 +56,7 @@ def bad_copies(filesystem: Filesystem) -> list[int]:
     """One copy each of a leaf, of a page of counts, and of the newest slot."""
     root = filesystem.live.tree.root_node()
     leaf = root.values[0] if root.level else root
-    counts = filesystem.store.map._pointer(0, 0)
+    counts = filesystem.store.map.index.pointer(0, 0)
     slot = filesystem.store.superblock.slot()
     return [
         leaf.twin,

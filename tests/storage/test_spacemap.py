@@ -16,7 +16,8 @@ from cowfs.storage.format import (
     RING_SLOTS,
 )
 from cowfs.storage.repairs import Repairs
-from cowfs.storage.spacemap import SpaceMap, merge_runs
+from cowfs.storage.runs import merge_runs
+from cowfs.storage.spacemap import SpaceMap
 from tests.model.devices import MemoryDevice
 
 SEED, IMAGE = 7, 9
@@ -139,10 +140,10 @@ def test_lost_group_is_full_for_good_where_anything_can_be_written() -> None:
         assert count
         assert first
     again = commit(disk, space_map, 1, 0)
-    place = int(again._index[0][0]["block"])
+    place = int(again.index.levels[0][0]["block"])
     disk.damage(place)
     lost = new_map(disk, 5000, writable=True)
-    lost.open(again._pointer(len(again._index) - 1, 0), space_map.used_blocks)
+    lost.open(again.index.pointer(len(again.index.levels) - 1, 0), space_map.used_blocks)
     free_elsewhere = lost.free_blocks - int(lost.free[0])
     assert lost.refcount(200) == REFCOUNT_MAX
     assert lost.free_blocks == free_elsewhere == int(lost.free.sum())
