@@ -1,22 +1,23 @@
 """The B+tree: sorted byte keys to opaque values, copied on write.
 
-One implementation for every tree. A change shadows the path from the root (store.py) and then works in
-place. A value is bytes, or anything with `len()` and `encode()` whose bytes are known only when it is
-written (a record that points at a tree of the same commit).
+One implementation for every tree. This file changes trees; tree_reader.py reads them. A change shadows
+the nodes from the root to the leaf (store.py), then changes the copies in place. A value is bytes, or
+an object with `len()` and `encode()` whose bytes are known only when the leaf is written, such as a
+record that points at a tree of the same commit.
 
-In an inner node every key but the first bounds its child from below; the first bounds nothing.
-Nodes split when they overflow; a node below a quarter joins a neighbour when both fit. Iterators hold
-no lock: a tree must not change while one of its iterators is used.
+A node splits when it overflows. A node below a quarter full joins a neighbour when both together fill
+three quarters of a node or less.
 
-Each change happens whole or not at all, also where it meets damage. What a change must not meet is
-*reached* first: the leaf is shadowed then, and until the next freeze every change of a key in its range
-finds all that it needs in memory, whatever becomes of the leaf (C9). A tree that has an `operation`
-asserts that order (operation.py).
+Each change happens whole or not at all, also where nodes are damaged (C9). So an operation *reaches*
+a key before it changes the key: that shadows the leaf. Until the next freeze, every change of a key in
+the range of a reached leaf finds all that it needs in memory, also after the leaf was split, joined or
+dropped. A tree that has an `operation` asserts this order (operation.py).
+
 Keeps I5. Source: Rodeh 2008; FORMAT.md "Nodes".
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from cowfs.errors import CorruptError, DeviceError
@@ -30,34 +31,38 @@ from cowfs.storage.format import (
 from cowfs.storage.node import Node
 from cowfs.storage.operation import CHANGING, REACHING, Operation
 from cowfs.storage.store import References, Store
+from cowfs.storage.tree_reader import Path, TreeReader, upper_bound
 
 MERGE_BELOW_BYTES = NODE_CAPACITY_BYTES // 4
 MERGED_BYTES_MAX = NODE_CAPACITY_BYTES * 3 // 4
-# An entry put this close to the end of a full node splits off there: ascending keys leave full nodes.
+# A node whose overflowing entry is in its last tenth splits there: ascending keys leave full nodes.
 APPEND_SHARE = 0.9
 
-Path = list[tuple[Node, int]]
 Renew = Callable[[list[bytes], list[Any]], list[tuple[bytes, Any]]]
 DAMAGE = (CorruptError, DeviceError)
 
 
 def no_references(keys: list[bytes], values: list[Any]) -> list[tuple[int, int]]:
-    """For trees whose leaves point at no data."""
+    """The `references` of a tree whose leaves point at no data."""
     return []
 
 
-class Tree:
+class Tree(TreeReader):
     """A tree of one store.
+
+    A change that could fail must have been reached: `reach` raises CorruptError or DeviceError (EIO)
+    and leaves the tree's content as it was.
 
     Args:
         store: that holds its nodes.
         root: the root node or its pointer.
         owner: root id written into new nodes.
         node_count: nodes reachable from the root.
-        references: the data runs that a leaf's items point at.
+        references: gives the data runs that the items of a leaf point at.
 
     Attributes:
-        operation: whose steps its callers keep; None where nobody's order is asserted.
+        operation: whose steps the tree asserts; None where no order is asserted.
+        end_reached: the generation in which `reach_end` has nothing more to do.
     """
 
     __slots__ = (
@@ -75,8 +80,6 @@ class Tree:
         "operation",
         "owner",
         "references",
-        "root",
-        "store",
     )
 
     def __init__(
@@ -87,184 +90,36 @@ class Tree:
         node_count: int,
         references: References = no_references,
     ) -> None:
-        self.store = store
-        self.root = root
+        super().__init__(store, root)
         self.owner = owner
         self.node_count = node_count
         self.references = references
         self.operation: Operation | None = None
-        self._emptied: list[bytes] = []  # keys of the leaves without entries, until the freeze
-        # The key that was reached last, its leaf and the path to it, until the tree changes its shape:
-        # who reaches a key nearly always changes it next.
+        self._emptied: list[bytes] = []  # a key in the range of each empty leaf, until the freeze
+        # The key reached last, its leaf and the path to it, until a node is split, joined or placed:
+        # the next change is nearly always of this key, and needs no descent.
         self._found_key = b""
         self._found_leaf: Node | None = None
         self._found_path: Path = []
-        # The ranges of the leaf that was reached last, and of the tree's first and last leaf when
-        # they were: orphan marks are in the one, new inodes in the other.
+        # What was reached in `_reached_generation`: keys below `_head_to` (the first leaf, which has
+        # orphan marks), from `_reached_from` to below `_reached_to` (the last leaf reached), and from
+        # `_tail_from` on (the last leaf of the tree, which gets new inodes).
         self._reached_generation = 0
         self._head_to = b""
         self._reached_from = b""
         self._reached_to: bytes | None = b""
         self._tail_from: bytes | None = None
-        self.end_reached = 0  # the generation in which `reach_end` has nothing more to do
+        self.end_reached = 0
 
     @classmethod
     def empty(cls, store: Store, owner: int, references: References = no_references) -> "Tree":
-        """A new tree of one leaf without entries."""
+        """A new tree: one empty leaf."""
         return cls(store, store.new_node(0, [], [], 0, owner), owner, 1, references)
-
-    # --- reading ------------------------------------------------------------------------------------
-
-    def root_node(self) -> Node:
-        root = self.root
-        if root.__class__ is Pointer:
-            return self.store.load(root, None)
-        return root  # type: ignore[return-value]
-
-    def _leaf(self, key: bytes) -> Node:
-        node = self.root_node()
-        load = self.store.load
-        while node.level:
-            child = node.values[bisect_right(node.keys, key, 1) - 1]
-            if child.__class__ is Pointer:
-                child = load(child, node.level - 1)
-            node = child
-        return node
-
-    def get(self, key: bytes) -> Any:
-        """The value of `key`, or None."""
-        node = self._leaf(key)
-        keys = node.keys
-        at = bisect_left(keys, key)
-        if at < len(keys) and keys[at] == key:
-            return node.values[at]
-        return None
-
-    def floor(self, key: bytes) -> tuple[bytes, bytes] | None:
-        """The entry with the greatest key not above `key`, or None."""
-        path: Path = []
-        node = self._descend(key, path)
-        at = bisect_right(node.keys, key) - 1
-        while at < 0:
-            while path and path[-1][1] == 0:
-                path.pop()
-            if not path:
-                return None
-            parent, index = path.pop()
-            path.append((parent, index - 1))
-            node = self._child(parent, index - 1)
-            while node.level:
-                path.append((node, len(node.keys) - 1))
-                node = self._child(node, len(node.keys) - 1)
-            if not node.keys:
-                raise CorruptError("node", node.block, "a leaf below the root is empty")
-            at = len(node.keys) - 1
-        return node.keys[at], node.values[at]
-
-    def items(self, start: bytes, stop: bytes) -> Iterator[tuple[bytes, Any]]:
-        """All entries with start <= key < stop, ascending."""
-        for keys, values, first, last in self.leaf_slices(start, stop):
-            for at in range(first, last):
-                yield keys[at], values[at]
-
-    def leaf_slices(
-        self, start: bytes, stop: bytes
-    ) -> Iterator[tuple[list[bytes], list[Any], int, int]]:
-        """The same, one leaf at a time: its keys and values, and which part of them."""
-        path: Path = []
-        node = self._descend(start, path)
-        first = bisect_left(node.keys, start)
-        while True:
-            last = bisect_left(node.keys, stop, first)
-            if first < last:
-                yield node.keys, node.values, first, last
-            if last < len(node.keys):
-                return
-            while path and path[-1][1] + 1 == len(path[-1][0].keys):
-                path.pop()
-            if not path:
-                return
-            parent, index = path.pop()
-            path.append((parent, index + 1))
-            before = node.keys[-1] if node.keys else stop
-            node = self._child(parent, index + 1)
-            while node.level:
-                path.append((node, 0))
-                node = self._child(node, 0)
-            if not node.keys or node.keys[0] <= before:  # else one leaf could be met for ever
-                raise CorruptError("node", node.block, "its keys are not above those before it")
-            first = 0
-
-    def one_leaf(self, start: bytes, stop: bytes) -> list[tuple[bytes, Any]] | None:
-        """The entries with start <= key < stop if one leaf holds all of them, else None."""
-        leaf = self._leaf(start)
-        keys = leaf.keys
-        first = bisect_left(keys, start)
-        last = bisect_left(keys, stop, first)
-        if last == len(keys):  # the range may go on, unless this is the last leaf of all
-            path: Path = []
-            self._descend(start, path)
-            if _upper_bound(path) is not None:
-                return None
-        return list(zip(keys[first:last], leaf.values[first:last], strict=True))
-
-    def _descend(self, key: bytes, path: Path) -> Node:
-        node = self.root_node()
-        while node.level:
-            at = bisect_right(node.keys, key, 1) - 1
-            path.append((node, at))
-            node = self._child(node, at)
-        return node
-
-    def _child(self, node: Node, at: int) -> Node:
-        child = node.values[at]
-        if child.__class__ is Pointer:
-            child = self.store.load(child, node.level - 1)
-        return child  # type: ignore[no-any-return]
-
-    def count_newer(self, generation: int, reads: int) -> int:
-        """How many nodes were born after `generation`; fewer are counted if that reads too many.
-
-        A node is not older than those below it, so only newer inner nodes are looked into.
-
-        Args:
-            reads: inner nodes to look into, at the most.
-        """
-        root = self.root
-        birth = root.birth if root.__class__ is Pointer else root.generation  # type: ignore[union-attr]
-        if birth <= generation:
-            return 0
-        count = 1
-        waiting = [self.root_node()]
-        while waiting and reads:
-            node = waiting.pop()
-            reads -= 1
-            for at in range(len(node.values) if node.level else 0):
-                child = node.values[at]
-                birth = child.birth if child.__class__ is Pointer else child.generation
-                if birth > generation:
-                    count += 1
-                    if node.level > 1:
-                        waiting.append(self._child(node, at))
-        return count
-
-    def count_nodes(self, keys: Sequence[bytes]) -> int:
-        """How many nodes lie on the paths to keys that ascend."""
-        found: set[int] = set()
-        at = 0
-        while at < len(keys):
-            path: Path = []
-            leaf = self._descend(keys[at], path)
-            found.add(id(leaf))
-            found.update(id(node) for node, _ in path)
-            high = _upper_bound(path)
-            at = len(keys) if high is None else bisect_left(keys, high, at)
-        return len(found)
 
     # --- changing -----------------------------------------------------------------------------------
 
     def _writable_leaf(self, key: bytes, path: Path) -> Node:
-        """The leaf for `key`, it and the path to it shadowed."""
+        """The leaf whose range contains `key`, shadowed with all nodes above it; fill `path`."""
         store = self.store
         generation = store.generation
         node = self.root_node()
@@ -284,10 +139,10 @@ class Tree:
         return node
 
     def reach(self, key: bytes) -> None:
-        """See to it that changes of `key` meet no damage until the next freeze.
+        """Shadow the leaf of `key`, so that changes of `key` cannot fail until the next freeze.
 
         Raises:
-            CorruptError, DeviceError: its leaf cannot be read (EIO); nothing was changed.
+            CorruptError, DeviceError: a node cannot be read (EIO); no entry was changed.
         """
         if self.operation is not None:
             assert self.operation.step == REACHING, "reached outside the second step"
@@ -320,7 +175,7 @@ class Tree:
         return self._reached_from <= key and (stop is None or key < stop)
 
     def reach_range(self, first: bytes, last: bytes) -> None:
-        """The same for all keys with first <= key <= last."""
+        """Reach all keys with first <= key <= last. Raises as `reach`."""
         at: bytes | None = first
         while at is not None and at <= last:
             self.reach(at)
@@ -329,9 +184,13 @@ class Tree:
             at = self._head_to if at < self._head_to else self._reached_to
 
     def reach_end(self, key: bytes) -> None:
-        """The same for a key above all that the tree has ever held.
+        """Reach a key above all that the tree has ever held.
 
-        A last leaf that cannot be read is left as it is: the key gets a new one behind it.
+        A last leaf, or a node above it, that cannot be read stays as it is: the key gets a new leaf
+        behind it.
+
+        Raises:
+            CorruptError, DeviceError: the root, or a page of refcounts, cannot be read (EIO).
         """
         if self.end_reached == self.store.generation:
             return
@@ -342,6 +201,7 @@ class Tree:
             self.reach(key)
 
     def _append_leaf(self, key: bytes) -> None:
+        """Add an empty leaf for `key` behind the last leaf, which cannot be read."""
         store = self.store
         node = store.shadow(self.root_node(), self.owner, self.references)
         self.root = node
@@ -359,7 +219,7 @@ class Tree:
             path.append((node, at))
             node = child
         else:
-            return  # it can be read now
+            return  # the last leaf can be read now
         fresh = store.new_node(0, [], [], 0, self.owner)
         for level in range(1, node.level):
             used = ENTRY_OVERHEAD_BYTES + len(key) + POINTER_BYTES
@@ -372,7 +232,7 @@ class Tree:
         self._split(node, len(node.keys) - 1, path)
 
     def put(self, key: bytes, value: Any) -> None:
-        """Insert, or replace the value of an existing key."""
+        """Insert an entry, or replace the value of an existing key."""
         self._require_changing()
         if key == self._found_key and self._found_leaf is not None:
             self._put_into(self._found_leaf, key, value, self._found_path)
@@ -381,7 +241,7 @@ class Tree:
         self._put_into(self._writable_leaf(key, path), key, value, path)
 
     def put_ascending(self, entries: Iterable[tuple[bytes, Any]]) -> None:
-        """Put entries whose keys ascend; those of one leaf cost one descent."""
+        """Put entries whose keys ascend, with one descent for each leaf."""
         self._require_changing()
         leaf: Node | None = None
         high: bytes | None = None
@@ -389,7 +249,7 @@ class Tree:
             if leaf is None or (high is not None and key >= high):
                 path: Path = []
                 leaf = self._writable_leaf(key, path)
-                high = _upper_bound(path)
+                high = upper_bound(path)
             if self._put_into(leaf, key, value, path):
                 leaf = None
 
@@ -398,7 +258,7 @@ class Tree:
             assert self.operation.step == CHANGING, "changed outside the third step"
 
     def _put_into(self, leaf: Node, key: bytes, value: Any, path: Path) -> bool:
-        """Put an entry into its writable leaf. Returns whether that changed the nodes above it."""
+        """Put an entry into its writable leaf. Returns whether nodes were split or joined."""
         keys = leaf.keys
         at = bisect_left(keys, key)
         if at < len(keys) and keys[at] == key:
@@ -412,12 +272,12 @@ class Tree:
             self._split(leaf, at, path)
             return True
         if leaf.used_bytes < MERGE_BELOW_BYTES and path:
-            self._join(leaf, path, key)  # a replaced value may have shrunk
+            self._join(leaf, path, key)  # the new value may be shorter
             return True
         return False
 
     def delete(self, key: bytes) -> bool:
-        """Remove `key`. Returns whether it was there."""
+        """Remove `key`. Returns whether the tree had it."""
         self._require_changing()
         if key == self._found_key and self._found_leaf is not None:
             leaf, path = self._found_leaf, self._found_path
@@ -435,13 +295,13 @@ class Tree:
         return True
 
     def delete_ascending(self, keys: Sequence[bytes]) -> None:
-        """Remove keys that ascend; those of one leaf cost one descent."""
+        """Remove keys that ascend, with one descent for each leaf."""
         self._require_changing()
         at = 0
         while at < len(keys):
             path: Path = []
             leaf = self._writable_leaf(keys[at], path)
-            high = _upper_bound(path)
+            high = upper_bound(path)
             stop = len(keys) if high is None else bisect_left(keys, high, at)
             gone = set(keys[at:stop])
             kept = [index for index, key in enumerate(leaf.keys) if key not in gone]
@@ -456,7 +316,7 @@ class Tree:
     def pop_range(self, start: bytes, stop: bytes) -> list[tuple[bytes, Any]]:
         """Remove and return entries with start <= key < stop: those of the first leaf that has any.
 
-        An empty answer says that none is left; what is left untouched is not shadowed.
+        Call it until it returns an empty list. Leaves without such entries are not shadowed.
         """
         keys = self._leaf(start).keys
         at = bisect_left(keys, start)
@@ -464,7 +324,7 @@ class Tree:
             if keys[at] >= stop:
                 return []
             start = keys[at]
-        else:  # between this leaf's last entry and the next one's first
+        else:  # `start` is above this leaf's last key
             found = next(self.leaf_slices(start, stop), None)
             if found is None:
                 return []
@@ -472,7 +332,7 @@ class Tree:
         return self.pop_from(start, stop)
 
     def pop_from(self, start: bytes, stop: bytes) -> list[tuple[bytes, Any]]:
-        """The same where `start` is known to be an entry's key."""
+        """As `pop_range`, where `start` is the key of an entry."""
         self._require_changing()
         path: Path = []
         leaf = self._writable_leaf(start, path)
@@ -488,15 +348,15 @@ class Tree:
         return removed
 
     def rewrite(self, start: bytes, stop: bytes, renew: Renew) -> bool:
-        """Let other entries take the place of those from the one at or below `start` up to `stop`.
+        """Replace the entries from the last one with key <= `start` up to `stop`, in one leaf.
 
         Args:
-            renew: gets the keys and the values, gives the entries that replace them: ascending, in the
-                same range or the last one at `stop`, at least one and at most two more. What it
-                raises changes nothing.
+            renew: gets the keys and the values of these entries, and returns the entries that replace
+                them: ascending, in the same range, except that the last key may be `stop`; at least
+                one, and at most two more than before. When it raises, nothing is changed.
 
         Returns:
-            Whether it was done. It is not where more than one leaf may have to do with it.
+            Whether the entries were replaced; False where a second leaf may hold some of them.
         """
         self._require_changing()
         path: Path = []
@@ -509,8 +369,8 @@ class Tree:
                 return False
             first -= 1
         if last == len(keys):
-            high = _upper_bound(path)
-            if high is not None and high <= stop:  # an entry at `stop` belongs to the next leaf
+            high = upper_bound(path)
+            if high is not None and high <= stop:  # a key `stop` belongs to the next leaf
                 return False
         old_keys, old_values = keys[first:last], leaf.values[first:last]
         entries = renew(old_keys, old_values)
@@ -520,13 +380,13 @@ class Tree:
         leaf.used_bytes += sum([len(key) + len(value) for key, value in entries])
         leaf.used_bytes -= sum(map(len, old_keys)) + sum(map(len, old_values))
         if leaf.used_bytes > NODE_CAPACITY_BYTES:
-            self._split(leaf, 0, path)  # in the middle: there is room for several entries then
+            self._split(leaf, 0, path)  # in the middle: several entries were added
         elif leaf.used_bytes < MERGE_BELOW_BYTES and path:
             self._join(leaf, path, start)
         return True
 
     def _split(self, node: Node, at: int, path: Path) -> None:
-        """Cut an overfull node in two, and its parents as they overflow. `at`: the last change."""
+        """Split an overfull node, and its parents where they overflow. `at`: index of the new entry."""
         self._found_leaf = None
         while node.used_bytes > NODE_CAPACITY_BYTES:
             keys, values = node.keys, node.values
@@ -554,9 +414,8 @@ class Tree:
                 self.node_count += 1
                 return
             parent, index = path.pop()
-            if (
-                keys[0] < parent.keys[index]
-            ):  # only a first key, which bounds nothing, can be too high
+            # Only the first key of the parent, which bounds nothing, can be above the child's keys.
+            if keys[0] < parent.keys[index]:
                 self._replace_key(parent, index, keys[0])
             at = index + 1
             parent.keys.insert(at, right.keys[0])
@@ -573,7 +432,11 @@ class Tree:
         ]
 
     def place(self) -> list[Node]:
-        """Give every dirty node its address, for a commit. Returns them, children before parents."""
+        """Give every dirty node its address, for a commit.
+
+        Returns:
+            The dirty nodes, children before parents.
+        """
         self._found_leaf = None
         for key in self._emptied:
             path: Path = []
@@ -584,10 +447,10 @@ class Tree:
         return self.store.place(self.root)
 
     def _reach_heir(self, path: Path) -> bool:
-        """Reach the leaf that takes over the range of the one at the end of `path`, which is to go.
+        """Reach the leaf that takes over the range of the leaf that `path` leads to.
 
         Returns:
-            Whether it can be read; where no other leaf is left, nothing need be.
+            False if that leaf cannot be read. True as well where no other leaf is left.
         """
         store = self.store
         for parent, at in reversed(path):
@@ -607,14 +470,14 @@ class Tree:
         return True
 
     def _join(self, node: Node, path: Path, key: bytes, *, last: bool = False) -> None:
-        """Join an underfull node with a neighbour if both fit; drop it when empty; lower the root.
+        """Join an underfull node with a neighbour if both fit, drop it if empty, and lower the root.
 
-        Neighbours that cannot be read are left alone, and an empty leaf stays until the freeze if it
-        is one of them that would take over its range.
+        A neighbour that cannot be read is left alone. An empty leaf stays until the freeze if the leaf
+        that takes over its range cannot be read.
 
         Args:
             key: in the range of `node`.
-            last: nothing will be put into the range any more.
+            last: nothing more will be put into that range.
         """
         self._found_leaf = None
         store = self.store
@@ -638,10 +501,10 @@ class Tree:
                             continue
                         other = store.shadow(other, self.owner, self.references)
                     except DAMAGE:
-                        continue  # joining is a favour; what was asked for is done already
+                        continue  # the caller's change is done; joining is optional
                     parent.values[other_at] = other
                     first, second = (other, node) if left < at else (node, other)
-                    if node.level:  # its first key bounds nothing; the parent's does
+                    if node.level:  # its first key bounds nothing; the key in the parent does
                         self._replace_key(second, 0, parent.keys[left + 1])
                     first.keys += second.keys
                     first.values += second.values
@@ -653,7 +516,7 @@ class Tree:
             node = parent
         root = self.root
         while isinstance(root, Node) and root.level and len(root.keys) <= 1:
-            if not root.keys:  # every child was emptied: a leaf without entries again
+            if not root.keys:  # all children are gone: the tree is one empty leaf again
                 store.forget(root)
                 self.root = store.new_node(0, [], [], 0, self.owner)
                 return
@@ -677,16 +540,8 @@ class Tree:
         del parent.values[at]
 
 
-def _upper_bound(path: Path) -> bytes | None:
-    """The key below which all keys of the leaf at the end of `path` are; None for the last leaf."""
-    for node, at in reversed(path):
-        if at + 1 < len(node.keys):
-            return node.keys[at + 1]
-    return None
-
-
 def _half(sizes: list[int]) -> int:
-    """Where to cut so that both parts are about the same size; never at an end."""
+    """The index at which two parts are about the same size; neither part is empty."""
     half = sum(sizes) // 2
     total = 0
     for index, size in enumerate(sizes[:-1]):
