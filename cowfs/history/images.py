@@ -24,8 +24,8 @@ from cowfs.storage.format import (
     ring_blocks,
 )
 from cowfs.storage.node import CACHE_BYTES_DEFAULT
-from cowfs.storage.store import Store, blank_superblock
-from cowfs.storage.superblock import read_newest
+from cowfs.storage.store import Store
+from cowfs.storage.superblock import blank_superblock, read_newest
 
 
 def open_filesystem(

@@ -1,17 +1,15 @@
-"""The transaction manager: nodes and data blocks in, nodes and data blocks out, never overwritten.
+"""The transaction manager: reads and allocates nodes and data blocks, and overwrites none in use.
 
-One transaction is open at any time; `generation` is its number, one above the last that was frozen.
-Reading, changing and freezing are plain synchronous calls of one thread. What was frozen is written by
-`commit.py`, from any thread, on nodes and buffers that nobody changes any more; until it is durable
-reads find its blocks in memory.
+One transaction is open at any time; `generation` is its number. Reading, changing and freezing are
+synchronous calls of one thread. commit.py writes what was frozen, from any thread: nobody changes
+frozen nodes and buffers any more. Until the commit is durable, reads find its blocks in memory.
 
-May assume: the device keeps what it flushed. Keeps I1 (shadowing counts references), I2 (a block in
-use, or shown by a retained generation, is never allocated) and I4.
+May assume: the device keeps what it flushed. Keeps I1 (shadowing counts references), I2 (a block
+that is in use, or that a retained generation shows, is never allocated) and I4.
 Source: Rodeh, "B-trees, Shadowing, and Clones", 2008, section 3; FORMAT.md "Nodes".
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +24,6 @@ from cowfs.storage.discards import Discard
 from cowfs.storage.format import (
     BLOCK_SIZE_BYTES,
     DATA_CHECKSUM_BYTES,
-    INCOMPAT_DUPLICATED_METADATA,
     KIND_DATA,
     KIND_NODES,
     KIND_TWINS,
@@ -49,18 +46,31 @@ from cowfs.storage.superblock import next_generation, read_earlier
 
 log = logging.getLogger(__name__)
 
+# Gives the data runs that the items (keys, values) of a leaf point at.
 References = Callable[[list[bytes], list[Any]], list[Run]]
 
 
 class Store:
-    """An open image below its trees.
+    """An open image, below its trees.
 
     Args:
-        device: of the image; locked by the caller when `writable`.
-        superblock: the newest, or the one to look at.
+        device: that holds the image; the caller has locked it when `writable`.
+        superblock: of the generation to open; the newest when `writable`.
         writable: whether transactions may be made.
-        cache_bytes: bound of the node cache.
+        cache_bytes: limit of the node cache.
         limits: of admission.
+
+    Attributes:
+        superblock: of the newest durable generation.
+        generation: number of the open transaction.
+        oldest_held: from this generation on, no block has been allocated that a generation shows.
+        failed: why writing has ended (C8), None as long as it goes on.
+        failed_ns: when it ended.
+        discard: the discard under way in another thread, if there is one.
+        pins: generations that readers outside (check, cowdu) hold, by reader.
+        data_writes: (first block, buffers) of the data that the next commit writes.
+        queued_blocks: number of blocks in `data_writes`.
+        unwritten: data blocks that are allocated and not on disk yet.
     """
 
     def __init__(
@@ -76,16 +86,16 @@ class Store:
         self.superblock = superblock
         self.writable = writable
         self.failed: DeviceError | None = None
-        self.failed_ns: int | None = None  # when
+        self.failed_ns: int | None = None
         self.generation = (
             next_generation(device, superblock) if writable else superblock.generation + 1
         )
-        self.oldest_held = superblock.generation  # no block of it or a newer one was reused
+        self.oldest_held = superblock.generation
         self.cache = NodeCache(cache_bytes)
         self.copies = 2 if superblock.duplicates_metadata else 1
         self.seed = superblock.seed
         self.repairs = Repairs()
-        self.discard: Discard | None = None  # under way, in another thread
+        self.discard: Discard | None = None
         self.map = SpaceMap(
             device,
             superblock.total_blocks,
@@ -103,18 +113,21 @@ class Store:
             self.admission.closed = ReadOnlyError("the image is open read-only")
         self.admission.opened(self.generation)
         self.admission.let_go = self.let_go
-        self.pins: dict[object, int] = {}  # generations that readers outside hold
+        self.pins: dict[object, int] = {}
         self.data_writes: list[tuple[int, list[Buffer]]] = []
-        self.queued_blocks = 0  # in `data_writes`
-        self.unwritten: dict[int, Buffer] = {}  # data blocks that are allocated, not yet on disk
+        self.queued_blocks = 0
+        self.unwritten: dict[int, Buffer] = {}
         self._frozen_nodes: dict[int, Node] = {}
         if writable:
             self._hold_retained()
-            if self.generation > superblock.generation + 1:  # a promise reaches over no gap
+            if self.generation > superblock.generation + 1:  # not promised across a gap in the ring
                 self.oldest_held = self.generation
 
     def _hold_retained(self) -> None:
-        """Leave whole the generations that the superblock promises: the next crash may need them."""
+        """Make pending what the generations show that the superblock promises to keep.
+
+        The next crash may need them.
+        """
         newest = self.superblock
         for generation in range(newest.generation - 1, newest.oldest_retained - 1, -1):
             if newest.generation - generation > self._retained:
@@ -125,37 +138,37 @@ class Store:
                     return
                 self.map.hold(earlier.space_map, generation)
             except (CorruptError, DeviceError, ImageError):
-                return  # it is lost already; nothing older can be promised either
+                return  # this generation is lost; so nothing older is promised either
             self.oldest_held = generation
 
     def continue_after(self, others: Sequence[Superblock]) -> None:
-        """Let the next commits be made from this superblock, though the ring names newer ones.
+        """Continue from `superblock` although the ring names newer generations.
 
-        What the others show is not allocated before the second commit from now is durable, as far as
-        their space maps can be read. None of them is promised to be whole any more.
+        Blocks that the other generations show are not allocated until the second commit from now is
+        durable, as far as their space maps can be read. None of them is promised to stay whole.
 
         Args:
-            others: the other superblocks of the image that may be whole, newest first; the store was
-                opened with the number of the newest.
+            others: the superblocks of the other generations that may be whole, newest first. The
+                store was opened with the number of the newest.
         """
         for other in others:
             try:
                 self.map.hold(other.space_map, self.superblock.generation)
             except (CorruptError, DeviceError) as error:
-                log.warning("generation %d cannot be kept: %s", other.generation, error)
+                log.warning("generation %d cannot be kept whole: %s", other.generation, error)
         self.oldest_held = self.generation
 
-    # --- nodes --------------------------------------------------------------------------------------
+    # --- nodes ------------------------------------------------------------------------------------
 
     def load(self, pointer: Pointer, level: int | None) -> Node:
-        """The node at `pointer`, from the cache or the disk; repaired reads come from its twin.
+        """Return the node at `pointer`, from the cache or from disk.
 
         Args:
             level: that the parent expects; None for a root.
 
         Raises:
             CorruptError: both copies are damaged (C9).
-            DeviceError: neither can be read.
+            DeviceError: neither copy can be read.
         """
         block = pointer.block
         node = self.cache.get(block) or self._frozen_nodes.get(block)
@@ -172,9 +185,10 @@ class Store:
         return node
 
     def read_image(self, pointer: Pointer, level: int | None) -> NodeImage:
-        """The node on disk, checked for itself: whoever takes it looks at its children's pointers.
+        """Read and decode a node past the cache; for reading whole trees.
 
-        For reading whole trees, past the cache. Raises as `load`.
+        The twin is taken, and a repair queued, if the first copy is bad. The pointers to the
+        children are not checked: the caller does that. Raises as `load`.
         """
         problem: CorruptError | DeviceError | None = None
         for block in (pointer.block, pointer.twin):
@@ -194,17 +208,19 @@ class Store:
     def offer_repair(
         self, kind: str, bad_block: int, good_block: int, birth: int, checksum: bytes
     ) -> bool:
-        """Somebody who read the image found a bad copy. It is believed only as far as it can be seen.
+        """Queue the repair of a bad copy that a reader of the image found, if it can be confirmed.
 
         Args:
             kind: "node", "page" (of the space map) or "slot" (of the ring).
-            birth, checksum: of the pointer at it.
+            bad_block, good_block: first blocks of the two copies.
+            birth, checksum: of the pointer to the node or page; unused for a slot.
 
         Returns:
-            Whether it will be written again by the next commit.
+            Whether the next commit rewrites the bad copy.
 
         Raises:
-            ReadOnlyError, DeviceError: nothing can be written.
+            ReadOnlyError: the image is open read-only.
+            DeviceError: writing has ended (C8), or the good copy cannot be read.
         """
         self.require_writable()
         total = self.superblock.total_blocks
@@ -217,7 +233,7 @@ class Store:
             elif not RING_SLOTS <= block <= total - RING_SLOTS - size:
                 return False
             elif not self.map.is_busy(block):
-                return False  # freed meanwhile
+                return False  # freed since it was found
         if kind == "slot":
             places = sorted((bad_block, good_block))
             if places[0] + ring[1][0] != places[1]:
@@ -233,23 +249,24 @@ class Store:
     def new_node(
         self, level: int, keys: list[bytes], values: list[Any], used: int, owner: int
     ) -> Node:
-        """A node born in the open transaction."""
+        """Make a node, born in the open transaction. `used`: bytes that the entries take."""
         self.admission.dirty_nodes += 1
         return Node(level, keys, values, used, self.generation, owner)
 
     def shadow(self, node: Node, owner: int, references: References) -> Node:
-        """Give a copy of `node` that this transaction may write; `node` itself if it already may.
+        """Give a copy of `node` that this transaction may change, or `node` itself if it is one.
 
-        The old place is dropped. Where others share the old node, each of its children gains the
-        reference that the copy holds; otherwise the copy takes over the children.
+        The old node loses one reference. If others share the old node, each of its children gains a
+        reference for the copy; otherwise the copy takes the children over.
 
         Args:
             node: reachable from a root of this transaction.
             owner: root id that the copy will carry.
-            references: the data runs that a leaf's items point at.
+            references: gives the data runs that the items of a leaf point at.
 
         Raises:
-            CorruptError: refcounts are wrong, or cannot be read (EIO).
+            CorruptError: a refcount is wrong, or its page is damaged (EIO).
+            DeviceError: a page of refcounts cannot be read (EIO).
 
         Source: Rodeh 2008, section 3. Keeps I1, I2.
         """
@@ -259,7 +276,7 @@ class Store:
         if node.twin:
             self.map.require(node.twin, NODE_BLOCKS)
         if self.map.refcount(node.block) > 1:
-            # What cannot be read must stop us before the first count is raised.
+            # All pages are loaded before the first count is raised: after that nothing may fail.
             runs: list[Run]
             if node.level:
                 places = [place for child in node.values for place in (child.block, child.twin)]
@@ -280,27 +297,27 @@ class Store:
         )
 
     def forget(self, node: Node) -> None:
-        """Give up a node born in the open transaction."""
+        """Discard a node born in the open transaction."""
         assert node.generation == self.generation
         self.admission.dirty_nodes -= 1
 
     def add_reference(self, block: int, twin: int) -> None:
-        """One more parent points at this node."""
+        """Count one more parent of a node and of its twin (0: no twin)."""
         self.map.add(block, NODE_BLOCKS)
         if twin:
             self.map.add(twin, NODE_BLOCKS)
 
     def drop_reference(self, block: int, twin: int) -> int:
-        """One parent less points at this node. Returns the number of blocks freed, twin included."""
+        """Count one parent less. Returns the number of blocks freed, twin included."""
         freed = self.map.drop(block, NODE_BLOCKS, self.generation)
         if twin:
             freed += self.map.drop(twin, NODE_BLOCKS, self.generation)
         return freed
 
-    # --- data ---------------------------------------------------------------------------------------
+    # --- data -------------------------------------------------------------------------------------
 
     def write_data(self, blocks: Sequence[Buffer]) -> list[tuple[int, int, bytes]]:
-        """Allocate and hand over whole blocks, to be written with the next commit.
+        """Allocate blocks for data, and queue the data for the next commit.
 
         Args:
             blocks: BLOCK_SIZE_BYTES each, in file order.
@@ -309,7 +326,7 @@ class Store:
             Runs (first block, count, checksums of DATA_CHECKSUM_BYTES each) in the same order.
 
         Raises:
-            NoSpaceError: they do not fit; `admit` should have been asked first.
+            NoSpaceError: no room, though `Admission.admit` should have found it.
         """
         seed = self.seed
         runs = []
@@ -327,15 +344,19 @@ class Store:
     def read_data(
         self, first: int, count: int, checksums: bytes, owner: str, *, wait: bool = True
     ) -> Buffer | None:
-        """The bytes of a run of data blocks, each verified.
+        """Read a run of data blocks, and verify each block.
 
         Args:
-            owner: for the message when it is damaged.
-            wait: read from the disk if need be; otherwise None says that it would wait.
+            checksums: DATA_CHECKSUM_BYTES for each block.
+            owner: what the data belongs to, for the message of an error.
+            wait: read from the disk if necessary; without it, only what needs no wait.
+
+        Returns:
+            The bytes; None where `wait` is False and the read would wait.
 
         Raises:
-            CorruptError: a block is not what was written (C9).
-            DeviceError: it cannot be read.
+            CorruptError: a block has another checksum (C9), or the run leaves the image.
+            DeviceError: the device cannot read it.
         """
         if self.unwritten and not self.unwritten.keys().isdisjoint(range(first, first + count)):
             return self._read_unwritten(first, count, checksums, owner)
@@ -379,10 +400,14 @@ class Store:
             parts.append(part)
         return b"".join(parts)
 
-    # --- freezing -----------------------------------------------------------------------------------
+    # --- freezing ---------------------------------------------------------------------------------
 
     def place(self, root: Node | Pointer) -> list[Node]:
-        """Give every dirty node under `root` its address. Returns them, children before parents."""
+        """Give every dirty node under `root` its address.
+
+        Returns:
+            The dirty nodes, children before parents.
+        """
         if root.__class__ is Pointer or root.generation != self.generation:  # type: ignore[union-attr]
             return []
         nodes: list[Node] = []
@@ -395,7 +420,7 @@ class Store:
         )
         for node, block, twin in zip(nodes, blocks, twins, strict=True):
             node.block, node.twin = block, twin
-            self.cache.forget(block)  # what the block held in an earlier life
+            self.cache.forget(block)  # drop the node that was here before
             self._frozen_nodes[block] = node
         return nodes
 
@@ -407,30 +432,30 @@ class Store:
         ]
 
     def place_map(self) -> list[tuple[int, int]]:
-        """A place (block, twin) for each page of the space map that this commit writes."""
+        """Allocate (block, twin) for each page of the space map that this commit writes."""
         count = len(self.map.dirty_pages())
         blocks = self._places(KIND_NODES, count, 1, system=True)
         twins = self._places(KIND_TWINS, count, 1, system=True) if self.copies == 2 else [0] * count
         return list(zip(blocks, twins, strict=True))
 
     def release_limit(self) -> int:
-        """The newest generation whose freed blocks may be allocated, once this commit is durable."""
+        """The newest generation whose freed blocks are released after the next commit (I2)."""
         return min([self.generation - self._retained, *self.pins.values()])
 
     def let_go(self) -> bool:
-        """Let go of the retained generations before the newest durable one: the image is too full.
+        """Give up the retained generations before the newest durable one: the image is too full.
 
-        What only they show can be allocated then. A reader's pin of them does not hold any more.
+        Blocks that only they show can be allocated afterwards. Readers' pins of them are dropped.
 
         Returns:
-            Whether there was anything.
+            Whether any block became free.
         """
         newest, before = self.superblock.generation, self.map.free_blocks
         self.map.release(newest)
         if self.map.free_blocks == before:
             return False
         log.warning(
-            "the image is so full that earlier generations than %d are given up to delete snapshots",
+            "the image is full: generations before %d are given up, to make room for deleting",
             newest,
         )
         self.pins = {pin: held for pin, held in self.pins.items() if held >= newest}
@@ -438,11 +463,11 @@ class Store:
         return True
 
     def oldest_retained(self) -> int:
-        """The oldest generation that the open transaction's commit leaves whole."""
+        """The oldest generation that is whole once the open transaction is committed."""
         return max(self.oldest_held, self.generation - self._retained)
 
     def settle(self, nodes: Sequence[Node], data: Sequence[tuple[int, list[Buffer]]]) -> None:
-        """A commit is durable: its nodes are clean, its data is read from disk from now on."""
+        """A commit is durable: cache its nodes as clean, and forget its data in memory."""
         for node in nodes:
             del self._frozen_nodes[node.block]
             self.cache.put(node)
@@ -451,7 +476,7 @@ class Store:
                 self.unwritten.pop(block, None)
 
     def fail(self, error: Exception) -> None:
-        """End all writing for good: the open transaction is lost, the last generation stays (C8)."""
+        """End all writing until the image is opened again; the newest generation stays (C8)."""
         log.error(
             "%s; the filesystem is read-only now, generation %d is intact",
             error,
@@ -465,34 +490,15 @@ class Store:
         self.admission.closed = self.failed
 
     def require_writable(self) -> None:
-        """Raise the error that ends every change here, if there is one."""
+        """Raise ReadOnlyError or DeviceError if the image cannot be changed (any more)."""
         if self.admission.closed is not None:
             raise self.admission.closed
 
 
 def _collect(node: Node, generation: int, nodes: list[Node]) -> None:
+    """Append the dirty nodes under `node` and itself to `nodes`, children before parents."""
     if node.level:
         for child in node.values:
             if child.__class__ is Node and child.generation == generation:
                 _collect(child, generation, nodes)
     nodes.append(node)
-
-
-def blank_superblock(
-    total_blocks: int, *, label: str = "", duplicate_metadata: bool = True
-) -> Superblock:
-    """The superblock of generation 0, before the first commit of a new image: it is never written."""
-    now_ns = time.time_ns()
-    uuid = os.urandom(16)
-    return Superblock(
-        uuid=uuid,
-        # Every node carries it as its image id: known also when both rings are lost (care/scan.py).
-        seed=int.from_bytes(uuid[:8], "little"),
-        name_seed=int.from_bytes(os.urandom(8), "little"),
-        generation=0,
-        total_blocks=total_blocks,
-        committed_ns=now_ns,
-        created_ns=now_ns,
-        label=label,
-        incompat=INCOMPAT_DUPLICATED_METADATA if duplicate_metadata else 0,
-    )

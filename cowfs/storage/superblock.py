@@ -1,13 +1,18 @@
 """The superblock ring: where an image begins, and the commit point of every commit.
 
-RING_SLOTS slots of one block each, in two copies at the two ends of the image. Generation G goes to
-slot G mod RING_SLOTS of both; the newest valid slot of either wins at mount.
+The ring has RING_SLOTS slots of one block each, in two copies, at both ends of the image.
+Generation G goes to slot G mod RING_SLOTS of both copies. The newest valid slot of either copy wins
+at mount.
 """
+
+import os
+import time
 
 from cowfs.errors import CorruptError, DeviceError, ImageError
 from cowfs.storage.device import Device
 from cowfs.storage.format import (
     BLOCK_SIZE_BYTES,
+    INCOMPAT_DUPLICATED_METADATA,
     MIN_TOTAL_BLOCKS,
     RING_SLOTS,
     SUPERBLOCK_MAGIC,
@@ -21,10 +26,10 @@ _RING_BYTES = RING_SLOTS * BLOCK_SIZE_BYTES
 
 
 def read_ring(device: Device, first_block: int) -> list[Superblock]:
-    """The valid superblocks of one copy of the ring.
+    """The valid superblocks of one copy of the ring; none where it cannot be read.
 
     Raises:
-        ImageError: a whole superblock of a newer format: nothing else here can be trusted.
+        ImageError: a valid superblock has a format that this program does not know.
     """
     try:
         data = device.read(first_block * BLOCK_SIZE_BYTES, _RING_BYTES)
@@ -34,11 +39,11 @@ def read_ring(device: Device, first_block: int) -> list[Superblock]:
     for slot in range(RING_SLOTS):
         start = slot * BLOCK_SIZE_BYTES
         if not data.startswith(SUPERBLOCK_MAGIC, start):
-            continue  # empty, as most slots of a young image
+            continue  # most slots of a new image are empty
         try:
             superblock = decode_superblock(data[start : start + BLOCK_SIZE_BYTES])
         except CorruptError:
-            continue  # a torn slot: another one is newest
+            continue  # a torn slot: its commit never counted
         if superblock.slot() == slot:
             found.append(superblock)
     return found
@@ -48,7 +53,8 @@ def read_newest(device: Device, generation: int | None = None) -> Superblock:
     """The newest superblock of the image, or that of `generation`.
 
     Raises:
-        ImageError: not an image, newer, truncated, or no such generation in the ring.
+        ImageError: not an image, a newer format, truncated, or no such generation in the ring.
+        DeviceError: no ring was found, and the device cannot be read.
     """
     total = device.size_bytes // BLOCK_SIZE_BYTES
     if total < MIN_TOTAL_BLOCKS:
@@ -74,7 +80,7 @@ def read_newest(device: Device, generation: int | None = None) -> Superblock:
                 "cowfs salvage copies out what is left, else cowfs mkfs makes one"
             )
         raise ImageError(
-            f"{device.name} has no superblock that is whole: both rings are damaged; "
+            f"{device.name} has no valid superblock: both rings are damaged; "
             "cowfs salvage copies out what is left"
         )
     if generation is not None:
@@ -91,10 +97,10 @@ def read_newest(device: Device, generation: int | None = None) -> Superblock:
 
 
 def read_earlier(device: Device, newest: Superblock, generation: int) -> Superblock | None:
-    """The superblock of an earlier generation of the same image, read from its slot alone.
+    """The superblock of an earlier generation of the same image. Reads only its slot.
 
     Returns:
-        None if neither copy of the slot holds it, whole.
+        None if neither copy of the slot has it.
     """
     slot = generation % RING_SLOTS
     for first in ring_blocks(newest.total_blocks):
@@ -112,19 +118,20 @@ def read_earlier(device: Device, newest: Superblock, generation: int) -> Superbl
 def next_generation(device: Device, newest: Superblock) -> int:
     """The number of the commit after `newest`: the next one whose slot is not torn.
 
-    A torn slot holds most of a superblock that never counted, and its nodes are about to be
-    overwritten. Written again and torn again, the two could make one that is whole and points at them.
-    So it is left alone until the ring comes round to it and that superblock is an old one.
+    A torn slot holds most of a superblock whose commit never counted; the blocks that it points at
+    are free. If that slot were written and torn once more, the two halves could make a valid
+    superblock that points at overwritten blocks. So a torn slot is skipped until the next round of
+    the ring, when that superblock would be an old one.
 
     Raises:
-        ImageError: there is no next number.
+        ImageError: no generation number is left.
     """
     require_generations(newest)
     for generation in range(newest.generation + 1, newest.generation + RING_SLOTS // 2):
         slot = generation % RING_SLOTS
         if not any(_is_torn(device, first + slot) for first in ring_blocks(newest.total_blocks)):
             return generation
-    return newest.generation + 1  # damage all over the ring, not a few crashes
+    return newest.generation + 1  # half the ring is torn: damage, not crashes
 
 
 def _is_torn(device: Device, block: int) -> bool:
@@ -142,3 +149,24 @@ def write_slot(device: Device, superblock: Superblock) -> None:
     image = superblock.encode()
     for first in ring_blocks(superblock.total_blocks):
         device.write((first + superblock.slot()) * BLOCK_SIZE_BYTES, [image])
+
+
+def blank_superblock(
+    total_blocks: int, *, label: str = "", duplicate_metadata: bool = True
+) -> Superblock:
+    """A superblock of generation 0 for a new image. It is never written."""
+    now_ns = time.time_ns()
+    uuid = os.urandom(16)
+    return Superblock(
+        uuid=uuid,
+        # Every node carries the seed as its image id, so it is known when both rings are lost
+        # (care/scan.py).
+        seed=int.from_bytes(uuid[:8], "little"),
+        name_seed=int.from_bytes(os.urandom(8), "little"),
+        generation=0,
+        total_blocks=total_blocks,
+        committed_ns=now_ns,
+        created_ns=now_ns,
+        label=label,
+        incompat=INCOMPAT_DUPLICATED_METADATA if duplicate_metadata else 0,
+    )

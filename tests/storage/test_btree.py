@@ -9,7 +9,8 @@ from cowfs.errors import CorruptError
 from cowfs.storage.btree import Tree
 from cowfs.storage.commit import begin, finish
 from cowfs.storage.node import Node
-from cowfs.storage.store import Store, blank_superblock
+from cowfs.storage.store import Store
+from cowfs.storage.superblock import blank_superblock
 from tests.model.devices import MemoryDevice
 from tests.storage.test_btree_machine import require_sound
 

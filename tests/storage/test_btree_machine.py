@@ -22,8 +22,8 @@ from cowfs.storage.format import (
     Pointer,
 )
 from cowfs.storage.node import Node
-from cowfs.storage.store import Store, blank_superblock
-from cowfs.storage.superblock import read_newest
+from cowfs.storage.store import Store
+from cowfs.storage.superblock import blank_superblock, read_newest
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 from tests.model.profiles import MACHINE_SECONDS_MAX, machine_settings
 from tests.model.recount import recount
