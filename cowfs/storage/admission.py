@@ -1,20 +1,22 @@
-"""Admission: whether there is room for an operation, before it changes anything.
+"""Admission: whether there is room for an operation, before the operation changes anything.
 
-A full filesystem must always be able to delete (C10), and a freeze must always find the blocks that it
-needs. So part of the image is held back, in *tiers*: an operation that adds leaves all of it, one that
-removes leaves half, the drop queue a quarter, and a commit may use the rest.
+Deleting must always be possible, also in a full filesystem (C10), and a freeze must always find the
+blocks that it needs. So a part of the image, the *reserve*, is held back in *tiers*: an operation
+that adds leaves all of the reserve, one that removes leaves half, the drop queue a quarter. A
+commit may use the rest.
 
-Every number that the decision rests on is kept here and changed by the methods here: what is
-*promised* (data and items in memory that the next freeze will place), how many nodes are dirty, and how
-many nodes the snapshots share with the live tree. `admit` compares the worst case of the next commit
-with what is free; when that does not fit it asks for *relief*, commits that let freed blocks go.
+`Admission` owns every number that the decision needs: the *promised* blocks and items (data and
+items in memory that the next freeze places), the dirty nodes, and the nodes that snapshots share
+with the live tree. `admit` compares the worst case of the next commit with the free blocks. Where
+that does not fit, `admit` asks for *relief*: commits that release freed blocks.
 
-A full comparison costs microseconds, so a comparison that finds plenty of room sets *ceilings*: up to
-them the promised blocks, the promised items, the dirty nodes and the dirty groups may grow without
-another comparison. The ceilings bound what is in memory, not a number of calls, so no operation can go
-round them; and they end with the transaction in which they were set.
+A full comparison costs microseconds. So a comparison that finds plenty of room sets *ceilings* for
+promised blocks, promised items, dirty nodes and dirty groups. Below all ceilings, operations are
+admitted without another comparison. Ceilings limit what is in memory, not a number of calls, so no
+operation can bypass them. They end with the transaction in which they were set.
 
-Knows nothing of trees and files, and needs no numpy: what names an edit starts fast. Keeps C10.
+This file knows nothing of trees and files, and imports no numpy, so that a command that names an
+edit starts fast. Keeps C10.
 """
 
 from __future__ import annotations
@@ -29,33 +31,35 @@ from cowfs.storage.format import BLOCK_SIZE_BYTES, GROUP_BLOCKS, NODE_BLOCKS
 if TYPE_CHECKING:
     from cowfs.storage.spacemap import SpaceMap
 
-# How many quarters of the reserve an operation must leave.
+# The quarters of the reserve that an operation of each tier must leave.
 TIER_ADD, TIER_REMOVE, TIER_DROP, TIER_FREE = 4, 2, 1, 0
-# Where snapshots share nodes of the live tree, adding leaves that many quarters and a place for a
-# copy of each shared node: removing a name copies what a snapshot holds.
+# While snapshots share nodes of the live tree, an operation that adds must leave these quarters,
+# and a place for a copy of each shared node: removing a name copies the nodes that a snapshot
+# shares.
 TIER_CHURN = 3
-# Data blocks whose extents one block of a leaf describes, at the least, when they lie in long runs: 8
-# bytes of checksum for each, and leaves may be half full.
+# The least number of data blocks, in long runs, whose extents fit in one block of a leaf: 8 bytes
+# of checksum for each data block, and leaves may be half full.
 DATA_BLOCKS_PER_LEAF_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Everything in admission that was chosen and not measured from the image. Tests shrink it.
+    """The numbers of admission that were chosen, not taken from the image. Tests shrink them.
 
     Attributes:
-        reserve_part: one part of so many of the image is held back, within the next two.
+        reserve_part: the reserve is the image's size divided by this, within the next two.
         reserve_blocks_min, reserve_blocks_max: bounds of the reserve, in blocks.
-        retained_generations: generations kept whole beside the newest, for rescue.
-        commit_nodes: nodes that a commit may take beside the dirty ones: of the catalog, at splits.
-        commit_groups: pages of refcounts that a commit may take beside the dirty ones.
+        retained_generations: generations before the newest that are kept whole, for rescue.
+        commit_nodes: the most nodes that a commit writes beside the dirty ones: nodes of the
+            catalog, and nodes made by splits.
+        commit_groups: the most pages of refcounts that a commit writes beside the dirty ones.
         freeing_nodes, freeing_groups: the same for a commit that only frees, whose own nodes are
-            counted one by one. What frees must be possible from any state.
-        operation_nodes: nodes that one operation dirties, at the most (a rename dirties a dozen).
-        ceiling_operations: operations that the ceilings make room for.
-        ceiling_blocks: data blocks of each of these.
-        hopeless_generations: after relief failed, generations that pass before it is tried again for a
-            request that is no smaller: refusing must be cheap.
+            counted one by one. Freeing must be possible from any state.
+        operation_nodes: the most nodes that one operation dirties (a rename dirties a dozen).
+        ceiling_operations: the number of operations that the ceilings make room for.
+        ceiling_blocks: data blocks of each of these operations.
+        hopeless_generations: after relief failed, a request that is no smaller gets no relief for
+            this number of generations: refusing must be cheap.
     """
 
     reserve_part: int = 32
@@ -72,7 +76,7 @@ class Limits:
     hopeless_generations: int = 16
 
     def reserve_blocks(self, total_blocks: int) -> int:
-        """Blocks held back of an image of that size."""
+        """The reserve of an image of `total_blocks`, in blocks."""
         wanted = total_blocks // self.reserve_part
         return max(self.reserve_blocks_min, min(self.reserve_blocks_max, wanted))
 
@@ -85,20 +89,22 @@ class Admission:
 
     Args:
         space_map: of the image.
-        copies: of each node and page: 1 or 2.
-        limits: of everything.
+        copies: number of copies of each node and page: 1 or 2.
+        limits: chosen numbers.
 
     Attributes:
-        closed: why nothing may change any more; None as long as something may.
-        relieve: commits so that freed blocks can be used; returns whether that could help. Set by the
-            owner of the commits, None until then.
-        let_go: lets go of the retained generations before the newest one, so that what only they show
-            can be used without a commit; returns whether that was anything. For what frees, at last.
-        on_full: called when ENOSPC begins, once until there is room again.
+        closed: why nothing may change any more; None as long as changes are possible.
+        relieve: commits, so that freed blocks can be used; returns whether that could help. Set by
+            the owner of the commits.
+        let_go: gives up the retained generations before the newest one, so that the blocks that
+            only they show can be used without a commit; returns whether there were any. Used last,
+            and only for operations that free.
+        on_full: called at the first ENOSPC, and again only after there was room.
         promised_blocks: blocks of data in memory that the next freeze places.
         promised_items: items in memory that the next freeze puts into leaves.
         dirty_nodes: nodes born in the open transaction.
-        shared_nodes: nodes of the live tree that snapshots share, at the most.
+        shared_nodes: the most nodes of the live tree that snapshots share.
+        catalog_nodes: nodes of the catalog.
     """
 
     def __init__(
@@ -120,48 +126,53 @@ class Admission:
         self.catalog_nodes = 0
         self._shared_until = 0
         self._map = space_map
-        self._node_blocks = NODE_BLOCKS * copies  # that one node takes
+        self._node_blocks = NODE_BLOCKS * copies  # blocks of one node with its twin
         self._copies = copies
         self._generation = 0
         self._said_full = False
         self._block_ceiling = self._node_ceiling = self._group_ceiling = -1
-        # Relief did not help: what was spare then, and in which generation.
+        # When relief last failed: the spare blocks then, and the generation.
         self._hopeless = (-1, -limits.hopeless_generations)
 
-    # --- what is in memory --------------------------------------------------------------------------
+    # --- numbers of the open transaction ----------------------------------------------------------
 
     def promise(self, blocks: int, items: int) -> None:
-        """Count data blocks and items that the next freeze will place; negative ones were placed."""
+        """Add to the promised blocks and items; negative numbers were placed or dropped."""
         self.promised_blocks += blocks
         self.promised_items += items
 
     def opened(self, generation: int) -> None:
-        """A transaction begins: nothing of it is dirty, and no ceiling of the one before holds."""
+        """A transaction begins: no node is dirty, and no ceiling is set."""
         self._generation = generation
         self.dirty_nodes = 0
         self._lower_ceilings()
 
     def copied_from(self, birth: int) -> None:
-        """A node of a volume, born in `birth`, was shadowed: snapshots share it no more."""
+        """A node of a volume, born in `birth`, was copied: snapshots no longer share it."""
         if birth <= self._shared_until:
             self.shared_nodes -= 1
 
     def set_shared(self, nodes: int, until: int) -> None:
-        """Record that snapshots share up to `nodes` nodes of the live tree, none born after `until`."""
+        """Record how many nodes the snapshots share with the live tree.
+
+        Args:
+            nodes: the most that they may share.
+            until: none of these nodes was born after this generation.
+        """
         self.shared_nodes = nodes
         self._shared_until = until
         self._lower_ceilings()
 
     def set_catalog(self, nodes: int) -> None:
-        """Record how many nodes the catalog has: a deletion of many snapshots may copy all of them."""
+        """Record the number of catalog nodes: deleting many snapshots may copy all of them."""
         if nodes > self.catalog_nodes:
             self._lower_ceilings()
         self.catalog_nodes = nodes
 
-    # --- what is left -------------------------------------------------------------------------------
+    # --- room -------------------------------------------------------------------------------------
 
     def held_blocks(self, tier: int = TIER_ADD) -> int:
-        """Blocks that an operation of that tier must leave."""
+        """Blocks that an operation of `tier` must leave free."""
         if tier == TIER_ADD:
             return self._held_with(self.shared_nodes, self.catalog_nodes)
         if tier == TIER_FREE:
@@ -170,7 +181,7 @@ class Admission:
         return self.reserve_blocks * tier // 4 + copies * self._node_blocks
 
     def _held_with(self, shared_nodes: int, catalog_nodes: int) -> int:
-        """What adding must leave when snapshots share so many nodes and the catalog has so many."""
+        """Blocks that adding must leave free, given the shared nodes and the catalog's nodes."""
         held = self.reserve_blocks
         copies = shared_nodes + self._catalog_copies(catalog_nodes)
         if copies:
@@ -178,16 +189,17 @@ class Admission:
         return held
 
     def _catalog_copies(self, catalog_nodes: int) -> int:
-        """Nodes to hold back for a deletion of all snapshots: each copied, and drop records instead.
+        """Nodes to hold back so that all snapshots can be deleted in one commit.
 
-        What a commit takes anyway is enough for a small catalog.
+        That copies each catalog node, and writes about as many for drop records. For a small
+        catalog `Limits.commit_nodes` are enough.
         """
         return max(0, 2 * catalog_nodes - self.limits.commit_nodes)
 
     def available_blocks(self) -> int:
-        """Blocks of new data that would fit; what the next commits free counts.
+        """Blocks of new data that would fit, counting the blocks that the next commits release.
 
-        Beside the data itself every block needs its checksum in a leaf, and the leaves need room.
+        Each data block also needs room for its checksum in a leaf.
         """
         room = self._room() - self.promised_blocks - self.held_blocks()
         return max(
@@ -195,7 +207,7 @@ class Admission:
         )
 
     def _room(self, tier: int = TIER_ADD) -> int:
-        """Blocks that the next commits leave free, less what each commit may take: at the most."""
+        """The most blocks that are free after the next commits, less what each commit may take."""
         space = self._map
         ripe = space.free_blocks + space.pending_blocks + space.pending_system_blocks
         nodes, groups = self._commit_takes(tier)
@@ -203,18 +215,18 @@ class Admission:
         return ripe - pages - (nodes + self.dirty_nodes) * self._node_blocks
 
     def _commit_takes(self, tier: int) -> tuple[int, int]:
-        """Nodes and pages of refcounts that a commit may take beside the dirty ones."""
+        """The most nodes and pages of refcounts that a commit takes beside the dirty ones."""
         limits = self.limits
         if tier == TIER_FREE:
             return limits.freeing_nodes, limits.freeing_groups
         return limits.commit_nodes, limits.commit_groups
 
     def metadata_need(self) -> int:
-        """Blocks that the open transaction's commit takes beside data, at the most."""
+        """The most blocks that the open transaction's commit takes beside data."""
         return self._metadata_need(TIER_ADD, 0, 0, 0)
 
     def _metadata_need(self, tier: int, blocks: int, nodes: int, groups: int) -> int:
-        """The same when it grows by so many data blocks, nodes and dirty groups."""
+        """The same after adding `blocks` of data, `nodes` dirty nodes and `groups` dirty groups."""
         commit_nodes, commit_groups = self._commit_takes(tier)
         nodes += self.dirty_nodes + self.promised_items + commit_nodes
         node_blocks = nodes * self._node_blocks
@@ -222,21 +234,22 @@ class Admission:
         groups += self._map.dirty_groups + commit_groups + taken
         return node_blocks + self._map.index.pages_to_write(groups) * self._copies
 
-    # --- asking -------------------------------------------------------------------------------------
+    # --- asking -----------------------------------------------------------------------------------
 
     def admit(self, blocks: int, tier: int, nodes: int = 0) -> None:
-        """Let an operation go on that adds so many data blocks and dirties so many nodes.
+        """Admit an operation, or raise.
 
-        Must come before the operation reaches anything: it may commit.
+        Call it before the operation reaches anything: it may commit.
 
         Args:
-            tier: of the operation: how much of the reserve it leaves.
-            nodes: that it dirties beyond `Limits.operation_nodes`.
+            blocks: blocks of data that the operation adds.
+            tier: how much of the reserve the operation leaves.
+            nodes: nodes that it dirties beyond `Limits.operation_nodes`.
 
         Raises:
-            NoSpaceError: it would not fit, also after the commits that let freed blocks go.
-            ReadOnlyError: nothing may change here.
-            DeviceError: a commit failed before (C8).
+            NoSpaceError: the operation does not fit, even after relief.
+            ReadOnlyError: the image is open read-only.
+            DeviceError: a commit failed (C8).
         """
         if self.closed is not None:
             raise self.closed
@@ -262,14 +275,14 @@ class Admission:
             self._said_full = False
 
     def would_admit(self) -> bool:
-        """Whether something small fits as it is; for what can as well be left out."""
+        """Whether a small operation fits without a commit; for changes that may be left out."""
         return self.closed is None and (
             self.dirty_nodes + self.promised_items <= self._node_ceiling
             or self._fits(0, TIER_ADD, 0)
         )
 
     def require_blocks(self, blocks: int) -> None:
-        """Raise NoSpaceError when so many blocks of data do not fit, whatever is committed first."""
+        """Raise NoSpaceError if `blocks` blocks of data do not fit, even after commits."""
         available = self.available_blocks()
         if blocks > available:
             raise NoSpaceError(
@@ -278,16 +291,18 @@ class Admission:
             )
 
     def admit_snapshot(self, nodes: int) -> None:
-        """Let a snapshot be made that shares `nodes` nodes of the live tree, if they could be copied.
+        """Admit a snapshot that shares `nodes` nodes of the live tree, or raise. May commit.
 
-        Deleting a file that a snapshot holds copies nodes and frees nothing. That room is promised
-        when the snapshot is made, so that a full filesystem can always delete (C10). May commit.
+        Deleting a file that a snapshot holds copies nodes and frees nothing. The room for copies of
+        all shared nodes is set aside when the snapshot is made, so that files can always be deleted
+        (C10).
 
         Raises:
             NoSpaceError: there is no such room.
+            ReadOnlyError, DeviceError: as `admit`.
         """
         self._require_open()
-        catalog_nodes = self.catalog_nodes + 2  # the snapshot's own records may split leaves
+        catalog_nodes = self.catalog_nodes + 2  # the snapshot's records may split leaves
         missing = self._held_with(nodes, catalog_nodes) - self._room()
         if missing > 0:
             raise NoSpaceError(
@@ -302,18 +317,18 @@ class Admission:
             if self.relieve is None or not self.relieve():
                 break
         raise NoSpaceError(
-            "no room for a snapshot: what is free lies in pieces too small to delete files that it "
-            "holds; delete files or snapshots first (cowdu shows which)"
+            "no room for a snapshot: the free space is in pieces too small for the nodes that "
+            "deleting its files would copy; delete files or snapshots first (cowdu shows which)"
         )
 
     def _require_open(self) -> None:
         if self.closed is not None:
             raise self.closed
 
-    # --- inside -------------------------------------------------------------------------------------
+    # --- deciding ---------------------------------------------------------------------------------
 
     def _raise_ceilings(self) -> None:
-        """Find out whether the next operations may go on without a comparison."""
+        """Set ceilings if there is room for `Limits.ceiling_operations` more operations."""
         limits = self.limits
         blocks = limits.ceiling_operations * limits.ceiling_blocks
         nodes = limits.ceiling_operations * limits.operation_nodes
@@ -322,7 +337,7 @@ class Admission:
             self._lower_ceilings()
             return
         self._block_ceiling = self.promised_blocks + blocks
-        # The operation that reaches the ceiling may still dirty what one operation does.
+        # The operation that crosses the ceiling may still dirty `operation_nodes` nodes.
         self._node_ceiling = self.dirty_nodes + self.promised_items + nodes - limits.operation_nodes
         self._group_ceiling = self._map.dirty_groups + groups
 
@@ -330,7 +345,7 @@ class Admission:
         self._block_ceiling = self._node_ceiling = self._group_ceiling = -1
 
     def _relieved(self, blocks: int, tier: int, nodes: int) -> bool:
-        """Commit until an operation fits. Returns whether it does."""
+        """Commit until the operation fits. Returns whether it does."""
         spare = self._spare(blocks, tier)
         hopeless, generation = self._hopeless
         if (
@@ -342,9 +357,9 @@ class Admission:
         for _ in range(self.limits.retained_generations + 2):
             spare = self._spare(blocks, tier)
             if spare < 0 and not self.promised_items:
-                return False  # not even if all that is pending were free
+                return False  # even all pending blocks would not be enough
             if tier == TIER_FREE and self._map.free_blocks < 2 * self._metadata_need(tier, 0, 0, 0):
-                break  # a commit might not fit itself
+                break  # there may be no room for the commit itself
             if self.relieve is None or not self.relieve():
                 break
             if self._fits(blocks, tier, nodes):
@@ -353,7 +368,7 @@ class Admission:
         return False
 
     def _released(self, blocks: int, tier: int, nodes: int) -> bool:
-        """Give up retained generations for what frees, when nothing else helps."""
+        """Give up retained generations for an operation that frees. Returns whether it fits."""
         return (
             tier == TIER_FREE
             and self.let_go is not None
@@ -362,18 +377,21 @@ class Admission:
         )
 
     def _spare(self, blocks: int, tier: int) -> int:
+        """Blocks that are left over after the operation; negative if it cannot fit."""
         return self._room(tier) - blocks - self.held_blocks(tier)
 
     def _fits(self, blocks: int, tier: int, nodes: int, groups: int = 0) -> bool:
+        """Whether the next commit fits in the worst case, with these additions."""
         need = blocks + self.promised_blocks + self._metadata_need(tier, blocks, nodes, groups)
         if self._map.free_blocks - need < self.held_blocks(tier):
             return False
-        # Nodes need blocks that lie together: free ones that lie apart are room for data only.
+        # A node needs NODE_BLOCKS free blocks in a row; single free blocks are room for data only.
         copies = 0
         if tier == TIER_ADD:
             copies = self.shared_nodes + self._catalog_copies(self.catalog_nodes)
-        # `need` is the worst case of this commit. The margin is for those after it, in which single
-        # blocks of data and of the map break places up: adding must leave four times that of removing.
+        # `need` is the worst case of this commit. The margin is for later commits, in which single
+        # blocks of data and of the map take places for nodes. Adding leaves four times as many
+        # places as removing.
         margin = self.reserve_blocks * tier // (8 if tier == TIER_ADD else 16)
         places = (need + margin + copies * self._node_blocks) // NODE_BLOCKS + 4
         return self._map.node_places(places) >= places

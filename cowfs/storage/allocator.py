@@ -1,9 +1,8 @@
 """The allocator: finds free runs in the space map.
 
-Data, nodes and the twins of nodes live in groups of their own as long as there are groups to choose
-from, so that metadata stays dense and a damaged stretch of image does not hit both twins. Within a
-kind it fills the lowest groups that have room, which keeps a sparse image compact and gives large
-writes long runs.
+Data, nodes and the twins of nodes have groups of their own as long as unused groups are left. So
+metadata stays dense, and one damaged stretch of the image does not hit both twins. Each kind fills
+the lowest groups that have room: a sparse image stays compact, and large writes get long runs.
 """
 
 import numpy as np
@@ -13,28 +12,29 @@ from cowfs.storage.format import GROUP_BLOCKS, KIND_DATA, KIND_NODES, KIND_NONE,
 from cowfs.storage.runs import Run
 from cowfs.storage.spacemap import SpaceMap
 
-# A large request looks first for groups with this much room: runs of 1 MiB and more.
+# A large request first looks for groups with this many free blocks (1 MiB).
 ROOMY_BLOCKS = 256
 
 
 class Allocator:
-    """Takes runs from a space map. One cursor for each kind, forgotten when the image is closed."""
+    """Allocates runs of a space map. Keeps a cursor for each kind, in memory only."""
 
     def __init__(self, space_map: SpaceMap) -> None:
         self._map = space_map
         self._cursors = {KIND_DATA: -1, KIND_NODES: -1, KIND_TWINS: -1}
 
     def allocate(self, kind: int, count: int, unit: int = 1, *, system: bool = False) -> list[Run]:
-        """Take `count` blocks as runs whose lengths are multiples of `unit`, none across a group.
+        """Allocate `count` blocks as runs inside groups, each a multiple of `unit` long.
 
         Args:
             kind: KIND_DATA, KIND_NODES or KIND_TWINS.
             count: blocks, a multiple of `unit`.
-            system: for the space map itself: not counted in it.
+            unit: blocks that must be in a row.
+            system: for pages of the space map, which have no refcounts.
 
         Raises:
-            NoSpaceError: not that many; what was taken until then is given back by the caller's
-                failing transaction, which must not go on.
+            NoSpaceError: not enough room. The runs taken before stay taken: the caller's
+                transaction must not go on.
         """
         take = self._map.take_system if system else self._map.take
         free = b"\0" * unit
@@ -61,13 +61,17 @@ class Allocator:
             take(first, length, kind)
             runs.append((first, length))
             count -= length
-            # The group's last block is where the search goes on when it is used up: it then wraps.
+            # The cursor stays in this group, also at its end: the next search wraps around in it.
             cursor = min(first + length, (number + 1) * GROUP_BLOCKS - 1)
         self._cursors[kind] = cursor
         return runs
 
     def _next_group(self, kind: int, count: int, unit: int, full: set[int]) -> int:
-        """The group to go on in: own kind or unused, with room; at last any that has a free unit."""
+        """The group to allocate from next.
+
+        First choice: of this kind or unused, with room for most of the request. Then one with room
+        for a unit. Last, a group of another kind.
+        """
         space, kinds = self._map.free, self._map.kinds
         own = (kinds == kind) | (kinds == KIND_NONE)
         roomy = min(count, ROOMY_BLOCKS)
@@ -76,4 +80,4 @@ class Allocator:
             number = int(np.argmax(mask))
             if mask[number]:
                 return number
-        raise NoSpaceError("no free block is left in the image")
+        raise NoSpaceError("the image has no free block left")

@@ -1,14 +1,14 @@
 """One operation at a time, in three steps: admit, reach, change.
 
-- *Admit*: the room is found once, at the start. This may commit, and a commit begins a new generation
-  in which nothing is reached yet: so nothing may be reached before.
-- *Reach*: everything that will be read or changed is brought into memory and shadowed (btree.py). This
-  may meet damage, and later may ask to wait: then the operation is given up without a trace.
-- *Change*: cannot fail and cannot wait.
+- *Admit*: find room, once, at the start. This may commit, and the commit begins a new generation in
+  which nothing is reached. So nothing may be reached before.
+- *Reach*: load and shadow everything that will be read or changed (btree.py). This may find damage,
+  or need to wait: then the operation is given up without a trace.
+- *Change*: cannot fail and does not wait.
 
-`Tree` asserts the order: it reaches only in the second step and changes only in the third. An exception
-in the third step is our mistake and leaves half an operation in memory; that must never be written, so
-it ends all writing, and the last generation stays (C8).
+`Tree` asserts the order: it reaches only in the second step and changes only in the third. An
+exception in the third step is our bug and leaves half an operation in memory. That must never be
+written, so it ends all writing, and the newest generation stays (C8).
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ IDLE, REACHING, CHANGING = 0, 1, 2
 
 
 class Operation:
-    """The operation under way on one tree; used again for the next.
+    """The current operation on one tree. One object serves all operations, one after the other.
 
         with volume.operation.begin(TIER_ADD) as operation:
             ...  # look, refuse, reach
@@ -30,7 +30,7 @@ class Operation:
 
     Args:
         admission: of the store.
-        fail: ends all writing, told of an exception that came while changing.
+        fail: ends all writing; gets the exception that was raised in the third step.
 
     Attributes:
         step: IDLE, REACHING or CHANGING.
@@ -44,7 +44,7 @@ class Operation:
         self.step = IDLE
 
     def begin(self, tier: int, blocks: int = 0) -> Self:
-        """Admit an operation that adds so many blocks of data. It reaches from here on.
+        """Admit an operation that adds `blocks` of data, and enter the second step.
 
         Raises:
             NoSpaceError, ReadOnlyError, DeviceError: as `Admission.admit`.
@@ -55,13 +55,13 @@ class Operation:
         return self
 
     def begin_admitted(self) -> Self:
-        """Begin what `Admission.would_admit` found room for, or what a freeze places."""
+        """Enter the second step: for a freeze, or after `Admission.would_admit` said yes."""
         assert self.step == IDLE, "an operation begins inside another"
         self.step = REACHING
         return self
 
     def change(self) -> None:
-        """All is reached: what follows cannot fail."""
+        """Enter the third step: all is reached, and what follows cannot fail."""
         assert self.step == REACHING, "an operation changes twice, or before it began"
         self.step = CHANGING
 
