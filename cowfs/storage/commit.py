@@ -1,11 +1,12 @@
 """The commit: how one frozen transaction becomes the newest durable generation.
 
-`begin` freezes what the transaction changed, in the thread of the store; `Commit.write` puts it on the
-device, from any thread, while the next transaction goes on; `finish` makes it the past, in the thread
-of the store again. A failed write or flush ends all writing for good (C8): the last generation stays.
+`begin` freezes the changes of the transaction, in the store's thread. `Commit.write` writes them to
+the device, from any thread, while the next transaction goes on. `finish` releases what the
+generation replaced, in the store's thread again. A failed write or flush ends all writing (C8): the
+newest durable generation stays.
 
-Keeps I2 and I3: writes go to blocks that no retained generation shows, each once between two flushes;
-but for bad copies, which are repaired first (repairs.py).
+Keeps I2 and I3: writes go to blocks that no retained generation shows, and each block is written
+once between two flushes. Repairs of bad copies are the exception; they go first (repairs.py).
 """
 
 import threading
@@ -33,29 +34,44 @@ from cowfs.storage.superblock import write_slot
 
 @dataclass(slots=True)
 class Commit:
-    """One generation on its way to the device."""
+    """One generation on its way to the device.
+
+    Attributes:
+        generation: its number.
+        nodes: its nodes, children before parents; the catalog's root is the last.
+        data: its data, as (first block, buffers).
+        map: its pages of the space map.
+        superblock: complete only after `write`.
+        release_limit: `finish` releases blocks that were freed in this generation or before.
+        repairs: bad copies to rewrite, from `Repairs.take`.
+        discard: under way at the freeze; it may discard blocks that this commit writes.
+        done: set when `write` has ended, with or without an error.
+        error: why the generation is not durable.
+        finished: whether `finish` has done its work.
+        written_bytes: without superblocks and repairs.
+    """
 
     store: Store
     generation: int
-    nodes: list[Node]  # children before parents; the catalog's root is the last
+    nodes: list[Node]
     data: list[tuple[int, list[Buffer]]]
     map: FrozenMap
     superblock: Superblock
     release_limit: int
     repairs: list[tuple[int, int, bytes]]
-    discard: Discard | None  # under way at the freeze: it may hold for free what this commit writes
+    discard: Discard | None
     done: threading.Event = field(default_factory=threading.Event)
     error: DeviceError | CorruptError | None = None
     finished: bool = False
     written_bytes: int = 0
 
     def write(self) -> None:
-        """Make this generation durable. Never raises a device's error: it is kept in `error`."""
+        """Make this generation durable. An error of the device is kept in `error`, not raised."""
         try:
             self._write()
         except (DeviceError, CorruptError) as error:
             self.error = error
-        except BaseException as error:  # a fault of our own: not durable either
+        except BaseException as error:  # our bug: the generation is not durable either
             self.error = DeviceError(f"internal error: {error!r}")
             raise
         finally:
@@ -93,10 +109,10 @@ class Commit:
             device.write(first * BLOCK_SIZE_BYTES, buffers)
             self.written_bytes += sum(map(len, buffers))
         device.flush()
-        # All that this generation points at is durable; nothing points at it yet.
+        # All that this generation points at is durable; no superblock points at it yet.
         write_slot(device, superblock)
         device.flush()
-        # This is the commit point: a mount from here on shows this generation.
+        # This is the commit point: from here on a mount shows this generation.
         self.superblock = superblock
 
 
@@ -111,11 +127,13 @@ def begin(
     """Freeze the open transaction and open the next.
 
     Args:
-        nodes: all dirty nodes, placed, children before parents, the catalog's root last.
+        nodes: all dirty nodes, with addresses, children before parents, the catalog's root last.
+        catalog_nodes: number of nodes of the catalog.
+        next_root_id: for the superblock.
         clean: mark the image as unmounted in order.
 
     Raises:
-        NoSpaceError: the reserve was too small for this transaction, which is lost.
+        NoSpaceError: the space map found no room for its pages; the transaction is lost.
     """
     generation = store.generation
     frozen = store.map.freeze(generation, store.place_map())
@@ -126,7 +144,7 @@ def begin(
         flags=FLAG_CLEAN if clean else 0,
         committed_ns=time.time_ns(),
         oldest_retained=store.oldest_retained(),
-        # Where an image told wrong numbers they stay wrong, but what is written can be read.
+        # An image may have wrong counts. They stay wrong, but in the range that decoding accepts.
         used_blocks=max(0, min(store.map.used_blocks, store.map.total_blocks)),
         catalog_nodes=max(1, min(catalog_nodes, store.map.total_blocks // NODE_BLOCKS)),
         system_blocks=store.map.system_blocks - store.map.pending_system_blocks,
@@ -151,11 +169,7 @@ def begin(
 
 
 def finish(commit: Commit) -> None:
-    """Wait for the write, then let go of what the generation replaced.
-
-    Raises:
-        DeviceError: the write failed; the store is read-only from now on (C8).
-    """
+    """Wait for the write, then release the blocks that no retained generation shows any more."""
     commit.done.wait()
     store = commit.store
     if commit.error is not None:
@@ -173,7 +187,7 @@ def finish(commit: Commit) -> None:
 
 
 def _gather(writes: list[tuple[int, Sequence[Buffer]]]) -> list[tuple[int, list[Buffer]]]:
-    """The same writes in block order, neighbours joined to one."""
+    """Sort writes by block, and join writes to neighbouring blocks."""
     writes.sort(key=lambda write: write[0])
     joined: list[tuple[int, list[Buffer]]] = []
     end = -1

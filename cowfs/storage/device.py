@@ -1,9 +1,9 @@
-"""The image file or block device: the only place that touches it.
+"""The image file or block device: the only file of cowfs that reads and writes it.
 
 `Device` is the seam: tests inject faults with another class of the same methods, and other backends
-plug in here. All offsets and sizes are in bytes. A short read or write is looped until it is whole;
-what the host refuses is a `DeviceError`. Writers hold an exclusive lock on the file for as long as it
-is open, mounts that only read a shared one; the lock dies with the process.
+would be such classes. All offsets and sizes are in bytes. A short read or write is repeated until
+it is whole; a refusal of the host is a `DeviceError`. A writer holds an exclusive lock on the file
+while it is open, a read-only mount a shared one. The kernel drops the lock when the process ends.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ _BLKGETSIZE64 = 0x80081272
 _BLKDISCARD = 0x1277
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
-# One call to the host: 1 MiB costs it 0.35 ms of CPU, 4 MiB at once six times as much a MiB.
+# Size of one call to the host: 1 MiB takes 0.35 ms of CPU, 4 MiB six times as much for each MiB.
 _WRITE_BYTES_MAX = 1 << 20
 _IOV_MAX = 1024
-# The mount's own cache has what was just written; the host need not keep long runs a second time.
+# Longer runs leave the host's cache after a flush: the mount's own cache holds what was written.
 _FORGET_BYTES_MIN = 1 << 20
 _OFD_FLOCK = struct.Struct("hhqqi4x")
 
@@ -36,45 +36,50 @@ _libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes
 
 
 class Device(Protocol):
-    """Bytes that last. One thread writes at a time; reads, and discards of what nobody writes, may come
-    from any thread.
+    """Durable bytes.
+
+    One thread writes at a time. Reads may come from any thread, and so may discards of ranges that
+    nobody writes.
     """
 
     size_bytes: int
     name: str
 
     def read(self, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes. Raises DeviceError, also at the end of the device."""
+        """Read exactly `size` bytes. Raises DeviceError, also where the device ends before."""
 
     def read_cached(self, offset: int, size: int) -> Buffer | None:
-        """The same if it needs no waiting for the disk, else None."""
+        """Read `size` bytes if that needs no wait for the disk, else return None."""
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        """All buffers, one after the other, from `offset`. Raises DeviceError."""
+        """Write all buffers, one after the other, from `offset` on. Raises DeviceError."""
 
     def flush(self) -> None:
-        """All writes that returned are durable afterwards. Raises DeviceError."""
+        """Make all writes that have returned durable. Raises DeviceError."""
 
     def discard(self, offset: int, size: int) -> bool:
-        """The range holds nothing of worth any more; a hint. Returns whether the host took it."""
+        """Hint that the range has no content any more. Returns whether the host took it back."""
 
     def prefetch(self, offset: int, size: int) -> None:
-        """The range will be read soon; a hint that never fails."""
+        """Hint that the range will be read soon. Never fails."""
 
     def close(self) -> None: ...
 
 
 class FileDevice:
-    """A regular file or a block device.
+    """A regular file or a block device, as a `Device`.
 
     Args:
         path: of the image.
         writable: take the exclusive lock and allow `write`.
         steady: without `writable`, take the shared lock, which keeps writers away.
 
+    Attributes:
+        is_file: whether it is a regular file.
+
     Raises:
         ImageMissingError: no such file.
-        LockedError: another process writes to it; the message names its pid.
+        LockedError: another process has a lock; the message names its pid.
         ImageError: not a file or block device, or it cannot be opened.
     """
 
@@ -148,7 +153,7 @@ class FileDevice:
             if os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT) == size:
                 return buffer
         except OSError as error:
-            if error.errno == errno.EOPNOTSUPP:  # the host cannot tell: read, and let it wait
+            if error.errno == errno.EOPNOTSUPP:  # the host cannot read without waiting
                 return self.read(offset, size)
         return None
 
@@ -198,7 +203,7 @@ class FileDevice:
 
 
 def _batches(buffers: Sequence[Buffer]) -> Iterator[list[Buffer]]:
-    """The buffers in the same order, as many at a time as one call should take."""
+    """Group the buffers, in order, so that one call to the host takes each group."""
     batch: list[Buffer] = []
     size = 0
     for buffer in buffers:
@@ -212,7 +217,7 @@ def _batches(buffers: Sequence[Buffer]) -> Iterator[list[Buffer]]:
 
 
 def _rest(batch: list[Buffer], written: int) -> list[Buffer]:
-    """What is left of `batch` after its first `written` bytes."""
+    """The rest of `batch` after its first `written` bytes."""
     for index, buffer in enumerate(batch):
         size = len(buffer)
         if written < size:
@@ -245,7 +250,7 @@ def lock_holder(fd: int) -> int | None:
 
 
 def is_locked(path: str | os.PathLike[str]) -> bool | None:
-    """Whether a writer or a mount has the image; None when that cannot be looked at."""
+    """Whether a process has the image locked; None where that cannot be found out."""
     try:
         if not (stat.S_ISREG(os.stat(path).st_mode) or stat.S_ISBLK(os.stat(path).st_mode)):
             return None
@@ -275,7 +280,7 @@ def find_lock_holder(path: str | os.PathLike[str]) -> int | None:
 
 
 def create_file(path: str | os.PathLike[str], size_bytes: int) -> None:
-    """Make a sparse file of `size_bytes`, or give an existing one that size.
+    """Make a sparse file of `size_bytes`, or set the size of an existing file.
 
     Raises:
         ImageError: with the host's reason.

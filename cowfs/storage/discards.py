@@ -1,15 +1,15 @@
-"""Discards: free blocks given back to the host, so that the image takes no more of it than is in use.
+"""Discards: give free blocks back to the host, so that the image takes no more room than it uses.
 
-What is discarded reads as zeros afterwards, so it counts as a write. Two things keep it from what
-somebody needs:
+Discarded blocks read as zeros afterwards, so a discard counts as a write. Two rules keep discards
+away from blocks that somebody needs:
 
-- The space map offers only blocks that could be allocated now. What a retained generation or a reader
-  outside still shows is pending, and not among them (I2).
-- A block that was free when a sweep saw it may be allocated a moment later, while the discard is on
-  its way in a thread. Only a commit writes blocks, and only those that were allocated before its
-  freeze. So a commit that was frozen before the sweep looked writes nothing that the sweep saw free,
-  and one that is frozen later stops the discard before its first write. A stopped discard begins no
-  run any more; the sweep looks again at those that are left.
+- The space map gives only blocks that can be allocated now. Blocks that a retained generation or a
+  reader outside shows are pending, so they are not among these (I2).
+- A block that was free when a sweep looked may be allocated before the thread discards it. Only a
+  commit writes blocks, and only blocks allocated before its freeze. So a commit frozen before the
+  sweep looked writes no block that the sweep saw free. A commit frozen later stops the discard
+  before its first write. A stopped discard begins no further run; the sweep looks at the rest
+  again.
 """
 
 from __future__ import annotations
@@ -25,22 +25,30 @@ from cowfs.storage.runs import Run, merge_runs
 if TYPE_CHECKING:
     from cowfs.storage.store import Store
 
-DISCARD_BLOCKS_MIN = 256  # 1 MiB: the host journals every hole, and small ones are soon used again
-# One step of a sweep. It ends where one of these is reached, so that neither the loop that looks nor a
-# commit that waits for a run is kept long.
+DISCARD_BLOCKS_MIN = 256  # 1 MiB: the host journals each hole, and small holes are soon used again
+# A step of a sweep ends when it reaches one of these limits: neither the event loop nor a commit
+# that waits for a run should wait long.
 STEP_GROUPS_MAX = 4096
-STEP_LOADS_MAX = 16  # groups whose page may have to be read
+STEP_LOADS_MAX = 16  # groups whose page of refcounts may have to be read
 STEP_RUNS_MAX = 256
-STEP_BLOCKS_MAX = 8192  # 32 MiB: 13 ms on ext4, nearly all of it for what is in the page cache
+STEP_BLOCKS_MAX = (
+    8192  # 32 MiB: 13 ms on ext4, nearly all of it to drop the range from the page cache
+)
 
 
 class Discard:
-    """Runs that were free when a sweep looked. Discarded by `run` unless `stop` comes first."""
+    """Runs that were free when a sweep looked. `run` discards them unless `stop` comes first.
+
+    Attributes:
+        runs: to discard, in this order.
+        done: number of runs that are discarded.
+        is_refused: whether the host cannot discard.
+    """
 
     def __init__(self, device: Device, runs: Sequence[Run]) -> None:
         self.runs = runs
-        self.done = 0  # of the runs
-        self.is_refused = False  # the host cannot do it
+        self.done = 0
+        self.is_refused = False
         self._device = device
         self._is_stopped = False
         self._turn = threading.Lock()  # held while a run is discarded
@@ -50,7 +58,7 @@ class Discard:
         return self.done == len(self.runs)
 
     def run(self) -> None:
-        """Discard the runs, in order, in any thread; returns early when stopped or refused."""
+        """Discard the runs, from any thread. Returns early when stopped or refused."""
         for first, count in self.runs:
             with self._turn:
                 if self._is_stopped:
@@ -61,21 +69,25 @@ class Discard:
                 self.done += 1
 
     def stop(self) -> None:
-        """No run is being discarded when this returns, and none will be. From any thread."""
+        """Stop, from any thread: when this returns no run is being discarded, nor will be."""
         self._is_stopped = True
         with self._turn:
-            pass  # `run` looks at the mark after it took its turn
+            pass  # `run` reads `_is_stopped` only while it holds the lock
 
 
 class Sweep:
-    """One pass over groups that discards what is free in them, in steps that are short.
+    """One pass over groups that discards their free blocks, in short steps. One sweep at a time.
 
-    A step is `look`, in the thread of the store; `Discard.run`, in any thread; and `done_with`, in the
-    thread of the store again, whatever happened in between. One sweep at a time.
+    A step is `look`, in the store's thread; then `Discard.run`, in any thread; then `done_with`, in
+    the store's thread again, whatever happened in between.
 
     Args:
-        groups: their numbers, ascending.
-        least: blocks in a row that are worth a discard.
+        groups: group numbers, ascending.
+        least: the shortest run, in blocks, that is discarded.
+
+    Attributes:
+        discarded_blocks: so far.
+        is_refused: whether the host cannot discard; ends the sweep.
     """
 
     def __init__(self, store: Store, groups: Sequence[int], least: int) -> None:
@@ -89,16 +101,17 @@ class Sweep:
 
     @classmethod
     def of_released(cls, store: Store, *, settled: bool = False) -> Sweep:
-        """Of what came free since the last such sweep was made, in runs that are worth it.
+        """A sweep of the groups in which blocks were released since the last such sweep.
 
         Args:
-            settled: only where nothing more came free since then; the rest is for the next one.
+            settled: only groups in which no block was released since then; the others are left for
+                the next one.
         """
         return cls(store, store.map.take_released(settled=settled), DISCARD_BLOCKS_MIN)
 
     @classmethod
     def of_everything(cls, store: Store) -> Sweep:
-        """Of every free block, whenever it came free."""
+        """A sweep of every free block."""
         return cls(store, range(store.map.group_count), 1)
 
     @property
@@ -107,7 +120,7 @@ class Sweep:
 
     @property
     def done_bytes(self) -> int:
-        """How much of the image was looked at."""
+        """How much of the image the sweep has passed."""
         return self._at * GROUP_BLOCKS * BLOCK_SIZE_BYTES
 
     @property
@@ -115,10 +128,11 @@ class Sweep:
         return len(self._groups) * GROUP_BLOCKS * BLOCK_SIZE_BYTES
 
     def look(self) -> Discard:
-        """Find what is free in the next groups: it is to be discarded now.
+        """Find the free runs of the next groups, for a discard that the caller runs now.
 
         Raises:
-            DeviceError: a page of the space map cannot be read, or writing has ended (C8).
+            CorruptError, DeviceError: a page of the space map cannot be read.
+            ReadOnlyError, DeviceError: the image cannot be written (any more, C8).
         """
         store = self._store
         store.require_writable()
@@ -139,7 +153,7 @@ class Sweep:
         return store.discard
 
     def done_with(self, discard: Discard) -> None:
-        """Take note of how far the discard came, and go back to what is left of it."""
+        """Count what `discard` did, and go back to the group where it was stopped."""
         discard.stop()
         self._store.discard = None
         self.discarded_blocks += sum(count for _, count in discard.runs[: discard.done])
@@ -151,7 +165,7 @@ class Sweep:
                 self._at += 1
 
     def run(self, show: Callable[[Sweep], None] | None = None) -> None:
-        """All steps, here and now. Tells `show` after each."""
+        """Do all steps in this thread. Calls `show` after each."""
         while not self.is_done:
             discard = self.look()
             try:
