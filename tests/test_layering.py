@@ -219,7 +219,7 @@ def test_layering_of_a_sound_project_is_accepted(tmp_path: Path) -> None:
     [
         ("cowfs/errors.py", "import cowfs.storage.format", "errors imports cowfs.storage.format"),
         ("cowfs/__init__.py", "from cowfs.cli.main import main", "errors imports cowfs.cli.main"),
-        ("cowfs/storage/device.py", "from cowfs.files.items import Ino", "storage imports"),
+        ("cowfs/storage/device.py", "from cowfs.files.items import ROOT_INO", "storage imports"),
         ("cowfs/storage/device.py", "from cowfs import files", "storage imports cowfs.files"),
         ("cowfs/storage/device.py", "from ..files import items", "imports cowfs.files.items"),
         ("cowfs/storage/device.py", "from .. import history", "storage imports cowfs.history"),

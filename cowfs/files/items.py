@@ -8,16 +8,14 @@ whose block is the inode number where no block is known.
 import stat
 import struct
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NewType
+from typing import Any, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
 from cowfs.errors import CorruptError
 from cowfs.storage.format import BLOCK_SIZE_BYTES, DATA_CHECKSUM_BYTES
 
-Ino = NewType("Ino", int)
-
-ROOT_INO = Ino(1)
+ROOT_INO = 1
 INO_MAX = (1 << 40) - 1
 NAME_BYTES_MAX = 255
 SYMLINK_BYTES_MAX = 4095

@@ -1,37 +1,33 @@
-"""Every record of the storage floor, as bytes: superblock, pointer, node.
+"""Codecs of the storage floor: superblock, pointer, node.
 
-FORMAT.md has a table for each record; a test holds the two together. Decoding checks every member,
-so nobody checks again: what is out of range is a `CorruptError`. All numbers are little-endian; keys
-are big-endian so that they sort as bytes. Reserved bytes are zero. Index pages, whose entries are
-an array, are in index_pages.py: this file needs no numpy, so that a command starts fast.
+FORMAT.md has a table for each record; a test compares the tables with this file. Decoding checks
+every field and raises `CorruptError` where one is out of range, so nobody checks again. All numbers
+are little-endian, but keys are big-endian, so that they sort as bytes. Reserved bytes are zero.
+Index pages are in index_pages.py: this file imports no numpy, so that a command starts fast.
 """
 
 import struct
 from itertools import accumulate, pairwise
-from typing import NamedTuple, NewType
+from typing import NamedTuple
 
 from msgspec import Struct
 from xxhash import xxh3_128_digest
 
 from cowfs.errors import CorruptError, ImageError
 
-BlockNo = NewType("BlockNo", int)
-Generation = NewType("Generation", int)
-RootId = NewType("RootId", int)
-
 BLOCK_SIZE_BYTES = 4096
 NODE_SIZE_BYTES = 16384
 NODE_BLOCKS = NODE_SIZE_BYTES // BLOCK_SIZE_BYTES
 FORMAT_VERSION = 1
 
-# Feature flags. A reader that meets an unknown bit: compatible, goes on; read-only-compatible, mounts
-# read-only; incompatible, refuses.
+# Feature flags. What a reader does that finds an unknown flag: compatible, ignore it;
+# read-only-compatible, mount read-only; incompatible, refuse the image.
 INCOMPAT_DUPLICATED_METADATA = 1 << 0
 KNOWN_COMPAT = 0
 KNOWN_RO_COMPAT = 0
 KNOWN_INCOMPAT = INCOMPAT_DUPLICATED_METADATA
 
-# --- superblock -------------------------------------------------------------------------------------
+# --- superblock -----------------------------------------------------------------------------------
 
 RING_SLOTS = 64
 MIN_TOTAL_BLOCKS = 4096  # 16 MiB: the two rings, the reserve of a full image, and room to work
@@ -41,11 +37,11 @@ SUPERBLOCK_MAGIC = b"cowfs\x00\x1a\n"
 SUPERBLOCK = struct.Struct("<8s16sIIQQQ16sQQQQIIqqQ40s40sQQQQQ64s")
 FLAG_CLEAN = 1 << 0
 LABEL_BYTES_MAX = 64
-GENERATION_MAX = 1 << 56  # and so of every birth: it fits into signed numbers, and counting on does
-GENERATION_WRITABLE_MAX = 1 << 55  # from here on only lies lead; what is above is not written to
+GENERATION_MAX = 1 << 56  # so generations and births never leave signed 64-bit numbers
+GENERATION_WRITABLE_MAX = 1 << 55  # no real image has more commits; above it, only reading
 assert SUPERBLOCK.size == 320
 
-# --- pointer ----------------------------------------------------------------------------------------
+# --- pointer --------------------------------------------------------------------------------------
 
 POINTER = struct.Struct("<QQQ16s")
 POINTER_BYTES = 40
@@ -53,7 +49,7 @@ assert POINTER.size == POINTER_BYTES
 
 
 class Pointer(NamedTuple):
-    """Where a node or page is, and what its bytes must hash to. `twin` is 0 when there is none."""
+    """Address and checksum of a node or page. `twin` is 0 where there is no second copy."""
 
     block: int
     twin: int
@@ -72,7 +68,7 @@ def decode_pointer(data: bytes) -> Pointer:
 
 
 class Superblock(Struct, frozen=True):
-    """One commit: what the image is, and where its trees are. FORMAT.md "Superblock"."""
+    """One commit: what the image is, and the addresses of its trees. FORMAT.md "Superblock"."""
 
     uuid: bytes
     seed: int
@@ -96,14 +92,16 @@ class Superblock(Struct, frozen=True):
 
     @property
     def duplicates_metadata(self) -> bool:
+        """Whether nodes and pages have twins."""
         return bool(self.incompat & INCOMPAT_DUPLICATED_METADATA)
 
     @property
     def image_id(self) -> int:
+        """The number that every node and index page of the image carries."""
         return int.from_bytes(self.uuid[:8], "little")
 
     def slot(self) -> int:
-        """The ring slot that this generation is written to."""
+        """The ring slot of this generation."""
         return self.generation % RING_SLOTS
 
     def encode(self) -> bytes:
@@ -143,11 +141,12 @@ _AFTER_SUPERBLOCK = bytes(BLOCK_SIZE_BYTES - SUPERBLOCK.size)
 
 
 def decode_superblock(data: bytes) -> Superblock:
-    """The superblock in one slot.
+    """Decode one slot of the ring: BLOCK_SIZE_BYTES bytes.
 
     Raises:
-        CorruptError: no superblock there, or damaged.
-        ImageError: a whole superblock of a format that this program does not know.
+        CorruptError: the slot has no superblock, or a damaged one.
+        ImageError: a valid superblock of a format, or with features, that this program does not
+            know.
     """
     if len(data) != BLOCK_SIZE_BYTES or data[:8] != SUPERBLOCK_MAGIC:
         raise CorruptError("superblock", 0, "no superblock here")
@@ -210,11 +209,11 @@ def decode_superblock(data: bytes) -> Superblock:
 
 
 def require_generations(superblock: Superblock) -> None:
-    """Raise ImageError where a commit could get a number that nobody reads any more."""
+    """Raise ImageError if the image has no generation numbers left for commits."""
     if superblock.generation > GENERATION_WRITABLE_MAX:
         raise ImageError(
-            f"the image says that it was written {superblock.generation} times, and has no number "
-            "for another; mount it with -o ro, and copy its files to a new image"
+            f"the image has no number left for another commit: its generation is "
+            f"{superblock.generation}; mount it with -o ro, and copy its files to a new image"
         )
 
 
@@ -224,7 +223,9 @@ def check_pointer(
     """Raise CorruptError unless `pointer` stays inside the image and is no newer than `birth`.
 
     Args:
-        blocks: that it points at: NODE_BLOCKS, or 1 for a page of the space map.
+        birth: of the node or superblock that has the pointer.
+        owner, at: for the message: what has the pointer, and its block.
+        blocks: size of the target: NODE_BLOCKS, or 1 for a page of the space map.
     """
     last = total_blocks - RING_SLOTS - blocks
     if not RING_SLOTS <= pointer.block <= last:
@@ -243,7 +244,7 @@ def ring_blocks(total_blocks: int) -> tuple[int, int]:
     return 0, total_blocks - RING_SLOTS
 
 
-# --- node -------------------------------------------------------------------------------------------
+# --- node -----------------------------------------------------------------------------------------
 
 NODE_MAGIC = int.from_bytes(b"cowN", "little")
 NODE_HEADER = struct.Struct("<16sIBBHIIQQQQ")
@@ -252,13 +253,13 @@ NODE_CAPACITY_BYTES = NODE_SIZE_BYTES - NODE_HEADER_BYTES
 NODE_LEVEL_MAX = 12
 ENTRY_OVERHEAD_BYTES = 4  # two 16-bit lengths
 KEY_BYTES_MAX = 300
-VALUE_BYTES_MAX = 4200  # three of the largest entries fit in a node, so a split always works
+VALUE_BYTES_MAX = 4200  # three of the largest entries fit in a node: a split always works
 assert NODE_HEADER.size == NODE_HEADER_BYTES
 assert 3 * (KEY_BYTES_MAX + VALUE_BYTES_MAX + ENTRY_OVERHEAD_BYTES) <= NODE_CAPACITY_BYTES
 
 
 class NodeImage(NamedTuple):
-    """A decoded node: keys strictly ascending, one value each. `level` 0 is a leaf."""
+    """A decoded node: keys strictly ascending, a value for each. `level` 0 is a leaf."""
 
     level: int
     birth: int
@@ -279,7 +280,7 @@ def encode_node(
     keys: list[bytes],
     values: list[bytes],
 ) -> tuple[bytes, bytes]:
-    """A node as NODE_SIZE_BYTES bytes, and its checksum."""
+    """Encode a node as (NODE_SIZE_BYTES bytes, checksum)."""
     count = len(keys)
     lengths = struct.pack(f"<{2 * count}H", *map(len, keys), *map(len, values))
     body = b"".join((lengths, *keys, *values))
@@ -295,7 +296,7 @@ def encode_node(
 def decode_node(
     data: bytes, pointer: Pointer, image_id: int, seed: int, level: int | None
 ) -> NodeImage:
-    """The node that `pointer` points at, every member checked (I4, I5).
+    """Decode the node that `pointer` points at, and check every field (I4, I5).
 
     Args:
         data: NODE_SIZE_BYTES bytes read from pointer.block or pointer.twin.
@@ -352,7 +353,7 @@ def decode_node(
     return NodeImage(found_level, birth, block, owner, keys, values, used)
 
 
-# --- space map --------------------------------------------------------------------------------------
+# --- space map ------------------------------------------------------------------------------------
 
 GROUP_BLOCKS = 1024  # refcounts in one page: 4 MiB of image
 REFCOUNT_MAX = (1 << 32) - 1
@@ -368,17 +369,18 @@ assert GROUP_BLOCKS * 4 == BLOCK_SIZE_BYTES
 
 
 def group_count(total_blocks: int) -> int:
+    """Groups of an image; the last one may be cut short."""
     return -(-total_blocks // GROUP_BLOCKS)
 
 
 def index_shape(total_blocks: int) -> list[int]:
-    """Index pages per level, from the level above the refcount pages to the single top page."""
+    """Number of index pages on each level, from the level above the refcounts to the top."""
     shape = [-(-group_count(total_blocks) // INDEX_FANOUT)]
     while shape[-1] > 1:
         shape.append(-(-shape[-1] // INDEX_FANOUT))
     return shape
 
 
-# --- data -------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 DATA_CHECKSUM_BYTES = 8  # xxh3-64 of each stored block, seeded, as big-endian bytes

@@ -1,6 +1,6 @@
-"""An index page of the space map, as bytes and as an array of its entries. FORMAT.md "Space map".
+"""The codec of an index page of the space map. FORMAT.md "Space map".
 
-Decoding checks the page's identity; the entries are checked by the caller.
+Decoding checks the page's identity. The caller checks the entries.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ assert INDEX_ENTRY.itemsize == INDEX_ENTRY_BYTES
 def encode_index_page(
     level: int, number: int, birth: int, block: int, image_id: int, seed: int, entries: bytes
 ) -> tuple[bytes, bytes]:
-    """An index page as one block, and its checksum. `entries` is INDEX_FANOUT entries."""
+    """Encode a page as (one block, checksum). `entries`: the bytes of INDEX_FANOUT entries."""
     header = INDEX_HEADER.pack(bytes(16), INDEX_MAGIC, level, number, birth, block, image_id)
     rest = (header[16:] + entries).ljust(BLOCK_SIZE_BYTES - 16, b"\0")
     checksum = xxh3_128_digest(rest, seed)
@@ -44,7 +44,14 @@ def encode_index_page(
 def decode_index_page(
     data: bytes, pointer: Pointer, level: int, number: int, image_id: int, seed: int
 ) -> np.ndarray:
-    """The entries of an index page, its identity checked; the entries are checked by the caller.
+    """Decode an index page, and check its checksum and identity.
+
+    Args:
+        data: the block read from pointer.block or pointer.twin.
+        level, number: of the page that the parent names.
+
+    Returns:
+        INDEX_FANOUT entries (INDEX_ENTRY), which the caller checks.
 
     Raises:
         CorruptError: with the reason.

@@ -158,7 +158,7 @@ def test_image_without_a_number_for_a_commit_is_only_read(image: Path, generatio
         lambda device: repair_image(device, accept_loss=True),
     ):
         device = FileDevice(image, writable=True)
-        with pytest.raises(ImageError, match="has no number for another"):
+        with pytest.raises(ImageError, match="no number left for another commit"):
             write(device)
         device.close()
     assert image.read_bytes() == contents
