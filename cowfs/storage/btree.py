@@ -1,17 +1,17 @@
 """The B+tree: sorted byte keys to opaque values, copied on write.
 
-One implementation for every tree. This file changes trees; tree_reader.py reads them. A change shadows
-the nodes from the root to the leaf (store.py), then changes the copies in place. A value is bytes, or
-an object with `len()` and `encode()` whose bytes are known only when the leaf is written, such as a
-record that points at a tree of the same commit.
+One implementation for every tree. This file changes trees; tree_reader.py reads them. A change
+shadows the nodes from the root to the leaf (store.py), then changes the copies in place. A value is
+bytes, or an object with `len()` and `encode()` whose bytes are known only when the leaf is written,
+such as a record that points at a tree of the same commit.
 
-A node splits when it overflows. A node below a quarter full joins a neighbour when both together fill
-three quarters of a node or less.
+A node splits when it overflows. A node below a quarter full joins a neighbour when both together
+fill three quarters of a node or less.
 
-Each change happens whole or not at all, also where nodes are damaged (C9). So an operation *reaches*
-a key before it changes the key: that shadows the leaf. Until the next freeze, every change of a key in
-the range of a reached leaf finds all that it needs in memory, also after the leaf was split, joined or
-dropped. A tree that has an `operation` asserts this order (operation.py).
+Each change happens whole or not at all, also where nodes are damaged (C9). So an operation
+*reaches* a key before it changes the key: that shadows the leaf. Until the next freeze, every
+change of a key in the range of a reached leaf finds all that it needs in memory, also after the
+leaf was split, joined or dropped. A tree that has an `operation` asserts this order (operation.py).
 
 Keeps I5. Source: Rodeh 2008; FORMAT.md "Nodes".
 """
@@ -50,8 +50,8 @@ def no_references(keys: list[bytes], values: list[Any]) -> list[tuple[int, int]]
 class Tree(TreeReader):
     """A tree of one store.
 
-    A change that could fail must have been reached: `reach` raises CorruptError or DeviceError (EIO)
-    and leaves the tree's content as it was.
+    Reach a key before changing it: `reach` raises CorruptError or DeviceError (EIO), and the tree
+    has the same entries as before. A change of a reached key cannot fail.
 
     Args:
         store: that holds its nodes.
@@ -96,14 +96,14 @@ class Tree(TreeReader):
         self.references = references
         self.operation: Operation | None = None
         self._emptied: list[bytes] = []  # a key in the range of each empty leaf, until the freeze
-        # The key reached last, its leaf and the path to it, until a node is split, joined or placed:
-        # the next change is nearly always of this key, and needs no descent.
+        # The key reached last, its leaf and the path to it, until a node is split, joined or
+        # placed: the next change is nearly always of this key, and needs no descent.
         self._found_key = b""
         self._found_leaf: Node | None = None
         self._found_path: Path = []
-        # What was reached in `_reached_generation`: keys below `_head_to` (the first leaf, which has
-        # orphan marks), from `_reached_from` to below `_reached_to` (the last leaf reached), and from
-        # `_tail_from` on (the last leaf of the tree, which gets new inodes).
+        # What was reached in `_reached_generation`: keys below `_head_to` (the first leaf, which
+        # has orphan marks), from `_reached_from` to below `_reached_to` (the last leaf reached),
+        # and from `_tail_from` on (the last leaf of the tree, which gets new inodes).
         self._reached_generation = 0
         self._head_to = b""
         self._reached_from = b""
@@ -116,7 +116,7 @@ class Tree(TreeReader):
         """A new tree: one empty leaf."""
         return cls(store, store.new_node(0, [], [], 0, owner), owner, 1, references)
 
-    # --- changing -----------------------------------------------------------------------------------
+    # --- changing ---------------------------------------------------------------------------------
 
     def _writable_leaf(self, key: bytes, path: Path) -> Node:
         """The leaf whose range contains `key`, shadowed with all nodes above it; fill `path`."""
@@ -351,9 +351,9 @@ class Tree(TreeReader):
         """Replace the entries from the last one with key <= `start` up to `stop`, in one leaf.
 
         Args:
-            renew: gets the keys and the values of these entries, and returns the entries that replace
-                them: ascending, in the same range, except that the last key may be `stop`; at least
-                one, and at most two more than before. When it raises, nothing is changed.
+            renew: gets the keys and the values of these entries, and returns the entries that
+                replace them: ascending, in the same range, except that the last key may be `stop`;
+                at least one, and at most two more than before. When it raises, nothing is changed.
 
         Returns:
             Whether the entries were replaced; False where a second leaf may hold some of them.
@@ -386,7 +386,7 @@ class Tree(TreeReader):
         return True
 
     def _split(self, node: Node, at: int, path: Path) -> None:
-        """Split an overfull node, and its parents where they overflow. `at`: index of the new entry."""
+        """Split an overfull node, and overfull parents. `at`: index of the new entry."""
         self._found_leaf = None
         while node.used_bytes > NODE_CAPACITY_BYTES:
             keys, values = node.keys, node.values
@@ -470,10 +470,11 @@ class Tree(TreeReader):
         return True
 
     def _join(self, node: Node, path: Path, key: bytes, *, last: bool = False) -> None:
-        """Join an underfull node with a neighbour if both fit, drop it if empty, and lower the root.
+        """Join an underfull node with a neighbour if both fit.
 
-        A neighbour that cannot be read is left alone. An empty leaf stays until the freeze if the leaf
-        that takes over its range cannot be read.
+        An empty node is dropped, and the root replaced by its child where it has only one.
+        A neighbour that cannot be read is left alone. An empty leaf stays until the freeze if the
+        leaf that takes over its range cannot be read.
 
         Args:
             key: in the range of `node`.

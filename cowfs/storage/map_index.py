@@ -1,12 +1,12 @@
 """The index of the space map: where each page of refcounts is on disk, and a summary of each.
 
-The index has a few levels. Level 0 are the pages of refcounts, one for each group; a page of a level
-above names INDEX_FANOUT pages of the level below, with their addresses, checksums and free counts.
-All entries are in memory, about 55 bytes for 4 MiB of image in use.
+The index has a few levels. Level 0 are the pages of refcounts, one for each group; a page of a
+level above names INDEX_FANOUT pages of the level below, with their addresses, checksums and free
+counts. All entries are in memory, about 55 bytes for 4 MiB of image in use.
 
 `MapIndex` reads and checks pages, and takes the twin where the first copy is bad (C9). It knows the
-addresses of the map's own pages, not the refcounts: spacemap.py keeps those, and keeps the addresses
-from being allocated. FORMAT.md "Space map".
+addresses of the map's own pages, not the refcounts: spacemap.py keeps those, and keeps the
+addresses from being allocated. FORMAT.md "Space map".
 """
 
 from collections.abc import Callable, Iterator
@@ -106,7 +106,7 @@ class MapIndex:
         """The pointer to a page. Its block is 0 where the page was never written."""
         return _entry_pointer(self.levels[level][number])
 
-    # --- reading ------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------
 
     def read(self, top: Pointer) -> Iterator[Pointer]:
         """Read all index pages into `levels`. Exhaust the iterator: it reads as it goes.
@@ -201,7 +201,7 @@ class MapIndex:
         self._repairs.add(pointer.block, pointer.twin, data, problem)
         return page
 
-    # --- writing ------------------------------------------------------------------------------------
+    # --- writing ----------------------------------------------------------------------------------
 
     def pages_to_write(self, groups: int) -> int:
         """The most pages, index included, that a commit with `groups` dirty groups writes."""

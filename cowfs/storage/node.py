@@ -1,8 +1,9 @@
-"""Nodes in memory, and the bounded cache of the clean ones.
+"""Nodes in memory, and the bounded cache of clean nodes.
 
-A node is changed in place only while its `generation` is that of the open transaction: nobody else can
-see it then. Until its commit it has no address (`block` is 0); until it is written, no checksum. An
-inner node's values are its children: the node itself while that is dirty, else its `Pointer`.
+A node is changed in place only while its `generation` is that of the open transaction: nobody else
+sees it then. It has no address before its commit (`block` is 0), and no checksum before it is
+encoded. The values of an inner node are its children: the child `Node` while that is dirty, else
+its `Pointer`.
 """
 
 from collections import OrderedDict
@@ -11,11 +12,21 @@ from typing import Any
 from cowfs.storage.format import POINTER, NodeImage, Pointer
 
 CACHE_BYTES_DEFAULT = 128 << 20
-ENTRY_MEMORY_BYTES = 100  # two Python objects and two list slots beside the bytes themselves
+ENTRY_MEMORY_BYTES = 100  # two Python objects and two list slots, beside their bytes
 
 
 class Node:
-    """One B+tree node, decoded. `used_bytes` is what its entries take in the encoded node."""
+    """One decoded node of a B+tree.
+
+    Attributes:
+        block, twin: addresses of the two copies; 0 before the commit, `twin` also where there is
+            none.
+        checksum: of the encoded node; empty before it is encoded.
+        generation: in which the node was born.
+        level: 0 is a leaf.
+        owner: id of the root whose tree made the node.
+        used_bytes: what the entries take in the encoded node.
+    """
 
     __slots__ = (
         "block",
@@ -49,12 +60,12 @@ class Node:
         self.checksum = b""
 
     def pointer(self) -> Pointer:
-        """Where it was written."""
-        assert self.checksum, "a node is pointed at before it is written"
+        """The pointer to the node, which must have been encoded."""
+        assert self.checksum, "pointer to a node that is not encoded"
         return Pointer(self.block, self.twin, self.generation, self.checksum)
 
     def value_bytes(self) -> list[bytes]:
-        """The values as they are stored; children that were written become pointers for good."""
+        """The values as bytes, for encoding. Replaces children by their pointers, for good."""
         values = self.values
         if self.level:
             for index, child in enumerate(values):
@@ -68,10 +79,12 @@ class Node:
 
     @property
     def memory_bytes(self) -> int:
+        """Estimate of the memory that the node takes."""
         return self.used_bytes + ENTRY_MEMORY_BYTES * len(self.keys)
 
 
 def node_from_image(image: NodeImage, pointer: Pointer) -> Node:
+    """The clean node that was decoded from the place that `pointer` names."""
     values: list[Any] = image.values
     if image.level:
         values = [Pointer._make(fields) for fields in POINTER.iter_unpack(b"".join(values))]
@@ -81,7 +94,7 @@ def node_from_image(image: NodeImage, pointer: Pointer) -> Node:
 
 
 class NodeCache:
-    """Clean nodes by block number, the longest unused forgotten first."""
+    """Clean nodes by block number; the least recently used is dropped first."""
 
     def __init__(self, limit_bytes: int = CACHE_BYTES_DEFAULT) -> None:
         self.limit_bytes = limit_bytes

@@ -1,14 +1,13 @@
-"""Copies of metadata that were found damaged while their twin was good, until they are written again.
+"""Repairs: bad copies of metadata whose twin is good, kept here until they are rewritten.
 
-A bad copy is rewritten in place, with the bytes of its twin. That is the one exception to I2: what is
-overwritten is nothing that anybody could read, and what is written is what every pointer at it vouches
-for, so no state of the image loses anything, however the write ends. A copy written elsewhere would need
-new pointers in every tree that shares the node, the snapshots' too.
+A bad copy is rewritten in place, with the bytes of its twin. That is the one exception to I2. It is
+safe: nobody could read what is overwritten, and every pointer to the copy has the checksum of what
+is written. So no generation loses anything, however the write ends. A copy at another address would
+need new pointers in every tree that shares the node, snapshots included.
 
-Repairs go out at the start of a commit's write, flushed before anything else is written
-(`Repairs.write`): nothing else is on its way to the device then, so that a device that refuses to
-write a repair has refused nothing but the repair, and each copy is written once between two flushes
-(I3). A flush that fails ends all writing, as everywhere (C8).
+Repairs are written first in a commit, with a flush before anything else is written
+(`Repairs.write`). So a device that refuses a repair has refused nothing else, and each copy is
+written once between two flushes (I3). A flush that fails ends all writing, as everywhere (C8).
 """
 
 import logging
@@ -27,23 +26,23 @@ from cowfs.storage.format import (
 
 log = logging.getLogger(__name__)
 
-WAITING_MAX = 512  # of at most 16 KiB; the next read of one that was left out finds it again
+WAITING_MAX = 512  # of up to 16 KiB; a copy beyond the limit is found again by its next read
 LOG_INTERVAL_S = 60.0
-LOG_LINES_MAX = 10  # in each interval
+LOG_LINES_MAX = 10  # in each LOG_INTERVAL_S
 
 
 class Repairs:
-    """The repairs of one open image.
+    """The repairs of one open image. `add` and `take` may be called from any thread.
 
     Attributes:
-        found: bad copies met, each once for every commit.
-        written: copies written again.
+        found: bad copies found; each counts once for each commit.
+        written: copies rewritten.
     """
 
     def __init__(self) -> None:
         self.found = 0
         self.written = 0
-        self._waiting: dict[int, tuple[int, bytes]] = {}  # bad block: good block, bytes
+        self._waiting: dict[int, tuple[int, bytes]] = {}  # by bad block: good block, bytes
         self._lock = threading.Lock()
         self._log_from_s = 0.0
         self._log_lines = 0
@@ -52,9 +51,10 @@ class Repairs:
         return len(self._waiting)
 
     def add(self, bad_block: int, good_block: int, data: bytes, problem: Exception | str) -> None:
-        """A copy is bad, its twin good.
+        """Queue a bad copy whose twin is good, and log it.
 
         Args:
+            bad_block, good_block: first blocks of the two copies.
             data: the bytes of the good copy, verified against their pointer.
             problem: what is wrong with the bad copy.
         """
@@ -71,32 +71,32 @@ class Repairs:
         if self._log_lines <= LOG_LINES_MAX:
             log.warning("%s; its twin at block %d is good", problem, good_block)
         elif self._log_lines == LOG_LINES_MAX + 1:
-            log.warning("more bad copies with good twins; cowfs scrub finds and repairs them all")
+            log.warning("more bad copies were found and not logged; cowfs scrub repairs all")
 
     def take(self) -> list[tuple[int, int, bytes]]:
-        """All that wait, as (bad block, good block, bytes); nothing waits afterwards."""
+        """Remove all queued repairs, and return them as (bad block, good block, bytes)."""
         with self._lock:
             taken = [(bad, good, data) for bad, (good, data) in self._waiting.items()]
             self._waiting.clear()
         return taken
 
     def write(self, device: Device, repairs: list[tuple[int, int, bytes]]) -> None:
-        """Write what `take` gave, durable when this returns. While nothing else is being written.
+        """Write the repairs that `take` gave; durable on return. Write nothing else meanwhile.
 
-        Each copy is looked at again: it is left alone unless its twin still holds the good bytes. A
-        write that is refused loses nothing; the next read of that copy finds it again.
+        A copy is left alone unless its twin still holds the good bytes. A write that is refused is
+        logged and loses nothing: the next read of that copy finds it again.
 
         Raises:
-            DeviceError: the flush failed, and with it the commit: what a failed flush covered, nobody
-                knows (C8).
+            DeviceError: the flush failed, and so does the commit: nobody knows which writes a
+                failed flush covers (C8).
         """
         wrote = False
         for bad, good, data in repairs:
             try:
                 if device.read(good * BLOCK_SIZE_BYTES, len(data)) != data:
-                    continue  # a slot of the ring that was used again
+                    continue  # a ring slot that was written since
                 if not _is_same(device, bad, data):
-                    wrote = True  # a write that fails may have begun
+                    wrote = True  # also before a write that fails: it may have begun
                     device.write(bad * BLOCK_SIZE_BYTES, [data])
                     self.written += 1
             except DeviceError as error:
@@ -108,11 +108,14 @@ class Repairs:
 def good_copy(
     device: Device, kind: str, bad_block: int, good_block: int, checksum: bytes, seed: int
 ) -> bytes | None:
-    """The bytes of a good copy, when the other one is bad indeed; None when there is nothing to do.
+    """Confirm a claim that one copy is bad and the other good.
 
     Args:
         kind: "node", "page" (of the space map) or "slot" (of the ring).
-        checksum: that a pointer gives to both; of a slot none is needed.
+        checksum: of the pointer to both copies; unused for a slot.
+
+    Returns:
+        The bytes of the good copy; None if it is not good, or the other copy is not bad.
 
     Raises:
         DeviceError: the good copy cannot be read.
@@ -126,7 +129,7 @@ def good_copy(
             except CorruptError:
                 return False
             return True
-        # Nodes and index pages begin with their own checksum, which may be what is damaged.
+        # Nodes and index pages begin with their own checksum, which may be damaged as well.
         if data[:16] == checksum and xxh3_128_digest(memoryview(data)[16:], seed) == checksum:
             return True
         return kind == "page" and xxh3_128_digest(data, seed) == checksum
@@ -145,4 +148,4 @@ def _is_same(device: Device, block: int, data: bytes) -> bool:
     try:
         return device.read(block * BLOCK_SIZE_BYTES, len(data)) == data
     except DeviceError:
-        return False  # a bad sector: writing may bring it back
+        return False  # a bad sector: writing may repair it

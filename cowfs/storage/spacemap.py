@@ -1,11 +1,12 @@
 """The space map: how many parents point at each block of the image.
 
-A flat table of 32-bit refcounts, cut into groups of GROUP_BLOCKS blocks with one page each, under an
-index (map_index.py). The blocks of the map itself are *not* counted in it: the index names them, and
-opening an image marks them in memory as *system* blocks. So writing the map does not change the map.
+A flat table of 32-bit refcounts, cut into groups of GROUP_BLOCKS blocks with one page each, under
+an index (map_index.py). The blocks of the map itself are *not* counted in it: the index names them,
+and opening an image marks them in memory as *system* blocks. So writing the map does not change the
+map.
 
-Groups are loaded on demand and forgotten when clean, so memory does not grow with the image. Work is
-done on runs of blocks with numpy, not block by block. A block that lost its last reference is
+Groups are loaded on demand and forgotten when clean, so memory does not grow with the image. Work
+is done on runs of blocks with numpy, not block by block. A block that lost its last reference is
 *pending*: it cannot be allocated until no retained generation shows it (I2).
 
 Keeps I1 (with btree.py), I2 and I6. FORMAT.md "Space map".
@@ -151,7 +152,7 @@ class SpaceMap:
             self._node_places_exact = places < wanted
         return self._node_places
 
-    # --- opening ------------------------------------------------------------------------------------
+    # --- opening ----------------------------------------------------------------------------------
 
     def open(self, top: Pointer, used_blocks: int) -> None:
         """Read the index of an image (not the refcounts), and mark the map's own blocks.
@@ -230,7 +231,7 @@ class SpaceMap:
             count -= here
             group, at = group + 1, 0
 
-    # --- groups -------------------------------------------------------------------------------------
+    # --- groups -----------------------------------------------------------------------------------
 
     def group(self, number: int) -> Group:
         """Return a group, loaded if necessary.
@@ -313,7 +314,7 @@ class SpaceMap:
             self._dirty.add(number)
         return group
 
-    # --- refcounts ----------------------------------------------------------------------------------
+    # --- refcounts --------------------------------------------------------------------------------
 
     def _parts(self, first: int, count: int) -> list[tuple[int, int, int]]:
         """Cut a run, which may come from disk, at group boundaries: (group, offset in it, count).
@@ -354,8 +355,8 @@ class SpaceMap:
         half way would leave wrong refcounts for good.
 
         Raises:
-            CorruptError: the run leaves the image, a page is damaged in both copies, or a refcount is
-                zero.
+            CorruptError: the run leaves the image, a page is damaged in both copies, or a refcount
+                is zero.
             DeviceError: a page cannot be read.
         """
         for number, at, here in self._parts(first, count):
@@ -539,7 +540,7 @@ class SpaceMap:
             for _, count in runs
         )
 
-    # --- commit -------------------------------------------------------------------------------------
+    # --- commit -----------------------------------------------------------------------------------
 
     @property
     def dirty_groups(self) -> int:

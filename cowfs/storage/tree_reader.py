@@ -94,7 +94,8 @@ class TreeReader:
         """The entries with start <= key < stop, one leaf at a time.
 
         Yields:
-            (keys, values, first, last): the lists of a leaf, of which [first:last] are in the range.
+            (keys, values, first, last): the lists of a leaf, of which [first:last] are in the
+            range.
                 They are the leaf's own lists: do not change them.
         """
         path: Path = []
