@@ -1,13 +1,21 @@
 """Commits one transaction after the other to an SQLite database, and prints the number of each.
 
-Usage: sqlite_writer.py FILE JOURNAL SYNCHRONOUS. A number is printed when its COMMIT has returned.
+Usage: sqlite_writer.py FILE JOURNAL SYNCHRONOUS. A number is printed when its COMMIT has returned and
+an fsync of the directory, which was opened before, has succeeded. SQLite itself says that a transaction
+is committed also when it could not open the directory to make the removal of its journal durable, and
+that is what happens when the daemon dies at that moment.
 Goes on after the number that the database has, until the filesystem ends below it: then it ends with
 status 0. `contents_of` tells what belongs to a number.
 """
 
+import errno
+import os
 import random
 import sqlite3
 import sys
+
+# What the kernel says when the daemon of a FUSE mount is gone. EIO would be an answer of the daemon.
+GONE = {errno.ENOTCONN, errno.ECONNABORTED}
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS entries (number INTEGER PRIMARY KEY, contents BLOB);
@@ -25,6 +33,7 @@ def contents_of(number: int) -> bytes:
 
 def main() -> None:
     path, journal, synchronous = sys.argv[1:]
+    directory = os.open(os.path.dirname(path), os.O_RDONLY)
     database = sqlite3.connect(path, isolation_level=None)
     try:
         (found,) = database.execute(f"PRAGMA journal_mode={journal}").fetchone()
@@ -47,9 +56,13 @@ def main() -> None:
                 [number - 10],
             )
             database.execute("COMMIT")
+            os.fsync(directory)
             print(number, flush=True)
     except sqlite3.OperationalError as error:
         print(error, file=sys.stderr)
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
 
 
 if __name__ == "__main__":
