@@ -6,6 +6,8 @@ clean, or the test fails and its image is kept. Nothing is skipped because somet
 
 With COWFS_TEST_BASE=DIR the same tests run on plain directories below DIR: that proves the tests
 themselves on the filesystem of the host. Snapshots are then copies, and there is nothing to check.
+
+The short run is the default; tests/sizes.py says what `--long`, `--times` and `--seed` change.
 """
 
 import contextlib
@@ -24,23 +26,18 @@ from typing import Any
 
 import pytest
 
-import tests.model.profiles  # noqa: F401  registers --hypothesis-profile names
+from tests import sizes
+from tests.sizes import HANG_SECONDS
 
 PLAIN_BASE = os.environ.get("COWFS_TEST_BASE")
 
 # The commands that installing the package made, next to the Python that runs the tests.
 COMMANDS = Path(sys.executable).parent
 
-COMMAND_SECONDS_MAX = 100
-DAEMON_END_SECONDS_MAX = 30
-COPIES_SECONDS_MAX = 30  # that tests beside this one keep a mount namespace
-
 Completed = subprocess.CompletedProcess[str]
 
 
-def run_command(
-    *arguments: str | os.PathLike[str], timeout: float = COMMAND_SECONDS_MAX
-) -> Completed:
+def run_command(*arguments: str | os.PathLike[str], timeout: float = HANG_SECONDS) -> Completed:
     """Run `cowfs`, or `cowdu` or `cowdump` when named first; gives output and exit status."""
     words = [os.fspath(argument) for argument in arguments]
     name = words.pop(0) if words[0] in ("cowfs", "cowdu", "cowdump") else "cowfs"
@@ -103,7 +100,7 @@ def process_is_alive(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
-def wait_for_end(pid: int, seconds_max: float = DAEMON_END_SECONDS_MAX) -> bool:
+def wait_for_end(pid: int, seconds_max: float = HANG_SECONDS) -> bool:
     """Wait for a process to end; false if it has not in time."""
     deadline = time.monotonic() + seconds_max
     while process_is_alive(pid):
@@ -123,7 +120,9 @@ def is_mount_point(path: Path) -> bool:
 
 def unmount_lazily(path: Path) -> None:
     """Takes a mount out of the tree, even a dead or busy one."""
-    subprocess.run(["fusermount3", "-uz", str(path)], capture_output=True, check=True, timeout=30)
+    subprocess.run(
+        ["fusermount3", "-uz", str(path)], capture_output=True, check=True, timeout=HANG_SECONDS
+    )
 
 
 class Mounted:
@@ -164,7 +163,7 @@ class Mounted:
         A mount namespace of a test beside this one may have a copy of the mount for a moment.
         """
         result = run_command("umount", self.path)
-        deadline = time.monotonic() + COPIES_SECONDS_MAX
+        deadline = time.monotonic() + HANG_SECONDS
         while "in the mount namespace of" in result.stderr and time.monotonic() < deadline:
             time.sleep(0.2)
             result = run_command("umount", self.path)
@@ -173,7 +172,7 @@ class Mounted:
         pid, self.daemon_pid = self.daemon_pid, None
         if pid is not None and not wait_for_end(pid):
             os.kill(pid, signal.SIGKILL)
-            pytest.fail(f"the daemon {pid} outlived its mount by {DAEMON_END_SECONDS_MAX} s")
+            pytest.fail(f"the daemon {pid} outlived its mount by {HANG_SECONDS} s")
 
     def kill(self) -> None:
         """Kill the daemon without warning, then clear the dead mount away."""
@@ -328,8 +327,30 @@ def pytest_runtest_makereport(
     return report
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options for how much a run does."""
+    group = parser.getgroup("cowfs")
+    group.addoption("--long", action="store_true", help="all tests, at their long sizes")
+    group.addoption(
+        "--times", type=float, default=1, metavar="N", help="with --long: N times the long sizes"
+    )
+    group.addoption(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="for tests that choose at random, as a failure prints it",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """What commands keep between calls goes to a place of this run, and not to the user's own."""
+    """Sets the sizes of this run before any test is imported.
+
+    What commands keep between calls goes to a place of this run, and not to the user's own.
+    """
+    is_long, times = config.getoption("--long"), config.getoption("--times")
+    if times <= 0 or (times != 1 and not is_long):
+        raise pytest.UsageError("--times takes a number above 0, and only together with --long")
+    sizes.begin(long=is_long, times=times, seed=config.getoption("--seed"))
     if PLAIN_BASE is None:
         place = tempfile.mkdtemp(prefix="cowfs-test-cache-")
         config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
@@ -337,8 +358,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what has no meaning on a plain directory, or what only root may do."""
+    """Leaves out what has no meaning on a plain directory, what only root may do, what takes long."""
     unmet = set()
+    if not sizes.is_long():
+        unmet.add("long")
     if PLAIN_BASE is not None:
         unmet.add("needs_cowfs")
     if os.geteuid():
@@ -347,13 +370,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         items[:] = [item for item in items if item not in set(left_out)]
         config.hook.pytest_deselected(items=left_out)
+    if sizes.is_long():
+        limit = pytest.mark.timeout(sizes.seconds(0, sizes.LONG_TEST_SECONDS_MAX))
+        for item in items:
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(limit)
 
 
-def pytest_report_header() -> str | None:
-    """Says what an ordinary user's run does not try."""
+def pytest_report_header() -> list[str]:
+    """Says what this run does not try."""
+    told = []
+    if not sizes.is_long():
+        told.append("short run: scripts/test --long has longer ones, and the tests marked long")
     if os.geteuid():
-        return "not as root: tests marked needs_root are left out; sudo scripts/test runs them too"
-    return None
+        told.append(
+            "not as root: tests marked needs_root are left out; sudo scripts/test runs them too"
+        )
+    return told
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

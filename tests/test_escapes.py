@@ -20,6 +20,7 @@ from cowfs.escapes import (
     unescaped,
 )
 from cowfs.history import edits
+from tests.sizes import HANG_SECONDS
 
 NAMES = st.binary(max_size=40) | st.text(max_size=20).map(
     lambda text: text.encode(errors="replace")
@@ -81,7 +82,7 @@ def test_shell_word_is_that_name_to_a_shell(name: bytes) -> None:
     word = shell_word(os.fsdecode(name))
     assert word.isprintable()
     told = subprocess.run(
-        ["bash", "-c", f"printf %s {word}"], capture_output=True, check=True, timeout=20
+        ["bash", "-c", f"printf %s {word}"], capture_output=True, check=True, timeout=HANG_SECONDS
     )
     assert told.stdout == name
 

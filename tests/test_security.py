@@ -17,6 +17,7 @@ import pytest
 
 from cowfs.daemon import places
 from tests.conftest import Mounted, require_success, run_command
+from tests.sizes import HANG_SECONDS
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # What turns bytes into behaviour. None of it may ever be near an image or a socket.
@@ -97,7 +98,7 @@ def as_nobody(*command: str | os.PathLike[str]) -> subprocess.CompletedProcess[s
         user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
     else:
         words = ["sudo", "-n", "-u", "nobody", "--", *words]
-    return subprocess.run(words, **user, capture_output=True, text=True, timeout=30)
+    return subprocess.run(words, **user, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 @pytest.mark.mounted

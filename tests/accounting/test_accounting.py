@@ -1,6 +1,6 @@
 """What snapshots cost (C11): every algorithm against sets of blocks, and against real deletions.
 
-Histories by chance (tests/model/histories.py); a failure names the seed. The long profile runs more.
+Histories by chance (tests/model/histories.py); a failure names the seed.
 """
 
 import random
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from cowfs.accounting.owners import (
     Owner,
@@ -32,15 +31,11 @@ from tests.model.devices import MemoryDevice
 from tests.model.histories import History
 from tests.model.holdings import Holdings, Key, holdings
 from tests.model.recount import recount
+from tests.sizes import seeds
 
-HISTORIES = 8  # at the default length
+HISTORIES = (3, 8)  # in the short run, in the long one
 MOMENTS = 4
 STEPS = 60
-
-
-def seeds(count: int, first: int = 0) -> list[int]:
-    """Of so many histories, more or fewer by the profile."""
-    return list(range(first, first + max(1, round(count * settings().max_examples / 100))))
 
 
 def each_moment(
@@ -107,7 +102,7 @@ def keys_of(records: Iterable[RootRecord]) -> list[Key]:
 # --- owner sets -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", seeds(HISTORIES))
+@pytest.mark.parametrize("seed", seeds(*HISTORIES))
 def test_owner_sets_are_those_of_every_block(seed: int) -> None:
     """Promise: each block is in exactly one set, and that is the set of the roots that reach it."""
 
@@ -130,7 +125,7 @@ def test_owner_sets_are_those_of_every_block(seed: int) -> None:
     each_moment(seed, look)
 
 
-@pytest.mark.parametrize("seed", seeds(HISTORIES))
+@pytest.mark.parametrize("seed", seeds(*HISTORIES))
 def test_labels_of_nodes_are_the_roots_that_reach_them(seed: int) -> None:
     """Promise: what a survey says of each node is what walking each root finds."""
 
@@ -156,7 +151,7 @@ def require_labels(found: Holdings, surveyed: Survey) -> None:
     assert by_node == expected
 
 
-@pytest.mark.parametrize("seed", seeds(HISTORIES))
+@pytest.mark.parametrize("seed", seeds(*HISTORIES))
 def test_numbers_of_every_root_at_once_are_those_of_each(seed: int) -> None:
     """Promise: referenced, exclusive, written, cumulative and pairs are those of the blocks."""
 
@@ -206,7 +201,7 @@ def test_numbers_of_every_root_at_once_are_those_of_each(seed: int) -> None:
     each_moment(seed, look)
 
 
-@pytest.mark.parametrize("seed", seeds(8))
+@pytest.mark.parametrize("seed", seeds(3, 8))
 def test_numbers_do_not_depend_on_how_many_are_counted_at_a_time(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,7 +308,7 @@ def test_tree_of_three_levels_is_counted() -> None:
         assert simulate_deletion(history.filesystem, chosen).blocks == blocks
 
 
-@pytest.mark.parametrize("seed", seeds(4))
+@pytest.mark.parametrize("seed", seeds(2, 4))
 def test_what_sets_free_is_monotone_and_supermodular(seed: int) -> None:
     """Promise: more snapshots free more, and two sets together at least what each frees alone."""
 
@@ -338,7 +333,7 @@ def test_what_sets_free_is_monotone_and_supermodular(seed: int) -> None:
 # --- deletions --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", seeds(HISTORIES, 100))
+@pytest.mark.parametrize("seed", seeds(*HISTORIES, 100))
 def test_deletion_frees_what_every_algorithm_says(seed: int) -> None:
     """Promise: virtual drop, owner sets, simulation, sets of blocks and the real deletion are one."""
 
@@ -378,7 +373,7 @@ def freed_really(history: History, records: Sequence[RootRecord], *, drain: bool
     return before - filesystem.space().tree
 
 
-@pytest.mark.parametrize("seed", seeds(HISTORIES, 200))
+@pytest.mark.parametrize("seed", seeds(*HISTORIES, 200))
 def test_simulation_knows_blocks_roots_and_files(seed: int) -> None:
     """Promise: each piece of a simulated deletion is told with all its roots and all its files."""
 
@@ -481,7 +476,7 @@ class Unseen:
         return sum(count for freed, count in self._freed.items() if freed > oldest)
 
 
-@pytest.mark.parametrize("seed", seeds(HISTORIES, 300))
+@pytest.mark.parametrize("seed", seeds(*HISTORIES, 300))
 def test_retained_generations_are_what_is_pending(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,13 +10,14 @@ from cowfs.errors import UsageError
 from cowfs.history.edits import CreateSnapshot
 from cowfs.history.images import open_filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_BLOCKS, RING_SLOTS
-from tests.accounting.test_accounting import key_of, seeds
+from tests.accounting.test_accounting import key_of
 from tests.model.histories import History
 from tests.model.holdings import Holdings, holdings
 from tests.model.recount import recount
+from tests.sizes import seeds
 
 
-@pytest.mark.parametrize("seed", seeds(5))
+@pytest.mark.parametrize("seed", seeds(2, 5))
 def test_every_block_is_explained(seed: int) -> None:
     """Promise: kind, references, birth, owners and files of each block are what walking finds."""
     history = History(seed, small_files=30, total_blocks=4096)

@@ -23,9 +23,10 @@ from cowfs.files.items import ROOT_INO
 from cowfs.history.edits import CreateSnapshot, DeleteSnapshots
 from cowfs.history.records import RootRecord
 from cowfs.storage.format import BLOCK_SIZE_BYTES
-from tests.accounting.test_accounting import each_moment, seeds
+from tests.accounting.test_accounting import each_moment
 from tests.model.histories import History
 from tests.model.holdings import Edge, Held, Holdings, Key, holdings
+from tests.sizes import seeds
 
 MIB_BLOCKS = (1 << 20) // BLOCK_SIZE_BYTES
 
@@ -68,7 +69,7 @@ def path_of(place: Place, top: bytes) -> bytes:
 # --- one argument -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", seeds(8))
+@pytest.mark.parametrize("seed", seeds(3, 8))
 def test_every_place_is_what_its_references_say(seed: int) -> None:
     """Promise: total and exclusive of every file and directory are those of the definition."""
 
@@ -100,7 +101,7 @@ def test_every_place_is_what_its_references_say(seed: int) -> None:
     each_moment(seed, look)
 
 
-@pytest.mark.parametrize("seed", seeds(8, 50))
+@pytest.mark.parametrize("seed", seeds(3, 8, 50))
 def test_orphans_are_what_their_references_say(seed: int) -> None:
     """Promise: what files hold that were deleted while open is told, and nothing else is."""
 
@@ -123,7 +124,7 @@ def test_orphans_are_what_their_references_say(seed: int) -> None:
     each_moment(seed, look)
 
 
-@pytest.mark.parametrize("seed", seeds(4, 60))
+@pytest.mark.parametrize("seed", seeds(2, 4, 60))
 def test_snapshots_as_a_whole_are_what_their_references_say(seed: int) -> None:
     """Promise: the directory of all snapshots has the numbers of them together, and of each."""
 
@@ -144,7 +145,7 @@ def test_snapshots_as_a_whole_are_what_their_references_say(seed: int) -> None:
 # --- several ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", seeds(8, 100))
+@pytest.mark.parametrize("seed", seeds(3, 8, 100))
 def test_several_together_are_what_their_references_say(seed: int) -> None:
     """Promise: arguments as one set, of any roots, also such as lie in each other or come twice."""
 

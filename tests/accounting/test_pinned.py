@@ -15,12 +15,12 @@ from tests.accounting.test_accounting import (
     bits_of,
     each_moment,
     keys_of,
-    seeds,
     some_sets,
     table_of,
 )
 from tests.model.histories import History
 from tests.model.holdings import Held, holdings
+from tests.sizes import seeds
 
 
 def by_set(pinned: Pinned) -> dict[int, list[int]]:
@@ -42,7 +42,7 @@ def sets_within(sets: OwnerSets, records: Sequence[RootRecord]) -> dict[int, lis
     return found
 
 
-@pytest.mark.parametrize("seed", seeds(10))
+@pytest.mark.parametrize("seed", seeds(4, 10))
 def test_files_and_metadata_are_all_that_a_deletion_frees(seed: int) -> None:
     """Promise: each block is told once, at the file of the newest snapshot that has it."""
     nameless = 0

@@ -6,14 +6,13 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from cowfs.accounting.owners import Owner, OwnerKind, OwnerSets, owner_sets
 from cowfs.accounting.plan import Loss, NotEnoughError, Plan, plan_reclaim
-from tests.accounting.test_accounting import seeds
 from tests.model.histories import History
+from tests.sizes import seeds, sized
 
-CASES = 400  # of made-up owner sets, at the default length
+CASES = sized(150, 400)  # of made-up owner sets
 LEAST_SHARE = 0.95  # measured: 0.97 to 0.99
 
 Masks = dict[int, int]  # blocks by the owners that have them, as bits
@@ -119,16 +118,12 @@ def is_run(mask: int, among: Sequence[int]) -> bool:
     return positions[-1] - positions[0] + 1 == len(positions)
 
 
-def cases(count: int = CASES) -> range:
-    return range(max(20, round(count * settings().max_examples / 100)))
-
-
 @pytest.mark.parametrize("loss", list(Loss))
 @pytest.mark.parametrize("runs", [True, False])
 def test_plan_of_made_up_sets_is_right(runs: bool, loss: Loss) -> None:
     """Promise: a plan frees enough and what it says, is never below its bound, and exact is exact."""
     exact = least = plans = 0
-    for seed in cases():
+    for seed in range(CASES):
         choice = random.Random(seed)
         snapshots = choice.randint(1, 9)
         masks = masks_by_chance(choice, snapshots, runs=runs)
@@ -161,7 +156,7 @@ def test_plan_of_made_up_sets_is_right(runs: bool, loss: Loss) -> None:
 def test_plan_beyond_the_exact_tables_is_right(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise: with more snapshots than the tables are made for, a plan is right, if not the least."""
     monkeypatch.setattr("cowfs.accounting.plan.EXACT_SNAPSHOTS_MAX", 2)
-    for seed in cases(200):
+    for seed in range(sized(80, 200)):
         choice = random.Random(seed)
         snapshots = choice.randint(3, 9)
         masks = masks_by_chance(choice, snapshots, runs=choice.random() < 0.5)
@@ -181,7 +176,7 @@ def test_plan_beyond_the_exact_tables_is_right(loss: Loss, monkeypatch: pytest.M
 def test_plan_of_many_small_steps_is_exact_in_a_linear_history() -> None:
     """Promise: a run of neighbours that each free nothing is found, also where many must go."""
     snapshots = 90  # two words, and more than the tables are made for at first
-    for seed in cases(6):
+    for seed in range(20):
         choice = random.Random(seed)
         masks: Masks = {}
         for _ in range(300):
@@ -258,7 +253,7 @@ def test_two_that_free_nothing_alone_are_the_plan() -> None:
     assert plan.linear
 
 
-@pytest.mark.parametrize("seed", seeds(10))
+@pytest.mark.parametrize("seed", seeds(4, 10))
 def test_plan_of_a_linear_history_is_exact(seed: int) -> None:
     """Promise: without rollbacks and copies out of snapshots the fewest snapshots are found."""
     history = History(seed, linear=True)
@@ -270,7 +265,7 @@ def test_plan_of_a_linear_history_is_exact(seed: int) -> None:
         require_plans(sets, list(range(count)), random.Random(seed), linear=True)
 
 
-@pytest.mark.parametrize("seed", seeds(10, 50))
+@pytest.mark.parametrize("seed", seeds(4, 10, 50))
 def test_plan_of_any_history_is_right(seed: int) -> None:
     """Promise: with rollbacks and shared blocks a plan is right, and says whether it is the least."""
     history = History(seed)

@@ -17,10 +17,11 @@ from cowfs.storage.format import (
     decode_node,
     decode_pointer,
 )
-from tests.accounting.test_accounting import seeds, table_of
+from tests.accounting.test_accounting import table_of
 from tests.model.devices import FaultDevice, MemoryDevice
 from tests.model.histories import History
 from tests.model.holdings import holdings
+from tests.sizes import seeds
 
 ARRAYS = (
     "nodes",
@@ -101,7 +102,7 @@ def require_true(structure: Structure, disk: MemoryDevice) -> None:
         assert all(expected[block][0] == level for block in blocks.tolist())
 
 
-@pytest.mark.parametrize("seed", seeds(6))
+@pytest.mark.parametrize("seed", seeds(3, 6))
 def test_structure_is_what_the_nodes_say(seed: int) -> None:
     """Promise: each node once, with its level, place, twin, birth and all that it points at."""
     history = History(seed)
@@ -124,7 +125,7 @@ def test_structure_of_three_levels_is_what_the_nodes_say() -> None:
     assert known.levels == 3
 
 
-@pytest.mark.parametrize("seed", seeds(8, 20))
+@pytest.mark.parametrize("seed", seeds(3, 8, 20))
 def test_what_is_known_changes_nothing(seed: int) -> None:
     """Promise: an older structure, or one of a copy that went another way, gives the same survey."""
     history = History(seed)
@@ -192,7 +193,7 @@ def test_copy_that_diverged_has_other_nodes_of_the_same_birth_in_the_same_place(
     assert met
 
 
-@pytest.mark.parametrize("seed", seeds(6, 40))
+@pytest.mark.parametrize("seed", seeds(3, 6, 40))
 def test_known_nodes_are_not_read_again(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise: a look costs the reads of what is new: each new node once, a new root once more."""
     monkeypatch.setattr("cowfs.accounting.owners._retained", lambda *_: None)

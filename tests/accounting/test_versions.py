@@ -10,9 +10,10 @@ from cowfs.files.content import KEEP_SIZE, PUNCH_HOLE
 from cowfs.files.items import INODE_INLINE
 from cowfs.history.edits import CreateSnapshot
 from cowfs.storage.format import BLOCK_SIZE_BYTES
-from tests.accounting.test_accounting import each_moment, seeds
+from tests.accounting.test_accounting import each_moment
 from tests.model.histories import History
 from tests.model.holdings import Held, holdings
+from tests.sizes import seeds
 
 
 def identity_of(held: Held, paths: dict[bytes, int], path: bytes) -> object:
@@ -35,7 +36,7 @@ def identity_of(held: Held, paths: dict[bytes, int], path: bytes) -> object:
     return (kind, inode.size_bytes, tuple(sorted(held.extents.get(ino, {}).items())))
 
 
-@pytest.mark.parametrize("seed", seeds(10))
+@pytest.mark.parametrize("seed", seeds(4, 10))
 def test_versions_are_the_distinct_states_of_a_path(seed: int) -> None:
     """Promise: each state once, in the order it was met, with its roots and its blocks."""
     changed = 0

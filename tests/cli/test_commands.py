@@ -32,6 +32,7 @@ from cowfs.history.retention import DAY_NS
 from cowfs.storage.device import FileDevice
 from tests.image_files import change, dated, history, make_image, require_clean, tree_bytes, write
 from tests.model.devices import MemoryDevice
+from tests.sizes import HANG_SECONDS
 
 ERROR, USAGE, IMAGE_MISSING, LOCKED = 1, 2, 10, 11
 NAMES = ["one", "two", "three", "four"]
@@ -44,7 +45,7 @@ def run(*words: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", program, *map(os.fspath, words)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         check=False,
     )
 

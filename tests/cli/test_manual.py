@@ -11,6 +11,7 @@ from cowfs.cli import manual
 from cowfs.cli.completion import PROGRAMS
 from cowfs.cli.main import cli
 from tests.conftest import require_success, run_command
+from tests.sizes import HANG_SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def shown(page: Path, *more: str) -> str:
         cwd=page.parent.parent,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, ""), (page, done.stderr)

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import require_success, run_command
-
-SHELL_SECONDS_MAX = 60
+from tests.sizes import HANG_SECONDS
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def run(home: Path, *words: str, text: str | None = None) -> str:
         cwd=home,
         capture_output=True,
         text=True,
-        timeout=SHELL_SECONDS_MAX,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done

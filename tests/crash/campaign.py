@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.crash.bases import BASES
-from tests.crash.lab import Lab, LabFailureError, Tally
+from tests.crash.lab import NESTED_STATES, Lab, LabFailureError, Tally
 from tests.crash.workloads import Workload, pairs, single_operations, walks
 
 STATES_OF_WORKLOAD = 40
@@ -32,14 +32,23 @@ def plan(seed: int) -> Iterator[Workload]:
 
 
 def run_campaign(
-    seed: int, states: int, progress: Callable[[Tally, Workload], None] | None = None
+    seed: int,
+    states: int,
+    progress: Callable[[Tally, Workload], None] | None = None,
+    *,
+    of_workload: int = STATES_OF_WORKLOAD,
+    of_nested: int = NESTED_STATES,
 ) -> Tally:
     """Judge so many unique states, in any case those of all single operations.
+
+    Args:
+        of_workload: unique states of each workload, nested ones aside.
+        of_nested: states of each mount that is crashed in turn.
 
     Raises:
         LabFailureError: the first promise that is broken.
     """
-    lab = Lab(seed, states_max=STATES_OF_WORKLOAD, nested_every=NESTED_EVERY)
+    lab = Lab(seed, states_max=of_workload, nested_every=NESTED_EVERY, nested_max=of_nested)
     singles = sum(1 for _ in single_operations(seed, tuple(BASES)))
     for number, workload in enumerate(plan(seed)):
         if number >= singles and lab.tally.unique >= states:

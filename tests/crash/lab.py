@@ -127,12 +127,21 @@ class Lab:
         seed: of the images, and of the choice of states where there are too many.
         states_max: unique ones of each workload, nested ones aside; 0 is all of them.
         nested_every: the mount of every so many states is crashed in turn; 0 is none.
+        nested_max: states of each mount that is crashed in turn.
     """
 
-    def __init__(self, seed: int, *, states_max: int = 0, nested_every: int = 0) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *,
+        states_max: int = 0,
+        nested_every: int = 0,
+        nested_max: int = NESTED_STATES,
+    ) -> None:
         self.seed = seed
         self.states_max = states_max
         self.nested_every = nested_every
+        self.nested_max = nested_max
         self.tally = Tally()
         self._seen: set[bytes] = set()
         self._fingerprints = Fingerprints()
@@ -243,8 +252,8 @@ class Lab:
         states = list(crash_states(device.log, start, state.total_blocks))
         if only:
             states = [inner for inner in states if inner.name == only]
-        elif len(states) > NESTED_STATES:
-            states = random.Random(f"{self.seed} {state.name}").sample(states, NESTED_STATES)
+        elif len(states) > self.nested_max:
+            states = random.Random(f"{self.seed} {state.name}").sample(states, self.nested_max)
         # What the mount showed is one of the legal pictures, or `_judge` says so of the same state.
         before = self.tally.unique
         for inner in states:

@@ -13,16 +13,16 @@ import pytest
 from tests.crash.campaign import run_campaign, save, shortened
 from tests.crash.lab import Lab, LabFailureError
 from tests.crash.workloads import parse
+from tests.sizes import chosen_seed, sized
 
 SHARES = 4
-STATES = 5200  # unique, of each share: more than 20,000 in every run
-SEED = (
-    4000  # the shares take this one and those after it; all four modes of durability are among them
-)
+STATES = sized(600, 5200)  # unique, of each share: more than 20,000 in the long run
+OF_WORKLOAD = sized(7, 40)
+OF_NESTED = sized(3, 12)
+# The shares take this one and those after it; all four modes of durability are among them.
+SEED = chosen_seed(4000)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("share", range(SHARES))
 def test_crash_states_of_all_workloads_are_legal(
     share: int, tmp_path: Path, record_property: Callable[[str, object], None]
@@ -30,7 +30,7 @@ def test_crash_states_of_all_workloads_are_legal(
     """Promise C1: one point of the past, nothing acknowledged is lost, and no repair is needed."""
     logging.disable(logging.CRITICAL)  # damage is what these images are made of
     try:
-        tally = run_campaign(SEED + share, STATES)
+        tally = run_campaign(SEED + share, STATES, of_workload=OF_WORKLOAD, of_nested=OF_NESTED)
     except LabFailureError as failure:
         save(shortened(failure), tmp_path)
         raise

@@ -14,8 +14,6 @@ from tests.crash.workloads import parse
 
 FAULTS_MIN = 25
 
-pytestmark = pytest.mark.timeout(600)
-
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:

@@ -23,7 +23,7 @@ import trio
 from cowfs.daemon.loop import BURST_REQUESTS_MAX, install_burst_loop, uninstall_burst_loop
 
 # Not by signal: the alarm signal belongs to the loop while it runs.
-pytestmark = pytest.mark.timeout(60, method="thread")
+pytestmark = pytest.mark.timeout(method="thread")
 
 INODE_OF_DIRECTORY_0 = 100
 

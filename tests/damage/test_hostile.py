@@ -1,13 +1,11 @@
 """Promises about images that lie: an answer or an error of ours, in bounded time and memory.
 
-The default run makes some hundred images from fixed seeds and replays the kept ones. The long run,
-`pytest tests/damage --hypothesis-profile=long`, makes tens of thousands, or as many as
-COWFS_HOSTILE_IMAGES says, from COWFS_HOSTILE_SEED on. A failure prints its recipe: kept.json takes it.
+Each run makes images from fixed seeds and replays the kept ones; `--times` makes tens of thousands,
+`--seed` begins with another seed. A failure prints its recipe: kept.json takes it.
 """
 
 import json
 import logging
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,12 +18,11 @@ from cowfs.care.check import check_image
 from cowfs.files.acl import ACCESS_NAME, DEFAULT_NAME
 from tests.damage.exercise import ACL, exercise
 from tests.damage.hostile import KINDS, Mutation, build, build_braid, recipe_of
-from tests.model.profiles import machine_settings
+from tests.sizes import chosen_seed, machine_settings, sized
 
 KEPT = json.loads((Path(__file__).parent / "kept.json").read_text())
-IMAGES = int(os.environ.get("COWFS_HOSTILE_IMAGES", "0"))
-FIRST_SEED = int(os.environ.get("COWFS_HOSTILE_SEED", "0"))
-SEEDS_DEFAULT = 160
+IMAGES = sized(40, 160)
+FIRST_SEED = chosen_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -97,26 +94,23 @@ def test_acls_that_lie_are_answered(tmp_path: Path) -> None:
         exercise(device, folder)
 
 
-@pytest.mark.timeout(36000)
 @pytest.mark.parametrize("part", range(8))
 def test_images_of_seeds_are_answered(
     part: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     """Promise: no uncaught exception, no step beyond two seconds, bounded memory, no way out."""
-    count = IMAGES or round(SEEDS_DEFAULT * settings().max_examples / 100)
-    for seed in range(FIRST_SEED + part, FIRST_SEED + count, 8):
-        recipe = recipe_of_seed(seed)
-        folder = tmp_path / str(seed)
+    numbers = range(FIRST_SEED + part, FIRST_SEED + IMAGES, 8)
+    for number in numbers:
+        recipe = recipe_of_seed(number)
+        folder = tmp_path / str(number)
         folder.mkdir()
         try:
             exercise(build(recipe), folder)
         except BaseException as error:
             words = json.dumps([mutation.to_list() for mutation in recipe])
-            error.add_note(f"seed {seed}: {words}")
+            error.add_note(f"seed {number}: {words}")
             raise
-    record_property(
-        "count", ("images that lie", len(range(FIRST_SEED + part, FIRST_SEED + count, 8)))
-    )
+    record_property("count", ("images that lie", len(numbers)))
 
 
 MUTATIONS = st.builds(
@@ -130,8 +124,7 @@ MUTATIONS = st.builds(
 
 
 @given(recipe=st.lists(MUTATIONS, min_size=1, max_size=4))
-@settings(machine_settings(40, 1), database=None)
-@pytest.mark.timeout(36000)
+@settings(machine_settings(short=12, long=40, steps=1), database=None)
 def test_images_that_hypothesis_makes_are_answered(
     recipe: list[Mutation], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

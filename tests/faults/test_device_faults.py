@@ -1,24 +1,23 @@
 """The k-th call of the device fails, for every k: reads, writes and flushes, once and for good (C8).
 
-The default run takes every call of each part of the workload; `COWFS_FAULTS=all` every call of every
-range of parts, many times as many. The number of faults is told at the end of the run.
+Each run takes every call of each part of the workload; `--long` every call of every range of parts,
+many times as many. The number of faults is told at the end of the run.
 """
 
 import errno
 import functools
-import os
 from collections.abc import Callable
 
 import pytest
 
 from tests.faults.workload import PARTS, Base, Step, Workload, crash_seeds, make_bases
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
+from tests.sizes import is_long
 
-ALL = os.environ.get("COWFS_FAULTS") == "all"
 RANGES = [
     (first, stop)
     for first in range(len(PARTS))
-    for stop in range(first + 1, len(PARTS) + 1 if ALL else first + 2)
+    for stop in range(first + 1, len(PARTS) + 1 if is_long() else first + 2)
 ]
 
 KINDS = [
@@ -99,7 +98,6 @@ def inject(
     ids=[f"{kind}-{errno.errorcode[number]}{'-half' * short}" for kind, number, short in KINDS],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.timeout(3600)
 def test_failing_call_leaves_no_false_success_and_no_half_operation(
     layout: str,
     kind: str,

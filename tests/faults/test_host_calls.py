@@ -15,11 +15,11 @@ import pytest
 import cowfs.storage.device as device_module
 from cowfs.storage.device import Buffer, FileDevice
 from cowfs.storage.format import BLOCK_SIZE_BYTES
-from tests.faults.test_device_faults import ALL
 from tests.faults.workload import PARTS, Base, Workload, make_bases
 from tests.model.devices import MemoryDevice
+from tests.sizes import is_long
 
-STRIDE = 1 if ALL else 5  # each run reads and writes a whole image
+STRIDE = 1 if is_long() else 5  # each run reads and writes a whole image
 
 
 class HostCalls:
@@ -117,7 +117,6 @@ ERRORS = [
 
 @pytest.mark.parametrize("sticky", [False, True], ids=["once", "sticky"])
 @pytest.mark.parametrize(("name", "how"), HARMLESS + ERRORS)
-@pytest.mark.timeout(3600)
 def test_call_of_the_host_does_less_than_asked(
     bases: list[Base],
     image: Path,

@@ -24,8 +24,8 @@ from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.admission import DEFAULT_LIMITS, Limits
 from tests.model.behind import changing
 from tests.model.devices import MemoryDevice
-from tests.model.profiles import machine_settings
 from tests.model.recount import recount
+from tests.sizes import machine_settings
 
 ROOT = 1
 BLOCK = 4096
@@ -377,7 +377,7 @@ def test_larger_images_fill_and_empty_under_a_snapshot(
     seed=st.integers(0, 1 << 32),
     snapshot_every=st.sampled_from([50, 400, 3000]),
 )
-@machine_settings(examples=12, steps=1)
+@machine_settings(short=4, long=12, steps=1)
 def test_any_mixture_fills_and_empties(
     total_blocks: int, copies: bool, order: str, seed: int, snapshot_every: int
 ) -> None:

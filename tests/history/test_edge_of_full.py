@@ -32,7 +32,7 @@ from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.admission import DEFAULT_LIMITS, Limits
 from tests.crash.faults import Fault, applied
 from tests.model.devices import MemoryDevice
-from tests.model.profiles import machine_settings
+from tests.sizes import machine_settings
 
 ROOT = 1
 BLOCK = 4096
@@ -184,7 +184,7 @@ def require_clean(filesystem: Filesystem) -> None:
     copies=st.booleans(),
     seed=st.integers(0, 1 << 32),
 )
-@machine_settings(examples=12, steps=1)
+@machine_settings(short=4, long=12, steps=1)
 def test_no_freeze_at_the_edge_of_full_finds_no_block(
     total_blocks: int, operations: int, retained: int, copies: bool, seed: int
 ) -> None:

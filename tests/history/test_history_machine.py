@@ -4,7 +4,6 @@ import random
 import stat
 from collections.abc import Callable
 
-import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
@@ -25,8 +24,8 @@ from cowfs.history.records import RootRecord
 from cowfs.storage.commit import Commit
 from tests.model.devices import Fault
 from tests.model.files_machine import FilesMachine, compare, picks, sizes
-from tests.model.profiles import MACHINE_SECONDS_MAX, machine_settings
 from tests.model.recount import reachable_from, recount
+from tests.sizes import machine_settings
 
 snapshot_names = st.sampled_from(["one", "two", "three", "früh", "x" * 255])
 
@@ -261,8 +260,7 @@ class HistoryMachine(FilesMachine):
 
 
 TestHistoryMachine = HistoryMachine.TestCase
-TestHistoryMachine.settings = machine_settings(examples=140, steps=60)
+TestHistoryMachine.settings = machine_settings(short=40, long=140, steps=60)
 TestHistoryMachine.__doc__ = (
     "Promise: the past is what it was, and costs what cowfs says (C6, C11)."
 )
-TestHistoryMachine.pytestmark = [pytest.mark.timeout(MACHINE_SECONDS_MAX)]

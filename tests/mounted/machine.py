@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import COMMANDS, Completed, wait_for_end
+from tests.sizes import HANG_SECONDS
 
 AS_ROOT = [] if os.geteuid() == 0 else ["sudo", "-n"]
 PYTHONPATH = os.environ.get("PYTHONPATH", "")
@@ -108,7 +109,7 @@ class Machine:
         *words: str | os.PathLike[str],
         user: int = 0,
         environment: Mapping[str, str] | None = None,
-        timeout: float = 60,
+        timeout: float = HANG_SECONDS,
     ) -> Completed:
         """Run a program in the namespace, as a user, with exactly this environment or our own."""
         settings = {

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Mounted, require_clean
+from tests.sizes import HANG_SECONDS
 
 KINDS = ("cowfs", "ext4", "tmpfs")
 needs_root = pytest.mark.skipif(
@@ -82,13 +83,13 @@ def peer(kind: str) -> Iterator[Path]:
             with open(image, "wb") as file:
                 file.truncate(128 << 20)
             make = ["mkfs.ext4", "-q", "-F", "-b", "4096", str(image)]
-            subprocess.run(make, check=True, timeout=60)
+            subprocess.run(make, check=True, timeout=HANG_SECONDS)
             words = ["mount", "-t", "ext4", "-o", "loop", str(image), str(root)]
-        subprocess.run(words, check=True, timeout=60)
+        subprocess.run(words, check=True, timeout=HANG_SECONDS)
         try:
             yield root
         finally:
-            subprocess.run(["umount", "-l", str(root)], check=True, timeout=60)
+            subprocess.run(["umount", "-l", str(root)], check=True, timeout=HANG_SECONDS)
 
 
 def outcome(call: Callable[[], Any]) -> Any:

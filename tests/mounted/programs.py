@@ -1,7 +1,7 @@
 """Runs the programs of others, and ends them with all their children whatever happens.
 
-COWFS_PROGRAM_SECONDS sets how long a program works on a mount before it is looked at (4 by default),
-COWFS_PROGRAM_ROUNDS how often daemons are killed under one (3), COWFS_PROGRAM_SEED when.
+SECONDS is how long a program works on a mount before it is looked at, ROUNDS how often daemons are
+killed under one, and `--seed` repeats the moments.
 """
 
 import contextlib
@@ -13,16 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.conftest import wait_for_end
+from tests.sizes import HANG_SECONDS, chosen_seed, seconds, sized
 
-SECONDS = float(os.environ.get("COWFS_PROGRAM_SECONDS", "4"))
-ROUNDS = int(os.environ.get("COWFS_PROGRAM_ROUNDS", "3"))
-RUN_SECONDS_MAX = 500 + 20 * SECONDS  # each of forty stressors gets a quarter of it
+SECONDS = seconds(2, 4)
+ROUNDS = sized(2, 3)  # at least two: with and without the write-back cache
+RUN_SECONDS_MAX = 2 * HANG_SECONDS + 20 * SECONDS  # each of forty stressors gets a quarter of it
 
 
 def random_moments() -> random.Random:
     """Other moments in each run; a failed test prints how to have the same again."""
-    seed = int(os.environ.get("COWFS_PROGRAM_SEED", str(random.randrange(1 << 30))))
-    print(f"COWFS_PROGRAM_SEED={seed}")
+    seed = chosen_seed(random.randrange(1 << 30))
+    print(f"--seed {seed}")
     return random.Random(seed)
 
 
@@ -67,7 +68,7 @@ def started(
         yield process
     finally:
         end_with_children(process.pid)
-        process.communicate(timeout=30)
+        process.communicate(timeout=HANG_SECONDS)
 
 
 def end_with_children(pid: int) -> None:

@@ -38,6 +38,7 @@ from tests.mounted.peers import (
     outcome,
     peer,
 )
+from tests.sizes import HANG_SECONDS
 
 pytestmark = [
     pytest.mark.mounted,
@@ -105,7 +106,7 @@ def mode(path: Path) -> int:
 def getfacl(folder: Path) -> str:
     """All ACLs below a folder, as the program of that name shows them."""
     words = ["getfacl", "--recursive", "--numeric", "."]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert not done.returncode, done.stderr
     parts = done.stdout.split("\n\n")
     return "\n\n".join(sorted(parts))
@@ -113,7 +114,11 @@ def getfacl(folder: Path) -> str:
 
 def programs(*words: str | os.PathLike[str], cwd: Path | None = None) -> str:
     done = subprocess.run(
-        [os.fspath(word) for word in words], cwd=cwd, capture_output=True, text=True, timeout=60
+        [os.fspath(word) for word in words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     assert not done.returncode, f"{words}: {done.stderr}"
     return done.stdout
@@ -733,7 +738,7 @@ def test_the_kernel_asks_for_acls_once_and_not_for_the_owner(user: User) -> None
             walks = as_user(user, look)
         finally:
             require_success(run_command("umount", root))
-            output = daemon.communicate(timeout=30)[0]
+            output = daemon.communicate(timeout=HANG_SECONDS)[0]
         asked = {"root": 0, "others": 0}
         for line in output.splitlines():
             name, place, count = line.split()

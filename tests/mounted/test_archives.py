@@ -15,7 +15,7 @@ from tests.conftest import Mounted
 from tests.mounted.programs import run
 from tests.mounted.tree_state import assert_same, make_one_of_everything, tree_state
 
-pytestmark = [pytest.mark.mounted, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.mounted]
 
 BLOCK = 4096
 Copy = Callable[[Path, Path], None]

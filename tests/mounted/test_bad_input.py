@@ -312,8 +312,6 @@ def fill(file: Path) -> int:
     return written
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_full_filesystem_says_so_and_can_always_delete(tmp_path: Path) -> None:
     """Promise (C10): full means ENOSPC and nothing worse; files and snapshots can be deleted."""
     with mounted(tmp_path / "small", size="256M") as mount:

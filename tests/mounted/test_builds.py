@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import Mounted
 from tests.mounted.programs import run
 
-pytestmark = [pytest.mark.mounted, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.mounted]
 
 FILES = 100
 

@@ -10,6 +10,7 @@ import pytest
 
 from cowfs.escapes import host_path, unescaped
 from tests.conftest import COMMANDS, is_mount_point, require_clean, unmount_lazily
+from tests.sizes import HANG_SECONDS
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
@@ -26,7 +27,7 @@ def run(*words: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANG_SECONDS,
         check=False,
         env=STRICT,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import COMMANDS, Mounted, json_of, require_success, run_command
+from tests.sizes import HANG_SECONDS
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
@@ -103,7 +104,7 @@ def test_paths_are_those_of_the_mount_wherever_one_stands(mount: Mounted) -> Non
             cwd=directory,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_SECONDS,
             check=True,
         )
         answers.append([line.split("\t")[2::4] for line in result.stdout.splitlines()])
@@ -197,6 +198,10 @@ def test_cowdu_stands_back_for_everybody_else(mount: Mounted) -> None:
         "    print(os.getpriority(os.PRIO_PROCESS, 0) >= 10)\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        check=True,
     )
     assert result.stdout == "True\n"

@@ -20,7 +20,7 @@ from cowfs.storage.device import FileDevice
 from tests.conftest import Mounted
 from tests.image_files import require_clean
 
-pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
 COPIES = 25
 DEEP = 8  # files that exist at once

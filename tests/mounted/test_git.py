@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import Mounted
 from tests.mounted.programs import git
 
-pytestmark = [pytest.mark.mounted, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.mounted]
 
 COMMITS = 3000
 FOLDERS, FILES = 20, 10

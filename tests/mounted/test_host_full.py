@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Mounted, json_of, require_success, run_command, wait_for_end
+from tests.sizes import HANG_SECONDS
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
@@ -26,16 +27,16 @@ def small_host(tmp_path: Path) -> Iterator[Path]:
     host.mkdir()
     options = f"size=64m,uid={os.geteuid()},gid={os.getegid()},mode=700"
     mount = [*AS_ROOT, "mount", "-t", "tmpfs", "-o", options, "small-host", host]
-    subprocess.run(mount, check=True, timeout=30)
+    subprocess.run(mount, check=True, timeout=HANG_SECONDS)
     try:
         yield host
     finally:
-        subprocess.run([*AS_ROOT, "umount", host], check=True, timeout=30)
+        subprocess.run([*AS_ROOT, "umount", host], check=True, timeout=HANG_SECONDS)
 
 
 def grow(host: Path) -> None:
     command = [*AS_ROOT, "mount", "-o", "remount,size=256m", host]
-    subprocess.run(command, check=True, timeout=30)
+    subprocess.run(command, check=True, timeout=HANG_SECONDS)
 
 
 def error_of(call: Callable[[], object]) -> int:

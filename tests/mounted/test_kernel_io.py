@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Mounted
+from tests.sizes import HANG_SECONDS
 
 pytestmark = [pytest.mark.mounted, pytest.mark.xdist_group("kernel_io")]
 
@@ -346,7 +347,7 @@ def test_random_io_of_every_engine_reads_what_it_wrote(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -680,7 +681,7 @@ for number in range(200):
 assert ctypes.CDLL(None).syscall(436, low + 1, 0xFFFFFFFF, 0) == 0
 assert len(os.listdir("/proc/self/fd")) <= low + 2
 """
-    subprocess.run([sys.executable, "-c", program, folder], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, folder], check=True, timeout=HANG_SECONDS)
     assert os.listdir(folder) == []
 
 
@@ -707,7 +708,7 @@ assert os.listdir(".") == []
 os.chdir("..")
 assert os.getcwd() == folder + "/moved"
 """
-    subprocess.run([sys.executable, "-c", program, folder], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, folder], check=True, timeout=HANG_SECONDS)
 
 
 class Statx(ctypes.Structure):

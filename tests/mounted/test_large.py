@@ -1,7 +1,7 @@
 """Promises for large things: many entries, many files, deep paths, long files, lists that change.
 
-Small here, so that every run of the tests has it; COWFS_LARGE=1 makes a directory of a million entries
-and half a million files, which takes half an hour. Rates and memory are printed.
+Small here, so that every run of the tests has it; `--long` makes a directory of a million entries and
+half a million files, which takes half an hour. Rates and memory are printed.
 """
 
 import os
@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import FAILED, Mounted, mounted, require_success, run_command
+from tests.sizes import HANG_SECONDS, sized
 
-LARGE = os.environ.get("COWFS_LARGE") == "1"
-ENTRIES = 1_000_000 if LARGE else 20_000
-FILES = 500_000 if LARGE else 10_000
+ENTRIES = sized(20_000, 1_000_000)
+FILES = sized(10_000, 500_000)
 PARTS = 10
 # The last part of a million entries no longer finds all nodes in the cache; and the machines that run
 # the tests change their speed by themselves.
@@ -27,7 +27,7 @@ SLOWDOWN_MAX = 8
 # Of the daemon, beside what it has at the start, with cache=16M and dirty=16M.
 GROWTH_MIB_MAX = 250
 
-pytestmark = [pytest.mark.mounted, pytest.mark.timeout(3000 if LARGE else 200)]
+pytestmark = [pytest.mark.mounted]
 
 Record = Callable[[str, object], None]
 
@@ -80,7 +80,6 @@ def drop_kernel_caches() -> None:
 # ------------------------------------------------------------------- many
 
 
-@pytest.mark.slow
 def test_directory_of_many_entries_has_no_slow_part(
     mount: Mounted, record_property: Record
 ) -> None:
@@ -130,7 +129,6 @@ def test_directory_of_many_entries_has_no_slow_part(
         record_property("summary", f"{ENTRIES:,} entries: daemon {memory_mib(mount):.0f} MiB")
 
 
-@pytest.mark.slow
 @pytest.mark.needs_cowfs
 def test_memory_of_the_daemon_is_bounded_with_many_files(
     small: Mounted, record_property: Record
@@ -276,7 +274,7 @@ def test_places_in_a_list_stay_valid_and_buffers_may_be_small(folder: Path) -> N
     """Promise: telldir and seekdir lead back to the same entry while others are deleted."""
     for number in range(700):
         (folder / f"name {number}").touch()
-    subprocess.run([sys.executable, "-c", LISTER, folder, "rw"], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", LISTER, folder, "rw"], check=True, timeout=HANG_SECONDS)
 
 
 @pytest.mark.needs_cowfs
@@ -286,7 +284,7 @@ def test_list_of_snapshots_behaves_as_one_of_files(mount: Mounted) -> None:
     for name in names:
         mount.snapshot(name)
     place = mount.path / ".snapshots"
-    subprocess.run([sys.executable, "-c", LISTER, place, "ro"], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", LISTER, place, "ro"], check=True, timeout=HANG_SECONDS)
     with os.scandir(place) as entries:
         seen = [next(entries).name]
         gone = sorted(names - set(seen))[:5]
@@ -320,8 +318,8 @@ except OSError as error:
 else:
     sys.exit("a directory was moved below itself")
 """
-    subprocess.run([sys.executable, "-c", program, top], check=True, timeout=60)
-    found = subprocess.run(["find", top], capture_output=True, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, top], check=True, timeout=HANG_SECONDS)
+    found = subprocess.run(["find", top], capture_output=True, check=True, timeout=HANG_SECONDS)
     assert found.stdout.count(b"\n") == 502
     assert found.stdout.endswith(b"directory/bottom\n")
     moved = folder / "elsewhere" / "moved"
@@ -330,7 +328,7 @@ else:
     assert moved.parent.stat().st_nlink == 3
     found = subprocess.run(["find", moved, "-name", "bottom"], capture_output=True, check=True)
     assert found.stdout.count(b"/directory") == 500
-    subprocess.run(["rm", "-r", moved], check=True, timeout=60)
+    subprocess.run(["rm", "-r", moved], check=True, timeout=HANG_SECONDS)
     assert os.listdir(moved.parent) == []
 
 
@@ -359,9 +357,11 @@ def test_very_long_sparse_file_is_read_copied_and_cut(folder: Path) -> None:
         stream.seek(700 << 20)
         stream.write(b"island")
     subprocess.run(
-        ["cp", "--sparse=always", folder / "source", folder / "copy"], check=True, timeout=100
+        ["cp", "--sparse=always", folder / "source", folder / "copy"],
+        check=True,
+        timeout=HANG_SECONDS,
     )
-    subprocess.run(["cmp", folder / "source", folder / "copy"], check=True, timeout=100)
+    subprocess.run(["cmp", folder / "source", folder / "copy"], check=True, timeout=HANG_SECONDS)
     assert (folder / "copy").stat().st_blocks * 512 <= 1 << 20
     file.unlink()
     assert stat.S_ISREG((folder / "copy").stat().st_mode)

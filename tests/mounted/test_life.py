@@ -24,6 +24,7 @@ from tests.conftest import (
     run_command,
     wait_for_end,
 )
+from tests.sizes import HANG_SECONDS
 
 # A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
 NAMESPACES = pytest.mark.xdist_group("mount namespaces")
@@ -88,7 +89,7 @@ def test_daemon_killed_during_its_start_leaves_no_mount(image: Path, tmp_path: P
         [sys.executable, "-c", program, "mount", image, place],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert result.returncode == 1
@@ -109,7 +110,7 @@ def test_every_orderly_end_is_a_clean_commit(mount: Mounted, how: str) -> None:
     if how == "cowfs umount":
         require_success(run_command("umount", mount.path))
     elif how == "umount":
-        subprocess.run(["fusermount3", "-u", mount.path], check=True, timeout=60)
+        subprocess.run(["fusermount3", "-u", mount.path], check=True, timeout=HANG_SECONDS)
     else:
         os.kill(pid, signal.Signals[how])
     assert wait_for_end(pid)
@@ -200,7 +201,7 @@ def test_signal_during_the_start_leaves_no_mount(image: Path, tmp_path: Path) ->
         [sys.executable, "-c", program, "mount", "-f", image, place],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -215,9 +216,9 @@ def test_daemon_keeps_no_descriptor_of_its_caller(image: Path, tmp_path: Path) -
     place.mkdir()
     lock = tmp_path / "lock"
     shell = f'(flock -n 9 || exit 9; "{COMMANDS}/cowfs" mount "{image}" "{place}") 9>"{lock}"'
-    subprocess.run(["bash", "-c", shell], check=True, timeout=60)
+    subprocess.run(["bash", "-c", shell], check=True, timeout=HANG_SECONDS)
     try:
-        subprocess.run(["flock", "-n", lock, "true"], check=True, timeout=60)
+        subprocess.run(["flock", "-n", lock, "true"], check=True, timeout=HANG_SECONDS)
         pid = json_of(run_command("info", place, "--json"))["daemon_pid"]
         opened = {os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")}
         assert not [path for path in opened if path.startswith("pipe:")], opened
@@ -240,7 +241,9 @@ def test_daemon_has_the_descriptors_that_it_needs_or_says_so(image: Path, tmp_pa
 
     def limited(words: list[object], limit: str = "-n 16") -> subprocess.CompletedProcess[str]:
         line = f"ulimit {limit}; {shlex.join(map(str, words))}"
-        return subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            ["bash", "-c", line], capture_output=True, text=True, timeout=HANG_SECONDS
+        )
 
     cowfs = COMMANDS / "cowfs"
     refused = limited([cowfs, "mount", image, place])
@@ -305,7 +308,7 @@ def test_two_images_on_one_directory_at_once_are_one_mount_and_one_refusal(
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
-    said = [process.communicate(timeout=60)[1] for process in both]
+    said = [process.communicate(timeout=HANG_SECONDS)[1] for process in both]
     codes = [process.returncode for process in both]
     stacked = sum(mount.mount_point == str(place) for mount in places.mounts())
     for _ in range(stacked):

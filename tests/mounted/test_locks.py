@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Mounted
+from tests.sizes import HANG_SECONDS
 
 pytestmark = [pytest.mark.mounted, pytest.mark.xdist_group("locks")]
 
@@ -97,7 +98,7 @@ def test_record_locks_end_with_any_descriptor_and_with_the_process(file: Path) -
     with open(file, "r+b") as stream:
         with other("record", file) as process:
             process.send_signal(signal.SIGKILL)
-            process.wait(timeout=30)
+            process.wait(timeout=HANG_SECONDS)
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(os.open(file, os.O_RDONLY))
         with other("record", file):  # would wait for ever if ours were still held

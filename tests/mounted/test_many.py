@@ -1,7 +1,4 @@
-"""Promises for many programs at once, and for a daemon that the host treats badly.
-
-COWFS_MANY_SECONDS sets how long the mixed work goes on (20 by default).
-"""
+"""Promises for many programs at once, and for a daemon that the host treats badly."""
 
 import hashlib
 import json
@@ -25,10 +22,11 @@ from tests.conftest import (
     run_command,
     wait_for_end,
 )
+from tests.sizes import HANG_SECONDS, seconds
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
-SECONDS = float(os.environ.get("COWFS_MANY_SECONDS", "20"))
+SECONDS = seconds(8, 20)  # of mixed work
 WORKERS = 8
 # Of the daemon: caches as they are bounded (node cache 128 MiB, dirty data 256 MiB, refcounts 24
 # MiB, the buffers of 16 requests) and Python itself. It must not grow with time.
@@ -70,8 +68,6 @@ def tree_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(SECONDS * 4 + 240)
 def test_eight_programs_with_snapshots_reports_and_scrubs_read_what_they_wrote(
     mount: Mounted,
 ) -> None:
@@ -113,12 +109,12 @@ def test_eight_programs_with_snapshots_reports_and_scrubs_read_what_they_wrote(
             if killed < 2 and left < SECONDS * (0.7 - 0.3 * killed):
                 victim = choice.randrange(WORKERS)
                 workers[victim].kill()
-                workers[victim].communicate(timeout=30)
+                workers[victim].communicate(timeout=HANG_SECONDS)
                 again = start_worker(mount.path / f"w{victim}", 100 + victim, max(1.0, left - 1))
                 workers[victim] = again
                 killed += 1
         for worker in workers.values():
-            output, errors = worker.communicate(timeout=SECONDS + 120)
+            output, errors = worker.communicate(timeout=SECONDS + HANG_SECONDS)
             assert worker.returncode == 0, errors
             compared += json.loads(output)["compared_bytes"]
     finally:
@@ -163,12 +159,11 @@ def test_stopped_daemon_makes_programs_wait_and_loses_nothing(mount: Mounted) ->
         assert writer.poll() is None, "it wrote to a filesystem that stands still"
     finally:
         os.kill(mount.daemon_pid, signal.SIGCONT)
-    assert writer.wait(timeout=60) == 0
+    assert writer.wait(timeout=HANG_SECONDS) == 0
     for number in range(300):
         assert (mount.path / f"file-{number}").read_bytes() == bytes([number % 256]) * 3000
 
 
-@pytest.mark.timeout(300)
 def test_sigterm_in_the_middle_of_commits_ends_with_all_that_was_written(mount: Mounted) -> None:
     """Promise: SIGTERM while a commit is written: that one is finished, and a last one follows."""
     data = os.urandom(1 << 20)
@@ -180,7 +175,7 @@ def test_sigterm_in_the_middle_of_commits_ends_with_all_that_was_written(mount: 
         syncing = subprocess.Popen(["sync", "-f", mount.path / f"{round_number}-0"])
         time.sleep(0.01 * round_number)
         os.kill(pid, signal.SIGTERM)
-        syncing.wait(timeout=60)
+        syncing.wait(timeout=HANG_SECONDS)
         assert wait_for_end(pid)
         mount.daemon_pid = None
         assert not is_mount_point(mount.path)
@@ -211,7 +206,7 @@ def test_full_table_of_descriptors_stops_new_commands_only(mount: Mounted) -> No
         assert spent < 0.5, f"{spent} s of CPU in one second of nothing to do"
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
-    command.wait(timeout=60)  # refused or served late: it may not hang
+    command.wait(timeout=HANG_SECONDS)  # refused or served late: it may not hang
     require_success(run_command("sync", mount.path))
 
 
@@ -220,7 +215,6 @@ def _cpu_ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-@pytest.mark.timeout(300)
 def test_small_address_space_is_enough_for_much_data_and_many_files(mount: Mounted) -> None:
     """Promise: what the daemon needs does not grow with what is written (512 MiB, 4,000 files)."""
     pid = mount.daemon_pid
@@ -255,7 +249,7 @@ def future(mount: Mounted) -> Mounted:
         "main(sys.argv[1:])\n"
     )
     command = [sys.executable, "-c", program, "mount", mount.image, mount.path]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=HANG_SECONDS)
     mount.daemon_pid = json_of(run_command("info", mount.path, "--json"))["daemon_pid"]
     return mount
 

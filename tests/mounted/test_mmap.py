@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Mounted
+from tests.sizes import HANG_SECONDS
 
 pytestmark = [pytest.mark.mounted, pytest.mark.xdist_group("mmap")]
 
@@ -35,7 +36,7 @@ def run_child(program: str, *arguments: str | Path) -> subprocess.CompletedProce
         [sys.executable, "-c", textwrap.dedent(program), *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         check=False,
     )
 

@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import json_of, require_clean, require_success, run_command, wait_for_end
 from tests.mounted.machine import AS_ROOT, Machine, machine
+from tests.sizes import HANG_SECONDS
 
 # A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
 NAMESPACES = pytest.mark.xdist_group("mount namespaces")
@@ -25,7 +26,6 @@ USUAL = (
     "defaults,noauto,nofail,_netdev,user,x-systemd.automount,x-systemd.requires=a.mount,"
     "comment=words,relatime,rw,nosuid,nodev,noexec"
 )
-BUSY_SECONDS = 30
 COMMIT_SECONDS = 0.5
 
 
@@ -251,7 +251,7 @@ def test_remount_makes_read_only_and_writable_again(
             for _ in range(2):  # again it changes nothing
                 run.succeed("mount", *words, "-o", f"remount,{wanted}", place)
             assert options_of(run, place) >= {wanted, "nosuid", "nodev", "noexec"}
-            deadline = time.monotonic() + (0 if helper else BUSY_SECONDS)
+            deadline = time.monotonic() + (0 if helper else HANG_SECONDS)
             while info_of(run, place)["clean"] != (wanted == "ro"):
                 assert time.monotonic() < deadline, "the daemon does not follow"
                 time.sleep(0.05)
@@ -341,7 +341,7 @@ def test_umount_of_a_busy_mount_is_refused_and_lazy_is_not(
         finally:
             user.stdin.close()
     for pid in daemon:
-        assert wait_for_end(pid, BUSY_SECONDS)
+        assert wait_for_end(pid)
     assert json_of(run_command("info", image_of(place), "--json"))["clean"] is True
     run.succeed("mount", "-t", "fuse.cowfs", image_of(place), place)
     assert run.succeed("cat", place / "open") == "late\n"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Mounted
+from tests.sizes import HANG_SECONDS
 
 # A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
 NAMESPACES = pytest.mark.xdist_group("mount namespaces")
@@ -37,7 +38,7 @@ def in_overlay(layers: Path, place: Path, program: str) -> str:
         ["unshare", "--mount", "--propagation=slave", "sh", "-c", script],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done
     return done.stdout

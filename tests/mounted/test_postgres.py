@@ -19,15 +19,13 @@ import pytest
 
 from tests.conftest import FAILED, Mounted, mounted
 from tests.mounted.programs import ROUNDS, SECONDS, end_with_children, random_moments, run
+from tests.sizes import HANG_SECONDS
 
 pytestmark = [
     pytest.mark.mounted,
-    pytest.mark.slow,
-    pytest.mark.timeout(300 + ROUNDS * (60 + 2 * SECONDS)),
 ]
 
 CLIENTS = 2
-WAIT_SECONDS_MAX = 60
 SETTINGS = {
     "listen_addresses": "''",
     "shared_buffers": "'16MB'",  # little, so that pages are written all the time
@@ -126,9 +124,9 @@ class Cluster:
                 stdout=stream,
                 stderr=stream,
             )
-        deadline = time.monotonic() + WAIT_SECONDS_MAX
+        deadline = time.monotonic() + HANG_SECONDS
         ready = self.words("pg_isready", "--quiet", *self.connection())
-        while subprocess.run(ready, check=False, timeout=60).returncode != 0:
+        while subprocess.run(ready, check=False, timeout=HANG_SECONDS).returncode != 0:
             said = log.read_text(encoding="utf-8", errors="replace")[-3000:]
             assert self.server.poll() is None, f"the server did not start:\n{said}"
             assert time.monotonic() < deadline, f"the server is not ready:\n{said}"
@@ -142,10 +140,10 @@ class Cluster:
         try:
             if server.poll() is None:
                 server.send_signal(how)
-            server.wait(timeout=WAIT_SECONDS_MAX)
+            server.wait(timeout=HANG_SECONDS)
         finally:
             end_with_children(server.pid)
-            server.wait(timeout=30)
+            server.wait(timeout=HANG_SECONDS)
 
     @contextlib.contextmanager
     def load(self, number: int, seconds: float) -> Iterator[subprocess.Popen[str]]:
@@ -164,7 +162,7 @@ class Cluster:
             yield process
         finally:
             end_with_children(process.pid)
-            process.communicate(timeout=30)
+            process.communicate(timeout=HANG_SECONDS)
 
     def acknowledged(self, number: int) -> set[str]:
         """Names in the history of all transactions that were told to be committed in one round."""
@@ -243,7 +241,7 @@ def test_postgres_recovers_every_transaction_when_the_daemon_is_killed(
             time.sleep(SECONDS / 2 + moments.uniform(0, SECONDS / 2))
             assert load.poll() is None, load.communicate()
             mount.kill()
-            output, _ = load.communicate(timeout=WAIT_SECONDS_MAX)
+            output, _ = load.communicate(timeout=HANG_SECONDS)
             assert load.returncode != 0, output
         cluster.stop(signal.SIGQUIT)
         mount.check()
@@ -277,7 +275,7 @@ def test_postgres_recovers_from_a_snapshot_taken_under_load(
         before = cluster.history()
         assert len(before) > 20
         mount.snapshot("busy")
-        output, _ = load.communicate(timeout=SECONDS + WAIT_SECONDS_MAX)
+        output, _ = load.communicate(timeout=SECONDS + HANG_SECONDS)
         assert load.returncode == 0, output
     after = cluster.history()
     assert cluster.acknowledged(0) == after

@@ -17,7 +17,7 @@ from tests.conftest import Mounted
 from tests.mounted.programs import git, run
 from tests.mounted.tree_state import assert_same, make_library, tree_state
 
-pytestmark = [pytest.mark.mounted, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.mounted]
 
 
 # ------------------------------------------------------------------- git

@@ -1,8 +1,8 @@
 """Promise: whatever calls and mappings do to a file, in any order, it is what an array would be.
 
 Random work on a few files, through several descriptors and a mapping, each result compared with a model
-in memory. With and without the kernel's write-back cache. COWFS_RANDOM_IO_STEPS sets how long (1500
-steps), COWFS_RANDOM_IO_SEED repeats a run; a failure names both.
+in memory. With and without the kernel's write-back cache. A failure names the seed, and `--seed` repeats
+it.
 """
 
 import ctypes
@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import FAILED, mounted
+from tests.sizes import chosen_seed, sized
 
-STEPS = int(os.environ.get("COWFS_RANDOM_IO_STEPS", "1500"))
-SEED = int(os.environ.get("COWFS_RANDOM_IO_SEED", "1"))
+STEPS = sized(600, 1500)
+SEED = chosen_seed(1)
 SIZE_MAX = 1 << 20
 PAGE = mmap.PAGESIZE
 LIBC = ctypes.CDLL(None, use_errno=True)
 
-pytestmark = [pytest.mark.mounted, pytest.mark.timeout(120 + STEPS // 10)]
+pytestmark = [pytest.mark.mounted]
 
 
 class File:

@@ -25,6 +25,7 @@ from tests.conftest import (
     run_command,
 )
 from tests.image_files import change, make_image, snapshot, write
+from tests.sizes import HANG_SECONDS
 
 pytestmark = pytest.mark.needs_cowfs
 
@@ -188,7 +189,9 @@ def test_scrub_in_the_background_does_not_keep_its_callers_directory(mount: Moun
     fill(mount)
     (mount.path / "dir").mkdir()
     words = [COMMANDS / "cowfs", "scrub", "start", "--rate", "1M", ".."]
-    subprocess.run(words, cwd=mount.path / "dir", check=True, stdout=subprocess.DEVNULL, timeout=60)
+    subprocess.run(
+        words, cwd=mount.path / "dir", check=True, stdout=subprocess.DEVNULL, timeout=HANG_SECONDS
+    )
     require_success(run_command("umount", mount.path))
     deadline_s = time.monotonic() + 60
     while json_of(scrub("status", "--json", mount.image))["scrub"]["state"] == "running":

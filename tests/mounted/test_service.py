@@ -22,10 +22,10 @@ from tests.conftest import (
     run_command,
     unmount_lazily,
 )
+from tests.sizes import HANG_SECONDS
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
-NOTICE_SECONDS_MAX = 30
 QUIET_SECONDS = 0.3
 
 
@@ -42,7 +42,7 @@ class Service:
             line.split("=", 1) for line in unit.splitlines() if line.startswith("Exec")
         )
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.settimeout(NOTICE_SECONDS_MAX)
+        self.socket.settimeout(HANG_SECONDS)
         self.address = address
         if address:
             self.socket.bind("\0" + address[1:] if address.startswith("@") else address)
@@ -71,7 +71,7 @@ class Service:
     def end(self) -> tuple[int, str]:
         """Wait for the end; the exit status and the log."""
         assert self.process is not None
-        _, log = self.process.communicate(timeout=NOTICE_SECONDS_MAX)
+        _, log = self.process.communicate(timeout=HANG_SECONDS)
         return self.process.returncode, log
 
 
@@ -101,7 +101,7 @@ def test_service_is_ready_when_the_mount_answers_and_stops_in_a_clean_commit(
     assert ready == {"STATUS": f"{service.image} is mounted on {service.place}"}
     assert is_mount_point(service.place), "ready before the mount was live"
     (service.place / "file").write_text("kept")
-    subprocess.run(service.words("ExecStop"), check=True, timeout=NOTICE_SECONDS_MAX)
+    subprocess.run(service.words("ExecStop"), check=True, timeout=HANG_SECONDS)
     stopping = service.notice()
     assert stopping["STOPPING"] == "1"
     assert "last commit" in stopping["STATUS"]
@@ -139,7 +139,7 @@ def test_service_starts_again_after_a_kill(service: Service) -> None:
     service.start()
     assert service.notice()["READY"] == "1"
     (service.place / "file").write_text("alive")
-    subprocess.run(service.words("ExecStop"), check=True, timeout=NOTICE_SECONDS_MAX)
+    subprocess.run(service.words("ExecStop"), check=True, timeout=HANG_SECONDS)
     assert service.notice()["STOPPING"] == "1"
     assert service.end()[0] == 0
 

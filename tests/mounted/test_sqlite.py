@@ -17,7 +17,7 @@ from tests.conftest import Mounted
 from tests.mounted.programs import ROUNDS, random_moments, started
 from tests.mounted.sqlite_writer import contents_of
 
-pytestmark = [pytest.mark.mounted, pytest.mark.slow, pytest.mark.timeout(100 + 60 * ROUNDS)]
+pytestmark = [pytest.mark.mounted]
 
 WRITER = Path(__file__).with_name("sqlite_writer.py")
 

@@ -14,8 +14,6 @@ from tests.mounted.programs import SECONDS, run
 
 pytestmark = [
     pytest.mark.mounted,
-    pytest.mark.slow,
-    pytest.mark.timeout(300 + 60 * SECONDS),
 ]
 
 # ------------------------------------------------------------------- fio

@@ -22,10 +22,9 @@ from cowfs_tools.cowdu.program import Top
 from cowfs_tools.cowdu.walking import Source
 from tests.conftest import COMMANDS, Mounted, json_of, require_success, run_command
 from tests.image_files import change, history, make_image
+from tests.sizes import HANG_SECONDS
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
-
-SECONDS_MAX = 30
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +52,7 @@ class Terminal:
         self.output = ""
 
     def read_until(self, ended: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + SECONDS_MAX
+        deadline = time.monotonic() + HANG_SECONDS
         while not ended():
             assert time.monotonic() < deadline, self.output[-4000:]
             if select.select([self.master], [], [], 0.05)[0]:
@@ -133,7 +132,7 @@ def test_delete_of_a_mounted_filesystem_goes_through_its_daemon(mount: Mounted) 
         return [root.usage.name for root in top.page.shown]
 
     async def until(pilot: "Pilot[None]", condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(SECONDS_MAX):
+        async with asyncio.timeout(HANG_SECONDS):
             while not condition():
                 await asyncio.sleep(0.005)
         await pilot.pause()
@@ -194,7 +193,7 @@ def test_list_of_a_mounted_filesystem_does_not_make_it_commit(mount: Mounted) ->
             (mount.path / "file").write_bytes(os.urandom(600_000))
             second = generation()
             assert second > first
-            async with asyncio.timeout(SECONDS_MAX):
+            async with asyncio.timeout(HANG_SECONDS):
                 while top.page.roots is None or top.page.roots.generation < second:
                     await pilot.pause(0.01)
             assert await asyncio.to_thread(generation) == second

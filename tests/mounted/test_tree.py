@@ -18,7 +18,7 @@ from tests.mounted.tree_state import (
     tree_state,
 )
 
-pytestmark = [pytest.mark.mounted, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.mounted]
 
 
 def test_tree_copied_changed_and_rolled_back_is_the_same_tree(

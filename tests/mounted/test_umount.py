@@ -26,6 +26,7 @@ from tests.conftest import (
     wait_for_end,
 )
 from tests.mounted.machine import ANNA, AS_ROOT, machine
+from tests.sizes import HANG_SECONDS
 
 # A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
 NAMESPACES = pytest.mark.xdist_group("mount namespaces")
@@ -51,7 +52,7 @@ def program(*words: str | os.PathLike[str], cwd: Path | None = None) -> Iterator
             yield process.pid
         finally:
             process.stdin.close()
-            process.wait(timeout=30)
+            process.wait(timeout=HANG_SECONDS)
 
 
 # Copies of the mounts of others would keep their daemons from ending: $1 is the one to keep.
@@ -300,7 +301,9 @@ def test_helper_of_umount_leaves_the_other_places_of_a_mount(
         assert f"on {place};" in done.stderr
         assert not is_mount_point(mount.path)
     finally:
-        done = subprocess.run([*helper, place], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [*helper, place], capture_output=True, text=True, timeout=HANG_SECONDS
+        )
     assert done.returncode == 0, done
     assert mount.daemon_pid is not None
     assert not process_is_alive(mount.daemon_pid)
@@ -343,7 +346,9 @@ def test_umount_says_at_once_who_holds_a_mount_that_is_gone_from_sight(mount: Mo
     )
     mount.umount()
     subprocess.run(
-        [sys.executable, "-c", lazily, "mount", mount.image, mount.path], check=True, timeout=60
+        [sys.executable, "-c", lazily, "mount", mount.image, mount.path],
+        check=True,
+        timeout=HANG_SECONDS,
     )
     mount.daemon_pid = json_of(run_command("info", mount.path, "--json"))["daemon_pid"]
     with program("sh", "-c", script) as pid:

@@ -22,6 +22,7 @@ from cowfs.history.edits import CreateSnapshot
 from cowfs.history.requests import SnapshotsReply
 from tests.conftest import FAILED, Mounted, mounted, require_success, run_command
 from tests.mounted.counting_writer import SLOTS
+from tests.sizes import HANG_SECONDS
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
@@ -72,7 +73,7 @@ def test_snapshot_holds_every_write_that_returned_before(
     finally:
         for writer in writers:
             writer.kill()
-            writer.wait(timeout=30)
+            writer.wait(timeout=HANG_SECONDS)
     for number, before in enumerate(taken):
         for each, last in enumerate(before):
             data = (held.path / ".snapshots" / f"s{number}" / f"file {each}").read_bytes()
@@ -282,11 +283,11 @@ for number in range(15):
             for number in range(3):
                 mount.snapshot(f"s{number}")
             for each in programs:
-                assert each.wait(timeout=60) == 0
+                assert each.wait(timeout=HANG_SECONDS) == 0
         finally:
             for each in programs:
                 each.kill()
-                each.wait(timeout=30)
+                each.wait(timeout=HANG_SECONDS)
 
 
 @pytest.mark.needs_root  # only root can mount something on top

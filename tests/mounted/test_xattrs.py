@@ -28,6 +28,7 @@ from tests.mounted.peers import (
     outcome,
     peer,
 )
+from tests.sizes import HANG_SECONDS
 
 pytestmark = [
     pytest.mark.mounted,
@@ -506,7 +507,11 @@ def test_programs_carry_attributes_over(places: dict[str, Path], tmp_path: Path)
 
     def run(*words: str | os.PathLike[str], at: Path) -> str:
         done = subprocess.run(
-            [os.fspath(word) for word in words], cwd=at, capture_output=True, text=True, timeout=60
+            [os.fspath(word) for word in words],
+            cwd=at,
+            capture_output=True,
+            text=True,
+            timeout=HANG_SECONDS,
         )
         assert not done.returncode, done.stderr
         return done.stdout

@@ -4,7 +4,6 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -25,9 +24,9 @@ from cowfs.storage.node import Node
 from cowfs.storage.store import Store
 from cowfs.storage.superblock import blank_superblock, read_newest
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
-from tests.model.profiles import MACHINE_SECONDS_MAX, machine_settings
 from tests.model.recount import recount
 from tests.model.reference import DictTree
+from tests.sizes import machine_settings
 
 TOTAL_BLOCKS = 32768
 PREFIXES = [b"", b"a", b"ab", b"abc" * 20, b"\xff" * 3]
@@ -373,9 +372,7 @@ class TreeMachine(RuleBasedStateMachine):
 
 
 TestTreeMachine = TreeMachine.TestCase
-TestTreeMachine.settings = machine_settings(examples=300, steps=50)
+TestTreeMachine.settings = machine_settings(short=80, long=300, steps=50)
 TestTreeMachine.__doc__ = (
     "Promise: the tree is a sorted map, whatever is committed, shared or crashed."
 )
-
-TestTreeMachine.pytestmark = [pytest.mark.timeout(MACHINE_SECONDS_MAX)]

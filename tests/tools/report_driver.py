@@ -16,10 +16,10 @@ import pytest
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 
+from tests.sizes import HANG_SECONDS
+
 EMPTY_DATA = '<script type="application/json" id="data">{}</script>'
 TEMPLATE = Path(__file__).parents[2] / "tools" / "cowdu" / "page.html"
-
-START_SECONDS_MAX = 60
 
 
 def program(*names: str) -> str:
@@ -55,7 +55,7 @@ def chromium(width: int = 1440, height: int = 1000) -> Iterator[Chrome]:
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         browser = Chrome(options=options, service=Service(program("chromedriver")))
         try:
-            browser.set_page_load_timeout(START_SECONDS_MAX)
+            browser.set_page_load_timeout(HANG_SECONDS)
             yield browser
         finally:
             browser.quit()

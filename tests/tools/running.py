@@ -6,6 +6,8 @@ import subprocess
 import sys
 from typing import Any, cast
 
+from tests.sizes import HANG_SECONDS
+
 Words = str | os.PathLike[str]
 
 
@@ -16,7 +18,7 @@ def cowdu(*words: Words) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", program, *map(os.fspath, words)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         check=False,
     )
 

@@ -20,6 +20,7 @@ from cowfs.accounting.owners import OwnerKind, OwnerSets, owner_sets
 from cowfs.history.images import open_filesystem
 from cowfs.storage.device import FileDevice
 from tests.image_files import change, history, make_image, snapshot, write
+from tests.sizes import HANG_SECONDS
 from tools.cowdu.looking import Look
 
 NAMES = ["one", "two", "three", "four"]
@@ -252,7 +253,7 @@ def test_what_is_no_file_of_ours_is_neither_read_nor_written(image: Path, kind: 
         [sys.executable, "-c", program, str(image), "--json"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         check=True,
     )
     assert len(json.loads(done.stdout)["snapshots"]) == len(NAMES)

@@ -28,6 +28,7 @@ from tests.image_files import (
     tree_bytes,
     write,
 )
+from tests.sizes import HANG_SECONDS
 from tests.tools.running import cowdu as run
 from tests.tools.running import cowdu_answer as answer
 
@@ -195,7 +196,7 @@ def test_list_of_a_set_is_what_the_deletion_with_the_same_words_frees(image: Pat
             [sys.executable, "-c", program, "snapshot", "delete", "-n", image, *words, "--json"],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_SECONDS,
             check=True,
         )
         deletion = json.loads(result.stdout)
@@ -221,7 +222,7 @@ def test_plan_frees_what_it_says_with_the_command_that_it_prints(image: Path) ->
     words = shlex.split(told["command"])[1:]
     before = tree_bytes(image)
     program = "from cowfs.cli.main import main; main()"
-    subprocess.run([sys.executable, "-c", program, *words], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program, *words], check=True, timeout=HANG_SECONDS)
     assert before - tree_bytes(image) == told["reclaim_bytes"]
 
 
@@ -560,7 +561,7 @@ def test_commands_come_without_their_word_and_images_may_be_called_like_one(
             [sys.executable, "-c", program, *words, "-H", "--debug"],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_SECONDS,
             check=True,
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},

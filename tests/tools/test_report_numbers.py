@@ -13,6 +13,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from cowfs.history.edits import HoldSnapshots, Rollback
 from tests.conftest import require_success
 from tests.image_files import change, history, make_image, require_clean, tree_bytes
+from tests.sizes import HANG_SECONDS
 from tests.tools.report_driver import chromium
 from tests.tools.running import cowdu, cowdu_answer
 
@@ -78,6 +79,6 @@ def test_page_of_an_image_tells_what_cowdu_tells(image: Path, tmp_path: Path) ->
         command = browser.find_element(By.ID, "command").text
     before = tree_bytes(image)
     shell = f"cowfs() {{ {sys.executable} -c 'from cowfs.cli.main import main; main()' \"$@\"; }}; "
-    subprocess.run(["bash", "-c", shell + command], check=True, timeout=60)
+    subprocess.run(["bash", "-c", shell + command], check=True, timeout=HANG_SECONDS)
     assert before - tree_bytes(image) == oldest, "the command of the page frees what it said"
     require_clean(image)

@@ -40,9 +40,9 @@ from tests.image_files import (
     tree_bytes,
     write,
 )
+from tests.sizes import HANG_SECONDS
 
 NAMES = ["one", "two", "three", "four"]
-SECONDS_MAX = 30
 Session = Callable[[Top, "Pilot[None]"], Awaitable[None]]
 
 
@@ -105,7 +105,7 @@ def run(
 
 
 async def until(pilot: "Pilot[None]", condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SECONDS_MAX):
+    async with asyncio.timeout(HANG_SECONDS):
         while not condition():
             await asyncio.sleep(0.005)
     await pilot.pause()
@@ -511,7 +511,7 @@ def test_delete_waits_for_the_space_and_tells_how_far_it_is(
     def slow(target: Any, names: Any, *, wait: bool = False, progress: Any = None) -> None:
         waits.append((names, wait))
         progress(Progress(what="giving back space", done_bytes=1 << 20, total_bytes=2 << 20))
-        assert may_end.wait(SECONDS_MAX)
+        assert may_end.wait(HANG_SECONDS)
 
     monkeypatch.setattr(ImageConnection, "delete_snapshots", slow)
 
@@ -731,7 +731,7 @@ def test_escape_stops_reading(image: Path) -> None:
         await until(pilot, lambda: "reading: " in top.page.message.plain)
         await press(top, pilot, "escape")
         assert "stopped" in top.page.message.plain
-        assert await asyncio.to_thread(ended.wait, SECONDS_MAX)
+        assert await asyncio.to_thread(ended.wait, HANG_SECONDS)
 
     run(image, session)
 
@@ -846,7 +846,7 @@ def test_without_a_terminal_it_refuses_and_textual_is_not_imported(
             stdin=keyboard[1] if has_keyboard else subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=HANG_SECONDS,
             check=False,
         )
     finally:

@@ -24,6 +24,7 @@ from tests.mounted.posix.engine import (
     Filesystem,
     User,
 )
+from tests.sizes import HANG_SECONDS
 
 COWFS_OPTIONS = ("-o", "allow_other,suid,dev") if IS_ROOT else ()
 
@@ -62,14 +63,16 @@ def filesystem(request: pytest.FixtureRequest) -> Iterator[Filesystem]:
             with open(image, "wb") as file:
                 file.truncate(256 << 20)
             subprocess.run(
-                ["mkfs.ext4", "-q", "-F", "-b", "4096", str(image)], check=True, timeout=60
+                ["mkfs.ext4", "-q", "-F", "-b", "4096", str(image)],
+                check=True,
+                timeout=HANG_SECONDS,
             )
             words = ["mount", "-t", "ext4", "-o", "loop", str(image), str(root)]
-        subprocess.run(words, check=True, timeout=60)
+        subprocess.run(words, check=True, timeout=HANG_SECONDS)
         try:
             yield Filesystem(request.param, root, TICK_S, LAG_NS)
         finally:
-            subprocess.run(["umount", "-l", str(root)], check=True, timeout=60)
+            subprocess.run(["umount", "-l", str(root)], check=True, timeout=HANG_SECONDS)
 
 
 @pytest.fixture(scope="package")

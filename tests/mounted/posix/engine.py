@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.mounted.posix.caller import receive, send
+from tests.sizes import HANG_SECONDS
 
 IS_ROOT = os.geteuid() == 0
 
@@ -78,7 +79,7 @@ class Caller:
         return answer
 
     def close(self) -> None:
-        self._process.communicate(timeout=30)
+        self._process.communicate(timeout=HANG_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import Mounted, require_success, run_command
 from tests.mounted.posix.engine import KINDS, RENAME_EXCHANGE, SELF, Caller, Case, Filesystem, User
 from tests.mounted.posix.test_paths import MAKING, calls_on
+from tests.sizes import HANG_SECONDS
 
 LOOKING = {
     *("access", "chdir", "lstat", "stat", "listdir", "readlink", "open", "open not following"),
@@ -76,13 +77,13 @@ def read_only_place(users: Case) -> Iterator[str]:
     folder.mkdir()
     stock(folder)
     with tempfile.TemporaryDirectory(prefix="cowfs-posix-") as place:
-        subprocess.run(["mount", "--bind", folder, place], check=True, timeout=30)
+        subprocess.run(["mount", "--bind", folder, place], check=True, timeout=HANG_SECONDS)
         try:
             words = ["mount", "-o", "remount,bind,ro", place]
-            subprocess.run(words, check=True, timeout=30)
+            subprocess.run(words, check=True, timeout=HANG_SECONDS)
             yield place
         finally:
-            subprocess.run(["umount", "-l", place], check=True, timeout=30)
+            subprocess.run(["umount", "-l", place], check=True, timeout=HANG_SECONDS)
 
 
 def test_a_read_only_mount_refuses_every_change(users: Case, read_only_place: str) -> None:
@@ -105,9 +106,11 @@ def test_reading_on_a_read_only_mount_works(users: Case, kind: str) -> None:
     """Promise: what cannot be changed can be looked at, whatever it is."""
     users.make(kind, "f")
     with tempfile.TemporaryDirectory(prefix="cowfs-posix-") as place:
-        subprocess.run(["mount", "--bind", users.folder, place], check=True, timeout=30)
+        subprocess.run(["mount", "--bind", users.folder, place], check=True, timeout=HANG_SECONDS)
         try:
-            subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True, timeout=30)
+            subprocess.run(
+                ["mount", "-o", "remount,bind,ro", place], check=True, timeout=HANG_SECONDS
+            )
             users.has(f"{place}/f", kind=kind)
             if kind in ("fifo", "socket", "char", "block"):
                 number = 0  # writing to it is not writing to the filesystem
@@ -116,7 +119,7 @@ def test_reading_on_a_read_only_mount_works(users: Case, kind: str) -> None:
             users.may(number, "access", f"{place}/f", os.W_OK)
             users.no(errno.EROFS, "lchown", f"{place}/f", 1, 1)
         finally:
-            subprocess.run(["umount", "-l", place], check=True, timeout=30)
+            subprocess.run(["umount", "-l", place], check=True, timeout=HANG_SECONDS)
 
 
 def test_a_snapshot_and_a_mount_with_ro_refuse_every_change() -> None:
