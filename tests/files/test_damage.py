@@ -35,9 +35,13 @@ from cowfs.storage.format import BLOCK_SIZE_BYTES, Pointer
 from cowfs.storage.node import CACHE_BYTES_DEFAULT, NodeCache
 from cowfs.storage.operation import CHANGING, IDLE
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
+from tests.sizes import sized
 
 TOTAL_BLOCKS = 16384
+FILES = sized(150, 240)
+LARGE_BLOCKS = sized(500, 900)  # of two files, whose many pieces have leaves of their own
 OPERATIONS = 60
+FAILING = sized(12, 30)  # operations in which each read fails in turn
 MODE = stat.S_IFREG | 0o644
 # The default ACL of one directory: every new file there gets one.
 ACL = encode_acl(
@@ -80,7 +84,7 @@ def populate(volume: Volume, model: Model, choice: random.Random) -> None:
     for name in (b"one", b"two"):
         places[name] = volume.create(ROOT_INO, name, stat.S_IFDIR | 0o755, 0, 0).ino
     volume.setxattr(places[b"two"], DEFAULT_NAME, ACL)
-    for number in range(240):
+    for number in range(FILES):
         directory = choice.choice(list(places))
         name = b"file %d " % number + b"x" * choice.choice([0, 0, 100])
         file = model[directory, name] = File(xattrs=inherited(directory))
@@ -94,8 +98,8 @@ def populate(volume: Volume, model: Model, choice: random.Random) -> None:
         if not number % 3:
             file.xattrs[CAPABILITY_XATTR] = choice.randbytes(20)
             volume.setxattr(ino, CAPABILITY_XATTR, file.xattrs[CAPABILITY_XATTR])
-    for number in range(2):  # in many pieces, so that they have leaves of their own
-        file = model[b"", b"large %d" % number] = File(bytearray(900 * BLOCK_SIZE_BYTES))
+    for number in range(2):
+        file = model[b"", b"large %d" % number] = File(bytearray(LARGE_BLOCKS * BLOCK_SIZE_BYTES))
         ino = volume.create(ROOT_INO, b"large %d" % number, stat.S_IFREG | 0o644, 0, 0).ino
         for offset in range(0, len(file.data), 2 * BLOCK_SIZE_BYTES):
             file.data[offset : offset + BLOCK_SIZE_BYTES] = choice.randbytes(BLOCK_SIZE_BYTES)
@@ -339,7 +343,7 @@ def test_read_that_fails_at_any_moment_leaves_an_operation_undone(
     """
     original, first_model, _ = populated
     failures = 0
-    for seed in range(30):
+    for seed in range(FAILING):
         reads = 0
         while True:
             fault = Fault("read", after=reads)
@@ -361,7 +365,7 @@ def test_read_that_fails_at_any_moment_leaves_an_operation_undone(
             assert report.clean, (seed, reads, [str(finding) for finding in report.findings])
             again = open_filesystem(device.device, writable=False)
             assert read_all(again.live, model, may_fail=False) == len(model)
-    assert failures > 60
+    assert failures > 2 * FAILING
 
 
 class NotInMemoryError(Exception):

@@ -211,7 +211,10 @@ def test_no_freeze_at_the_edge_of_full_finds_no_block(
     require_clean(filesystem)
 
 
-@pytest.mark.parametrize("total_blocks", [100_000, 163_840, LARGEST])
+@pytest.mark.parametrize(
+    "total_blocks",
+    [100_000, *(pytest.param(total, marks=pytest.mark.long) for total in (163_840, LARGEST))],
+)
 def test_no_freeze_of_a_large_image_finds_no_block(total_blocks: int) -> None:
     """Promise C10: the same up to where the reserve is no larger than what is granted at once."""
     test_no_freeze_at_the_edge_of_full_finds_no_block.hypothesis.inner_test(  # type: ignore[attr-defined]
