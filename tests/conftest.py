@@ -16,7 +16,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,37 +26,10 @@ from typing import Any
 import pytest
 
 from tests import sizes
+from tests.commands import Completed, end_server, run_command
 from tests.sizes import HANG_SECONDS
 
 PLAIN_BASE = os.environ.get("COWFS_TEST_BASE")
-
-# The commands that installing the package made, next to the Python that runs the tests.
-COMMANDS = Path(sys.executable).parent
-
-Completed = subprocess.CompletedProcess[str]
-
-
-def run_command(*arguments: str | os.PathLike[str], timeout: float = HANG_SECONDS) -> Completed:
-    """Run `cowfs`, or `cowdu` or `cowdump` when named first; gives output and exit status."""
-    words = [os.fspath(argument) for argument in arguments]
-    name = words.pop(0) if words[0] in ("cowfs", "cowdu", "cowdump") else "cowfs"
-    program = COMMANDS / name
-    if not program.exists():
-        pytest.fail(f"{program} is missing: install the package (scripts/setup.sh does)")
-    try:
-        return subprocess.run(
-            [str(program), *words],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        pytest.fail(
-            f"{name} {' '.join(words)}: neither ended nor closed its output in {timeout} s;"
-            f" said {error.stdout!r} {error.stderr!r}"
-        )
 
 
 def require_success(result: Completed) -> Completed:
@@ -350,6 +322,7 @@ def pytest_configure(config: pytest.Config) -> None:
     is_long, times = config.getoption("--long"), config.getoption("--times")
     if times <= 0 or (times != 1 and not is_long):
         raise pytest.UsageError("--times takes a number above 0, and only together with --long")
+    config.add_cleanup(end_server)
     sizes.begin(long=is_long, times=times, seed=config.getoption("--seed"))
     if PLAIN_BASE is None:
         place = tempfile.mkdtemp(prefix="cowfs-test-cache-")

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from cowfs.daemon import places
-from tests.conftest import Mounted, require_success, run_command
+from tests.commands import run_command
+from tests.conftest import Mounted, require_success
 from tests.sizes import HANG_SECONDS
 
 CHECKOUT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import json_of, require_success, run_command
+from tests.commands import run_command
+from tests.conftest import json_of, require_success
 from tests.sizes import HANG_SECONDS
 
 

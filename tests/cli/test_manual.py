@@ -10,7 +10,8 @@ import pytest
 from cowfs.cli import manual
 from cowfs.cli.completion import PROGRAMS
 from cowfs.cli.main import cli
-from tests.conftest import require_success, run_command
+from tests.commands import run_command
+from tests.conftest import require_success
 from tests.sizes import HANG_SECONDS
 
 

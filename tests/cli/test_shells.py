@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import require_success, run_command
+from tests.commands import run_command
+from tests.conftest import require_success
 from tests.sizes import HANG_SECONDS
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import is_mount_point, require_success, run_command
+from tests.commands import run_command
+from tests.conftest import is_mount_point, require_success
 from tests.damage.hostile import build, recipe_of, write_image
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]

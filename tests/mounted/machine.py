@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import COMMANDS, Completed, wait_for_end
+from tests.commands import COMMANDS, Completed
+from tests.conftest import wait_for_end
 from tests.sizes import HANG_SECONDS
 
 AS_ROOT = [] if os.geteuid() == 0 else ["sudo", "-n"]

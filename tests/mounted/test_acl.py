@@ -20,7 +20,8 @@ import pytest
 
 from cowfs.history.images import open_filesystem
 from cowfs.storage.device import FileDevice
-from tests.conftest import Mounted, require_clean, require_success, run_command
+from tests.commands import run_command
+from tests.conftest import Mounted, require_clean, require_success
 from tests.model.behind import changing
 from tests.mounted.peers import (
     ANN,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import Completed, run_command
 from tests.conftest import (
-    Completed,
     Mounted,
     is_mount_point,
     json_of,
@@ -19,7 +19,6 @@ from tests.conftest import (
     process_is_alive,
     require_clean,
     require_success,
-    run_command,
 )
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cowfs.escapes import host_path, unescaped
-from tests.conftest import COMMANDS, is_mount_point, require_clean, unmount_lazily
+from tests.commands import COMMANDS
+from tests.conftest import is_mount_point, require_clean, unmount_lazily
 from tests.sizes import HANG_SECONDS
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]

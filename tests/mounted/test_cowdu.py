@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import COMMANDS, Mounted, json_of, require_success, run_command
+from tests.commands import COMMANDS, run_command
+from tests.conftest import Mounted, json_of, require_success
 from tests.sizes import HANG_SECONDS
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]

@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from tests.conftest import Mounted, json_of, require_success, run_command
+from tests.commands import run_command
+from tests.conftest import Mounted, json_of, require_success
 
 
 @pytest.mark.mounted

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Mounted, json_of, require_success, run_command, wait_for_end
+from tests.commands import run_command
+from tests.conftest import Mounted, json_of, require_success, wait_for_end
 from tests.sizes import HANG_SECONDS
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]

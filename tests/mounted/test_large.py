@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import FAILED, Mounted, mounted, require_success, run_command
+from tests.commands import run_command
+from tests.conftest import FAILED, Mounted, mounted, require_success
 from tests.sizes import HANG_SECONDS, sized
 
 ENTRIES = sized(20_000, 1_000_000)

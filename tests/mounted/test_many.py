@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import run_command
 from tests.conftest import (
     Mounted,
     is_mount_point,
     json_of,
     process_is_alive,
     require_success,
-    run_command,
     wait_for_end,
 )
 from tests.sizes import HANG_SECONDS, seconds

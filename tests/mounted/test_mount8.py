@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import json_of, require_clean, require_success, run_command, wait_for_end
+from tests.commands import run_command
+from tests.conftest import json_of, require_clean, require_success, wait_for_end
 from tests.mounted.machine import AS_ROOT, Machine, machine
 from tests.sizes import HANG_SECONDS
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Mounted, json_of, require_success, run_command
+from tests.commands import run_command
+from tests.conftest import Mounted, json_of, require_success
 
 pytestmark = [pytest.mark.mounted, pytest.mark.xdist_group("ranges")]
 

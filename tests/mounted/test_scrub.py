@@ -15,15 +15,8 @@ from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
 from cowfs.storage.device import FileDevice
 from cowfs.storage.format import BLOCK_SIZE_BYTES, ring_blocks
-from tests.conftest import (
-    COMMANDS,
-    Completed,
-    Mounted,
-    json_of,
-    require_clean,
-    require_success,
-    run_command,
-)
+from tests.commands import COMMANDS, Completed, run_command
+from tests.conftest import Mounted, json_of, require_clean, require_success
 from tests.image_files import change, make_image, snapshot, write
 from tests.sizes import HANG_SECONDS
 

@@ -6,14 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import (
-    is_mount_point,
-    json_of,
-    require_clean,
-    require_success,
-    run_command,
-    unmount_lazily,
-)
+from tests.commands import run_command
+from tests.conftest import is_mount_point, json_of, require_clean, require_success, unmount_lazily
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 

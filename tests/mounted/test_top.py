@@ -20,7 +20,8 @@ from cowfs_tools.cowdu.dialogs import Question
 from cowfs_tools.cowdu.pages import InsidePage
 from cowfs_tools.cowdu.program import Top
 from cowfs_tools.cowdu.walking import Source
-from tests.conftest import COMMANDS, Mounted, json_of, require_success, run_command
+from tests.commands import COMMANDS, run_command
+from tests.conftest import Mounted, json_of, require_success
 from tests.image_files import change, history, make_image
 from tests.sizes import HANG_SECONDS
 

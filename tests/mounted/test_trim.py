@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import COMMANDS, Mounted, json_of, mounted, require_success, run_command
+from tests.commands import COMMANDS, run_command
+from tests.conftest import Mounted, json_of, mounted, require_success
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 

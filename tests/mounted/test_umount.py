@@ -13,15 +13,14 @@ from pathlib import Path
 import pytest
 
 from cowfs.daemon import places
+from tests.commands import COMMANDS, run_command
 from tests.conftest import (
-    COMMANDS,
     Mounted,
     is_mount_point,
     json_of,
     process_is_alive,
     require_clean,
     require_success,
-    run_command,
     unmount_lazily,
     wait_for_end,
 )

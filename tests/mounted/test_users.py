@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import require_clean, require_success, run_command
+from tests.commands import run_command
+from tests.conftest import require_clean, require_success
 from tests.mounted.machine import ANNA, BERT, Machine, machine
 
 # A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.

@@ -20,7 +20,8 @@ from cowfs.daemon import places
 from cowfs.daemon.client import Client
 from cowfs.history.edits import CreateSnapshot
 from cowfs.history.requests import SnapshotsReply
-from tests.conftest import FAILED, Mounted, mounted, require_success, run_command
+from tests.commands import run_command
+from tests.conftest import FAILED, Mounted, mounted, require_success
 from tests.mounted.counting_writer import SLOTS
 from tests.sizes import HANG_SECONDS
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Mounted, require_clean, require_success, run_command
+from tests.commands import run_command
+from tests.conftest import Mounted, require_clean, require_success
 from tests.mounted.peers import (
     ANN,
     BOB,

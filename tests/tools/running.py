@@ -1,26 +1,17 @@
-"""Runs cowdu of the checkout in a process of its own, as the command would."""
+"""Runs cowdu, and takes its answer apart."""
 
 import json
 import os
-import subprocess
-import sys
 from typing import Any, cast
 
-from tests.sizes import HANG_SECONDS
+from tests.commands import Completed, run_command
 
 Words = str | os.PathLike[str]
 
 
-def cowdu(*words: Words) -> subprocess.CompletedProcess[str]:
+def cowdu(*words: Words) -> Completed:
     """What it printed, and how it ended."""
-    program = "from tools.cowdu.main import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", program, *map(os.fspath, words)],
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-        check=False,
-    )
+    return run_command("cowdu", *words)
 
 
 def cowdu_answer(*words: Words) -> dict[str, Any]:

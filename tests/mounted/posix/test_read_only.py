@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Mounted, require_success, run_command
+from tests.commands import run_command
+from tests.conftest import Mounted, require_success
 from tests.mounted.posix.engine import KINDS, RENAME_EXCHANGE, SELF, Caller, Case, Filesystem, User
 from tests.mounted.posix.test_paths import MAKING, calls_on
 from tests.sizes import HANG_SECONDS
