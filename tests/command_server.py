@@ -29,6 +29,7 @@ _PRELOADED = (
     "cowfs.cli.mounting",
     "cowfs.cli.scrub",
     "cowfs.care.check",
+    "cowfs.daemon.mount",
     "cowfs.history.images",
     "cowfs_tools.cowdu.listing",
     "cowfs_tools.cowdu.explaining",

@@ -4,8 +4,8 @@ Most of what a short command costs is Python's start and numpy. So one process, 
 commands once, and each command runs in a fork of it, with arguments, environment, directory and output
 of its own: it ends as any process does, and no command sees another. The server has no threads.
 
-A mount is always started by the installed program itself, because its process stays; so is each command
-of which the test asks for the program.
+`run_command("mount", ...)` starts the installed program itself, and so does each command of which the
+test asks for the program; the mounts that fixtures make come from the server.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ SERVER = Path(__file__).with_name("command_server.py")
 
 
 def run_command(
-    *arguments: str | os.PathLike[str], timeout: float = HANG_SECONDS, program: bool = False
+    *arguments: str | os.PathLike[str], timeout: float = HANG_SECONDS, program: bool | None = None
 ) -> Completed:
     """Run `cowfs`, or `cowdu` or `cowdump` when named first; gives output and exit status.
 
     Args:
-        program: start the installed program, and no fork of the server.
+        program: start the installed program, and no fork of the server; None does so for mounts.
     """
     words = [os.fspath(argument) for argument in arguments]
     name = words.pop(0) if words[0] in MODULES else "cowfs"
@@ -47,7 +47,7 @@ def run_command(
     if not installed.exists():
         pytest.fail(f"{installed} is missing: install the package (scripts/setup.sh does)")
     try:
-        if program or words[:1] == ["mount"]:
+        if words[:1] == ["mount"] if program is None else program:
             return subprocess.run(
                 [str(installed), *words],
                 stdin=subprocess.DEVNULL,

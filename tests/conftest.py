@@ -123,7 +123,8 @@ class Mounted:
         """Mount, after unmounting if it is mounted."""
         if is_mount_point(self.path):
             self.umount()
-        require_success(run_command("mount", self.image, self.path, *self.mount_options))
+        words = ("mount", self.image, self.path, *self.mount_options)
+        require_success(run_command(*words, program=False))
         assert is_mount_point(self.path), "cowfs mount returned before the mount was live"
         self.daemon_pid = json_of(run_command("info", self.path, "--json"))["daemon_pid"]
         assert isinstance(self.daemon_pid, int)
