@@ -30,24 +30,17 @@ from cowfs.history.reports import (
 )
 from cowfs.history.retention import DAY_NS
 from cowfs.storage.device import FileDevice
+from tests.commands import Completed, run_command
 from tests.image_files import change, dated, history, make_image, require_clean, tree_bytes, write
 from tests.model.devices import MemoryDevice
-from tests.sizes import HANG_SECONDS
 
 ERROR, USAGE, IMAGE_MISSING, LOCKED = 1, 2, 10, 11
 NAMES = ["one", "two", "three", "four"]
 
 
-def run(*words: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
-    """The command as the shell runs it."""
-    program = "from cowfs.cli.main import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", program, *map(os.fspath, words)],
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-        check=False,
-    )
+def run(*words: str | os.PathLike[str]) -> Completed:
+    """The command in a process of its own; none of these is a mount that stays."""
+    return run_command(*words, program=False)
 
 
 def invoke(*words: str | os.PathLike[str]) -> Result:
@@ -74,7 +67,7 @@ def fields(*words: str | os.PathLike[str]) -> dict[str, Any]:
     return answer
 
 
-def assert_refused(result: subprocess.CompletedProcess[str], status: int, *says: str) -> None:
+def assert_refused(result: Completed, status: int, *says: str) -> None:
     """Fails unless it ended so, with one line on standard error that has these words."""
     story = f"{result.args}: {result.returncode}\n{result.stdout}\n{result.stderr}"
     assert result.returncode == status, story
@@ -685,7 +678,7 @@ def test_helper_of_mount_has_the_status_of_mount(tmp_path: Path, image: Path) ->
     place = tmp_path / "place"
     place.mkdir()
 
-    def helper(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    def helper(*words: str | Path) -> Completed:
         return subprocess.run(
             [sys.executable, "-c", program, *map(str, words)],
             env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
