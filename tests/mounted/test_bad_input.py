@@ -206,10 +206,17 @@ BAD_NAMES = ["", ".", "..", "a/b", "/", "n" * 256, "new\nline", "bell\a", "\x1b[
 BAD_NAMES += ["%", "a%b", "a,b"]  # they would read as ranges and lists of snapshots
 
 
+@pytest.fixture(scope="module")
+def mount_with_snapshot(module_mount: Mounted) -> Mounted:
+    """The mount of all tests that change nothing, with the snapshot `good`."""
+    require_success(run_command("snapshot", "create", module_mount.path, "good"))
+    return module_mount
+
+
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
-def test_bad_snapshot_name_is_refused(mount: Mounted, image: Path, name: str) -> None:
+def test_bad_snapshot_name_is_refused(mount_with_snapshot: Mounted, image: Path, name: str) -> None:
     """Promise: a name that no directory below .snapshots or no command could have is refused."""
-    require_success(run_command("snapshot", "create", mount.path, "good"))
+    mount = mount_with_snapshot
     before = run_command("snapshot", "list", mount.path).stdout
     for target in (mount.path, image):
         assert_refused(run_command("snapshot", "create", target, name), ERROR, USAGE)
