@@ -27,7 +27,7 @@ import pytest
 
 from tests import sizes
 from tests.commands import Completed, end_server, run_command
-from tests.sizes import HANG_SECONDS
+from tests.sizes import HANG_SECONDS, wait_until
 
 PLAIN_BASE = os.environ.get("COWFS_TEST_BASE")
 
@@ -158,6 +158,16 @@ class Mounted:
     def check(self) -> None:
         """Fails the test unless the (unmounted) image is clean."""
         require_clean(self.image)
+
+    def wait_for_commit(self) -> None:
+        """Wait until the daemon has by itself made durable what was written before."""
+
+        def generation() -> int:
+            number: int = json_of(run_command("info", self.path, "--json"))["generation"]
+            return number
+
+        before = generation()
+        wait_until(lambda: generation() > before, "no commit came by itself")
 
     def snapshot(self, name: str) -> Path:
         """Take a snapshot; gives the place where its tree can be read."""

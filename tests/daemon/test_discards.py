@@ -15,6 +15,7 @@ from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 from tests.model.devices import MemoryDevice
 from tests.model.recount import recount
+from tests.sizes import HANG_SECONDS
 
 TOTAL_BLOCKS = 16384
 INTERVAL_S = 0.05
@@ -49,7 +50,7 @@ def run(committer: Committer, call: Callable[[], Awaitable[object]]) -> None:
     async def all_of_it() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(committer.run)
-            with trio.fail_after(60):
+            with trio.fail_after(HANG_SECONDS):
                 await call()
             nursery.cancel_scope.cancel()
 

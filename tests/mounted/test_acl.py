@@ -11,7 +11,6 @@ import stat
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ from tests.mounted.peers import (
     outcome,
     peer,
 )
-from tests.sizes import HANG_SECONDS
+from tests.sizes import HANG_SECONDS, wait_until
 
 pytestmark = [
     pytest.mark.mounted,
@@ -724,9 +723,7 @@ def test_the_kernel_asks_for_acls_once_and_not_for_the_owner(user: User) -> None
         daemon = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         walks = 0
         try:
-            deadline = time.monotonic() + 20
-            while not os.path.ismount(root) and time.monotonic() < deadline:
-                time.sleep(0.02)
+            wait_until(lambda: os.path.ismount(root), "it is not mounted")
             root.chmod(0o755)
             (root / "directory").mkdir(mode=0o755)
             files = [root / "directory" / f"{number}" for number in range(100)]

@@ -1,7 +1,6 @@
 """Damage that an edit of a mount meets does not end its writing (C8, C9)."""
 
 import os
-import time
 from pathlib import Path
 
 from cowfs.files.items import ROOT_INO, TYPE_NAME, key
@@ -64,9 +63,7 @@ def test_names_of_a_large_root_directory_are_forgotten_without_stopping_others(
     for number in range(5000):
         (mount.path / f"{number}").touch()
     assert len(os.listdir(mount.path)) == 5000
-    begun = time.monotonic()
     require_success(mount.cowfs("rollback", mount.path, "empty"))
     assert os.listdir(mount.path) == []
     for number in (0, 1, 2499, 4999):
         assert not (mount.path / f"{number}").exists()
-    assert time.monotonic() - begun < 60

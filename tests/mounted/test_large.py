@@ -178,12 +178,11 @@ def test_list_under_changes_shows_what_stayed_exactly_once(folder: Path) -> None
     for number in range(1000):
         (folder / f"goes {number}").touch()
     program = """
-import os, sys, time
+import os, sys
 os.chdir(sys.argv[1])
 print("begun", flush=True)
-end = time.monotonic() + 60
 number = 0
-while time.monotonic() < end:
+while True:
     number += 1
     for old in (f"goes {number % 1000}", f"new {number - 500}"):
         try:

@@ -23,7 +23,7 @@ from tests.conftest import (
     require_success,
     wait_for_end,
 )
-from tests.sizes import HANG_SECONDS
+from tests.sizes import HANG_SECONDS, wait_until
 
 # A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
 NAMESPACES = pytest.mark.xdist_group("mount namespaces")
@@ -152,10 +152,7 @@ def test_signals_after_the_first_do_not_cost_the_last_commit(
             "commit=60",
         ]
         daemon = subprocess.Popen(words, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 30
-        while not is_mount_point(place):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(lambda: is_mount_point(place), "it is not mounted")
     else:
         require_success(run_command("mount", image, place, "-o", "commit=60"))
     pid = json_of(run_command("info", place, "--json"))["daemon_pid"]

@@ -10,14 +10,13 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Mounted
-from tests.sizes import HANG_SECONDS
+from tests.sizes import HANG_SECONDS, wait_until
 
 pytestmark = [pytest.mark.mounted, pytest.mark.xdist_group("locks")]
 
@@ -149,12 +148,8 @@ def test_crossed_waits_are_refused_as_a_deadlock(file: Path) -> None:
             assert process.stdout is not None
             process.stdin.write("\n")
             process.stdin.flush()  # it now waits for our first ten bytes
-            deadline = time.monotonic() + 30
-            while (
-                f"-> POSIX  ADVISORY  WRITE {process.pid} " not in Path("/proc/locks").read_text()
-            ):
-                assert time.monotonic() < deadline, Path("/proc/locks").read_text()
-                time.sleep(0.01)
+            waits = f"-> POSIX  ADVISORY  WRITE {process.pid} "
+            wait_until(lambda: waits in Path("/proc/locks").read_text(), "it does not wait")
             with pytest.raises(OSError, match="deadlock"):
                 fcntl.lockf(stream, fcntl.LOCK_EX, 10, 50)
             fcntl.lockf(stream, fcntl.LOCK_UN, 10, 0)

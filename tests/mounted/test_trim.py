@@ -5,13 +5,13 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.commands import COMMANDS, run_command
 from tests.conftest import Mounted, json_of, mounted, require_success
+from tests.sizes import HANG_SECONDS, wait_until
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
@@ -37,13 +37,6 @@ def delete_in_three_commits(mount: Mounted, files: int) -> None:
         require_success(mount.cowfs("sync", mount.path))
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.1)
-
-
 @pytest.mark.parametrize(("files", "size"), [(60, MIB), (960, 64 << 10)])
 def test_deleted_files_give_their_space_back_while_mounted(
     tmp_path: Path, files: int, size: int
@@ -52,7 +45,7 @@ def test_deleted_files_give_their_space_back_while_mounted(
     with mounted(tmp_path / "cowfs", size="256M", mount_options=("-o", "commit=1")) as mount:
         fill(mount, files, size)
         delete_in_three_commits(mount, files)
-        wait_until(lambda: host_bytes(mount.image) < RESTS_BYTES, 60)
+        wait_until(lambda: host_bytes(mount.image) < RESTS_BYTES, "it never came")
 
 
 def test_deleted_files_give_their_space_back_at_unmount(tmp_path: Path) -> None:
@@ -115,7 +108,7 @@ def test_trim_beside_writers_leaves_every_byte(mount: Mounted) -> None:
             require_success(mount.cowfs("trim", mount.path))
     finally:
         ended.set()
-        writer.join(60)
+        writer.join(HANG_SECONDS)
     mount.remount()  # nothing is read from what the kernel has
     for name, data in contents.items():
         assert (mount.path / name).read_bytes() == data

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cowfs.cli.mounting import UMOUNT_WAIT_S_MAX
 from cowfs.daemon import places
 from tests.commands import COMMANDS, run_command
 from tests.conftest import (
@@ -31,7 +32,8 @@ from tests.sizes import HANG_SECONDS
 NAMESPACES = pytest.mark.xdist_group("mount namespaces")
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs, NAMESPACES]
 
-NAMED_SECONDS_MAX = 20
+# Less than umount waits for the last commit where nobody is in the way.
+NAMED_SECONDS_MAX = min(HANG_SECONDS, UMOUNT_WAIT_S_MAX / 2)
 
 
 def socket_of(mount: Mounted) -> Path:

@@ -21,9 +21,9 @@ from cowfs.daemon.client import Client
 from cowfs.history.edits import CreateSnapshot
 from cowfs.history.requests import SnapshotsReply
 from tests.commands import run_command
-from tests.conftest import FAILED, Mounted, mounted, require_success
+from tests.conftest import FAILED, Mounted, mounted, require_success, wait_for_end
 from tests.mounted.counting_writer import SLOTS
-from tests.sizes import HANG_SECONDS
+from tests.sizes import HANG_SECONDS, wait_until
 
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
@@ -62,10 +62,11 @@ def test_snapshot_holds_every_write_that_returned_before(
             done.write_bytes(bytes(8))
             words = [held.path / f"file {number}", done, how]
             writers.append(subprocess.Popen([sys.executable, program, *words]))
-        deadline = time.monotonic() + 30
-        while not all(int.from_bytes(done.read_bytes(), "little") for done in shared):
-            assert time.monotonic() < deadline, "the writers do not come to anything"
-            time.sleep(0.01)
+        for done in shared:
+            wait_until(
+                lambda done=done: int.from_bytes(done.read_bytes(), "little"),
+                "the writers do not come to anything",
+            )
         with Client(places.find_sockets(held.image)[0]) as client:
             for number in range(SNAPSHOTS):
                 time.sleep(0.05)
@@ -136,11 +137,11 @@ def test_sync_makes_all_durable_and_fsync_its_file(held: Mounted) -> None:
 
 def test_timer_fetches_what_the_kernel_holds(tmp_path: Path) -> None:
     """Promise C5: a kill loses no more than the interval, though nobody asked for durability."""
-    options = ("-o", "writeback,commit=1")
+    options = ("-o", "writeback,commit=0.5")
     with mounted(tmp_path / "cowfs", mount_options=options) as mount:
         file = os.open(mount.path / "file", os.O_CREAT | os.O_WRONLY)
         os.write(file, b"old" * 10_000)
-        time.sleep(2.5)
+        mount.wait_for_commit()
         mount.kill()
         close_of_a_dead_mount(file)
         mount.check()
@@ -159,10 +160,8 @@ def test_orderly_end_keeps_what_was_written(held: Mounted, how: str) -> None:
     else:
         assert held.daemon_pid is not None
         os.kill(held.daemon_pid, signal.SIGTERM)
-    deadline = time.monotonic() + 30
-    while held.daemon_pid is not None and Path(f"/proc/{held.daemon_pid}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert held.daemon_pid is not None
+    assert wait_for_end(held.daemon_pid)
     if how == "SIGTERM":
         close_of_a_dead_mount(file)
     held.remount()
