@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Mounted
-from tests.sizes import HANG_SECONDS, wait_until
+from tests.sizes import HANG_SECONDS, sized, wait_until
 
 pytestmark = [pytest.mark.mounted, pytest.mark.xdist_group("kernel_io")]
 
@@ -240,7 +240,7 @@ def test_buffered_readers_see_what_asynchronous_direct_writes_wrote(folder: Path
 
     Readers run beside the writes: they fill pages of the kernel's cache while writes are on their way.
     """
-    count, rounds, readers_count = 128, 60, 3
+    count, rounds, readers_count = 128, sized(25, 60), 3
     file = folder / "file"
     file.write_bytes(bytes(count * BLOCK))
     direct = os.open(file, os.O_RDWR | os.O_DIRECT)

@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import FAILED, Mounted, mounted
 from tests.mounted.programs import ROUNDS, SECONDS, end_with_children, random_moments, run
-from tests.sizes import HANG_SECONDS
+from tests.sizes import HANG_SECONDS, wait_until
 
 pytestmark = [
     pytest.mark.mounted,
@@ -146,12 +146,12 @@ class Cluster:
             server.wait(timeout=HANG_SECONDS)
 
     @contextlib.contextmanager
-    def load(self, number: int, seconds: float) -> Iterator[subprocess.Popen[str]]:
-        """pgbench, working for a time with its log in files that `acknowledged` reads."""
+    def load(self, number: int, count: int) -> Iterator[subprocess.Popen[str]]:
+        """pgbench, for `count` transactions of each client; `acknowledged` reads its log."""
         script = self.outside / "transaction.sql"
         script.write_text(TRANSACTION, encoding="ascii")
         words = self.words(
-            *("pgbench", "--no-vacuum", f"--client={CLIENTS}", f"--time={max(1, round(seconds))}"),
+            *("pgbench", "--no-vacuum", f"--client={CLIENTS}", f"--transactions={count}"),
             *("--log", f"--log-prefix=round{number}", "--file", script, "--random-seed=1"),
             *("--define=n=-1", f"--define=round={number}", *self.connection(), "postgres"),
         )
@@ -173,6 +173,11 @@ class Cluster:
                 assert duration.isdecimal(), line
                 names.add(f"{number}/{client}/{int(transaction) - 1}")
         return names
+
+    def moves(self) -> int:
+        """How many transactions are in the history."""
+        ((count,),) = self.query("SELECT count(*) FROM pgbench_history")
+        return int(count)
 
     def history(self) -> set[str]:
         """Names of all transactions in the history, none twice; balances agree with them."""
@@ -237,8 +242,10 @@ def test_postgres_recovers_every_transaction_when_the_daemon_is_killed(
     options = mount.mount_options
     acknowledged: set[str] = set()
     for number in range(ROUNDS):
-        with cluster.load(number, 600) as load:
-            time.sleep(SECONDS / 2 + moments.uniform(0, SECONDS / 2))
+        known = cluster.moves()
+        with cluster.load(number, 1_000_000) as load:
+            wait_until(lambda: cluster.moves() > known + 30, "the server does nothing")  # noqa: B023
+            time.sleep(moments.uniform(0, SECONDS / 2))
             assert load.poll() is None, load.communicate()
             mount.kill()
             output, _ = load.communicate(timeout=HANG_SECONDS)
@@ -270,12 +277,11 @@ def test_postgres_recovers_from_a_snapshot_taken_under_load(
 ) -> None:
     """Promise C6: a snapshot of a busy server is a database that recovers, with all committed before."""
     mount, _ = place
-    with cluster.load(0, SECONDS) as load:
-        time.sleep(SECONDS / 2)
+    with cluster.load(0, round(100 * SECONDS)) as load:
+        wait_until(lambda: cluster.moves() > 20, "the server does nothing")
         before = cluster.history()
-        assert len(before) > 20
         mount.snapshot("busy")
-        output, _ = load.communicate(timeout=SECONDS + HANG_SECONDS)
+        output, _ = load.communicate(timeout=HANG_SECONDS * SECONDS)
         assert load.returncode == 0, output
     after = cluster.history()
     assert cluster.acknowledged(0) == after

@@ -18,7 +18,7 @@ from cowfs.storage.format import BLOCK_SIZE_BYTES, ring_blocks
 from tests.commands import COMMANDS, Completed, run_command
 from tests.conftest import Mounted, json_of, require_clean, require_success
 from tests.image_files import change, make_image, snapshot, write
-from tests.sizes import HANG_SECONDS
+from tests.sizes import HANG_SECONDS, wait_until
 
 pytestmark = pytest.mark.needs_cowfs
 
@@ -72,11 +72,22 @@ def scrub(*words: str | Path) -> Completed:
     return run_command("scrub", *words)
 
 
-def fill(mount: Mounted) -> None:
+# Commands come in the midst of a scrub also where they take seconds.
+RATE_BYTES = 10 << 20
+SECONDS_OF_SCRUB = 8
+
+
+def fill(mount: Mounted, large_bytes: int = 3 << 20) -> None:
     for number in range(100):
         (mount.path / str(number)).write_bytes(os.urandom(1500))
-    (mount.path / "large").write_bytes(os.urandom(3 << 20))
+    (mount.path / "large").write_bytes(os.urandom(large_bytes))
     require_success(mount.cowfs("sync", mount.path))
+
+
+def done_bytes(mount: Mounted) -> int:
+    """How far the scrub of a mount says that it is."""
+    state = json_of(scrub("status", "--json", mount.path))["scrub"]
+    return state["done_bytes"] if state else 0
 
 
 def test_scrub_of_a_mount_repairs_every_bad_copy_and_its_result_is_kept(mount: Mounted) -> None:
@@ -123,17 +134,14 @@ def test_mount_repairs_what_it_reads(mount: Mounted) -> None:
 
 def test_scrub_that_is_cancelled_goes_on_after_a_remount(mount: Mounted) -> None:
     """Promise: what was read is not read again, also by another mount at a later generation."""
-    fill(mount)
+    fill(mount, SECONDS_OF_SCRUB * RATE_BYTES)
     nothing = scrub("resume", "-B", mount.path)
     assert nothing.returncode == 2
-    require_success(scrub("start", "--rate", "1M", mount.path))
+    require_success(scrub("start", "--rate", str(RATE_BYTES), mount.path))
     second = scrub("start", mount.path)
     assert second.returncode == 1
     assert "already" in second.stderr
-    deadline_s = time.monotonic() + 60
-    while json_of(scrub("status", "--json", mount.path))["scrub"]["done_bytes"] < 5 << 19:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)
+    wait_until(lambda: done_bytes(mount) > RATE_BYTES // 2, "nothing is read")
     require_success(scrub("cancel", mount.path))
     assert scrub("cancel", mount.path).returncode == 2
     stopped = json_of(scrub("status", "--json", mount.path))["scrub"]
@@ -150,18 +158,13 @@ def test_scrub_keeps_its_state_through_many_signals(
     mount: Mounted, numbers: list[signal.Signals]
 ) -> None:
     """Promise: signals after the first do not cost the marks of what was read."""
-    fill(mount)
-    words = ["scrub", "start", "-B", "--rate", "1M", str(mount.path)]
+    fill(mount, SECONDS_OF_SCRUB * RATE_BYTES)
+    words = ["scrub", "start", "-B", "--rate", str(RATE_BYTES), str(mount.path)]
     with subprocess.Popen(
         [COMMANDS / "cowfs", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as worker:
-        deadline_s = time.monotonic() + 60
-        done_bytes = 0
-        while done_bytes < 1 << 20:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.1)
-            state = json_of(scrub("status", "--json", mount.path))["scrub"]
-            done_bytes = state["done_bytes"] if state else 0
+        wait_until(lambda: done_bytes(mount) > RATE_BYTES // 2, "nothing is read")
+        deadline_s = time.monotonic() + HANG_SECONDS
         while worker.poll() is None:
             assert time.monotonic() < deadline_s
             for number in numbers:
@@ -186,10 +189,12 @@ def test_scrub_in_the_background_does_not_keep_its_callers_directory(mount: Moun
         words, cwd=mount.path / "dir", check=True, stdout=subprocess.DEVNULL, timeout=HANG_SECONDS
     )
     require_success(run_command("umount", mount.path))
-    deadline_s = time.monotonic() + 60
-    while json_of(scrub("status", "--json", mount.image))["scrub"]["state"] == "running":
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)
+
+    def is_over() -> bool:
+        state: str = json_of(scrub("status", "--json", mount.image))["scrub"]["state"]
+        return state != "running"
+
+    wait_until(is_over, "the scrub goes on")
     mount.remount()
 
 

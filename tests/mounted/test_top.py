@@ -175,6 +175,8 @@ def test_delete_of_a_mounted_filesystem_goes_through_its_daemon(mount: Mounted) 
 
 def test_list_of_a_mounted_filesystem_does_not_make_it_commit(mount: Mounted) -> None:
     """Promise: to look whether something changed changes nothing; R shows what is not committed."""
+    mount.mount_options = ("-o", "commit=3600")
+    mount.remount()
     (mount.path / "file").write_bytes(os.urandom(400_000))
     top = Top(Source(str(mount.path)), read_only=True, refresh_s=0.02)
 
@@ -187,7 +189,7 @@ def test_list_of_a_mounted_filesystem_does_not_make_it_commit(mount: Mounted) ->
                 await pilot.pause(0.01)
             first = await asyncio.to_thread(generation)
             (mount.path / "file").write_bytes(os.urandom(500_000))
-            await pilot.pause(0.4)  # many looks; the daemon commits by itself after seconds
+            await pilot.pause(0.4)  # many looks
             assert await asyncio.to_thread(generation) == first
             # Somebody commits, and writes on before anybody can look.
             mount.snapshot("somebody")
