@@ -334,6 +334,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if times <= 0 or (times != 1 and not is_long):
         raise pytest.UsageError("--times takes a number above 0, and only together with --long")
     config.add_cleanup(end_server)
+    # Tests call in this process what gives way to others: all tests after them would give way too.
+    for name in ("nice", "setpriority"):
+        patch = pytest.MonkeyPatch()
+        patch.setattr(os, name, lambda *_: 0)
+        config.add_cleanup(patch.undo)
     sizes.begin(long=is_long, times=times, seed=config.getoption("--seed"))
     if PLAIN_BASE is None:
         place = tempfile.mkdtemp(prefix="cowfs-test-cache-")

@@ -16,9 +16,9 @@ from tests.crash.workloads import parse
 from tests.sizes import chosen_seed, sized
 
 SHARES = 4
-STATES = sized(600, 5200)  # unique, of each share: more than 20,000 in the long run
-OF_WORKLOAD = sized(7, 40)
-OF_NESTED = sized(3, 12)
+STATES = sized(400, 5200)  # unique, of each share: more than 20,000 in the long run
+OF_WORKLOAD = sized(6, 40)
+OF_NESTED = sized(2, 12)
 # The shares take this one and those after it; all four modes of durability are among them.
 SEED = chosen_seed(4000)
 
