@@ -10,10 +10,11 @@ import pytest
 
 from tests.conftest import Mounted
 from tests.mounted.programs import run
+from tests.sizes import sized
 
 pytestmark = [pytest.mark.mounted]
 
-FILES = 100
+FILES = sized(30, 100)
 
 CONFIGURE = """
 AC_INIT([counting], [1.0])

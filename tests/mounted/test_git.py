@@ -10,12 +10,13 @@ import pytest
 
 from tests.conftest import Mounted
 from tests.mounted.programs import git
+from tests.sizes import sized
 
 pytestmark = [pytest.mark.mounted]
 
-COMMITS = 3000
+COMMITS = sized(900, 3000)
 FOLDERS, FILES = 20, 10
-SIDE_BEGINS, SIDE_COMMITS = 2900, 25
+SIDE_BEGINS, SIDE_COMMITS = COMMITS - 100, 25
 BEGIN = 1_700_000_000
 # What git would take from the clock is given, or no name of a commit would be the same twice.
 DATES = {"GIT_AUTHOR_DATE": f"{BEGIN} +0000", "GIT_COMMITTER_DATE": f"{BEGIN} +0000"}
@@ -66,8 +67,8 @@ def work_on(work: Path) -> dict[str, str]:
     seen = {"count": git(work, "rev-list", "--count", "--all")}
     seen["log"] = git(work, "log", "--format=%H %s", "--stat", "-n", "300")
     seen["blame"] = git(work, "blame", "--line-porcelain", path_of(COMMITS - 1))
-    seen["grep"] = git(work, "grep", "-n", "line 29 of", "main~1000")
-    for number in (10, 1500, 2950, 40, 2999):
+    seen["grep"] = git(work, "grep", "-n", "line 29 of", f"main~{COMMITS // 3}")
+    for number in (10, COMMITS // 2, COMMITS - 50, 40, COMMITS - 1):
         commit = git(work, "rev-parse", f"main~{COMMITS - 1 - number}").strip()
         git(work, "checkout", "--quiet", commit)
         assert (work / path_of(number)).read_text(encoding="ascii") == contents_of(number)
