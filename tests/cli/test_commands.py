@@ -88,15 +88,6 @@ def empty(tmp_path: Path) -> Iterator[Path]:
     require_clean(image)
 
 
-@pytest.fixture
-def image(tmp_path: Path) -> Iterator[Path]:
-    """An image with four snapshots that share data; clean afterwards."""
-    image = make_image(tmp_path / "disk.img")
-    change(image, *history(NAMES))
-    yield image
-    require_clean(image)
-
-
 def names(image: Path) -> list[str]:
     return [found["name"] for found in fields("snapshot", "list", image)["snapshots"]]
 

@@ -1,24 +1,14 @@
 """Promises of holds, and of deleting by rules, on an image that is not mounted."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cli.test_commands import ERROR, USAGE, assert_refused, fields, names, output, run
-from tests.image_files import change, history, make_image, require_clean, snapshot, tree_bytes
+from tests.image_files import change, make_image, require_clean, snapshot, tree_bytes
 
 NAMES = ["auto-1", "auto-2", "release", "auto-3"]
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Iterator[Path]:
-    """An image with four snapshots that share data; clean afterwards."""
-    image = make_image(tmp_path / "disk.img")
-    change(image, *history(NAMES))
-    yield image
-    require_clean(image)
 
 
 # --- holds ----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -374,14 +374,32 @@ def test_workers_stay_few_under_a_flood(mountpoint: str) -> None:
     assert workers.started <= 3
 
 
+def require_end_at_once(
+    mountpoint: str, probe: Probe, flooded: bool, run: Callable[[], Awaitable[int]]
+) -> None:
+    """Serve until `run` has ended main(); it says how many requests were served after that.
+
+    At once is before two more bursts are served.
+    """
+    pyfuse3.init(probe, mountpoint, {"default_permissions", "fsname=probe"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", FLOOD if flooded else "", mountpoint],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        served = trio.run(run)
+    finally:
+        pyfuse3.close()
+        process.kill()
+        process.wait()
+    assert served <= 2 * BURST_REQUESTS_MAX
+
+
 @pytest.mark.parametrize("flooded", [False, True])
 def test_cancelling_main_ends_it(mountpoint: str, flooded: bool) -> None:
-    """A cancelled main() ends at once, idle or flooded, and the mount can be closed.
-
-    At once is before two more bursts of requests are served.
-    """
+    """A cancelled main() ends at once, idle or flooded, and the mount can be closed."""
     probe = Probe()
-    flood = FLOOD if flooded else "print('nothing')"
 
     async def run() -> int:
         with trio.CancelScope() as scope:
@@ -395,19 +413,7 @@ def test_cancelling_main_ends_it(mountpoint: str, flooded: bool) -> None:
         assert scope.cancelled_caught
         return probe.lookups - served
 
-    pyfuse3.init(probe, mountpoint, {"default_permissions", "fsname=probe"})
-    process = subprocess.Popen(
-        [sys.executable, "-c", flood, mountpoint],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        served = trio.run(run)
-    finally:
-        pyfuse3.close()
-        process.kill()
-        process.wait()
-    assert served <= 2 * BURST_REQUESTS_MAX
+    require_end_at_once(mountpoint, probe, flooded, run)
 
 
 @pytest.mark.parametrize("flooded", [False, True])
@@ -426,19 +432,7 @@ def test_terminate_ends_main(mountpoint: str, flooded: bool) -> None:
                 pyfuse3.terminate()
             return probe.lookups - served
 
-        pyfuse3.init(probe, mountpoint, {"default_permissions", "fsname=probe"})
-        process = subprocess.Popen(
-            [sys.executable, "-c", FLOOD if flooded else "", mountpoint],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
-            served = trio.run(run)
-        finally:
-            pyfuse3.close()
-            process.kill()
-            process.wait()
-        assert served <= 2 * BURST_REQUESTS_MAX
+        require_end_at_once(mountpoint, probe, flooded, run)
 
 
 def test_terminate_inside_a_handler_ends_main_after_the_answer(mountpoint: str) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +30,6 @@ def original(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
     change(path, *history(NAMES))
     require_clean(path)
     return path.read_bytes()
-
-
-@pytest.fixture
-def image(tmp_path: Path, original: bytes) -> Iterator[Path]:
-    path = tmp_path / "disk.img"
-    path.write_bytes(original)
-    yield path
-    require_clean(path)
 
 
 SETS = [

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,14 +70,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     change(path, *history(NAMES))
     require_clean(path)
     return path.read_bytes()
-
-
-@pytest.fixture
-def image(tmp_path: Path, original: bytes) -> Iterator[Path]:
-    path = tmp_path / "disk.img"
-    path.write_bytes(original)
-    yield path
-    require_clean(path)
 
 
 # --- list -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ from tests.image_files import (
     change,
     history,
     make_image,
-    require_clean,
     snapshot,
     tree_bytes,
     write,
@@ -58,14 +57,6 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = make_image(tmp_path_factory.mktemp("original") / "disk.img")
     change(path, *history(NAMES), hold("two"))
     return path.read_bytes()
-
-
-@pytest.fixture
-def image(tmp_path: Path, original: bytes) -> Iterator[Path]:
-    path = tmp_path / "disk.img"
-    path.write_bytes(original)
-    yield path
-    require_clean(path)
 
 
 def hold(*names: str) -> Callable[[Filesystem], object]:
