@@ -34,6 +34,7 @@ class Fault:
         line: that is replaced; it occurs once in the function.
         instead: of it, at the same indentation; further lines carry their own in addition.
         own_images: the base images have it too, as both writing and reading are concerned.
+        shown_by: the number of the workload that has shown it before, tried first and at length.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Fault:
     line: str
     instead: str
     own_images: bool = False
+    shown_by: int | None = None
 
 
 _COMMIT = "cowfs.storage.commit:Commit._write"
@@ -126,15 +128,21 @@ FAULTS = (
         f"{_STORE}.read_image",
         "(pointer.block, pointer.twin)",
         "(pointer.block,)",
+        shown_by=1,
     ),
     Fault(
         "second copy of the ring not read",
         "cowfs.storage.superblock:read_newest",
         "found += read_ring(device, ring_blocks(expected.total_blocks)[1])",
         "pass",
+        shown_by=1,
     ),
     Fault(
-        "checksum of data not looked at", f"{_STORE}._verify", "if found != checksums:", "if False:"
+        "checksum of data not looked at",
+        f"{_STORE}._verify",
+        "if found != checksums:",
+        "if False:",
+        shown_by=0,
     ),
     Fault("wrong birth in a node", _COMMIT, "node.generation,", "node.generation - 1,"),
     Fault(
@@ -207,49 +215,61 @@ FAULTS = (
         "group.references[at : at + count] = 1",
         "group.references[at : at + count] = 2",
     ),
-    Fault("a reference that is not counted", f"{_MAP}.add", "part += 1", "pass"),
+    Fault("a reference that is not counted", f"{_MAP}.add", "part += 1", "pass", shown_by=3),
     Fault(
         "a reference that is not given back",
         f"{_STORE}.shadow",
         "self.drop_reference(node.block, node.twin)",
         "pass",
     ),
-    Fault("the twin's reference not counted", f"{_STORE}.add_reference", "if twin:", "if False:"),
+    Fault(
+        "the twin's reference not counted",
+        f"{_STORE}.add_reference",
+        "if twin:",
+        "if False:",
+        shown_by=3,
+    ),
     Fault(
         "counts of children not raised on shadow",
         f"{_STORE}.shadow",
         "runs = [(place, NODE_BLOCKS) for place in places if place]",
         "runs = []",
+        shown_by=3,
     ),
     Fault(
         "counts of data not raised on shadow",
         f"{_STORE}.shadow",
         "self.map.add(first, count)",
         "pass",
+        shown_by=3,
     ),
     Fault(
         "snapshot without a reference",
         f"{_EDITS}:CreateSnapshot.apply",
         "store.add_reference(root.block, root.twin)",
         "pass",
+        shown_by=3,
     ),
     Fault(
         "rollback without a reference",
         f"{_EDITS}:Rollback.apply",
         "filesystem.store.add_reference(root.block, root.twin)",
         "pass",
+        shown_by=4,
     ),
     Fault(
         "undo keeps the record whose reference it takes",
         f"{_EDITS}:Undo.apply",
         "filesystem.catalog.remove([target])",
         "pass",
+        shown_by=4,
     ),
     Fault(
         "a hold is acknowledged and not kept",
         f"{_EDITS}:HoldSnapshots.apply",
         "filesystem.catalog.put(record)",
         "pass",
+        shown_by=7,
     ),
     Fault(
         "a release is acknowledged and not kept",
@@ -262,12 +282,14 @@ FAULTS = (
         f"{_EDITS}:_plan_successor",
         "flags=target.flags & FLAG_SHARES",
         "flags=target.flags",
+        shown_by=7,
     ),
     Fault(
         "a renamed snapshot is held no more",
         f"{_EDITS}:RenameSnapshot.apply",
         "flags=record.flags & ~FLAG_AUTOMATIC",
         "flags=record.flags & FLAG_SHARES",
+        shown_by=7,
     ),
     # files that share
     Fault(
@@ -275,6 +297,7 @@ FAULTS = (
         f"{_RANGES}.reflink",
         "data.store.map.add(extent.block, extent.count)",
         "pass",
+        shown_by=9,
     ),
     # orphans and the drop queue
     Fault(
@@ -282,27 +305,35 @@ FAULTS = (
         f"{_ORPHANS}.flush",
         'self._tree.put(key(0, TYPE_ORPHAN, ino), b"")',
         "pass",
+        shown_by=2,
     ),
     Fault(
         "orphan mark not taken away",
         f"{_ORPHANS}.flush",
         "self._tree.delete(key(0, TYPE_ORPHAN, ino))",
         "pass",
+        shown_by=2,
     ),
     Fault(
         "orphans not looked for at the mount",
         f"{_ORPHANS}.load",
         "self.inos |= found",
         "pass",
+        shown_by=2,
     ),
     Fault(
-        "drop queue not durable", f"{_DROPS}.save", "self._catalog.put_drop(drop.record)", "pass"
+        "drop queue not durable",
+        f"{_DROPS}.save",
+        "self._catalog.put_drop(drop.record)",
+        "pass",
+        shown_by=3,
     ),
     Fault(
         "deleted snapshot not in the drop queue",
         f"{_DROPS}.add_all",
         "self._catalog.put_drops(records)",
         "pass",
+        shown_by=3,
     ),
     Fault(
         "drop queue walks into what others share",
@@ -435,13 +466,15 @@ def hunt(fault: Fault) -> Caught | None:
         for name in BASES:
             base(name, seed)  # made by the engine as it should be
     lab = Lab(seed, nested_every=NESTED_EVERY)
+    turns = [(states, workload) for states in STATES_MAX for workload in WORKLOADS]
+    if fault.shown_by is not None:
+        turns.insert(0, (STATES_MAX[-1], WORKLOADS[fault.shown_by]))
     with applied(fault):
-        for lab.states_max in STATES_MAX:
-            for workload in WORKLOADS:
-                try:
-                    lab.run(workload)
-                except LabFailureError as failure:
-                    return Caught(failure.judgement, failure.what, lab.tally.unique, workload)
+        for lab.states_max, workload in turns:
+            try:
+                lab.run(workload)
+            except LabFailureError as failure:
+                return Caught(failure.judgement, failure.what, lab.tally.unique, workload)
     return None
 
 
