@@ -35,7 +35,12 @@ from cowfs.storage.format import (
 from cowfs.storage.index_pages import decode_index_page
 
 Report = Callable[[str, str, int], None]
-"""Called with an invariant, what is wrong, and the block."""
+"""Called with the invariant that is broken, what is wrong in words, and the block."""
+
+
+def ignore_damage(_invariant: str, _what: str, _block: int) -> None:
+    """A `Report` for reads whose damage is reported elsewhere."""
+
 
 EMPTY = "empty"
 _EMPTY_SLOT = bytes(BLOCK_SIZE_BYTES)

@@ -11,7 +11,7 @@ from cowfs.errors import EXIT_ERROR
 from cowfs.escapes import escaped_path, printable
 
 if TYPE_CHECKING:
-    from cowfs.care.salvage import SalvageReport
+    from cowfs.care.salvage_report import SalvageReport
 
 
 @click.command()

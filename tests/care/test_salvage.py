@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cowfs.care.salvage import SalvageReport, salvage_image
+from cowfs.care.salvage import salvage_image
+from cowfs.care.salvage_report import SalvageReport
 from cowfs.errors import ImageError, UsageError
 from cowfs.files.items import ROOT_INO
 from cowfs.history.filesystem import Filesystem
