@@ -18,7 +18,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from cowfs.care.contents import FILE_TYPE_WORDS
+from cowfs.care.names import FILE_TYPE_WORDS
 from cowfs.care.reader import EMPTY, MetadataReader, choose_superblock, read_ring
 from cowfs.care.references import index_pointer, pointer_fault
 from cowfs.cli.entry import accept_any_text, warn

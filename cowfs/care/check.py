@@ -1,11 +1,11 @@
-"""Checks an image against the invariants, with a walker that shares no code with what it checks.
+"""Checks an image against the invariants, and shares no code with the filesystem that wrote it.
 
-Reads only, through the formats and the device; the allocator, the B+tree and the space map of the
-filesystem itself are never asked. Checked: I1, I4, I5, I6 and I7 in full, C9 of every byte in use,
-and of I2 what an image can show: that the retained generations are still whole. I3 is about the
-order of writes and leaves no trace in an image.
+The check only reads, through the formats and the device. It uses neither the allocator nor the
+B+tree nor the space map of the filesystem. It checks I1, I4, I5, I6 and I7 in full, C9 for every
+byte in use, and the part of I2 that an image can show: the retained generations are still whole. I3
+is about the order of writes and leaves no trace in an image.
 
-The image must not be written meanwhile, unless its writer retains the generation that is checked.
+Nobody may write the image during the check, except a writer that retains the generation checked.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,12 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from msgspec.structs import replace
 
-from cowfs.care.contents import Contents, TreePart, paths_of
+from cowfs.care.contents import Contents, TreePart
+from cowfs.care.data import DataCheck
+from cowfs.care.names import paths_of
 from cowfs.care.reader import (
     EMPTY,
     MetadataReader,
     Slot,
     choose_superblock,
+    ignore_damage,
     read_ring,
     size_is_impossible,
 )
@@ -66,19 +69,19 @@ def check_image(
     progress: Callable[[CheckProgress], None] | None = None,
     data: bool = True,
 ) -> CheckReport:
-    """Check an image, and return everything that is wrong with it.
+    """Check an image, and report everything that is wrong with it.
 
-    Every distinct node is read once (both copies), whatever the number of snapshots that share it,
-    and every distinct data block once. A further snapshot costs the nodes that are only its own.
+    Each distinct node is read once, in both copies, and each distinct data block once, however many
+    snapshots share it. One more snapshot costs only the nodes and blocks that it does not share.
 
     Args:
         device: the image; only read from.
-        generation: check this one instead of the newest; it must still be in the ring.
-        progress: called now and then.
-        data: verify the checksums of file data too.
+        generation: the generation to check, which must still be in the ring; None: the newest.
+        progress: called about every PROGRESS_BLOCKS blocks (walk.py).
+        data: also compare file data with its checksums.
 
     Raises:
-        ImageError: not an image, of a newer format, or without that generation.
+        ImageError: the device holds no image, one of an unknown format, or not that generation.
         DeviceError: neither copy of the superblock ring can be read.
     """
     return inspect_image(device, generation=generation, progress=progress, data=data).report
@@ -86,13 +89,14 @@ def check_image(
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A report, and what was counted on the way to it, for a repair.
+    """The report of a check, and the counts that a repair needs.
 
     Attributes:
-        corrections: root records with their numbers set right, by root id.
-        next_root_id: above every root id that was met.
-        catalog_nodes: of the catalog, counted; 0 where it could not be read.
-        sound: no node or data lies where another does, no key or level is impossible.
+        corrections: by root id, the root records whose counters are wrong, with the right ones.
+        next_root_id: that of the superblock, raised above every root id that was found.
+        catalog_nodes: counted nodes of the catalog; 0 if part of it could not be read.
+        sound: there is no I5 error that a repair could not fix: no overlapping nodes or data, no
+            wrong key, level or pointer.
     """
 
     report: CheckReport
@@ -115,7 +119,7 @@ def inspect_image(
     progress: Callable[[CheckProgress], None] | None = None,
     data: bool = True,
 ) -> Inspection:
-    """The same as `check_image`, with what it counted."""
+    """Check an image as `check_image` does, and return the counts too."""
     slots = read_ring(device)
     superblock = choose_superblock(device, slots, generation)
     findings = Findings()
@@ -127,7 +131,8 @@ def inspect_image(
 
     reader = MetadataReader(device, superblock)
     references = References()
-    contents = Contents(device, superblock, references, findings, data=data)
+    data_check = DataCheck(device, superblock, references, findings, verify=data)
+    contents = Contents(superblock, data_check, findings)
     walk = Walk(reader, superblock, references, contents, findings, progress)
     roots = _Roots(reader, superblock, walk, contents, findings)
     roots.run()
@@ -141,8 +146,8 @@ def inspect_image(
 
     retained = []
     if generation is None:
-        retained_check = _RetainedCheck(device, walk, contents, findings, data=data)
-        for earlier in _retained(slots, superblock):
+        retained_check = _RetainedCheck(device, walk, data_check, findings, data=data)
+        for earlier in _retained_superblocks(slots, superblock):
             findings.root = f"generation {earlier.generation}"
             retained_check.run(earlier)
             retained.append(earlier.generation)
@@ -156,7 +161,7 @@ def inspect_image(
         data_blocks=references.data_blocks(),
         used_blocks=references.used_blocks(),
         system_blocks=system_blocks,
-        verified_blocks=contents.verified_blocks,
+        verified_blocks=data_check.verified_blocks,
         retained_generations=tuple(retained),
     )
     return Inspection(
@@ -175,7 +180,10 @@ def inspect_image(
 
 
 def _check_ring(slots: list[Slot], superblock: Superblock, findings: Findings) -> None:
-    """Both copies of each slot; a torn or stale one harms nothing as long as the other is valid."""
+    """Warn of bad slots, and of slots whose copies differ.
+
+    A torn or stale copy of a slot is only a warning: the other copy, or another slot, is valid.
+    """
     by_number: dict[int, list[Slot]] = {}
     for slot in slots:
         by_number.setdefault(slot.number, []).append(slot)
@@ -199,7 +207,10 @@ def _check_ring(slots: list[Slot], superblock: Superblock, findings: Findings) -
 
 
 class _Roots:
-    """Walks the catalog, then every root that it names, and checks the records."""
+    """Walks the catalog and every root that it names, and checks their records.
+
+    Attributes: `count` is the number of roots walked; the others are those of `Inspection`.
+    """
 
     def __init__(
         self,
@@ -239,7 +250,7 @@ class _Roots:
         self._read_catalog(complete=top is not None and not top.broken)
         for drop, _ in self._drops:
             walk.expect_drop(drop)
-        # Volumes before snapshots: of what they share, the path in the live volume helps more.
+        # Volumes before snapshots: a finding in a shared node then names the path in the volume.
         for root_id in sorted(self._roots, key=self._volumes_first):
             record, entry = self._roots[root_id]
             self._check_root(record, entry)
@@ -253,7 +264,11 @@ class _Roots:
         return self._roots[root_id][0].kind is not RootKind.VOLUME, root_id
 
     def _read_catalog(self, *, complete: bool) -> None:
-        """Decode every entry; names and root records must fit each other."""
+        """Decode every entry of the catalog, and check that names and root records fit each other.
+
+        Args:
+            complete: the whole catalog was read; otherwise its names are not checked.
+        """
         findings = self._findings
         named: dict[int, list[bytes]] = {}
         for entry in self._walk.catalog:
@@ -294,7 +309,9 @@ class _Roots:
                 )
         for root_id, keys in named.items():
             names = ", ".join(f"'{escaped(key[1:])}'" for key in keys)
-            findings.error("I7", f"the catalog name {names} is of root {root_id}, which is none")
+            findings.error(
+                "I7", f"the catalog name {names} points at root {root_id}, which does not exist"
+            )
         if not any(
             record.kind is RootKind.VOLUME and record.name == MAIN_VOLUME
             for record, _ in self._roots.values()
@@ -309,19 +326,20 @@ class _Roots:
         next_root_id = self._superblock.next_root_id
         for what, root_id in (("root id", record.root_id), ("parent", record.parent_id)):
             if root_id >= next_root_id:
-                mendable = root_id <= ROOT_ID_MAX
-                if mendable:
+                repairable = root_id <= ROOT_ID_MAX
+                if repairable:
                     self.next_root_id = max(self.next_root_id, root_id + 1)
                 findings.error(
                     "I7",
                     f"{what} is {root_id}, but the next root id is {next_root_id}",
                     block=entry.block,
-                    repairable=mendable,
+                    repairable=repairable,
                 )
         if record.created_generation > self._superblock.generation:
             findings.error(
                 "I4",
-                f"created in generation {record.created_generation}, which is yet to come",
+                f"created in generation {record.created_generation}, but the image is at "
+                f"{self._superblock.generation}",
                 block=entry.block,
             )
         elif record.kind is RootKind.SNAPSHOT and record.pointer.birth > record.created_generation:
@@ -361,37 +379,37 @@ class _Roots:
         last = split_key(top.last_key)[0] if len(top.last_key) == KEY_BYTES else 0
         next_ino = record.next_ino
         if next_ino <= last:
-            mendable = last <= INO_MAX
-            if mendable:
+            repairable = last <= INO_MAX
+            if repairable:
                 next_ino = last + 1
             self._findings.error(
                 "I7",
                 f"next inode number is {record.next_ino}, but {last} exists",
                 block=entry.block,
-                repairable=mendable,
+                repairable=repairable,
             )
-        right = replace(
+        corrected = replace(
             record,
             node_count=top.nodes,
             data_blocks=part.data_blocks,
             inode_count=part.inodes,
             next_ino=next_ino,
         )
-        if right != record and max(top.nodes, part.data_blocks) <= COUNTER_MAX:
-            self.corrections[record.root_id] = right
+        if corrected != record and max(top.nodes, part.data_blocks) <= COUNTER_MAX:
+            self.corrections[record.root_id] = corrected
 
     def _leaves(self, pointer: Pointer) -> Iterator[NodeImage]:
-        """The leaves of a tree in key order, as far as they can be read, each once."""
+        """The readable leaves of a tree in key order, each once."""
         waiting: list[tuple[Pointer, int | None]] = [(pointer, None)]
-        met = set()
+        visited = set()
         while waiting:
             here, level = waiting.pop()
-            if here.block in met:
-                continue  # only a tree that lies leads to a node twice
-            met.add(here.block)
+            if here.block in visited:
+                continue  # only in a forged or damaged tree do two pointers lead to one node
+            visited.add(here.block)
             if pointer_fault(here, NODE_BLOCKS, self._superblock.generation, self._superblock):
-                continue  # the walk told
-            image = self._reader.node(here, level, _ignore)
+                continue  # the walk reported it
+            image = self._reader.node(here, level, ignore_damage)
             if image is None:
                 continue
             if image.level:
@@ -405,26 +423,22 @@ class _Roots:
 def _edges(top: NodeFacts) -> Iterator[npt.NDArray[np.uint64]]:
     """The directory edges of all leaves below a node."""
     waiting = [top]
-    met = set()
+    visited = set()
     while waiting:
         facts = waiting.pop()
-        if facts.pointer.block in met:
+        if facts.pointer.block in visited:
             continue
-        met.add(facts.pointer.block)
+        visited.add(facts.pointer.block)
         waiting += facts.children
         if facts.part is not None and facts.part.edges is not None:
             yield facts.part.edges
 
 
-def _ignore(_invariant: str, _what: str, _block: int) -> None:
-    """For reads whose damage the walk has told."""
-
-
 # --- retained generations -------------------------------------------------------------------------
 
 
-def _retained(slots: list[Slot], newest: Superblock) -> list[Superblock]:
-    """The earlier superblocks that the newest one promises to be whole, newest first."""
+def _retained_superblocks(slots: list[Slot], newest: Superblock) -> list[Superblock]:
+    """The superblocks of the earlier generations that the newest one retains, newest first."""
     found = {
         slot.superblock.generation: slot.superblock
         for slot in slots
@@ -436,20 +450,23 @@ def _retained(slots: list[Slot], newest: Superblock) -> list[Superblock]:
 
 
 class _RetainedCheck:
-    """I2: every node, page and data block of earlier generations still has its checksum.
+    """Checks that every node, page and data block of retained generations has its checksum (I2).
 
-    What the newest generation shares with them was read already and is left out.
+    Nodes that the newest generation shares with them were read by the walk and are skipped.
+
+    Args:
+        data: also compare file data with its checksums.
     """
 
     def __init__(
-        self, device: Device, walk: Walk, contents: Contents, findings: Findings, *, data: bool
+        self, device: Device, walk: Walk, data_check: DataCheck, findings: Findings, *, data: bool
     ) -> None:
         self._device = device
         self._walk = walk
-        self._contents = contents
+        self._data_check = data_check
         self._findings = findings
         self._data = data
-        self._met: set[Pointer] = set()
+        self._visited: set[Pointer] = set()
 
     def run(self, superblock: Superblock) -> None:
         reader = MetadataReader(self._device, superblock)
@@ -473,15 +490,15 @@ class _RetainedCheck:
         self._space_map(reader, superblock)
 
     def _damaged(self, _invariant: str, what: str, block: int) -> None:
-        # A repair makes a commit that promises no earlier one.
+        # Repairable: the commit that a repair makes retains no earlier generation.
         self._findings.error(
             "I2", f"a retained generation is not whole: {what}", block=block, repairable=True
         )
 
     def _may_follow(self, pointer: Pointer, blocks: int, superblock: Superblock) -> bool:
-        if pointer in self._met or self._walk.has_met(pointer):
+        if pointer in self._visited or self._walk.has_visited(pointer):
             return False
-        self._met.add(pointer)
+        self._visited.add(pointer)
         fault = pointer_fault(pointer, blocks, superblock.generation, superblock)
         if fault is not None:
             self._damaged("I2", fault[1], pointer.block)
@@ -494,7 +511,11 @@ class _RetainedCheck:
         root: Pointer,
         dropped: dict[int, int],
     ) -> Iterator[NodeImage]:
-        """The leaves below a root that were not met before."""
+        """The leaves below a root that were not visited before.
+
+        Args:
+            dropped: by block of a node, how many of its leading entries a half-done drop dropped.
+        """
         waiting: list[tuple[Pointer, int | None]] = [(root, None)]
         while waiting:
             pointer, level = waiting.pop()
@@ -518,7 +539,7 @@ class _RetainedCheck:
                 except CorruptError as error:
                     self._damaged("I2", str(error), image.block)
                     continue
-                self._contents.verify(ino, offset, extent, "I2")
+                self._data_check.verify(ino, offset, extent, "I2")
 
     def _space_map(self, reader: MetadataReader, superblock: Superblock) -> None:
         top_level = len(index_shape(superblock.total_blocks))

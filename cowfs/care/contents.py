@@ -1,16 +1,19 @@
-"""Holds the contents of volumes against I7: names, links, sizes, extents, xattrs, orphans, data.
+"""Checks the contents of volumes against I7: names, links, sizes, extents, xattrs, orphan marks.
 
-Snapshots share nearly all of their nodes, so the work is done once for each distinct node and not
-once for each root. Every rule falls in one of three kinds:
+Snapshots share nearly all of their nodes. So each distinct node is checked once, not once for each
+root: a leaf gives a `TreePart`, an inner node joins the parts of its children, and rules about the
+whole tree read the part of its root. There are three kinds of rules:
 
-- Rules about one inode. Its items follow each other in the tree, so they are checked when its last
-  item is met: inside a leaf, or where the parts of two neighbours are joined.
-- Rules that compare sums (names with links, with parents; orphan marks with unlinked inodes). Each
-  item adds its part, weighted by a random 64-bit hash of the inode number, to a balance; balances
-  of subtrees add up, and that of a whole tree is zero, except with probability 2^-60, exactly when
-  the rule holds. Only a tree out of balance is read again, to name the culprits.
-- Directories reachable from the root. Needs the edges of all directories of a tree; trees with the
-  same set of edges (the sum of the edges' hashes) are checked once.
+- Rules about one inode. Its items follow each other in the tree. They are checked when the last of
+  them is known: inside a leaf, or where the parts of two neighbours are joined.
+- Rules that compare sums: names with link counts, directory entries with parents, orphan marks
+  with unlinked inodes. Each item adds a random 64-bit hash of its inode number to a balance, or
+  subtracts it. Balances of subtrees add up. If the rule holds, the balance of the tree is zero; if
+  not, it is zero with a probability of 2^-60. Only a tree whose balance is not zero is read again,
+  to name what is wrong.
+- The rule that every directory is reachable from the root directory. It needs all edges (parent,
+  child) between directories of a tree. Trees with the same set of edges, recognized by the sum of
+  the edges' hashes, are checked once.
 """
 
 import os
@@ -21,11 +24,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from xxhash import xxh3_64_digest, xxh3_64_intdigest
+from xxhash import xxh3_64_intdigest
 
-from cowfs.care.references import ROLE_DATA, References, pieces
+from cowfs.care.data import DataCheck
+from cowfs.care.names import FILE_TYPE_WORDS, detached_directories, mismatches
 from cowfs.care.report import Findings
-from cowfs.errors import CorruptError, DeviceError
+from cowfs.errors import CorruptError
 from cowfs.escapes import escaped
 from cowfs.files.acl import DEFAULT_NAME as DEFAULT_ACL_NAME
 from cowfs.files.acl import NAMES as ACL_NAMES
@@ -56,34 +60,27 @@ from cowfs.files.items import (
     split_key,
     xattr_hash,
 )
-from cowfs.storage.device import Device
-from cowfs.storage.format import (
-    BLOCK_SIZE_BYTES,
-    DATA_CHECKSUM_BYTES,
-    RING_SLOTS,
-    NodeImage,
-    Superblock,
-    ring_blocks,
-)
+from cowfs.storage.format import BLOCK_SIZE_BYTES, NodeImage, Superblock
 
-CULPRITS_MAX = 100  # named per tree and rule
+DETACHED_MAX = 100  # detached directories that are named for each tree
 _DIRECTORY = stat.S_IFDIR >> 12
 _WORD = struct.Struct("<Q")
 _EDGE = struct.Struct("<QQ")
-FILE_TYPE_WORDS = {
-    stat.S_IFREG >> 12: "regular file",
-    stat.S_IFDIR >> 12: "directory",
-    stat.S_IFLNK >> 12: "symlink",
-    stat.S_IFIFO >> 12: "fifo",
-    stat.S_IFSOCK >> 12: "socket",
-    stat.S_IFCHR >> 12: "character device",
-    stat.S_IFBLK >> 12: "block device",
-}
 
 
 @dataclass(slots=True)
 class FilePart:
-    """Some consecutive items of one inode: what the rules about one inode need of them."""
+    """What the rules about one inode need to know of some consecutive items of it.
+
+    Attributes:
+        block: of the leaf that holds the first of the items.
+        names_bytes: the sum of the lengths of its directory entries' names.
+        xattrs: offset and value of each xattr item.
+        symlink_bytes, inline_bytes: size of the symlink target and of inline data; None: no item.
+        extent_start, extent_end: the file blocks from the first extent's first to the last one's
+            end; meaningless while `extent_blocks` is 0.
+        extent_blocks: how many blocks the extents have.
+    """
 
     ino: int
     block: int
@@ -101,9 +98,18 @@ class FilePart:
 
 @dataclass(slots=True)
 class TreePart:
-    """The sum of a subtree. `head` and `tail` are the inodes that may go on outside of it.
+    """The sums over a subtree.
 
-    `tail` is None when all items are of one inode, that of `head`; both when there are none.
+    Attributes:
+        head, tail: the first and the last inode, which may have more items outside the subtree.
+            `tail` is None if all items belong to `head`; both are None if there is no item.
+        inodes: inode items.
+        data_blocks: blocks of extents.
+        link_balance: names minus links.
+        orphan_balance: orphan marks minus unlinked inodes.
+        parent_balance: (parent, child) of directory entries minus those of directory inodes.
+        edge_sum: of the hashes of the edges, a fingerprint of their set.
+        edges: rows of (parent, child), of a leaf only; None if it has none.
     """
 
     head: FilePart | None = None
@@ -120,42 +126,31 @@ class TreePart:
 class Contents:
     """The rules, for the trees of one image.
 
+    Args:
+        data: counts the references of extents.
+
     Attributes:
         inode_count: inode items in distinct leaves so far.
-        verified_blocks: data blocks whose checksum was computed.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        superblock: Superblock,
-        references: References,
-        findings: Findings,
-        *,
-        data: bool,
-    ) -> None:
+    def __init__(self, superblock: Superblock, data: DataCheck, findings: Findings) -> None:
         self.inode_count = 0
-        self.verified_blocks = 0
-        self._device = device
-        self._seed = superblock.seed
         self._name_seed = superblock.name_seed
-        self._end_block = ring_blocks(superblock.total_blocks)[1]
-        self._references = references
+        self._data = data
         self._findings = findings
-        self._verify_data = data
         self._secret = int.from_bytes(os.urandom(8), "little")
         self._sound_edge_sums: set[int] = set()
 
     # --- a leaf -----------------------------------------------------------------------------------
 
     def leaf(self, image: NodeImage, dropped: int = 0) -> tuple[TreePart, int]:
-        """Check the items of a leaf and count the references of its extents.
+        """Check the items of a leaf, and count the references of its extents.
 
         Args:
-            dropped: how many items at the start no longer count (half-done drop).
+            dropped: the number of leading items that a half-done drop has already dropped.
 
         Returns:
-            The sum of the leaf, and how many data blocks were met for the first time.
+            The sums over the leaf, and how many data blocks had no reference before.
         """
         total = TreePart()
         parts: list[FilePart] = []
@@ -169,7 +164,9 @@ class Contents:
             ino, type_, offset = split_key(key)
             if ino == 0:
                 if type_ != TYPE_ORPHAN or value:
-                    self._item_error(image, 0, f"no orphan mark under inode 0: {key.hex()}")
+                    self._item_error(
+                        image, 0, f"an item of inode 0 is not an orphan mark, found key {key.hex()}"
+                    )
                 else:
                     total.orphan_balance += self._weight(offset)
                 continue
@@ -178,19 +175,19 @@ class Contents:
                 parts.append(part)
             try:
                 if type_ == TYPE_INODE:
-                    self._inode(part, total, offset, value, image)
+                    self._add_inode(part, total, offset, value, image)
                 elif type_ == TYPE_NAME:
-                    self._names(part, total, edges, offset, value, image)
+                    self._add_names(part, total, edges, offset, value, image)
                 elif type_ == TYPE_EXTENT:
                     extent = decode_extent(ino, value)
-                    self._extent(part, offset, extent, image)
+                    self._add_extent(part, offset, extent, image)
                     extents.append((ino, offset, extent))
                 elif type_ == TYPE_XATTR:
                     part.xattrs += ((offset, value),)
                 elif type_ == TYPE_SYMLINK:
                     part.symlink_bytes = len(value)
                     if offset or not 0 < len(value) <= SYMLINK_BYTES_MAX or b"\0" in value:
-                        self._item_error(image, ino, "an impossible symlink target")
+                        self._item_error(image, ino, "a malformed symlink target")
                 elif type_ == TYPE_INLINE:
                     part.inline_bytes = len(value)
                     if offset:
@@ -200,8 +197,8 @@ class Contents:
             except CorruptError as error:
                 found = "" if error.found is None else f", found {error.found!r}"
                 self._item_error(image, ino, f"{error.owner}: {error.reason}{found}")
-        for inner in parts[1:-1]:
-            self._close(inner)
+        for complete in parts[1:-1]:
+            self._check_inode(complete)
         if parts:
             total.head = parts[0]
             total.tail = parts[-1] if len(parts) > 1 else None
@@ -209,13 +206,12 @@ class Contents:
             total.edges = np.array(edges, np.uint64)
         total.data_blocks = sum(each.extent_blocks for each in parts)
         self.inode_count += total.inodes
-        fresh = self._count_extents(extents, image)
-        return total, fresh
+        return total, self._data.count(extents, image)
 
     def _item_error(self, image: NodeImage, ino: int, what: str) -> None:
         self._findings.error("I7", what, block=image.block, ino=ino)
 
-    def _inode(
+    def _add_inode(
         self, part: FilePart, total: TreePart, offset: int, value: bytes, image: NodeImage
     ) -> None:
         inode = decode_inode(part.ino, value)
@@ -244,7 +240,7 @@ class Contents:
         if not inode.nlink:
             total.orphan_balance -= self._weight(part.ino)
 
-    def _names(
+    def _add_names(
         self,
         part: FilePart,
         total: TreePart,
@@ -272,7 +268,7 @@ class Contents:
                 self._item_error(image, part.ino, f"the name {escaped(name)} is there twice")
             seen.add(name)
 
-    def _extent(self, part: FilePart, offset: int, extent: Extent, image: NodeImage) -> None:
+    def _add_extent(self, part: FilePart, offset: int, extent: Extent, image: NodeImage) -> None:
         if not part.extent_blocks:
             part.extent_start = offset
         elif offset < part.extent_end:
@@ -297,91 +293,16 @@ class Contents:
         )
 
     def _weight(self, number: int) -> int:
+        """A number's hash, from which whoever writes an image cannot make a balance of zero."""
         return xxh3_64_intdigest(_WORD.pack(number & 0xFFFFFFFFFFFFFFFF), self._secret)
 
     def _edge_weight(self, parent: int, child: int) -> int:
         return xxh3_64_intdigest(_EDGE.pack(parent, child), self._secret)
 
-    # --- data -------------------------------------------------------------------------------------
-
-    def _count_extents(self, extents: list[tuple[int, int, Extent]], image: NodeImage) -> int:
-        fresh_blocks = 0
-        for ino, offset, extent in extents:
-            if not RING_SLOTS <= extent.block <= self._end_block - extent.count:
-                self._findings.error(
-                    "I5",
-                    f"an extent leaves the image, found blocks {extent.block} to "
-                    f"{extent.block + extent.count - 1}",
-                    block=image.block,
-                    ino=ino,
-                )
-                continue
-            self._references.add(extent.block, extent.count)
-            fresh, clash = self._references.mark(extent.block, extent.count, ROLE_DATA)
-            fresh_blocks += fresh
-            if clash:
-                self._findings.error("I5", "data lies on a node", block=extent.block, ino=ino)
-            if self._verify_data:
-                self.verify(ino, offset, extent)
-        return fresh_blocks
-
-    def verify(self, ino: int, offset: int, extent: Extent, invariant: str = "C9") -> None:
-        """Compare the data of an extent with its checksums, unless that was done before.
-
-        Args:
-            offset: of the extent in the file, in blocks.
-            invariant: what a wrong checksum breaks.
-        """
-        sums = np.frombuffer(extent.checksums, ">u8").astype(np.uint64)
-        folded = sums ^ (sums >> np.uint64(32))
-        tags = (folded ^ (folded >> np.uint64(16))).astype(np.uint16)
-        tags[tags == 0] = 1
-        pending = []
-        for before, group, start, stop in pieces(extent.block, extent.count):
-            known = self._references.tags(group)[start:stop]
-            wanted = tags[before : before + stop - start]
-            if not np.array_equal(known, wanted):
-                pending += (np.flatnonzero(known != wanted) + before).tolist()
-                known[:] = wanted
-        if not pending:
-            return
-        first, last = pending[0], pending[-1]
-        try:
-            data = self._device.read(
-                (extent.block + first) * BLOCK_SIZE_BYTES, (last - first + 1) * BLOCK_SIZE_BYTES
-            )
-        except DeviceError:
-            data = b""
-        view = memoryview(data)
-        sum_at = DATA_CHECKSUM_BYTES
-        for number in pending:
-            start = (number - first) * BLOCK_SIZE_BYTES
-            piece: memoryview | bytes = view[start : start + BLOCK_SIZE_BYTES]
-            reason = "wrong data checksum"
-            if not data:
-                try:
-                    piece = self._device.read(
-                        (extent.block + number) * BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES
-                    )
-                except DeviceError as error:
-                    piece = b""
-                    reason = f"data cannot be read ({error})"
-            expected = extent.checksums[number * sum_at : (number + 1) * sum_at]
-            if not len(piece) or xxh3_64_digest(piece, self._seed) != expected:
-                at = (offset + number) * BLOCK_SIZE_BYTES
-                self._findings.error(
-                    invariant,
-                    f"{reason}, at byte {at} of the file",
-                    block=extent.block + number,
-                    ino=ino,
-                    repairable=invariant == "I2",  # a repair promises no earlier generation
-                )
-        self.verified_blocks += len(pending)
-
     # --- sums -------------------------------------------------------------------------------------
 
     def join(self, parts: Iterable[TreePart]) -> TreePart:
-        """The sum of neighbours, in key order; closes the inodes that end between them."""
+        """Add up neighbours, given in key order; check the inodes that end between them."""
         total = TreePart()
         for part in parts:
             total.inodes += part.inodes
@@ -403,13 +324,13 @@ class Contents:
                 elif part.tail is None:
                     total.tail = merged
                 else:
-                    self._close(merged)
+                    self._check_inode(merged)
                     total.tail = part.tail
             else:
                 if total.tail is not None:
-                    self._close(total.tail)
+                    self._check_inode(total.tail)
                 if part.tail is not None:
-                    self._close(part.head)
+                    self._check_inode(part.head)
                 total.tail = part.tail or part.head
         return total
 
@@ -433,8 +354,8 @@ class Contents:
 
     # --- one inode --------------------------------------------------------------------------------
 
-    def _close(self, part: FilePart) -> None:
-        """All items of an inode are known: do they fit each other?"""
+    def _check_inode(self, part: FilePart) -> None:
+        """Check that the items of an inode fit each other; `part` has all of them."""
         inode = part.inode
 
         def wrong(what: str) -> None:
@@ -452,8 +373,8 @@ class Contents:
         if (part.inline_bytes is not None or part.extent_blocks) and type_ != stat.S_IFREG >> 12:
             wrong(f"a {word} has data")
         if (part.inline_bytes is not None) != bool(inode.flags & INODE_INLINE):
-            there = "none" if part.inline_bytes is None else "some"
-            wrong(f"the inode's flags are {inode.flags:#x}, but of inline data there is {there}")
+            has = "has no" if part.inline_bytes is None else "has"
+            wrong(f"the inode's flags are {inode.flags:#x}, but it {has} inline data")
         if inode.data_blocks != part.extent_blocks:
             wrong(f"data_blocks is {inode.data_blocks}, but its extents have {part.extent_blocks}")
         if type_ == _DIRECTORY:
@@ -532,63 +453,37 @@ class Contents:
         edges: Callable[[], Iterator[npt.NDArray[np.uint64]]],
         leaves: Callable[[], Iterator[NodeImage]],
     ) -> None:
-        """Check a whole tree.
+        """Check the rules about a whole tree.
 
         Args:
-            total: the sum of all its nodes.
-            edges: gives the edges of its leaves' directories.
-            leaves: reads its leaves again, for the rare tree that is out of balance.
+            total: the sums over all its nodes.
+            edges: gives the edges of each of its leaves.
+            leaves: reads its leaves again; called only if a balance is not zero.
         """
-        first = total.head
-        if first is None or first.ino != ROOT_INO or first.inode is None:
+        top = total.head
+        if top is None or top.ino != ROOT_INO or top.inode is None:
             self._findings.error("I7", "the tree has no root directory", ino=ROOT_INO)
-        elif not stat.S_ISDIR(first.inode.mode) or not first.inode.nlink:
+        elif not stat.S_ISDIR(top.inode.mode) or not top.inode.nlink:
             self._findings.error("I7", "inode 1 is not a directory", ino=ROOT_INO, path="/")
-        for open_part in (total.head, total.tail):
-            if open_part is not None:
-                self._close(open_part)
+        for part in (total.head, total.tail):
+            if part is not None:
+                self._check_inode(part)
         if total.link_balance or total.orphan_balance or total.parent_balance:
-            self._name_culprits(leaves())
+            for what, ino in mismatches(leaves()):
+                self._findings.error("I7", what, ino=ino)
         if total.edge_sum not in self._sound_edge_sums:
             arrays = list(edges())
             detached = detached_directories(np.concatenate(arrays)) if arrays else []
             if not detached:
                 self._sound_edge_sums.add(total.edge_sum)
-            for ino in detached[:CULPRITS_MAX]:
+            for ino in detached[:DETACHED_MAX]:
                 self._findings.error(
                     "I7", "a directory that cannot be reached from the root directory", ino=ino
                 )
 
-    def _name_culprits(self, leaves: Iterator[NodeImage]) -> None:
-        """Read a whole tree, and say which names, links and orphan marks do not fit."""
-        inodes: dict[int, Inode] = {}
-        links: dict[tuple[int, int], int] = {}
-        marks: set[int] = set()
-        parents: dict[int, int] = {}
-        for image in leaves:
-            for key, value in zip(image.keys, image.values, strict=True):
-                if len(key) != KEY_BYTES:
-                    continue
-                ino, type_, offset = split_key(key)
-                try:
-                    if not ino:
-                        marks.add(offset)
-                    elif type_ == TYPE_INODE:
-                        inodes[ino] = decode_inode(ino, value)
-                    elif type_ == TYPE_NAME:
-                        for name in decode_names(ino, value):
-                            target = (name.ino, name.type)
-                            links[target] = links.get(target, 0) + 1
-                            if name.type == _DIRECTORY:
-                                parents[name.ino] = ino
-                except CorruptError:
-                    continue  # found when the leaf was first read
-        for what, ino in _culprits(inodes, links, marks, parents):
-            self._findings.error("I7", what, ino=ino)
-
 
 def _check_acl(name: bytes, value: bytes, inode: Inode, wrong: Callable[[str], None]) -> None:
-    """An ACL is one that the kernel takes, of a file that may have it, and in step with its mode."""
+    """Check that an ACL is well-formed, that the inode may have one, and that its mode agrees."""
     type_ = stat.S_IFMT(inode.mode)
     if type_ == stat.S_IFLNK or (name == DEFAULT_ACL_NAME and type_ != stat.S_IFDIR):
         wrong(f"a {FILE_TYPE_WORDS[type_ >> 12]} has the ACL {escaped(name)}")
@@ -599,82 +494,3 @@ def _check_acl(name: bytes, value: bytes, inode: Inode, wrong: Callable[[str], N
         return
     if name != DEFAULT_ACL_NAME and mode != inode.mode & 0o777:
         wrong(f"the permissions are {inode.mode & 0o777:03o}, but those of its ACL are {mode:03o}")
-
-
-def _culprits(
-    inodes: dict[int, Inode],
-    links: dict[tuple[int, int], int],
-    marks: set[int],
-    parents: dict[int, int],
-) -> Iterator[tuple[str, int]]:
-    for (ino, type_), count in links.items():
-        target = inodes.get(ino)
-        names = f"{count} name{'s' if count > 1 else ''}"
-        if target is None:
-            yield f"{names} for an inode that does not exist", ino
-        elif target.mode >> 12 != type_:
-            found, actual = FILE_TYPE_WORDS[type_], FILE_TYPE_WORDS[target.mode >> 12]
-            yield f"{names} for a {found}, but the inode is a {actual}", ino
-    for ino, inode in inodes.items():
-        type_ = inode.mode >> 12
-        count = links.get((ino, type_), 0)
-        if ino == ROOT_INO:
-            if count:
-                yield f"{count} names for the root directory", ino
-        elif type_ == _DIRECTORY and count != bool(inode.nlink):
-            yield f"a directory with nlink {inode.nlink} has {count} names", ino
-        elif type_ != _DIRECTORY and count != inode.nlink:
-            yield f"nlink is {inode.nlink}, but {count} names point at it", ino
-        if type_ == _DIRECTORY and inode.nlink and inode.rdev != parents.get(ino, inode.rdev):
-            yield f"a directory in inode {parents[ino]} calls inode {inode.rdev} its parent", ino
-        if not inode.nlink and ino not in marks:
-            yield "unlinked, but without an orphan mark", ino
-    for ino in marks:
-        marked = inodes.get(ino)
-        if marked is None:
-            yield "an orphan mark for an inode that does not exist", ino
-        elif marked.nlink:
-            yield f"an orphan mark, but nlink is {marked.nlink}", ino
-
-
-def detached_directories(edges: npt.NDArray[np.uint64]) -> list[int]:
-    """The directories that no chain of parents leads to the root directory.
-
-    Args:
-        edges: rows of parent and child, both inode numbers of directories.
-    """
-    numbers = np.unique(np.append(edges.ravel(), np.uint64(ROOT_INO)))
-    parents = np.arange(len(numbers))
-    parents[np.searchsorted(numbers, edges[:, 1])] = np.searchsorted(numbers, edges[:, 0])
-    root = int(np.searchsorted(numbers, np.uint64(ROOT_INO)))
-    parents[root] = root
-    for _ in range(len(numbers).bit_length()):
-        parents = parents[parents]  # twice as far up each time
-    return [int(number) for number in numbers[parents != root]]
-
-
-def paths_of(leaves: Iterator[NodeImage], wanted: set[int]) -> dict[int, str]:
-    """A path from the root directory for each of the inodes that has one."""
-    parents: dict[int, tuple[int, bytes]] = {}
-    for image in leaves:
-        for key, value in zip(image.keys, image.values, strict=True):
-            if len(key) == KEY_BYTES and key[8] == TYPE_NAME:
-                directory = split_key(key)[0]
-                try:
-                    names = decode_names(directory, value)
-                except CorruptError:
-                    continue  # found when the leaf was first read
-                for name in names:
-                    parents.setdefault(name.ino, (directory, name.name))
-    paths = {}
-    for ino in wanted:
-        words: list[bytes] = []
-        at = ino
-        met = set()
-        while at in parents and at != ROOT_INO and at not in met:
-            met.add(at)
-            at, word = parents[at]
-            words.append(word)
-        if at == ROOT_INO:
-            paths[ino] = "/" + "/".join(escaped(word) for word in reversed(words))
-    return paths

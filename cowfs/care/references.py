@@ -1,7 +1,7 @@
-"""Counts the pointers at every block, and holds the space map against the count (I1, I6).
+"""Counts the pointers at every block, and compares the space map with the counts (I1, I6).
 
-The counts live in arrays per group of blocks, made when a block of the group is first pointed at:
-the memory is 7 bytes for each block of the used groups, whatever the size of the image.
+The counts are kept in one array for each group of blocks that has any pointer. They take 7 bytes
+for each block of such a group; groups that are not used take none.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ ROLE_DATA = 2
 
 
 class References:
-    """Pointers per block, what each block is used for, and which data was verified."""
+    """Of each block: the number of pointers at it, its roles, whether its data was verified."""
 
     def __init__(self) -> None:
         self._counts: dict[int, npt.NDArray[np.uint32]] = {}
@@ -36,23 +36,23 @@ class References:
         self._tags: dict[int, npt.NDArray[np.uint16]] = {}
 
     def add(self, first: int, count: int) -> None:
-        """One more pointer at each of `count` blocks."""
-        for group, start, stop in _pieces(first, count):
+        """Count one more pointer at each of `count` blocks."""
+        for group, start, stop in _group_parts(first, count):
             counts = self._counts.get(group)
             if counts is None:
                 counts = self._counts[group] = np.zeros(GROUP_BLOCKS, np.uint32)
             counts[start:stop] += 1
 
     def mark(self, first: int, count: int, role: int) -> tuple[int, bool]:
-        """Note what blocks are used for.
+        """Record that blocks are used as ROLE_NODE or ROLE_DATA.
 
         Returns:
-            How many of them had no role before, and whether any had another role than `role`, or
-            was part of another node.
+            How many of the blocks had no role before, and whether there is a clash: a block also
+            has the other role, or belongs to two nodes.
         """
         fresh = 0
         clash = False
-        for group, start, stop in _pieces(first, count):
+        for group, start, stop in _group_parts(first, count):
             roles = self._roles.get(group)
             if roles is None:
                 roles = self._roles[group] = np.zeros(GROUP_BLOCKS, np.uint8)
@@ -65,7 +65,10 @@ class References:
         return fresh, clash
 
     def tags(self, group: int) -> npt.NDArray[np.uint16]:
-        """For each block of a group a nonzero digest of the checksum it was verified by, else 0."""
+        """For each block of a group, a nonzero digest of the checksum its data was compared with.
+
+        0: not compared yet. The caller writes into the array.
+        """
         tags = self._tags.get(group)
         if tags is None:
             tags = self._tags[group] = np.zeros(GROUP_BLOCKS, np.uint16)
@@ -79,7 +82,7 @@ class References:
         return np.zeros(GROUP_BLOCKS, np.uint32) if counts is None else counts
 
     def holds(self, group: int, role: int) -> bool:
-        """Whether any block of a group has that role."""
+        """Whether any block of a group has a role."""
         roles = self._roles.get(group)
         return roles is not None and bool((roles & np.uint8(role)).any())
 
@@ -93,8 +96,8 @@ class References:
         return sum(int(np.count_nonzero(roles & ROLE_DATA)) for roles in self._roles.values())
 
 
-def _pieces(first: int, count: int) -> list[tuple[int, int, int]]:
-    """The parts of a run of blocks that lie in one group each: group, start and stop in it."""
+def _group_parts(first: int, count: int) -> list[tuple[int, int, int]]:
+    """Cut a run of blocks at the bounds of groups: (group, start, stop in the group)."""
     group, start = divmod(first, GROUP_BLOCKS)
     parts = []
     while count > 0:
@@ -105,10 +108,14 @@ def _pieces(first: int, count: int) -> list[tuple[int, int, int]]:
     return parts
 
 
-def pieces(first: int, count: int) -> Iterator[tuple[int, int, int, int]]:
-    """The same, with the number of blocks before each part."""
+def parts_by_group(first: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a run of blocks at the bounds of groups.
+
+    Yields:
+        (number of blocks of the run before the part, group, start, stop in the group).
+    """
     before = 0
-    for group, start, stop in _pieces(first, count):
+    for group, start, stop in _group_parts(first, count):
         yield before, group, start, stop
         before += stop - start
 
@@ -116,11 +123,15 @@ def pieces(first: int, count: int) -> Iterator[tuple[int, int, int, int]]:
 def pointer_fault(
     pointer: Pointer, blocks: int, birth: int, superblock: Superblock
 ) -> tuple[str, str] | None:
-    """The invariant that a pointer breaks, and how; None if it may be followed.
+    """Check a pointer before it is followed.
 
     Args:
         blocks: how many blocks it points at.
-        birth: that of the node or record it stands in.
+        birth: the birth of the node or page that contains the pointer, or the superblock's
+            generation.
+
+    Returns:
+        The invariant that the pointer breaks, and what is wrong; None if nothing is.
     """
     end = ring_blocks(superblock.total_blocks)[1]
     for what, block in (("pointer", pointer.block), ("twin pointer", pointer.twin)):
@@ -131,8 +142,9 @@ def pointer_fault(
     if pointer.twin and abs(pointer.twin - pointer.block) < blocks:
         return "I5", f"a twin overlaps its original, found blocks {pointer.block}, {pointer.twin}"
     if bool(pointer.twin) != superblock.duplicates_metadata:
-        expected = "a twin" if superblock.duplicates_metadata else "no twin"
-        return "I5", f"the image keeps {expected} of every node and page, this pointer does not"
+        if pointer.twin:
+            return "I5", "the image keeps no twins of nodes and pages, but this pointer has one"
+        return "I5", "the image keeps a twin of every node and page, but this pointer has none"
     if not 0 < pointer.birth <= birth:
         return (
             "I4",
@@ -149,10 +161,17 @@ def index_pointer(entry: np.void) -> Pointer:
 
 
 class SpaceMapCheck:
-    """Walks the space map and compares every page with the counted references.
+    """Walks the space map, and compares every page with the counted references.
 
     Args:
-        incomplete: a subtree could not be read, so blocks without a pointer may belong to it.
+        incomplete: a subtree could not be read. A refcount above the count may then be right, so
+            it is a warning and no error.
+
+    Attributes:
+        faults: how many errors the space map has; a repair fixes all of them.
+        system: one reference to each block of the map's own pages.
+        kinds: by group, what the index page says that the group is used for.
+        unclaimed: by group, the refcounts as they are stored; only filled if `incomplete`.
     """
 
     def __init__(
@@ -177,12 +196,16 @@ class SpaceMapCheck:
         self._used_in_map = 0
         self._unclaimed_blocks = 0
         self.faults = 0
-        self.system = References()  # blocks of the map's own pages
+        self.system = References()
         self.kinds: dict[int, int] = {}
-        self.unclaimed: dict[int, npt.NDArray[np.uint32]] = {}  # refcounts of what may be lost
+        self.unclaimed: dict[int, npt.NDArray[np.uint32]] = {}
 
     def run(self) -> int:
-        """Check everything, and return the number of system blocks."""
+        """Check the whole map, once.
+
+        Returns:
+            The number of system blocks: those of the rings and of the map's own pages.
+        """
         superblock, findings = self._superblock, self._findings
         self._index(superblock.space_map, len(self._shape), 0, superblock.generation)
         for group in self._references.groups():
@@ -193,8 +216,8 @@ class SpaceMapCheck:
         if self._unclaimed_blocks:
             findings.warning(
                 "I6",
-                f"{self._unclaimed_blocks} blocks have a refcount and no pointer; they may belong "
-                "to what could not be read",
+                f"{self._unclaimed_blocks} blocks have a refcount above their number of pointers; "
+                "nodes that could not be read may point at them",
             )
         if self._unread_groups:
             return system_blocks
@@ -212,7 +235,7 @@ class SpaceMapCheck:
         return system_blocks
 
     def _span(self, level: int, number: int) -> range:
-        """The groups below the index page `number` of a level; level 0 is the group itself."""
+        """The groups that page `number` of a level covers; at level 0 the group itself."""
         width: int = INDEX_FANOUT**level
         return range(min(number * width, self._groups), min((number + 1) * width, self._groups))
 
@@ -222,7 +245,15 @@ class SpaceMapCheck:
         return max(0, stop - start)
 
     def _follow(self, pointer: Pointer, birth: int, groups: range, at: int) -> bool:
-        """Whether a page can be read; its blocks are system blocks from now on."""
+        """Check the pointer at a page, and count the page's blocks as system blocks.
+
+        Args:
+            groups: the groups that the page covers.
+            at: the block of the page that contains the pointer, for findings.
+
+        Returns:
+            Whether the page may be read.
+        """
         fault = pointer_fault(pointer, 1, birth, self._superblock)
         if fault is not None:
             self._error(*fault, block=at)
@@ -240,12 +271,16 @@ class SpaceMapCheck:
         self._error(invariant, what, block=block)
 
     def _error(self, invariant: str, what: str, *, block: int | None = None) -> None:
-        """Whatever is wrong with the map, it can be written anew."""
+        """Record an error. All are repairable: a repair writes the whole map anew."""
         self.faults += 1
         self._findings.error(invariant, what, block=block, repairable=True)
 
     def _index(self, pointer: Pointer, level: int, number: int, birth: int) -> int | None:
-        """Check an index page and all below; the sum of its free counts, None if unreadable."""
+        """Check an index page and all pages below it.
+
+        Returns:
+            The sum of its entries' free counts, as stored; None if the page cannot be read.
+        """
         groups = self._span(level, number)
         if not self._follow(pointer, birth, groups, pointer.block):
             return None
@@ -265,7 +300,7 @@ class SpaceMapCheck:
                 self._error("I5", f"{name} has an unknown kind or reserved bytes", block=at)
             if not child.block:
                 if child.twin or child.birth or any(child.checksum) or free or entry["kind"]:
-                    self._error("I5", f"{name} names no page, and is not all zero", block=at)
+                    self._error("I5", f"{name} has no page, but is not all zero", block=at)
                 continue
             expected: int | None = None
             if not below:
@@ -285,7 +320,11 @@ class SpaceMapCheck:
         return int(entries["free"].sum(dtype=np.uint64))
 
     def _group(self, pointer: Pointer, group: int, birth: int, at: int) -> int | None:
-        """Check the refcount page of a group; its number of free blocks, None if unreadable."""
+        """Check the refcount page of a group.
+
+        Returns:
+            The number of free blocks that the page counts; None if it cannot be read.
+        """
         if not self._follow(pointer, birth, range(group, group + 1), at):
             return None
         page = self._reader.refcounts(pointer, self._report)
@@ -302,6 +341,7 @@ class SpaceMapCheck:
         return inside - used
 
     def _compare(self, group: int, page: npt.NDArray[np.uint32]) -> None:
+        """Compare a refcount page with the counts; equal faults of neighbours are one finding."""
         counts = self._references.counts(group)
         differing = np.flatnonzero(page != counts)
         inside = self._blocks_inside(range(group, group + 1))
@@ -331,7 +371,7 @@ class SpaceMapCheck:
                 return
             what = f"leaked: {blocks} with refcount {found}, but nothing points at them"
         elif not found:
-            what = f"{blocks} called free, but {expected} pointers point at them"
+            what = f"{blocks} counted as free, but {expected} pointers point at them"
         else:
             what = f"refcount {found} for {blocks}, but {expected} pointers point at them"
             if found > expected and self._incomplete:
@@ -340,7 +380,7 @@ class SpaceMapCheck:
         self._error("I1", what, block=block)
 
     def _check_system_blocks(self) -> None:
-        """The space map's own pages stand apart from each other and from nodes and data."""
+        """Check that no page of the space map overlaps another page, a node or data."""
         blocks, times = np.unique(np.array(self._system, np.uint64), return_counts=True)
         for block, count in zip(blocks.tolist(), times.tolist(), strict=True):
             if count > 1:

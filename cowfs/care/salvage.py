@@ -4,11 +4,11 @@ The image is only read. `salvage_trees.py` finds the roots and reads the trees; 
 
     DIR/main/...                    the live volume
     DIR/snapshots/NAME/...          its snapshots, with `snapshots`
-    DIR/lost+found/ROOT/inode-N     files and directories that no path from the root directory reaches
+    DIR/lost+found/ROOT/inode-N     inodes that no path from the root directory reaches
     DIR/lost+found/ROOT-old/...     items found in leaves that no root reaches: maybe an older state
 
-Every block is compared with its checksum. What cannot be read is left out (in a file: a hole) and is
-named in the report.
+Every block is compared with its checksum. What cannot be read is left out (in a file: a hole), and
+the report names it.
 """
 
 import os

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from xxhash import xxh3_64_digest
 
-from cowfs.care.contents import paths_of
+from cowfs.care.names import paths_of
 from cowfs.care.reader import MetadataReader, choose_superblock, read_ring
 from cowfs.care.references import index_pointer, pointer_fault
 from cowfs.care.scrub_report import BadCopy, Damage, Marks, ScrubReport, State

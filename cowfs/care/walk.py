@@ -1,16 +1,15 @@
 """Walks the trees of an image: every distinct node once, however many roots share it.
 
-The walk counts a reference for every pointer of every distinct node (I1), and checks births (I4),
-keys, levels, bounds and cycles (I5) on every edge, also on those to nodes met before. It holds no
-node after leaving it, only its facts, so its memory is proportional to the number of distinct
-nodes.
+The walk counts a reference for every pointer of every distinct node (I1). On every edge, also one
+to a node visited before, it checks births (I4), keys, levels, bounds and cycles (I5). Of a node
+that it has left it keeps only a `NodeFacts`, so its memory grows with the number of distinct nodes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cowfs.care.contents import Contents, TreePart
-from cowfs.care.reader import INTACT, MetadataReader
+from cowfs.care.reader import INTACT, MetadataReader, ignore_damage
 from cowfs.care.references import ROLE_NODE, References, pointer_fault
 from cowfs.care.report import CheckProgress, Findings
 from cowfs.history.records import DropRecord
@@ -27,10 +26,17 @@ PROGRESS_BLOCKS = 4096  # between two calls of the progress function
 
 @dataclass(slots=True)
 class NodeFacts:
-    """What is remembered of a node that was visited.
+    """What the walk keeps of a node that it visited.
 
-    `first_key` and `last_key` are those of everything below it, empty when there is nothing.
-    `broken` says that something below could not be read, so that sums over it prove nothing.
+    Attributes:
+        level: as read; of an unreadable node, the level that its pointer implies.
+        catalog: the node belongs to the catalog, not to a volume or snapshot.
+        first_key, last_key: of everything below the node; empty bytes when there is nothing.
+        nodes: how many nodes the subtree has, shared ones counted at each place.
+        empty: a leaf without entries.
+        broken: the node or a node below it could not be read, so sums over it prove nothing.
+        is_open: the walk is below the node; a pointer at an open node closes a cycle.
+        part: the sums over the subtree; None in the catalog, and where the subtree is broken.
     """
 
     pointer: Pointer
@@ -48,7 +54,7 @@ class NodeFacts:
 
 @dataclass(slots=True)
 class _Frame:
-    """An inner node on the path of the walk, and its children so far."""
+    """An inner node on the path of the walk, and its children visited so far."""
 
     facts: NodeFacts
     image: NodeImage
@@ -58,7 +64,7 @@ class _Frame:
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """An entry of the catalog, with the birth and place of the leaf that holds it."""
+    """An entry of the catalog, with the birth and block of the leaf that holds it."""
 
     key: bytes
     value: bytes
@@ -70,9 +76,9 @@ class Walk:
     """One walk over one generation of an image.
 
     Attributes:
-        incomplete: something could not be read, so references are missing from the count.
-        catalog: the entries of the catalog's leaves, after that was walked.
-        node_count: distinct nodes that were read.
+        incomplete: a node could not be read, so references are missing from the count.
+        catalog: the entries of the catalog's leaves, once the catalog was walked.
+        node_count: distinct nodes read so far.
     """
 
     def __init__(
@@ -96,22 +102,29 @@ class Walk:
         self._facts: dict[int, NodeFacts] = {}
         self._dropped: dict[int, int] = {}
         self._done_blocks = 0
-        self._told_blocks = 0
+        self._reported_blocks = 0
 
     def expect_drop(self, record: DropRecord) -> None:
-        """Note which entries of the nodes on the path of a half-done drop no longer count."""
+        """Skip the entries that a half-done drop has already dropped, in the nodes of its path.
+
+        Call this before any root is walked that could reach these nodes.
+        """
         for number, step in enumerate(record.path):
             if step.done or number + 1 < len(record.path):
                 self._dropped[step.pointer.block] = step.done
 
     def root(self, pointer: Pointer, birth: int, *, catalog: bool = False) -> NodeFacts | None:
-        """Count one reference to a root and walk what is below it; None if it cannot be read.
+        """Count one reference to a root node, and walk the tree below it.
 
         Args:
-            pointer: of the root node.
-            birth: of the superblock, or of the catalog leaf that holds the pointer.
+            pointer: the pointer at the root node.
+            birth: the superblock's generation, or the birth of the catalog leaf with the pointer.
+            catalog: the tree is the catalog.
+
+        Returns:
+            None if the pointer cannot be followed. A root node that cannot be read is `broken`.
         """
-        self._tell(force=True)
+        self._report_progress(force=True)
         frames: list[_Frame] = []
         top = self._arrive(pointer, birth, None, catalog, frames)
         while frames:
@@ -128,16 +141,16 @@ class Walk:
             else:
                 frames.pop()
                 self._leave(frame)
-        self._tell(force=True)
+        self._report_progress(force=True)
         return top
 
-    def has_met(self, pointer: Pointer) -> bool:
-        """Whether that very node was walked."""
+    def has_visited(self, pointer: Pointer) -> bool:
+        """Whether a pointer equal to this one was followed."""
         facts = self._facts.get(pointer.block)
         return facts is not None and facts.pointer == pointer
 
     def drop_path(self, record: DropRecord) -> None:
-        """Check that each step of a drop record is an entry of the step before it (I1)."""
+        """Check that each step of a drop record is the next entry of the step before it (I1)."""
         before: tuple[NodeImage, int] | None = None
         for step in record.path:
             level = None if before is None else before[0].level - 1
@@ -147,7 +160,7 @@ class Walk:
                 if not image.level or done >= len(values):
                     self._findings.error(
                         "I1",
-                        f"a drop record goes on below entry {done}, which is none",
+                        f"a drop record goes on below entry {done}, which does not exist",
                         block=image.block,
                     )
                     return
@@ -159,10 +172,10 @@ class Walk:
             if pointer_fault(
                 step.pointer, NODE_BLOCKS, self._superblock.generation, self._superblock
             ):
-                return  # the walk tells
-            found = self._reader.node(step.pointer, level, _ignore)
+                return  # the walk reports it
+            found = self._reader.node(step.pointer, level, ignore_damage)
             if found is None:
-                return  # the walk tells
+                return  # the walk reports it
             if step.done > len(found.keys):
                 self._findings.error(
                     "I1",
@@ -180,7 +193,10 @@ class Walk:
         catalog: bool,
         frames: list[_Frame],
     ) -> NodeFacts | None:
-        """Count a pointer at a node; if it is new, read it and do a leaf's work or push a frame."""
+        """Count a pointer at a node, and read the node if it is new.
+
+        A leaf is checked at once; for an inner node a frame is pushed on `frames`.
+        """
         findings = self._findings
         fault = pointer_fault(pointer, NODE_BLOCKS, birth, self._superblock)
         parent = frames[-1].image.block if frames else pointer.block
@@ -194,7 +210,7 @@ class Walk:
             self._references.add(pointer.twin, NODE_BLOCKS)
         facts = self._facts.get(pointer.block)
         if facts is not None:
-            return self._met_again(facts, pointer, level, catalog, parent)
+            return self._visit_again(facts, pointer, level, catalog, parent)
         image = self._reader.node(pointer, level, self._damage)
         facts = NodeFacts(pointer, image.level if image else level or 0, catalog)
         self._facts[pointer.block] = facts
@@ -222,12 +238,13 @@ class Walk:
         else:
             facts.part, fresh = self._contents.leaf(image, dropped)
             self._done_blocks += fresh
-            self._tell()
+            self._report_progress()
         return facts
 
-    def _met_again(
+    def _visit_again(
         self, facts: NodeFacts, pointer: Pointer, level: int | None, catalog: bool, parent: int
     ) -> NodeFacts | None:
+        """Compare one more pointer at a node with what is known of the node."""
         findings = self._findings
         if facts.is_open:
             findings.error("I5", f"a cycle: block {pointer.block} is above itself", block=parent)
@@ -235,8 +252,8 @@ class Walk:
         if facts.pointer != pointer:
             findings.error(
                 "I5",
-                f"two pointers at block {pointer.block} disagree: {_words(pointer)}, "
-                f"but {_words(facts.pointer)}",
+                f"two pointers at block {pointer.block} disagree: {_described(pointer)}, "
+                f"but {_described(facts.pointer)}",
                 block=parent,
             )
         if level is not None and facts.level != level and not facts.broken:
@@ -255,7 +272,7 @@ class Walk:
         return facts
 
     def _leave(self, frame: _Frame) -> None:
-        """All children of an inner node are known: check the keys of its edges, and sum up."""
+        """Check the key bounds of an inner node whose children were all visited, and sum up."""
         facts, image, findings = frame.facts, frame.image, self._findings
         facts.is_open = False
         children = [child for child in frame.children if child is not None]
@@ -271,7 +288,7 @@ class Walk:
             if child.empty:
                 findings.error("I5", "a leaf below the root is empty", block=child.pointer.block)
                 continue
-            # The first key of a node bounds nothing; what is below it is bound by the parent's key.
+            # The first key of a node bounds nothing: the parent's key bounds the first child.
             if index and child.first_key < image.keys[index]:
                 findings.error(
                     "I5",
@@ -283,7 +300,7 @@ class Walk:
                 findings.error(
                     "I5",
                     f"key {child.last_key.hex()} below the child at block {child.pointer.block} is "
-                    f"not below the next bound {image.keys[index + 1].hex()}",
+                    f"not less than the next bound {image.keys[index + 1].hex()}",
                     block=image.block,
                 )
         facts.last_key = max((child.last_key for child in children), default=b"")
@@ -302,24 +319,20 @@ class Walk:
                     self._findings.error(
                         "I5", "a node lies on data or on another node", block=block
                     )
-        self._tell()
+        self._report_progress()
 
     def _damage(self, invariant: str, what: str, block: int) -> None:
         self._findings.error(invariant, what, block=block, repairable=what.endswith(INTACT))
 
-    def _tell(self, *, force: bool = False) -> None:
+    def _report_progress(self, *, force: bool = False) -> None:
         if self._progress is None:
             return
-        if force or self._done_blocks - self._told_blocks >= PROGRESS_BLOCKS:
-            self._told_blocks = self._done_blocks
+        if force or self._done_blocks - self._reported_blocks >= PROGRESS_BLOCKS:
+            self._reported_blocks = self._done_blocks
             self._progress(
                 CheckProgress(self._findings.root, self._done_blocks, self._superblock.used_blocks)
             )
 
 
-def _words(pointer: Pointer) -> str:
+def _described(pointer: Pointer) -> str:
     return f"twin {pointer.twin}, birth {pointer.birth}, checksum {pointer.checksum.hex()}"
-
-
-def _ignore(_invariant: str, _what: str, _block: int) -> None:
-    """For reads whose damage another read has told or will tell."""

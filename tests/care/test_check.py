@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from cowfs.care.check import CheckProgress, CheckReport, Finding, check_image
-from cowfs.care.contents import detached_directories
+from cowfs.care.names import detached_directories
 from cowfs.errors import CorruptError, DeviceError, ImageError
 from cowfs.files.items import (
     INODE_INLINE,
@@ -262,7 +262,10 @@ def test_leaked_blocks_are_found_with_their_place() -> None:
 
 @pytest.mark.parametrize(
     ("by", "text"),
-    [(1, "refcount 2 for 1 block, but 1 pointers"), (-1, "1 block called free, but 1 pointers")],
+    [
+        (1, "refcount 2 for 1 block, but 1 pointers"),
+        (-1, "1 block counted as free, but 1 pointers"),
+    ],
 )
 def test_wrong_refcount_of_data_is_found(by: int, text: str) -> None:
     """Promise: a count too high (never freed) and too low (freed in use) are both found."""
@@ -353,7 +356,7 @@ def test_half_done_drop_is_clean() -> None:
 def test_drop_record_that_forgot_its_progress_is_found() -> None:
     """Promise: an entry that was given back and is still counted in the record is found."""
     builder, _ = half_dropped(done=0)
-    found = the_error(check_image(builder.finish()), "1 block called free, but 1 pointers")
+    found = the_error(check_image(builder.finish()), "1 block counted as free, but 1 pointers")
     assert found.invariant == "I1"
 
 
@@ -484,7 +487,7 @@ def test_root_of_a_generation_to_come_is_found() -> None:
     builder, volume = sample_image()
     builder.add_root(volume)
     builder.roots[0] = replace(builder.roots[0], created_generation=71)
-    assert the_error(check_image(builder.finish()), "yet to come").invariant == "I4"
+    assert the_error(check_image(builder.finish()), "but the image is at").invariant == "I4"
 
 
 # --- I5 and C9: nodes -----------------------------------------------------------------------------
@@ -590,7 +593,7 @@ def test_key_beyond_the_next_bound_is_found() -> None:
     bound = entries[7][0]
     root = builder.node(1, [(entries[0][0], leaves[0].encode()), (bound, leaves[1].encode())])
     builder.add_root(volume, tree=(root, 3))
-    found = the_error(check_image(builder.finish()), "not below the next bound")
+    found = the_error(check_image(builder.finish()), "not less than the next bound")
     assert (found.invariant, found.block) == ("I5", root.block)
 
 
@@ -664,7 +667,9 @@ def test_catalog_name_and_root_that_do_not_fit_are_found() -> None:
     builder, volume = sample_image()
     builder.add_root(volume)
     builder.catalog_items[snapshot_key("ghost")] = encode_id(77)
-    found = the_error(check_image(builder.finish()), "'ghost' is of root 77, which is none")
+    found = the_error(
+        check_image(builder.finish()), "'ghost' points at root 77, which does not exist"
+    )
     assert (found.invariant, found.root) == ("I7", "catalog")
     builder, volume = sample_image()
     builder.add_root(volume)
@@ -922,12 +927,12 @@ def _no_inode(builder: ImageBuilder, volume: VolumeItems) -> None:
         (set_member(3, "xattr_count", 1), "xattr_count is 1, but it has 2 xattrs", 3, "/big"),
         (put(key(3, TYPE_INLINE, 0), b"x"), "both inline data and extents", 3, "/big"),
         (set_member(2, "size_bytes", 12), "size is 12, but it has 11 inline bytes", 2, None),
-        (set_member(2, "flags", 0), "flags are 0x0, but of inline data there is some", 2, None),
-        (set_member(9, "flags", 1), "flags are 0x1, but of inline data there is none", 9, "/empty"),
+        (set_member(2, "flags", 0), "flags are 0x0, but it has inline data", 2, None),
+        (set_member(9, "flags", 1), "flags are 0x1, but it has no inline data", 9, "/empty"),
         (put(key(8, 9, 0), b"x"), "an item of unknown type 9", 8, "/fifo"),
-        (put(key(0, TYPE_INLINE, 0), b"x"), "no orphan mark under inode 0", 0, ""),
+        (put(key(0, TYPE_INLINE, 0), b"x"), "an item of inode 0 is not an orphan mark", 0, ""),
         (put(key(9, TYPE_INLINE, 7), b"x"), "inline data at offset 7", 9, "/empty"),
-        (put(key(4, TYPE_SYMLINK, 1), b"x"), "an impossible symlink target", 4, "/link"),
+        (put(key(4, TYPE_SYMLINK, 1), b"x"), "a malformed symlink target", 4, "/link"),
         (put(key(9, 1, 5), bytes(88)), "unknown file type", 9, "/empty"),
     ],
 )
