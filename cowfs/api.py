@@ -142,7 +142,7 @@ class Connection(ABC):
         Raises:
             SnapshotError: one of them is unknown.
         """
-        from cowfs.accounting.usage import reclaim_report
+        from cowfs.accounting.snapshot_usage import reclaim_report
 
         with self.reading() as filesystem:
             return reclaim_report(filesystem, names)

@@ -89,7 +89,7 @@ def _largest(filesystem: Connection, space: SpaceReport) -> list[ReclaimReport]:
     names = [each.name for each in filesystem.snapshots()][:SNAPSHOTS_LOOKED_AT]
     if not names:
         return []
-    from cowfs.accounting.usage import reclaim_report  # reads the image: needs numpy
+    from cowfs.accounting.snapshot_usage import reclaim_report  # reads the image: needs numpy
 
     with filesystem.reading() as opened:
         alone = [reclaim_report(opened, [name]) for name in names]

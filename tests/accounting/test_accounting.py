@@ -20,7 +20,7 @@ from cowfs.accounting.owners import (
     owner_sets,
     survey,
 )
-from cowfs.accounting.usage import referenced_blocks, written_blocks
+from cowfs.accounting.snapshot_usage import referenced_blocks, written_blocks
 from cowfs.accounting.virtual_drop import simulate_deletion
 from cowfs.history.edits import CreateSnapshot, DeleteSnapshots
 from cowfs.history.filesystem import Filesystem

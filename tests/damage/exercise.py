@@ -19,17 +19,17 @@ from click.testing import CliRunner
 
 from cowfs.accounting.blocks import explain_block
 from cowfs.accounting.owners import Survey, owner_sets, survey
-from cowfs.accounting.paths import volume_of
-from cowfs.accounting.pathusage import (
+from cowfs.accounting.path_usage import (
     Argument,
     usage_of_orphans,
     usage_of_path,
     usage_of_snapshots,
     usage_together,
 )
+from cowfs.accounting.paths import volume_of
 from cowfs.accounting.pinned import pinned_by
 from cowfs.accounting.plan import plan_reclaim
-from cowfs.accounting.usage import written_blocks
+from cowfs.accounting.snapshot_usage import written_blocks
 from cowfs.accounting.versions import versions_of
 from cowfs.accounting.virtual_drop import simulate_deletion
 from cowfs.care.check import check_image

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cowfs.accounting.owners import survey
-from cowfs.accounting.pathusage import Argument, usage_of_path
+from cowfs.accounting.path_usage import Argument, usage_of_path
 from cowfs.accounting.pinned import pinned_by
 from cowfs.accounting.versions import versions_of
 from cowfs.accounting.virtual_drop import simulate_deletion

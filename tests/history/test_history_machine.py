@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from cowfs.accounting.owners import OwnerKind, owner_sets
-from cowfs.accounting.usage import referenced_blocks, written_blocks
+from cowfs.accounting.snapshot_usage import referenced_blocks, written_blocks
 from cowfs.accounting.virtual_drop import simulate_deletion
 from cowfs.errors import DeviceError, NoSpaceError, SnapshotError
 from cowfs.history.edits import (

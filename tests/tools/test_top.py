@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from textual.pilot import Pilot
 
-from cowfs.accounting.pathusage import Argument, Place, usage_of_path
+from cowfs.accounting.path_usage import Argument, Place, usage_of_path
 from cowfs.accounting.virtual_drop import simulate_deletion
 from cowfs.daemon.messages import Progress
 from cowfs.errors import CorruptError

@@ -10,7 +10,7 @@ from textual.binding import Binding, BindingType
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
-from cowfs.accounting.pathusage import Place
+from cowfs.accounting.path_usage import Place
 from cowfs.escapes import printable
 
 from .rows import Usage

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 import click
 import numpy as np
 
-from cowfs.accounting.paths import resolve, volume_of
-from cowfs.accounting.pathusage import (
+from cowfs.accounting.path_usage import (
     Argument,
     Place,
     Whole,
@@ -15,6 +14,7 @@ from cowfs.accounting.pathusage import (
     usage_of_snapshots,
     usage_together,
 )
+from cowfs.accounting.paths import resolve, volume_of
 from cowfs.api import connect
 from cowfs.cli.output import Numbers, list_options, print_json
 from cowfs.errors import UsageError

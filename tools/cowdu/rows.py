@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from cowfs.accounting.owners import OwnerKind, OwnerSets
-from cowfs.accounting.pathusage import usage_of_orphans
-from cowfs.accounting.usage import referenced_blocks, written_blocks
+from cowfs.accounting.path_usage import usage_of_orphans
+from cowfs.accounting.snapshot_usage import referenced_blocks, written_blocks
 from cowfs.accounting.virtual_drop import simulate_deletion
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import RootRecord

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from cowfs.accounting.owners import OwnerKind, OwnerSets
-from cowfs.accounting.pathusage import Argument, Place, usage_of_path
+from cowfs.accounting.path_usage import Argument, Place, usage_of_path
 from cowfs.accounting.structure import Progress
 from cowfs.api import Connection, connect
 from cowfs.daemon.client import ShowProgress

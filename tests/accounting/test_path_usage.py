@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from cowfs.accounting.owners import OwnerKind, owner_sets, survey
-from cowfs.accounting.paths import require, resolve
-from cowfs.accounting.pathusage import (
+from cowfs.accounting.path_usage import (
     Argument,
     Place,
     Whole,
@@ -18,6 +17,7 @@ from cowfs.accounting.pathusage import (
     usage_of_snapshots,
     usage_together,
 )
+from cowfs.accounting.paths import require, resolve
 from cowfs.accounting.virtual_drop import simulate_deletion
 from cowfs.files.items import ROOT_INO
 from cowfs.history.edits import CreateSnapshot, DeleteSnapshots

@@ -3,7 +3,7 @@
 import random
 
 from cowfs.accounting.owners import OwnerKind, owner_sets
-from cowfs.accounting.usage import referenced_blocks, written_blocks
+from cowfs.accounting.snapshot_usage import referenced_blocks, written_blocks
 from cowfs.accounting.virtual_drop import simulate_deletion
 from cowfs.history.edits import CreateSnapshot, Rollback
 from cowfs.history.filesystem import Filesystem
