@@ -1,8 +1,8 @@
 """Writes salvaged files below one directory, and nowhere else.
 
-Every component of every path is opened by itself, relative to its parent and without following
-links; files are made, never opened. So no name, link or race leads out of the directory. Attributes
-of directories are set at the end, when nothing is put into them any more.
+Every component of a path is opened relative to its parent directory, without following links.
+Files are only created, with O_EXCL; no existing file is opened for writing. So no name, link or
+race leads out of the directory. The caller sets the attributes of a directory once it is filled.
 """
 
 import contextlib
@@ -20,22 +20,24 @@ Path = tuple[bytes, ...]
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_OPEN_MAX = 64
+_OPEN_MAX = 64  # directories kept open
 
 
 def is_safe_name(name: bytes) -> bool:
-    """Whether a name is one component that stays where it is put."""
+    """Whether a name is a single path component that does not lead elsewhere."""
     return name not in (b"", b".", b"..") and b"/" not in name and b"\0" not in name
 
 
 class Destination:
-    """An empty directory that files are copied into. Methods raise OSError as the host does.
+    """An empty directory that files are copied into.
+
+    Paths are relative to it. Methods raise OSError if the host refuses.
 
     Args:
         folder: made if it is missing.
 
     Raises:
-        UsageError: it holds something, or is no directory.
+        UsageError: `folder` is not empty, is no directory, or cannot be made or opened.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -47,7 +49,7 @@ class Destination:
             raise UsageError(f"cannot use {os.fspath(folder)}: {error.strerror}") from None
         if os.listdir(self._base):
             os.close(self._base)
-            raise UsageError(f"{os.fspath(folder)} is not empty")
+            raise UsageError(f"{os.fspath(folder)} is not empty; name an empty directory")
         self._open: OrderedDict[Path, int] = OrderedDict()
 
     def close(self) -> None:
@@ -57,7 +59,7 @@ class Destination:
         os.close(self._base)
 
     def _directory(self, path: Path) -> int:
-        """A descriptor of a directory below the base, which stays ours."""
+        """A descriptor of a directory below the base. It stays in `_open`; do not close it."""
         if not path:
             return self._base
         descriptor = self._open.get(path)
@@ -111,7 +113,11 @@ class Destination:
     def set_attributes(
         self, path: Path, inode: Inode, xattrs: Sequence[tuple[bytes, bytes]]
     ) -> list[str]:
-        """Owner, xattrs, mode and times of what was made; what the host refused, in words."""
+        """Set owner, xattrs, mode and times of a file or directory.
+
+        Returns:
+            What could not be set, each worded like "its times".
+        """
         refused = []
         parent, name = self._parent(path)
         times = (inode.atime_ns, inode.mtime_ns)
@@ -125,7 +131,7 @@ class Destination:
                 refused = [f"its attribute {escaped(name)}" for name in names]
                 mode = inode.mode & 0o7777
                 if ACCESS_NAME in names:
-                    mode &= 0o7000 | _mode_without(dict(xattrs)[ACCESS_NAME])
+                    mode &= 0o7000 | _mode_mask_without(dict(xattrs)[ACCESS_NAME])
                 if not self.is_root and file_type == stat.S_IFREG:
                     mode &= 0o1777  # a set-id bit means nothing without its owner
                 os.fchmod(descriptor, mode)
@@ -140,7 +146,7 @@ class Destination:
         return refused
 
     def _set_xattrs(self, descriptor: int, xattrs: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
-        """Returns the names of those that were not set."""
+        """Set xattrs; the names of those that could not be set."""
         refused = []
         for name, value in xattrs:
             if not (self.is_root or name.startswith(b"user.")):
@@ -153,8 +159,12 @@ class Destination:
         return refused
 
 
-def _mode_without(access: bytes) -> int:
-    """The bits that may stay of a mode whose access ACL cannot be set: its mask stood for the group."""
+def _mode_mask_without(access: bytes) -> int:
+    """The permission bits that a file may keep if its access ACL cannot be set.
+
+    With an ACL, the group bits of the mode are the ACL's mask. Without it they would give the
+    group rights that it did not have.
+    """
     try:
         return mode_without(decode_acl(access))
     except ValueError:

@@ -1,7 +1,7 @@
-"""The commits that the ring still names, and what of them is left.
+"""The commits that the ring still names, and whether each can still be read.
 
-Each is looked at, not checked: its catalog is read in full, of every volume and snapshot the root
-node, of the space map the pages of the index. `check_image(generation=...)` proves one.
+Each commit is only looked over: the whole catalog, the root node of every volume and snapshot, and
+the index pages of the space map. `check_image(generation=...)` checks one in full.
 """
 
 from collections.abc import Callable
@@ -38,10 +38,12 @@ class GenerationReport:
     """One commit of the ring.
 
     Attributes:
-        newest: it is the state of the image.
-        retained: no block of it was reused: promised to be whole.
-        problem: what of it cannot be read any more, "" if nothing was found.
-        snapshot_count, used_bytes: as it records them; no count where its catalog is not readable.
+        newest: this commit is the state of the image.
+        retained: promised to be whole; none of its blocks was reused.
+        clean: the commit was made by a clean unmount.
+        problem: the first thing found that cannot be read; "" if there is none.
+        snapshot_count: None if its catalog cannot be read.
+        used_bytes: as its superblock says.
     """
 
     generation: int
@@ -58,7 +60,8 @@ def superblocks(device: Device) -> dict[int, Superblock]:
     """The valid superblocks of the image by generation, the newest first.
 
     Raises:
-        ImageError: there is none.
+        ImageError: there is no valid superblock.
+        DeviceError: neither copy of the ring can be read.
     """
     slots = read_ring(device)
     newest = choose_superblock(device, slots)
@@ -73,21 +76,21 @@ def superblocks(device: Device) -> dict[int, Superblock]:
 def generation_reports(
     device: Device, progress: Callable[[int, int], None] | None = None
 ) -> tuple[GenerationReport, ...]:
-    """All commits that the ring names, the newest first. The image is only read.
+    """Look over all commits that the ring names, the newest first. The image is only read.
 
     Args:
-        progress: called with how many of them were looked at, and how many there are.
+        progress: called with the number of commits done, and the number of all.
 
     Raises:
-        ImageError: not an image.
+        ImageError: the device holds no image.
         DeviceError: neither copy of the ring can be read.
     """
     found = list(superblocks(device).values())
     newest = found[0]
     reports = []
-    known: dict[Pointer, str] = {}
+    problems: dict[Pointer, str] = {}
     for number, superblock in enumerate(found):
-        glance = _Glance(device, superblock, known)
+        glance = _Glance(device, superblock, problems)
         glance.run()
         reports.append(
             GenerationReport(
@@ -107,14 +110,21 @@ def generation_reports(
 
 
 class _Glance:
-    """One look at one commit. `known` has what was found at pointers met before, for all of them."""
+    """One look over one commit.
 
-    def __init__(self, device: Device, superblock: Superblock, known: dict[Pointer, str]) -> None:
+    Args:
+        problems: of every pointer followed so far, in any commit, what is wrong with its block;
+            "" if nothing is. Grows.
+    """
+
+    def __init__(
+        self, device: Device, superblock: Superblock, problems: dict[Pointer, str]
+    ) -> None:
         self.problem = size_is_impossible(device, superblock)
         self.snapshot_count: int | None = 0
         self._reader = MetadataReader(device, superblock)
         self._superblock = superblock
-        self._known = known
+        self._problems = problems
 
     def run(self) -> None:
         if self.problem:
@@ -122,9 +132,9 @@ class _Glance:
             return
         self._index()
         for pointer in self._catalog():
-            if self._may_read(pointer, NODE_BLOCKS) and pointer not in self._known:
+            if self._may_read(pointer, NODE_BLOCKS) and pointer not in self._problems:
                 self._node(pointer, None)
-            self._note(self._known.get(pointer, ""))
+            self._note(self._problems.get(pointer, ""))
 
     def _note(self, problem: str) -> None:
         self.problem = self.problem or problem
@@ -132,29 +142,29 @@ class _Glance:
     def _may_read(self, pointer: Pointer, blocks: int) -> bool:
         fault = pointer_fault(pointer, blocks, self._superblock.generation, self._superblock)
         if fault is not None:
-            self._known[pointer] = fault[1]
+            self._problems[pointer] = fault[1]
         return fault is None
 
     def _node(self, pointer: Pointer, level: int | None) -> NodeImage | None:
-        told: list[str] = []
-        image = self._reader.node(pointer, level, _teller(told))
-        self._known[pointer] = "" if image is not None else told[0]
+        reported: list[str] = []
+        image = self._reader.node(pointer, level, _collect(reported))
+        self._problems[pointer] = "" if image is not None else reported[0]
         return image
 
     def _catalog(self) -> list[Pointer]:
-        """The root nodes that the catalog names."""
+        """Read the catalog; the root nodes that it names."""
         roots: list[Pointer] = []
         snapshots = 0
         waiting: list[tuple[Pointer, int | None]] = [(self._superblock.catalog, None)]
-        met = set()
+        visited = set()
         while waiting:
             pointer, level = waiting.pop()
-            if pointer.block in met:
+            if pointer.block in visited:
                 continue
-            met.add(pointer.block)
+            visited.add(pointer.block)
             image = self._node(pointer, level) if self._may_read(pointer, NODE_BLOCKS) else None
             if image is None:
-                self._note(f"catalog, {self._known[pointer]}")
+                self._note(f"catalog, {self._problems[pointer]}")
                 self.snapshot_count = None
                 continue
             if image.level:
@@ -175,18 +185,19 @@ class _Glance:
         return roots
 
     def _index(self) -> None:
+        """Read the index pages of the space map."""
         waiting = [(self._superblock.space_map, len(index_shape(self._superblock.total_blocks)), 0)]
         while waiting:
             pointer, level, number = waiting.pop()
-            if pointer in self._known:
-                self._note(self._known[pointer])
+            if pointer in self._problems:
+                self._note(self._problems[pointer])
                 continue
-            told: list[str] = []
+            reported: list[str] = []
             entries = None
             if self._may_read(pointer, 1):
-                entries = self._reader.index_page(pointer, level, number, _teller(told))
-                self._known[pointer] = "" if entries is not None else told[0]
-            self._note(self._known[pointer])
+                entries = self._reader.index_page(pointer, level, number, _collect(reported))
+                self._problems[pointer] = "" if entries is not None else reported[0]
+            self._note(self._problems[pointer])
             if entries is not None and level > 1:
                 waiting += [
                     (index_pointer(entries[at]), level - 1, number * INDEX_FANOUT + at)
@@ -194,8 +205,8 @@ class _Glance:
                 ]
 
 
-def _teller(told: list[str]) -> Report:
-    def tell(_invariant: str, what: str, block: int) -> None:
-        told.append(f"block {block}: {what}")
+def _collect(reported: list[str]) -> Report:
+    def report(_invariant: str, what: str, block: int) -> None:
+        reported.append(f"block {block}: {what}")
 
-    return tell
+    return report

@@ -1,12 +1,12 @@
-"""Reads an image for those who doubt it: both rings, both copies of every node and page.
+"""Reads both rings of an image, and both copies of every node and page, and verifies all of them.
 
-Depends on the formats and the device alone, so that a fault in the filesystem's own code cannot
-hide itself here. Nothing is written and nothing is locked. What is damaged is told to a callback,
-not raised; a read goes on with the copy that is intact.
+This file depends on the formats and the device alone, so that a fault in the filesystem's own code
+cannot hide itself here. It writes nothing and locks nothing. Damage is reported to a callback and
+not raised; a read returns the copy that is intact.
 
-The newest-slot rule: of all valid slots of both copies, the one of the highest generation is the
-state of the image. A slot is valid when it decodes and stands at its place, generation mod
-RING_SLOTS.
+The newest-slot rule: of all valid slots of both copies of the ring, the one with the highest
+generation is the state of the image. A slot is valid if it decodes and its number is its generation
+mod RING_SLOTS.
 """
 
 from collections.abc import Callable, Iterable
@@ -44,14 +44,20 @@ def ignore_damage(_invariant: str, _what: str, _block: int) -> None:
 
 EMPTY = "empty"
 _EMPTY_SLOT = bytes(BLOCK_SIZE_BYTES)
-INTACT = "; the other copy is intact"  # ends what is said of one of two copies
+INTACT = "; the other copy is intact"  # the end of a report on one of two copies
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """One slot of one copy of the ring: a superblock, or the reason that there is none."""
+    """One slot of one copy of the ring.
+
+    Attributes:
+        copy: 0 for copy A, 1 for copy B.
+        number: of the slot in the ring.
+        superblock: None if the slot is not valid; then `problem` says why, else it is "".
+    """
 
     copy: int
     number: int
@@ -61,13 +67,13 @@ class Slot:
 
 
 def read_ring(device: Device) -> list[Slot]:
-    """Every slot of both copies, copy A first.
+    """Read every slot of both copies of the ring, copy A first.
 
-    The second copy is looked for where the first one's newest slot says that the image ends, else
-    at the end of the device.
+    Copy B is expected at the end of the image as the newest slot of copy A gives it, else at the
+    end of the device.
 
     Raises:
-        ImageError: too small for an image, or of a format that this program does not know.
+        ImageError: the device is too small for an image, or the format is unknown.
         DeviceError: neither copy can be read.
     """
     device_blocks = device.size_bytes // BLOCK_SIZE_BYTES
@@ -96,10 +102,10 @@ def read_ring(device: Device) -> list[Slot]:
 def choose_superblock(
     device: Device, slots: Iterable[Slot], generation: int | None = None
 ) -> Superblock:
-    """The newest valid superblock of the ring, or that of `generation`.
+    """The newest valid superblock of the ring, or the one of `generation`.
 
     Raises:
-        ImageError: there is none.
+        ImageError: there is no such superblock.
     """
     found = [slot.superblock for slot in slots if slot.superblock is not None]
     if not found:
@@ -143,21 +149,29 @@ def _read_copy(device: Device, copy: int, start: int) -> list[Slot]:
 
 
 class MetadataReader:
-    """Reads nodes and pages of one image, both copies where there are two.
+    """Reads nodes and pages of one image, both copies if there are two.
 
     Args:
         device: the image.
-        superblock: of any generation of it, for the seed and the identity.
+        superblock: of any generation of the image, for the seed and the image id.
+
+    Attributes:
+        bad_nodes: by block of each damaged copy of a node, the block of the good copy.
     """
 
     def __init__(self, device: Device, superblock: Superblock) -> None:
         self.device = device
-        self.bad_nodes: dict[int, int] = {}  # damaged copy of a node, and where the good one is
+        self.bad_nodes: dict[int, int] = {}
         self._image_id = superblock.image_id
         self._seed = superblock.seed
 
     def node(self, pointer: Pointer, level: int | None, report: Report) -> NodeImage | None:
-        """The node that `pointer` points at, None if neither copy is good."""
+        """The node that `pointer` points at; None if no copy is good.
+
+        Args:
+            level: the level that the node must have; None: any.
+            report: called for each bad copy.
+        """
 
         def decode(data: bytes) -> NodeImage:
             image = decode_node(data, pointer, self._image_id, self._seed, level)
@@ -171,7 +185,7 @@ class MetadataReader:
     def index_page(
         self, pointer: Pointer, level: int, number: int, report: Report
     ) -> npt.NDArray[np.void] | None:
-        """The entries of an index page of the space map, None if neither copy is good."""
+        """The entries of an index page of the space map; None if no copy is good."""
 
         def decode(data: bytes) -> npt.NDArray[np.void]:
             entries = decode_index_page(data, pointer, level, number, self._image_id, self._seed)
@@ -180,13 +194,15 @@ class MetadataReader:
             if data.count(0, INDEX_HEADER_BYTES + entries.nbytes) != (
                 BLOCK_SIZE_BYTES - INDEX_HEADER_BYTES - entries.nbytes
             ):
-                raise CorruptError("index page", pointer.block, "bytes after the entries not zero")
+                raise CorruptError(
+                    "index page", pointer.block, "bytes after the entries are not zero"
+                )
             return entries
 
         return self._copies("index page", pointer, BLOCK_SIZE_BYTES, decode, report)
 
     def refcounts(self, pointer: Pointer, report: Report) -> npt.NDArray[np.uint32] | None:
-        """The refcounts of one group, None if neither copy is good."""
+        """The refcounts of one group; None if no copy is good."""
 
         def decode(data: bytes) -> npt.NDArray[np.uint32]:
             if xxh3_128_digest(data, self._seed) != pointer.checksum:
@@ -203,6 +219,7 @@ class MetadataReader:
         decode: Callable[[bytes], _T],
         report: Report,
     ) -> _T | None:
+        """Read and decode both copies; report those that are bad, and return a good one."""
         good: _T | None = None
         good_data = b""
         good_block = 0
@@ -233,7 +250,7 @@ class MetadataReader:
 
 
 def _invariant(error: CorruptError) -> str:
-    """The promise that a node or page breaks; a wrong checksum hides all others."""
+    """The promise that a bad node or page breaks: C9 if its checksum is wrong."""
     if error.reason in ("checksum is wrong", "short read"):
         return "C9"
     return "I4" if error.reason.startswith("birth") else "I5"
@@ -249,7 +266,7 @@ def _reason(error: CorruptError) -> str:
 
 
 def size_is_impossible(device: Device, superblock: Superblock) -> str:
-    """Why the device cannot hold the image, "" if it can."""
+    """Why the device cannot hold the whole image; "" if it can."""
     needed = superblock.total_blocks * BLOCK_SIZE_BYTES
     if device.size_bytes < needed:
         return f"the image is truncated: {device.size_bytes} bytes, expected {needed}"

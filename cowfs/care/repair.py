@@ -1,14 +1,16 @@
-"""Mends what can be counted anew: the space map, the counters of roots and superblock, bad copies.
+"""Repairs what can be counted anew: the space map, counters, and bad copies of nodes.
 
-Reachability is counted by the checker's own walk; the allocator and the space map of the filesystem
-are never asked. The result is written as one commit: new pages and nodes in blocks that nothing
-reaches, neither the newest generation nor a retained one, then a flush, then the superblock in both
-copies of the ring (the commit point), then a flush. Before that point the image is as it was; so a
-crash leaves the one or the other. Only then bad copies of nodes are written again, in place, from
-the good one, which stays as it is.
+The references come from the checker's own walk, never from the allocator or the space map of the
+filesystem. The repair writes one commit:
 
-The new commit promises no earlier generation: theirs are the maps that were wrong.
-What only files could tell (a lost name, a wrong link count, damaged data) is left alone and told.
+1. New pages and nodes, into blocks that neither the newest nor a retained generation reaches.
+2. A flush.
+3. The superblock, into both copies of the ring, and a flush: the commit point. A crash before it
+   leaves the image as it was, a crash after it leaves the repaired image.
+4. Only then each bad copy of a node is overwritten in place with the good one.
+
+The new commit retains no earlier generation, because their space maps are the ones that were wrong.
+What the counts cannot tell is reported and left alone: lost names, wrong link counts, damaged data.
 """
 
 import time
@@ -21,7 +23,7 @@ from msgspec.structs import replace
 from xxhash import xxh3_128_digest
 
 from cowfs.care.check import Inspection, inspect_image
-from cowfs.care.reader import MetadataReader, size_is_impossible
+from cowfs.care.reader import MetadataReader, ignore_damage, size_is_impossible
 from cowfs.care.references import ROLE_NODE, References, index_pointer, pointer_fault
 from cowfs.care.report import CheckProgress, Finding
 from cowfs.errors import CorruptError, CowfsError, NoSpaceError
@@ -54,7 +56,7 @@ from cowfs.storage.index_pages import INDEX_ENTRY, encode_index_page
 
 
 class RepairRefusedError(CowfsError):
-    """The image cannot be mended without losing something; the message says what else to do."""
+    """The image cannot be repaired without losing something; the message says what else to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +64,9 @@ class RepairReport:
     """What a repair did, or would do.
 
     Attributes:
-        generation: the new commit; None when nothing was written.
-        changes: what was (or would be) set right, in words; empty when there is nothing to mend.
-        remaining: errors that a repair does not touch.
+        generation: of the new commit; None if nothing was written.
+        changes: each change, worded to follow "would"; empty if there is nothing to repair.
+        remaining: the errors that a repair cannot fix.
     """
 
     generation: int | None
@@ -80,19 +82,23 @@ def repair_image(
     data: bool = False,
     progress: Callable[[CheckProgress], None] | None = None,
 ) -> RepairReport:
-    """Mend the newest generation of an image that nobody else uses.
+    """Repair the newest generation of an image that nobody else uses.
 
     Args:
-        device: locked, unless `dry_run`.
-        dry_run: only tell what would be done.
-        accept_loss: go on although nodes are lost: blocks below them keep the refcounts they had where
-            those can be read, and count as free where they cannot.
-        data: verify the checksums of file data too, for `remaining`.
+        device: the image, locked unless `dry_run`.
+        dry_run: only report what would be done.
+        accept_loss: repair although nodes are lost. Blocks without a pointer then keep their
+            refcounts if these can be read, since lost nodes may point at them; otherwise they
+            become free.
+        data: also compare file data with its checksums, for `remaining`.
+        progress: called during the check, as by `check_image`.
 
     Raises:
         RepairRefusedError: nodes are lost, or the trees contradict each other.
         NoSpaceError: there is no room for a new space map beside the old one.
-        ImageError: not an image. DeviceError: it cannot be read or written; nothing was changed.
+        ImageError: the device holds no image.
+        DeviceError: the image cannot be read or written. Before the commit point nothing in use
+            was changed.
     """
     found = inspect_image(device, progress=progress, data=data)
     changes = _changes(found)
@@ -107,28 +113,27 @@ def repair_image(
 
 def _changes(found: Inspection) -> tuple[str, ...]:
     superblock = found.superblock
+    """What a repair changes, each worded to follow "would"."""
     changes = []
     if found.space_map.faults:
         changes.append(
-            f"write the space map anew ({_count(found.space_map.faults, 'fault')} in it)"
+            f"rewrite the space map, which has {_count(found.space_map.faults, 'fault')}"
         )
     for record in found.corrections.values():
         changes.append(
-            f"set the counters of {record.name} right: {record.node_count} nodes, "
+            f"correct the counters of {record.name}: {record.node_count} nodes, "
             f"{record.data_blocks} data blocks, {record.inode_count} inodes, "
             f"next inode {record.next_ino}"
         )
     if found.catalog_nodes and found.catalog_nodes != superblock.catalog_nodes:
-        changes.append(f"count {_count(found.catalog_nodes, 'node')} of the catalog")
+        changes.append(f"correct the number of catalog nodes to {found.catalog_nodes}")
     if found.next_root_id != superblock.next_root_id:
         changes.append(f"set the next root id to {found.next_root_id}")
     if found.reader.bad_nodes:
-        changes.append(
-            f"write {_count(len(found.reader.bad_nodes), 'damaged copy', 'damaged copies')} of nodes "
-            "again from the intact ones"
-        )
+        copies = _count(len(found.reader.bad_nodes), "damaged copy", "damaged copies")
+        changes.append(f"overwrite {copies} of nodes with the intact ones")
     if any(finding.invariant == "I2" and finding.repairable for finding in found.report.errors):
-        changes.append("no longer promise the earlier generations, which are not whole")
+        changes.append("stop retaining the earlier generations, which are not whole")
     return tuple(changes)
 
 
@@ -137,19 +142,20 @@ def _count(number: int, one: str, many: str = "") -> str:
 
 
 def _require_countable(device: Device, found: Inspection, *, accept_loss: bool) -> None:
+    """Raise RepairRefusedError unless the counted references can be trusted."""
     impossible = size_is_impossible(device, found.superblock)
     if impossible:
         raise RepairRefusedError(f"{impossible}; copy out what is left with cowfs salvage")
     if not found.sound:
         raise RepairRefusedError(
-            "the trees contradict each other, so nobody knows whose blocks are whose; go back to an "
-            "earlier commit (cowfs info --generations), or copy the files out with cowfs salvage"
+            "the trees contradict each other, so the owner of some blocks is unknown; go back to "
+            "an earlier commit (cowfs info --generations), or copy the files out with cowfs salvage"
         )
     if found.walk.incomplete and not accept_loss:
         raise RepairRefusedError(
-            "nodes are lost in every copy, and with them what they led to; go back to an earlier "
-            "commit (cowfs info --generations) or copy the files out with cowfs salvage first, then "
-            "repair with --accept-loss"
+            "no copy of some nodes is intact, and what is below them is lost; go back to an "
+            "earlier commit (cowfs info --generations), or copy the files out with cowfs salvage "
+            "and then repair with --accept-loss"
         )
 
 
@@ -171,21 +177,23 @@ class _Writer:
         for group, page in found.space_map.unclaimed.items():
             counts = self._counts.setdefault(group, np.zeros(GROUP_BLOCKS, np.uint32))
             self._keep_unclaimed(group, counts, page)
-        shown = References()
+        in_use = References()  # what the newest and the retained generations reach
         for slot in found.slots:
             superblock = slot.superblock
             if superblock is None or superblock.uuid != self._old.uuid:
                 continue
             if superblock.generation >= self._old.oldest_retained:
-                _mark_shown(device, superblock, shown)
-        self._room = _Room(self._total, [found.references, found.space_map.system, shown])
+                _mark_reached(device, superblock, in_use)
+        self._free_blocks = _FreeBlocks(
+            self._total, [found.references, found.space_map.system, in_use]
+        )
         for group, counts in self._counts.items():
-            self._room.refuse(group, counts != 0)
+            self._free_blocks.exclude(group, counts != 0)
 
     def _keep_unclaimed(
         self, group: int, counts: npt.NDArray[np.uint32], page: npt.NDArray[np.uint32]
     ) -> None:
-        """What has no pointer may belong to a lost subtree: its refcounts stay."""
+        """Keep stored refcounts above the count: nodes that are lost may point at these blocks."""
         inside = min(GROUP_BLOCKS, self._total - group * GROUP_BLOCKS)
         system = self._found.space_map.system.counts(group)
         kept = (page > counts) & (system == 0)
@@ -193,7 +201,7 @@ class _Writer:
         counts[kept] = page[kept]
 
     def run(self) -> int:
-        """Write all of it; the number of the new generation."""
+        """Write the commit and the good copies of nodes; the number of the new generation."""
         catalog, catalog_nodes = self._old.catalog, self._found.catalog_nodes
         if self._found.corrections:
             catalog, catalog_nodes = self._catalog()
@@ -214,31 +222,36 @@ class _Writer:
         for block, image in self._writes:
             self._device.write(block * BLOCK_SIZE_BYTES, [image])
         self._device.flush()
-        # All that the new superblock points at is durable; nothing in use was touched.
+        # Everything that the new superblock points at is durable; nothing in use was changed.
         slot = superblock.encode()
         for first in ring_blocks(self._total):
             self._device.write((first + superblock.slot()) * BLOCK_SIZE_BYTES, [slot])
         self._device.flush()
-        # This is the commit point. The bad copies come last: until here the old map may lie there.
+        # That was the commit point. The bad copies come last: pages of the old space map may lie in
+        # their place, and until now these were needed.
         for bad, good in self._found.reader.bad_nodes.items():
             data = self._device.read(good * BLOCK_SIZE_BYTES, NODE_SIZE_BYTES)
             self._device.write(bad * BLOCK_SIZE_BYTES, [data])
         self._device.flush()
         return self._generation
 
-    # --- catalog ------------------------------------------------------------------------------------
+    # --- catalog ----------------------------------------------------------------------------------
 
     def _catalog(self) -> tuple[Pointer, int]:
-        """The catalog anew, with the corrected records; its root, and its number of nodes."""
+        """Build the catalog with the corrected records.
+
+        Returns:
+            The pointer at its root node, and its number of nodes.
+        """
         for pointer in _nodes_below(self._found.reader, self._old, self._old.catalog):
             for block in filter(None, (pointer.block, pointer.twin)):
                 self._add(block, NODE_BLOCKS, -1)
-        right = {
+        corrected = {
             root_key(root_id): record.encode()
             for root_id, record in self._found.corrections.items()
         }
         entries = [
-            (entry.key, right.get(entry.key, entry.value)) for entry in self._found.walk.catalog
+            (entry.key, corrected.get(entry.key, entry.value)) for entry in self._found.walk.catalog
         ]
         level = nodes = 0
         while True:
@@ -252,8 +265,8 @@ class _Writer:
             level += 1
 
     def _node(self, level: int, entries: list[tuple[bytes, bytes]]) -> Pointer:
-        block = self._room.take(0, NODE_BLOCKS)
-        twin = self._room.take(1, NODE_BLOCKS) if self._twins else 0
+        block = self._free_blocks.take(0, NODE_BLOCKS)
+        twin = self._free_blocks.take(1, NODE_BLOCKS) if self._twins else 0
         image, checksum = encode_node(
             level,
             self._generation,
@@ -275,10 +288,14 @@ class _Writer:
             counts = self._counts.setdefault(group, np.zeros(GROUP_BLOCKS, np.uint32))
             counts[at] = int(counts[at]) + by
 
-    # --- space map ----------------------------------------------------------------------------------
+    # --- space map --------------------------------------------------------------------------------
 
     def _space_map(self) -> tuple[Pointer, int]:
-        """Every page anew; the pointer at the top, and how many blocks the pages take."""
+        """Build every page of the space map.
+
+        Returns:
+            The pointer at the top index page, and the number of blocks that the pages take.
+        """
         blocks = 0
         below: dict[int, tuple[Pointer, int, int]] = {}
         for group in sorted(self._counts):
@@ -316,21 +333,21 @@ class _Writer:
         return below[0][0], blocks
 
     def _kind(self, group: int) -> int:
-        """What the allocator used the group for, else what is in it; a hint."""
+        """The kind of a group: as the allocator recorded it, else by what is in it; only a hint."""
         kind = self._found.space_map.kinds.get(group, 0)
         if KIND_DATA <= kind <= KIND_TWINS:
             return kind
         return KIND_NODES if self._found.references.holds(group, ROLE_NODE) else KIND_DATA
 
     def _page(self, image: bytes, checksum: bytes) -> Pointer:
-        block = self._room.take(0, 1)
-        twin = self._room.take(1, 1) if self._twins else 0
+        block = self._free_blocks.take(0, 1)
+        twin = self._free_blocks.take(1, 1) if self._twins else 0
         self._writes += [(place, image) for place in (block, twin) if place]
         return Pointer(block, twin, self._generation, checksum)
 
     def _index_page(self, level: int, number: int, entries: npt.NDArray[np.void]) -> Pointer:
-        block = self._room.take(0, 1)
-        twin = self._room.take(1, 1) if self._twins else 0
+        block = self._free_blocks.take(0, 1)
+        twin = self._free_blocks.take(1, 1) if self._twins else 0
         image, checksum = encode_index_page(
             level,
             number,
@@ -344,61 +361,72 @@ class _Writer:
         return Pointer(block, twin, self._generation, checksum)
 
 
-class _Room:
-    """Blocks that nothing reaches; originals come from even groups and twins from odd ones."""
+class _FreeBlocks:
+    """Hands out blocks that are not in use. Originals come from even groups, twins from odd ones.
+
+    Args:
+        used: blocks with any reference in one of these are in use.
+    """
 
     def __init__(self, total_blocks: int, used: list[References]) -> None:
         self._total = total_blocks
         self._used = used
-        self._refused: dict[int, npt.NDArray[np.bool_]] = {}
+        self._excluded: dict[int, npt.NDArray[np.bool_]] = {}
         self._busy: dict[int, bytearray] = {}
-        self._at = [0, 1]  # the group that each parity takes from
+        self._next_group = [0, 1]  # by parity, the group to take from
 
-    def refuse(self, group: int, blocks: npt.NDArray[np.bool_]) -> None:
-        self._refused[group] = blocks
+    def exclude(self, group: int, blocks: npt.NDArray[np.bool_]) -> None:
+        """Also treat these blocks of a group as in use, given as a mask."""
+        self._excluded[group] = blocks
 
     def take(self, parity: int, count: int) -> int:
-        """The first of `count` free blocks that lie together in one group.
+        """Take `count` consecutive free blocks of one group.
+
+        Args:
+            parity: 0 takes from even groups, 1 from odd ones, as long as they have room.
+
+        Returns:
+            The first of the blocks.
 
         Raises:
-            NoSpaceError: there are none.
+            NoSpaceError: no group has that many consecutive free blocks.
         """
         groups = group_count(self._total)
         free = bytes(count)
-        start = self._at[parity]
-        # When its own groups are full, those of the other parity serve too.
+        start = self._next_group[parity]
         for group in (*range(start, groups, 2), *range(1 - parity, groups, 2)):
             busy = self._group(group)
             found = busy.find(free)
             if found >= 0:
                 busy[found : found + count] = b"\1" * count
                 if group % 2 == parity:
-                    self._at[parity] = group if count == 1 else start
+                    self._next_group[parity] = group if count == 1 else start
                 return int(group * GROUP_BLOCKS + found)
         raise NoSpaceError("there is no room for a new space map beside the old one")
 
     def _group(self, group: int) -> bytearray:
+        """One byte for each block of a group: 0 if it is free."""
         busy = self._busy.get(group)
         if busy is None:
             taken = np.zeros(GROUP_BLOCKS, bool)
             for used in self._used:
                 taken |= used.counts(group) != 0
-            if group in self._refused:
-                taken |= self._refused[group]
+            if group in self._excluded:
+                taken |= self._excluded[group]
             numbers = np.arange(group * GROUP_BLOCKS, (group + 1) * GROUP_BLOCKS)
             taken |= (numbers < RING_SLOTS) | (numbers >= self._total - RING_SLOTS)
             busy = self._busy[group] = bytearray(taken.tobytes())
         return busy
 
 
-# --- what a generation shows ------------------------------------------------------------------------
+# --- what a generation reaches --------------------------------------------------------------------
 
 
-def _mark_shown(device: Device, superblock: Superblock, shown: References) -> None:
-    """Count all blocks that a generation reaches, as far as it can be read."""
+def _mark_reached(device: Device, superblock: Superblock, reached: References) -> None:
+    """Add a reference to all blocks that a generation reaches, as far as it can be read."""
     reader = MetadataReader(device, superblock)
     end = ring_blocks(superblock.total_blocks)[1]
-    for leaf_key, value in _leaf_entries(reader, superblock, superblock.catalog, shown):
+    for leaf_key, value in _leaf_entries(reader, superblock, superblock.catalog, reached):
         try:
             if leaf_key[:1] == b"R":
                 root = decode_root(value).pointer
@@ -408,22 +436,22 @@ def _mark_shown(device: Device, superblock: Superblock, shown: References) -> No
                 continue
         except CorruptError:
             continue  # nothing can be kept of it
-        for item, content in _leaf_entries(reader, superblock, root, shown):
+        for item, content in _leaf_entries(reader, superblock, root, reached):
             if len(item) == KEY_BYTES and item[8] == TYPE_EXTENT:
                 try:
                     extent = decode_extent(split_key(item)[0], content)
                 except CorruptError:
                     continue
                 if RING_SLOTS <= extent.block <= end - extent.count:
-                    shown.add(extent.block, extent.count)
+                    reached.add(extent.block, extent.count)
     waiting = [(superblock.space_map, len(index_shape(superblock.total_blocks)), 0)]
     while waiting:
         pointer, level, number = waiting.pop()
         if pointer_fault(pointer, 1, superblock.generation, superblock) is not None:
             continue
         for block in filter(None, (pointer.block, pointer.twin)):
-            shown.add(block, 1)
-        entries = reader.index_page(pointer, level, number, _ignore) if level else None
+            reached.add(block, 1)
+        entries = reader.index_page(pointer, level, number, ignore_damage) if level else None
         if entries is not None:
             waiting += [
                 (index_pointer(entries[at]), level - 1, number * INDEX_FANOUT + at)
@@ -432,19 +460,22 @@ def _mark_shown(device: Device, superblock: Superblock, shown: References) -> No
 
 
 def _leaf_entries(
-    reader: MetadataReader, superblock: Superblock, root: Pointer, shown: References
+    reader: MetadataReader, superblock: Superblock, root: Pointer, reached: References
 ) -> Iterator[tuple[bytes, bytes]]:
-    """The entries of all leaves below a root that are new to `shown`, whose nodes are counted."""
+    """The entries of all leaves below a root, except nodes that already have a reference.
+
+    Adds a reference to the blocks of each node.
+    """
     waiting: list[tuple[Pointer, int | None]] = [(root, None)]
     while waiting:
         pointer, level = waiting.pop()
         if pointer_fault(pointer, NODE_BLOCKS, superblock.generation, superblock) is not None:
             continue
-        if shown.count_of(pointer.block):
+        if reached.count_of(pointer.block):
             continue
         for block in filter(None, (pointer.block, pointer.twin)):
-            shown.add(block, NODE_BLOCKS)
-        image = reader.node(pointer, level, _ignore)
+            reached.add(block, NODE_BLOCKS)
+        image = reader.node(pointer, level, ignore_damage)
         if image is None:
             continue
         if image.level:
@@ -456,20 +487,20 @@ def _leaf_entries(
 def _nodes_below(
     reader: MetadataReader, superblock: Superblock, root: Pointer
 ) -> Iterator[Pointer]:
-    """Every node of a tree that is whole."""
+    """The pointers at all nodes of a tree."""
     waiting: list[tuple[Pointer, int | None]] = [(root, None)]
     while waiting:
         pointer, level = waiting.pop()
         if pointer_fault(pointer, NODE_BLOCKS, superblock.generation, superblock) is not None:
             continue
         yield pointer
-        image = reader.node(pointer, level, _ignore)
+        image = reader.node(pointer, level, ignore_damage)
         if image is not None and image.level:
             waiting += [(decode_pointer(value), image.level - 1) for value in image.values]
 
 
 def _pieces_of_nodes(entries: list[tuple[bytes, bytes]]) -> Iterator[list[tuple[bytes, bytes]]]:
-    """The entries in as few nodes as hold them; one empty piece when there are none."""
+    """Cut entries into as few nodes as can hold them; no entries make one empty node."""
     piece: list[tuple[bytes, bytes]] = []
     used = 0
     for key, value in entries:
@@ -480,7 +511,3 @@ def _pieces_of_nodes(entries: list[tuple[bytes, bytes]]) -> Iterator[list[tuple[
         piece.append((key, value))
         used += size
     yield piece
-
-
-def _ignore(_invariant: str, _what: str, _block: int) -> None:
-    """For reads whose damage the check has told."""

@@ -1,8 +1,8 @@
-"""What a check of an image found, as values: findings, counts, progress.
+"""The result of a check, as values: findings, counts, progress.
 
-A finding names the promise that is broken (DESIGN.md "Invariants"; "C9" for bytes that are not what
-was written), where, and what is wrong in one line. An image is clean when no finding is an error.
-The number of findings kept is bounded; those left off are counted.
+A finding says which promise is broken (DESIGN.md "Invariants"; "C9" for bytes that are not what was
+written), where, and in one line what is wrong. An image is clean if no finding is an error. At most
+FINDINGS_MAX findings are kept; the others are counted.
 """
 
 from dataclasses import dataclass, replace
@@ -15,18 +15,18 @@ FINDINGS_MAX = 1000
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong.
+    """One fault of an image.
 
     Attributes:
-        severity: "error" breaks a promise; "warning" is worth knowing and harms nothing.
+        severity: "error": a promise is broken. "warning": worth knowing, but harmless.
         invariant: "I1" to "I7", or "C9" for damaged or unreadable bytes.
         what: the fault, in words, with the value found and the value expected.
-        root: what it belongs to: "volume main", "snapshot x", "catalog", "space map", "superblock".
-            Of nodes that several roots share, the first root that reaches them.
-        path: of the file, from the root directory of that root, escaped (escapes.py); "" if unknown.
-        ino: of the file, 0 where it is no matter of one file.
-        block: the first block concerned, None where there is none.
-        repairable: `repair_image` can mend it, from what is intact elsewhere in the image.
+        root: where it is: "volume main", "snapshot x", "catalog", "space map", "superblock". For a
+            node that several roots share, the first root that was walked.
+        path: of the file in that root, escaped (escapes.py); "" if unknown.
+        ino: of the file; 0 if the fault is not about one file.
+        block: the first block concerned; None if there is none.
+        repairable: `repair_image` can fix it from other parts of the image that are intact.
     """
 
     severity: Severity
@@ -52,7 +52,12 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class CheckProgress:
-    """How far a check is. `total_blocks` is what the superblock counts as used."""
+    """How far a check is.
+
+    Attributes:
+        stage: the root being walked, as in `Finding.root`.
+        total_blocks: the number of used blocks that the superblock counts.
+    """
 
     stage: str
     done_blocks: int
@@ -61,19 +66,19 @@ class CheckProgress:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """The result of a check. Counts are of distinct things: what roots share counts once.
+    """The result of a check. All numbers are of distinct things: what roots share counts once.
 
     Attributes:
-        findings: in the order in which they were met, at most FINDINGS_MAX.
-        findings_left_off: how many more there were.
+        findings: in the order in which they were found, at most FINDINGS_MAX.
+        findings_left_off: how many findings were not kept.
         roots: volumes, snapshots and entries of the drop queue that were walked.
-        nodes: distinct nodes read, of the catalog and of all trees.
+        nodes: nodes read, of the catalog and of all trees.
         inodes: inode items in distinct leaves.
-        data_blocks: distinct blocks that extents point at.
+        data_blocks: blocks that extents point at.
         used_blocks: blocks with at least one reference, as counted by the walk.
-        system_blocks: rings, refcount pages and index pages.
-        verified_blocks: data blocks whose checksum was computed, 0 when data was left out.
-        retained_generations: earlier generations that were walked too (I2).
+        system_blocks: blocks of the rings, refcount pages and index pages.
+        verified_blocks: data blocks whose checksum was computed; 0 if data was not verified.
+        retained_generations: the earlier generations that were checked too (I2).
     """
 
     generation: int
@@ -98,12 +103,17 @@ class CheckReport:
 
     @property
     def clean(self) -> bool:
-        """No promise is broken; warnings may remain."""
+        """Whether no promise is broken; there may be warnings."""
         return not self.errors and not self.findings_left_off
 
 
 class Findings:
-    """Collects findings: each text once, no more than FINDINGS_MAX."""
+    """Collects at most FINDINGS_MAX findings, equal ones once.
+
+    Attributes:
+        root: the `root` of the findings that are added next.
+        left_off: how many findings were not kept.
+    """
 
     def __init__(self) -> None:
         self.root = ""
@@ -140,11 +150,11 @@ class Findings:
         self.add(Finding("warning", invariant, what, self.root, block=block))
 
     def without_path(self, first: int) -> set[int]:
-        """The inodes of the findings from number `first` on that name an inode but no path."""
+        """The inode numbers in findings from number `first` on that have an inode but no path."""
         return {found.ino for found in self._found[first:] if found.ino and not found.path}
 
     def give_paths(self, first: int, paths: dict[int, str]) -> None:
-        """Write the paths, by inode, into the findings from number `first` on."""
+        """Set the path, given by inode number, of the findings from number `first` on."""
         for number in range(first, len(self._found)):
             found = self._found[number]
             if found.ino in paths and not found.path:

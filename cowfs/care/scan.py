@@ -1,8 +1,9 @@
-"""Finds what an image was when its roots are gone: reads every block, and knows a node by itself.
+"""Scans all blocks of a device for the nodes of an image, when its roots are gone.
 
-A node carries its magic, the id of the image, its own block, level, birth, owner and checksum. The id
-that most nodes carry is that of the image. The seed of the checksums is in any slot of the ring, torn
-ones too, and equals the image id in every image that cowfs made; what verifies most nodes is right.
+A node has a magic number, the id of the image, its own block, level, birth, owner and checksum. The
+image id that most nodes have is that of the image. Checksums need the seed: it is in every slot of
+the ring, also in torn ones, and in an image that cowfs made it equals the image id. The seed that
+verifies most nodes is taken.
 """
 
 from collections import Counter
@@ -30,14 +31,20 @@ from cowfs.storage.format import (
     decode_node,
 )
 
-CHUNK_BLOCKS = 1024
+CHUNK_BLOCKS = 1024  # read at once
 _MAGIC_WORD = 4  # the magic is the fifth 32-bit word of a node
-_VOTERS_MAX = 200  # nodes that decide on the seed
+_VOTERS_MAX = 200  # nodes whose checksums decide on the seed
 
 
 @dataclass(slots=True)
 class FoundNode:
-    """A whole node, by its own word. `pointer` leads to it: to the original, the twin, or both."""
+    """A node whose checksum is right.
+
+    Attributes:
+        pointer: made from the node's header. Its block is the one the header gives; its twin is
+            another place with an equal copy, 0 if none was found.
+        owner: the root id of the tree that the node was written for; 0: the catalog.
+    """
 
     pointer: Pointer
     level: int
@@ -46,7 +53,13 @@ class FoundNode:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What a scan found: whole nodes, and a superblock that has the identity of the image only."""
+    """The result of a scan.
+
+    Attributes:
+        identity: the superblock given to the scan, or one whose image id, seed and size are right
+            and whose other fields mean nothing.
+        nodes: all nodes with a right checksum, also old ones.
+    """
 
     identity: Superblock
     nodes: list[FoundNode]
@@ -57,14 +70,14 @@ def scan_image(
     known: Superblock | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scan:
-    """Read all of the device, and collect the nodes of one image.
+    """Read the whole device, and collect the nodes of one image.
 
     Args:
-        known: any superblock of it, when there is one.
-        progress: called with blocks read and blocks in all.
+        known: any superblock of the image, if there is one.
+        progress: called with the number of blocks read, and the number of all blocks.
 
     Raises:
-        ImageError: there is no node whose checksum can be verified.
+        ImageError: `known` is None, and no node can be verified.
     """
     places: list[tuple[int, int]] = []
     total = device.size_bytes // BLOCK_SIZE_BYTES
@@ -87,6 +100,7 @@ def scan_image(
 
 
 def _chunks(device: Device, total: int) -> Iterator[tuple[int, bytes]]:
+    """The readable blocks of the device, as (first block, data)."""
     for first in range(0, total, CHUNK_BLOCKS):
         count = min(CHUNK_BLOCKS, total - first)
         try:
@@ -96,11 +110,11 @@ def _chunks(device: Device, total: int) -> Iterator[tuple[int, bytes]]:
                 try:
                     yield block, device.read(block * BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES)
                 except DeviceError:
-                    continue  # a bad sector holds nothing that could be found
+                    continue  # an unreadable sector is left out
 
 
 def _identify(device: Device, places: list[tuple[int, int]], total: int) -> Superblock:
-    """The id that most nodes carry, and the seed that verifies most of them."""
+    """A superblock with the image id that most nodes have, and the seed that verifies most."""
     if not places:
         raise ImageError(
             f"{device.name} holds no node of a cowfs image; there is nothing to salvage"
@@ -112,8 +126,8 @@ def _identify(device: Device, places: list[tuple[int, int]], total: int) -> Supe
     seed = max(votes, key=votes.__getitem__)
     if not votes[seed]:
         raise ImageError(
-            f"{device.name}: no node can be verified: the rings are lost, and with them the seed "
-            "of the checksums"
+            f"{device.name}: no node can be verified, because the rings of superblocks are lost "
+            "and with them the seed of the checksums; nothing can be salvaged"
         )
     return Superblock(
         uuid=image_id.to_bytes(8, "little") + bytes(8),
@@ -125,7 +139,7 @@ def _identify(device: Device, places: list[tuple[int, int]], total: int) -> Supe
 
 
 def _seeds_in_rings(device: Device, total: int) -> Iterator[int]:
-    """What torn slots of either ring say."""
+    """The seeds in all slots of both rings that begin with the magic number, also in torn ones."""
     for block in (*range(min(RING_SLOTS, total)), *range(max(0, total - RING_SLOTS), total)):
         try:
             data = device.read(block * BLOCK_SIZE_BYTES, BLOCK_SIZE_BYTES)
@@ -153,6 +167,7 @@ def _add(
     known: Superblock,
     found: dict[tuple[int, int, bytes], FoundNode],
 ) -> None:
+    """Add the node at block `place` to `found`, if it can be verified."""
     data = _read(device, place)
     if len(data) != NODE_SIZE_BYTES:
         return

@@ -1,16 +1,18 @@
-"""Reads every copy of everything that an image reaches, and has bad copies repaired from good ones.
+"""Reads both copies of everything that an image reaches, and hands bad copies to a repair.
 
 Promises:
-- Both copies of every slot of the ring, every page of the space map and every node, and every block of
-  file data, of one generation that is kept whole meanwhile, are read and compared with their checksums.
-- Nothing is written here: a bad copy whose twin is good is handed to `repair`, which judges for itself.
-- What no copy is good of is named by all paths at which it can be met: of the live volume and of each
-  snapshot.
-- What was read is marked in a map of blocks, so that a scrub that was interrupted goes on where it was,
-  also at a later generation. A node is marked when all below it was read. A mark counts only for what
-  was there when the scrub began (by its birth): what is newer is read again.
 
-Depends on formats and device alone, as all of care/.
+- The scrub reads and verifies both copies of every ring slot, space map page and node, and every
+  block of file data, of one generation. The writer keeps that generation whole meanwhile.
+- The scrub writes nothing. It hands each bad copy with a good twin to `repair`, which verifies both
+  copies for itself.
+- A block without a good copy is reported with all paths that lead to it, in the live volume and in
+  each snapshot.
+- Blocks that were read are marked in a bitmap. So an interrupted scrub can go on later, also at a
+  later generation. A node is marked once everything below it was read and is good. A mark counts
+  only for a block that was born before the scrub began; newer blocks are read again.
+
+Like all of care/, this file depends on the formats and the device alone.
 """
 
 import time
@@ -20,7 +22,7 @@ import numpy as np
 from xxhash import xxh3_64_digest
 
 from cowfs.care.names import paths_of
-from cowfs.care.reader import MetadataReader, choose_superblock, read_ring
+from cowfs.care.reader import MetadataReader, choose_superblock, ignore_damage, read_ring
 from cowfs.care.references import index_pointer, pointer_fault
 from cowfs.care.scrub_report import BadCopy, Damage, Marks, ScrubReport, State
 from cowfs.errors import CorruptError, DeviceError
@@ -40,19 +42,31 @@ from cowfs.storage.format import (
     ring_blocks,
 )
 
-DAMAGE_MAX = 1000  # told one by one; the rest is counted
-PATHS_MAX = 100  # of one lost node in one tree
+DAMAGE_MAX = 1000  # entries of the report; the others are only counted
+PATHS_MAX = 100  # inodes that are named for one lost node in one tree
 
 
 class Scrub:
-    """One scrub of one generation; `run` it once.
+    """One scrub of one generation; call `run` once.
 
     Args:
-        device: of the image.
-        generation: to read, kept whole by its writer; None: the newest.
-        marks: of a scrub that is to go on; None begins a new one.
-        progress: called after each piece of work; it may raise, which stops the scrub.
-        repair: gets each bad copy whose twin is good.
+        device: the image; only read from.
+        generation: the one to read, which its writer keeps whole; None: the newest.
+        marks: those of the scrub to go on with; None begins a new one.
+        progress: called after each read; it may raise to stop the scrub.
+        repair: called with each bad copy whose twin is good.
+
+    Attributes:
+        superblock: of the generation that is read.
+        marks: what was read so far.
+        done_blocks: blocks read so far, copies counted.
+        bad_copies: the bad copies with a good twin.
+        damage: blocks without a good copy, at most DAMAGE_MAX.
+        damaged: how many of them there are in all.
+
+    Raises:
+        ImageError: the device holds no image, or not that generation.
+        DeviceError: neither copy of the ring can be read.
     """
 
     def __init__(
@@ -76,26 +90,24 @@ class Scrub:
         self._progress = progress
         self._repair = repair
         self._reader = MetadataReader(device, self.superblock)
-        self._lost: dict[int, str] = {}  # blocks of data and nodes without a good copy
+        # What each data block or node without a good copy is: reported once paths are known.
+        self._lost: dict[int, str] = {}
+        # By block of a node: how many leading entries a half-done drop has dropped.
         self._dropped: dict[int, int] = {}
 
     def run(self) -> None:
-        """Read all.
-
-        Raises:
-            DeviceError: neither copy of the ring can be read.
-        """
-        self._ring()
-        self._space_map()
-        roots = self._roots()
+        """Read everything, and report what was found in the attributes."""
+        self._read_ring()
+        self._read_space_map()
+        roots = self._read_catalog()
         for _, pointer in roots:
-            self._tree(pointer, None, self.superblock.generation)
+            self._read_tree(pointer, None, self.superblock.generation)
         if self._lost:
-            self._name(roots)
+            self._report_lost(roots)
 
-    # --- what is kept twice ---------------------------------------------------------------------------
+    # --- two copies -------------------------------------------------------------------------------
 
-    def _ring(self) -> None:
+    def _read_ring(self) -> None:
         for number in range(RING_SLOTS):
             copies = [slot for slot in self._slots if slot.number == number]
             good = [slot for slot in copies if slot.superblock is not None]
@@ -104,15 +116,19 @@ class Scrub:
                     other = good[0].superblock
                     assert other is not None
                     self._found("slot", slot.block, good[0].block, other.generation, b"")
-        self._told(2 * RING_SLOTS)
+        self._advance(2 * RING_SLOTS)
 
-    def _space_map(self) -> None:
+    def _read_space_map(self) -> None:
         top_level = len(index_shape(self.superblock.total_blocks))
         waiting = [(self.superblock.space_map, top_level, 0)]
         while waiting:
             pointer, level, number = waiting.pop()
             if pointer_fault(pointer, 1, self.superblock.generation, self.superblock):
-                self._lose("a page of the space map: its pointer is wrong", pointer.block)
+                self._report(
+                    Damage(
+                        what="a page of the space map: its pointer is wrong", block=pointer.block
+                    )
+                )
                 continue
             bad: list[int] = []
             entries = None
@@ -121,19 +137,31 @@ class Scrub:
                 good = entries is not None
             else:
                 good = self._reader.refcounts(pointer, _collect(bad)) is not None
-            self._copies("page", pointer, bad, good, 1)
+            self._handle_copies("page", pointer, bad, good, 1)
             if entries is None:
                 continue
             for position in np.flatnonzero(entries["block"]).tolist():
                 child = number * INDEX_FANOUT + position
                 waiting.append((index_pointer(entries[position]), level - 1, child))
 
-    def _copies(self, kind: str, pointer: Pointer, bad: list[int], good: bool, blocks: int) -> None:
-        """Act on the copies of a node or page that were found bad."""
-        self._told(blocks * (2 if pointer.twin else 1))
+    def _handle_copies(
+        self, kind: str, pointer: Pointer, bad: list[int], good: bool, blocks: int
+    ) -> None:
+        """Have the bad copies of a node or page repaired, or note that it is lost.
+
+        Args:
+            kind: "node" or "page".
+            bad: the blocks of the bad copies.
+            good: whether any copy is good.
+            blocks: the size of one copy.
+        """
+        self._advance(blocks * (2 if pointer.twin else 1))
         if not good:
-            name = "a node" if kind == "node" else "a page of the space map"
-            self._lose(f"{name}: no copy is good", pointer.block, note=kind == "node")
+            if kind == "node":
+                self._lost[pointer.block] = "a node: no copy is good"
+            else:
+                what = "a page of the space map: no copy is good"
+                self._report(Damage(what=what, block=pointer.block))
             return
         for block in bad:
             other = pointer.twin if block == pointer.block else pointer.block
@@ -147,21 +175,19 @@ class Scrub:
         if self._repair is not None:
             self._repair(copy)
 
-    def _lose(self, what: str, block: int, *, note: bool = False) -> None:
-        if note:
-            self._lost[block] = what
-            return  # told by `_name`, with its paths
-        self._tell_damage(Damage(what=what, block=block))
-
-    def _tell_damage(self, damage: Damage) -> None:
+    def _report(self, damage: Damage) -> None:
         self.damaged += 1
         if len(self.damage) < DAMAGE_MAX:
             self.damage.append(damage)
 
-    # --- trees ----------------------------------------------------------------------------------------
+    # --- trees ------------------------------------------------------------------------------------
 
-    def _roots(self) -> list[tuple[str, Pointer]]:
-        """Where each root is shown, and its tree; the catalog's own nodes are read on the way."""
+    def _read_catalog(self) -> list[tuple[str, Pointer]]:
+        """Read all nodes of the catalog.
+
+        Returns:
+            Of each root the path that its files are shown below, and its root node; volumes first.
+        """
         roots: list[tuple[bool, int, str, Pointer]] = []
         generation = self.superblock.generation
         for image in self._leaves(self.superblock.catalog, None, generation):
@@ -178,14 +204,15 @@ class Scrub:
                         shown = f"(deleted snapshot {drop.name})"
                         roots.append((True, drop.root_id, shown, drop.path[0].pointer))
                 except CorruptError as error:
-                    self._tell_damage(Damage(what=str(error), block=image.block))
+                    self._report(Damage(what=str(error), block=image.block))
         for block, what in list(self._lost.items()):
-            self._tell_damage(Damage(what=f"{what}; it is of the catalog", block=block))
+            self._report(Damage(what=f"{what}; it belongs to the catalog", block=block))
             del self._lost[block]
         roots.sort(key=lambda root: root[:2])
         return [(shown, pointer) for _, _, shown, pointer in roots]
 
     def _leaves(self, pointer: Pointer, level: int | None, birth: int) -> Iterator[NodeImage]:
+        """The leaves below a node, read in both copies."""
         image = self._node(pointer, level, birth)
         if image is None:
             return
@@ -196,15 +223,17 @@ class Scrub:
             yield from self._leaves(decode_pointer(value), image.level - 1, image.birth)
 
     def _node(self, pointer: Pointer, level: int | None, birth: int) -> NodeImage | None:
+        """Read both copies of a node; None if none is good."""
         if pointer_fault(pointer, NODE_BLOCKS, birth, self.superblock):
-            self._lose("a node: its pointer is wrong", pointer.block, note=True)
+            self._lost[pointer.block] = "a node: its pointer is wrong"
             return None
         bad: list[int] = []
         image = self._reader.node(pointer, level, _collect(bad))
-        self._copies("node", pointer, bad, image is not None, NODE_BLOCKS)
+        self._handle_copies("node", pointer, bad, image is not None, NODE_BLOCKS)
         return image
 
-    def _tree(self, pointer: Pointer, level: int | None, birth: int) -> None:
+    def _read_tree(self, pointer: Pointer, level: int | None, birth: int) -> None:
+        """Read a node and everything below it that has no mark yet."""
         if self.marks.has(pointer.block, pointer.birth):
             return
         image = self._node(pointer, level, birth)
@@ -213,30 +242,33 @@ class Scrub:
             before = self.damaged + len(self._lost)
             for index in range(self._dropped.get(image.block, 0), len(image.keys)):
                 if image.level:
-                    self._tree(decode_pointer(image.values[index]), image.level - 1, image.birth)
+                    self._read_tree(
+                        decode_pointer(image.values[index]), image.level - 1, image.birth
+                    )
                 else:
-                    self._item(image.keys[index], image.values[index], image)
+                    self._read_item(image.keys[index], image.values[index], image)
             whole = self.damaged + len(self._lost) == before
-        if whole:  # what has damage below is read again, so that it is told again
+        if whole:  # otherwise a scrub that goes on reads it again, and reports the damage again
             self.marks.add(pointer.block, pointer.birth)
 
-    def _item(self, key: bytes, value: bytes, image: NodeImage) -> None:
+    def _read_item(self, key: bytes, value: bytes, image: NodeImage) -> None:
+        """Read the data of an item of a leaf, if it is an extent."""
         if len(key) != KEY_BYTES or key[8] != TYPE_EXTENT:
             return
         try:
             extent = decode_extent(split_key(key)[0], value)
         except CorruptError as error:
-            self._tell_damage(Damage(what=str(error), block=image.block))
+            self._report(Damage(what=str(error), block=image.block))
             return
         end = ring_blocks(self.superblock.total_blocks)[1]
         if not RING_SLOTS <= extent.block <= end - extent.count:
-            self._tell_damage(Damage(what="an extent leaves the image", block=image.block))
+            self._report(Damage(what="an extent leaves the image", block=image.block))
             return
         for at, count in self._unread(extent):
-            self._data(extent, at, count)
+            self._read_data(extent, at, count)
 
     def _unread(self, extent: Extent) -> Iterator[tuple[int, int]]:
-        """The runs of an extent that were not read yet, as (first, count) in it."""
+        """The runs of an extent's blocks without a mark, as (first within the extent, count)."""
         at = 0
         marks = self.marks
         while at < extent.count:
@@ -249,7 +281,8 @@ class Scrub:
             yield at, stop - at
             at = stop
 
-    def _data(self, extent: Extent, at: int, count: int) -> None:
+    def _read_data(self, extent: Extent, at: int, count: int) -> None:
+        """Read and verify `count` blocks of an extent, from its block number `at`."""
         first = extent.block + at
         try:
             data = self._device.read(first * BLOCK_SIZE_BYTES, count * BLOCK_SIZE_BYTES)
@@ -265,7 +298,7 @@ class Scrub:
                 self.marks.add(first + index, extent.birth)
             else:
                 self._lost[first + index] = "file data"
-        self._told(count)
+        self._advance(count)
 
     def _read_block(self, block: int) -> bytes:
         try:
@@ -273,49 +306,58 @@ class Scrub:
         except DeviceError:
             return b""
 
-    def _told(self, blocks: int) -> None:
+    def _advance(self, blocks: int) -> None:
         self.done_blocks += blocks
         if self._progress is not None:
             self._progress(self)
 
-    # --- names for what is lost -----------------------------------------------------------------------
+    # --- paths of lost blocks ---------------------------------------------------------------------
 
-    def _name(self, roots: list[tuple[str, Pointer]]) -> None:
-        """Tell each lost block with the paths at which it is met, in all roots."""
+    def _report_lost(self, roots: list[tuple[str, Pointer]]) -> None:
+        """Report each lost block, with the paths that lead to it in all roots."""
         paths: dict[int, list[str]] = {block: [] for block in self._lost}
         sound: set[int] = set()  # nodes with no damage below
         for shown, pointer in roots:
-            met: dict[int, set[int]] = {}  # inodes by lost block
-            self._meet(pointer, None, (0, 0), met, sound)
-            if not met:
+            users: dict[int, set[int]] = {}  # by lost block the inodes that need it
+            self._find_users(pointer, None, (0, 0), users, sound)
+            if not users:
                 continue
-            wanted = set().union(*met.values())
+            wanted = set().union(*users.values())
             named = paths_of(self._tree_leaves(pointer, None), wanted)
-            for block, inodes in met.items():
+            for block, inodes in users.items():
                 found = [shown + named[ino] for ino in sorted(inodes) if ino in named]
                 if not found:
                     found = [f"{shown or '/'} (names unknown, inodes {_range(inodes)})"]
                 paths[block] += found
         for block, what in self._lost.items():
-            self._tell_damage(Damage(what=what, block=block, paths=tuple(paths[block])))
+            self._report(Damage(what=what, block=block, paths=tuple(paths[block])))
 
-    def _meet(
+    def _find_users(
         self,
         pointer: Pointer,
         level: int | None,
         bounds: tuple[int, int],
-        met: dict[int, set[int]],
+        users: dict[int, set[int]],
         sound: set[int],
     ) -> bool:
-        """Find what is lost below a node. `bounds`: the first and last inode it may hold items of."""
+        """Find the lost blocks below a node, and the inodes that need them.
+
+        Args:
+            bounds: the first and last inode that the node may have items of; last 0: unknown.
+            users: gets the inodes, by lost block.
+            sound: nodes without a lost block below; grows.
+
+        Returns:
+            Whether anything below the node is lost.
+        """
         if pointer.block in sound:
             return False
         if pointer.block in self._lost:
             first, last = bounds
             last = min(last, first + PATHS_MAX) if last else first + PATHS_MAX
-            met.setdefault(pointer.block, set()).update(range(max(first, 1), last + 1))
+            users.setdefault(pointer.block, set()).update(range(max(first, 1), last + 1))
             return True
-        image = self._reader.node(pointer, level, _ignore)
+        image = self._reader.node(pointer, level, ignore_damage)
         if image is None:
             return True
         found = False
@@ -327,14 +369,15 @@ class Scrub:
                 if index + 1 < len(image.keys) and len(image.keys[index + 1]) == KEY_BYTES:
                     stop = split_key(image.keys[index + 1])[0]
                 child = decode_pointer(value)
-                found |= self._meet(child, image.level - 1, (start, stop), met, sound)
+                found |= self._find_users(child, image.level - 1, (start, stop), users, sound)
             elif len(key) == KEY_BYTES and key[8] == TYPE_EXTENT:
-                found |= self._meet_data(key, value, met)
+                found |= self._find_data_user(key, value, users)
         if not found:
             sound.add(pointer.block)
         return found
 
-    def _meet_data(self, key: bytes, value: bytes, met: dict[int, set[int]]) -> bool:
+    def _find_data_user(self, key: bytes, value: bytes, users: dict[int, set[int]]) -> bool:
+        """Add the inode of an extent item to the users of its lost blocks; whether it has any."""
         ino = split_key(key)[0]
         try:
             extent = decode_extent(ino, value)
@@ -346,11 +389,12 @@ class Scrub:
             if block in self._lost
         ]
         for block in lost:
-            met.setdefault(block, set()).add(ino)
+            users.setdefault(block, set()).add(ino)
         return bool(lost)
 
     def _tree_leaves(self, pointer: Pointer, level: int | None) -> Iterator[NodeImage]:
-        image = self._reader.node(pointer, level, _ignore)
+        """The leaves of a tree that can be read; damage is not reported again."""
+        image = self._reader.node(pointer, level, ignore_damage)
         if image is None:
             return
         if not image.level:
@@ -367,10 +411,6 @@ def _collect(blocks: list[int]) -> Callable[[str, str, int], None]:
     return report
 
 
-def _ignore(_invariant: str, _what: str, _block: int) -> None:
-    """For reads whose damage was told."""
-
-
 def _range(inodes: set[int]) -> str:
     first, last = min(inodes), max(inodes)
     return str(first) if first == last else f"{first} to {last}"
@@ -379,7 +419,12 @@ def _range(inodes: set[int]) -> str:
 def report_of(
     scrub: Scrub, image: str, state: State, started_ns: int, repaired: int
 ) -> ScrubReport:
-    """What a scrub has found so far. `repaired`: bad copies that are good now."""
+    """The report of a scrub, which may still be running.
+
+    Args:
+        image: the path of the image.
+        repaired: how many bad copies were repaired.
+    """
     from uuid import UUID
 
     found = len(scrub.bad_copies)

@@ -1,22 +1,24 @@
-"""What a scrub found, as values, and the marks of what it has read.
+"""The result of a scrub, as values, and the marks of the blocks that it has read.
 
-Imports no numpy: commands that only show a result start fast.
+This file imports no numpy, so that commands that only show a result start fast.
 """
 
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-# What a file may say: a result is kept between commands, and is not trusted.
+# The range of numbers in a result. Results are kept in files, which are not trusted.
 Number = Annotated[int, Meta(ge=0, le=(1 << 62))]
 State = Literal["running", "finished", "interrupted"]
 
 
 class BadCopy(Struct, frozen=True, kw_only=True):
-    """A bad copy of a node, a page or a slot whose other copy is good.
+    """A bad copy of a node, page or slot whose other copy is good.
 
-    `kind` is "node", "page" or "slot". The checksum, in hex, is that of the pointer at it; a slot has
-    none.
+    Attributes:
+        kind: "node", "page" or "slot".
+        birth: of the pointer at it; of a slot the generation of the good copy.
+        checksum: of the pointer at it, in hex; "" for a slot.
     """
 
     kind: str
@@ -27,9 +29,12 @@ class BadCopy(Struct, frozen=True, kw_only=True):
 
 
 class Damage(Struct, frozen=True, kw_only=True):
-    """Something that no copy is good of: what it is, where, and the paths at which it is met.
+    """A node, page or data block without a good copy.
 
-    A path is that in the live volume (/a/b), or below .snapshots/NAME.
+    Attributes:
+        what: what it is, in words.
+        paths: of the files concerned, escaped: /a/b in the live volume, /.snapshots/NAME/a/b in a
+            snapshot.
     """
 
     what: str
@@ -38,10 +43,16 @@ class Damage(Struct, frozen=True, kw_only=True):
 
 
 class ScrubReport(Struct, frozen=True, kw_only=True):
-    """How far a scrub is, or how it ended. Sizes count copies: what is kept twice is read twice.
+    """How far a scrub is, or how it ended.
 
-    `state` is "running", "finished" or "interrupted". `repaired`: bad copies written again, and found
-    good; `unrepaired`: bad copies with a good twin that were not (read-only, or the device refused).
+    Attributes:
+        image: the path of the image.
+        done_bytes, total_bytes: of everything that is kept twice, both copies are counted.
+        bad_copies: how many bad copies with a good twin were found.
+        repaired: how many of them were rewritten and then verified.
+        unrepaired: how many were not (read-only, or the device refused); 0 while the scrub runs.
+        damaged: how many nodes, pages and data blocks have no good copy.
+        damage: the first DAMAGE_MAX of these (scrub.py).
     """
 
     uuid: str
@@ -60,15 +71,20 @@ class ScrubReport(Struct, frozen=True, kw_only=True):
 
     @property
     def clean(self) -> bool:
-        """Nothing is left that is wrong."""
+        """Whether nothing is damaged, and every bad copy was repaired."""
         return not (self.damaged or self.unrepaired)
 
 
 class Marks:
-    """Which blocks were read, one bit each.
+    """The blocks that were read and found good, one bit each.
 
-    Attributes:
-        generation: marks count for what was born in it or before.
+    A bit counts only for a block born in `generation` or before. Newer blocks are in a set of
+    their own, which is not saved: a scrub that goes on reads them again.
+
+    Args:
+        total_blocks: of the image.
+        generation: the one that the scrub began with.
+        bits: those of a saved scrub; ignored if their length does not fit.
     """
 
     def __init__(self, total_blocks: int, generation: int, bits: bytes | None = None) -> None:
