@@ -1,6 +1,7 @@
-"""One block explained: what it is, how many point at it, how old it is, and who reaches it.
+"""Explains one block: what it is, its refcount, its birth, and which roots and files reach it.
 
-Read through the newest generation: a block that nothing of it reaches is free, or kept for rescue.
+Only the newest generation is read. A block that it does not reach is free, or belongs to a retained
+generation only.
 """
 
 from dataclasses import dataclass, field
@@ -16,12 +17,18 @@ from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import RootRecord
 from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_BLOCKS, RING_SLOTS
 
-PATHS_MAX = 100
+PATHS_MAX = 100  # files that a report names
 
 
 @dataclass(slots=True)
 class FilePlace:
-    """Where a file has the block. `root`: an owner that shows it there."""
+    """A file that has the block.
+
+    Attributes:
+        root: the newest root in which the file has it.
+        path: of the file in that root; None if it has no name there.
+        offset_bytes: of the block in the file.
+    """
 
     root: Owner
     path: bytes | None
@@ -31,15 +38,16 @@ class FilePlace:
 
 @dataclass(slots=True)
 class BlockReport:
-    """What a block is.
+    """What is known of a block.
 
     Attributes:
-        kind: "data", "node", "superblock ring", "space map", or "free" (or kept only by an earlier
-            generation, for rescue).
-        references: parents that point at it.
-        birth: the generation that wrote it; None where only what points at it would know.
-        level: of a node; twin: whether it is the second copy of one; first: the node's first block.
-        owners: roots that reach it.
+        kind: "data", "node", "superblock ring", "space map", or "free", which includes blocks that
+            only retained generations reach.
+        references: its refcount.
+        birth: the generation that wrote it; None if no node that was read says so.
+        level, twin, first: of a node its level, whether the block is in the twin, and the first
+            block of that copy.
+        owners: the roots that reach it.
         places: files that have it, at most PATHS_MAX.
     """
 
@@ -55,15 +63,15 @@ class BlockReport:
 
 
 def explain_block(filesystem: Filesystem, survey: Survey, block: int) -> BlockReport:
-    """Everything that points at a block.
+    """Explain a block.
 
     Args:
-        filesystem: open read-only; a writable one has blocks that wait to be free, which look like those
-            of the space map.
+        filesystem: open read-only. In a writable one, pending blocks look like the space map's own.
+        survey: of the same generation.
 
     Raises:
         UsageError: the image has no such block.
-        CorruptError: something cannot be read.
+        CorruptError: a node cannot be read.
     """
     store = filesystem.store
     total = store.superblock.total_blocks
@@ -110,7 +118,10 @@ def _owners(survey: Survey, nodes: Numbers) -> list[Owner]:
 def _find_places(
     filesystem: Filesystem, survey: Survey, leaves: Numbers, report: BlockReport
 ) -> None:
-    """The files whose items in these leaves point at the block, by the newest root that shows them."""
+    """Add the files whose extents in these leaves contain the block to `report.places`.
+
+    Each is named by its path in the newest root that reaches the leaf.
+    """
     store = filesystem.store
     roots = {record.root_id: record for record in filesystem.catalog.roots()}
     wanted: dict[int, tuple[Owner, RootRecord, list[tuple[int, int]]]] = {}

@@ -1,13 +1,16 @@
-"""Owner sets: how many blocks each set of roots reaches, and no other root. docs/design/accounting.md.
+"""Owner sets: for each set of roots, how many blocks exactly these roots reach.
 
-One pass over the distinct nodes, level by level from the roots, unites for each block the sets of
-roots that reach it. Every question after that is a sum over sets: what deleting any snapshots would
-free, what one references, what two share. A set is a row of bits, one for each root: snapshots by age
-from bit 0, then the drop queue, then volumes, then the catalog, so that "all up to this snapshot" is a
-range of bits.
+One pass over the distinct nodes, level by level from the roots, finds for each block the set of
+roots that reach it: its owners. Every question after that is a sum over sets: what deleting some
+snapshots would free, what a snapshot references, what two snapshots share.
 
-All numbers are blocks, metadata and twins included; the space map belongs to no root. What the earlier
-generations show that are kept for rescue is in no set: it is free to whoever waits (`retained`).
+A set is a row of bits, one for each root. Snapshots come first, the oldest at bit 0, then the drop
+queue, volumes and the catalog. So "all snapshots up to this one" is a range of bits.
+
+All numbers are blocks, metadata and twins included. The space map belongs to no root. Blocks that
+only retained generations reach are in no set, since they will become free; `retained` counts them.
+
+See docs/design/accounting.md.
 """
 
 from collections.abc import Iterable
@@ -36,11 +39,11 @@ from cowfs.storage.format import MAX_TOTAL_BLOCKS, Superblock
 from cowfs.storage.store import Store
 from cowfs.storage.superblock import read_earlier
 
-Words = npt.NDArray[np.uint64]  # sets, as rows of 64-bit words
+Words = npt.NDArray[np.uint64]  # sets, each a row of 64-bit words
 
 WORD_BITS = 64
-UNION_WORDS_MAX = 1 << 22  # united at a time: 32 MiB
-COUNTED_CELLS_MAX = 1 << 23  # of a table of sets by owners, at a time: 8 MiB
+UNION_WORDS_MAX = 1 << 22  # words of the sets united in one step: 32 MiB
+COUNTED_CELLS_MAX = 1 << 23  # cells of the table (set, owner) made in one step: 8 MiB
 
 
 class OwnerKind(StrEnum):
@@ -52,9 +55,11 @@ class OwnerKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A root. `number` is its root id, or that of its entry in the drop queue.
+    """A root that may own blocks.
 
-    `parent` is the bit of the snapshot that it grew from, None for none.
+    Attributes:
+        number: the root id; of an entry of the drop queue its number there.
+        parent: the bit of the snapshot it was made from; None if there is none, or it is deleted.
     """
 
     kind: OwnerKind
@@ -64,7 +69,7 @@ class Owner:
 
 
 class Blocks(NamedTuple):
-    """Blocks of nodes, twins included, and of data."""
+    """Two numbers of blocks: those of nodes, twins included, and those of data."""
 
     nodes: int
     data: int
@@ -75,20 +80,21 @@ class Blocks(NamedTuple):
 
 
 class Retained(NamedTuple):
-    """An earlier generation that is kept for rescue: blocks that no root and no newer one has."""
+    """A retained generation, and the blocks that neither a root nor a newer generation reaches."""
 
     generation: int
     blocks: Blocks
 
 
 class OwnerSets:
-    """What every set of roots holds alone.
+    """The sets, and the blocks that each set of roots owns alone.
 
     Args:
         owners: by bit.
-        sets: a row of words each, bit b of word b // 64 for owner b; no row twice, none empty.
-        nodes, data: blocks of each set.
-        retained: the newest first; None when they cannot be read whole.
+        sets: array (sets, words) of uint64. Owner b is bit b % 64 of word b // 64. No row is empty,
+            no two rows are equal.
+        nodes, data: int64 arrays, the blocks of each set.
+        retained: the newest generation first; None if one of them cannot be read.
     """
 
     def __init__(
@@ -108,37 +114,37 @@ class OwnerSets:
         self._per_owner: dict[str, Numbers] = {}
 
     def bit(self, kind: OwnerKind, number: int) -> int:
-        """The bit of a root. Raises KeyError."""
+        """The bit of a root; KeyError if it is unknown."""
         return self._bits[(kind, number)]
 
     @property
     def snapshot_count(self) -> int:
-        """Snapshots have the bits below this one."""
+        """The number of snapshots; their bits are those below it."""
         return sum(owner.kind == OwnerKind.SNAPSHOT for owner in self.owners)
 
-    # --- sums -----------------------------------------------------------------------------------------
+    # --- sums -------------------------------------------------------------------------------------
 
     def exclusive(self, bits: Iterable[int]) -> Blocks:
-        """What only these roots reach: what deleting exactly them would free."""
+        """The blocks that only these roots reach: deleting exactly them would free these."""
         return self._sum(self.within(bits))
 
     def within(self, bits: Iterable[int]) -> npt.NDArray[np.bool_]:
-        """Which sets have no owner but these."""
+        """A mask of the sets all of whose owners are among these."""
         outside = ~_row(bits, self.sets.shape[1])
         return np.logical_not((self.sets & outside).any(axis=1))
 
     def referenced(self, bit: int) -> Blocks:
-        """What a root reaches."""
+        """The blocks that a root reaches."""
         return self._sum(self._has(bit))
 
     def written(self, bit: int) -> Blocks:
-        """What a root reaches, and the snapshot that it grew from does not."""
+        """The blocks that a root reaches and the snapshot it was made from does not."""
         parent = self.owners[bit].parent
         mine = self._has(bit)
         return self._sum(mine if parent is None else mine & ~self._has(parent))
 
     def total(self) -> Blocks:
-        """All that volumes, snapshots and the drop queue hold; the catalog is not among them."""
+        """The blocks of volumes, snapshots and the drop queue, without those of the catalog."""
         return self._sum(~self._only(OwnerKind.CATALOG))
 
     def _only(self, kind: OwnerKind) -> npt.NDArray[np.bool_]:
@@ -151,14 +157,18 @@ class OwnerSets:
     def _sum(self, chosen: npt.NDArray[np.bool_]) -> Blocks:
         return Blocks(int(self.nodes[chosen].sum()), int(self.data[chosen].sum()))
 
-    # --- of every root at once ------------------------------------------------------------------------
+    # --- every root at once -----------------------------------------------------------------------
 
     def each(self, what: str) -> Numbers:
-        """A number of every root, by bit: rows of (blocks of nodes, blocks of data).
+        """One number of every root.
 
         Args:
-            what: "referenced", "exclusive", "written" (as the methods of these names), or
-                "cumulative": exclusive of all snapshots up to this one; 0 for other roots.
+            what: "referenced", "exclusive" or "written", as the methods of these names; or
+                "cumulative": what deleting all snapshots up to this one would free, 0 for other
+                roots.
+
+        Returns:
+            Rows of (blocks of nodes, blocks of data), by bit.
         """
         if not self._per_owner:
             self._count_all()
@@ -192,7 +202,11 @@ class OwnerSets:
         }
 
     def pairs(self) -> dict[tuple[int, int], int]:
-        """What two snapshots share and no other root has: blocks by their bits, the older first."""
+        """Of each two snapshots the blocks that they own together and no other root reaches.
+
+        Returns:
+            Blocks by (bit of the older, bit of the newer); pairs without blocks are left out.
+        """
         found = {}
         for row in np.flatnonzero(np.bitwise_count(self.sets).sum(axis=1) == 2).tolist():
             older, newer = np.flatnonzero(members(self.sets[row : row + 1], len(self.owners))[0])
@@ -202,7 +216,7 @@ class OwnerSets:
 
 
 def members(sets: Words, count: int) -> npt.NDArray[np.bool_]:
-    """A table of sets by owners: whether the set has the owner."""
+    """A table (sets, `count` owners): whether the owner is in the set."""
     flat = np.ascontiguousarray(sets.astype("<u8")).view(np.uint8)
     return np.unpackbits(flat, axis=1, count=count, bitorder="little").astype(np.bool_)
 
@@ -214,11 +228,15 @@ def _row(bits: Iterable[int], words: int) -> Words:
     return row
 
 
-# --- the pass -----------------------------------------------------------------------------------------
+# --- the pass -------------------------------------------------------------------------------------
 
 
 class Survey(NamedTuple):
-    """What a pass over an image gives. `labels`: of each node its row of `sets.sets`."""
+    """The result of a pass over an image.
+
+    Attributes:
+        labels: of each node of the structure its row in `sets.sets`.
+    """
 
     structure: Structure
     sets: OwnerSets
@@ -226,10 +244,10 @@ class Survey(NamedTuple):
 
 
 def owner_sets(filesystem: Filesystem) -> OwnerSets:
-    """The owner sets of every block: each distinct node is read once.
+    """The owner sets of an image. Each distinct node is read once.
 
     Raises:
-        CorruptError: a node cannot be read; no number is better than a wrong one.
+        CorruptError: a node cannot be read, so no number would be right.
     """
     return survey(filesystem).sets
 
@@ -237,11 +255,12 @@ def owner_sets(filesystem: Filesystem) -> OwnerSets:
 def survey(
     filesystem: Filesystem, known: Structure | None = None, progress: Progress | None = None
 ) -> Survey:
-    """Read what points at what, and who owns it.
+    """Read the structure of an image, and find the owners of its blocks.
 
     Args:
         filesystem: open read-only, or right after a commit.
-        known: the structure of an earlier look at this image.
+        known: the structure from an earlier pass over this image; its nodes are not read again.
+        progress: see `Progress`.
 
     Raises:
         CorruptError: a node cannot be read.
@@ -264,12 +283,16 @@ def survey(
 
 
 def owners_of(filesystem: Filesystem) -> tuple[Owner, ...]:
-    """The owners by bit, as the catalog has them. Raises CorruptError: it cannot be read."""
+    """The owners by bit, read from the catalog.
+
+    Raises:
+        CorruptError: the catalog cannot be read.
+    """
     return _roots(filesystem.catalog, filesystem.store.superblock)[0]
 
 
 def are_sound(sets: OwnerSets) -> bool:
-    """Whether arrays that were kept could be owner sets of these owners."""
+    """Whether cached arrays have the types, shapes and ranges of owner sets of their owners."""
     rows, count = sets.sets, len(sets.owners)
     shapes = (each.ndim == 1 and each.dtype == np.int64 for each in (sets.nodes, sets.data))
     if rows.ndim != 2 or rows.dtype != np.uint64 or not all(shapes):
@@ -284,7 +307,7 @@ def are_sound(sets: OwnerSets) -> bool:
 
 
 def _roots(catalog: Catalog, superblock: Superblock) -> tuple[tuple[Owner, ...], list[Root]]:
-    """Owners by bit, and their trees."""
+    """The owners, and the root of each owner's tree, both by bit."""
     snapshots = catalog.snapshots()
     volumes = [record for record in catalog.roots() if record.kind == RootKind.VOLUME]
     bits = {record.root_id: bit for bit, record in enumerate(snapshots)}
@@ -314,7 +337,11 @@ def _roots(catalog: Catalog, superblock: Superblock) -> tuple[tuple[Owner, ...],
 
 
 class _SetTable:
-    """The distinct sets met so far, by number; the first are those of one owner each."""
+    """Numbers the distinct sets found so far. Set b, for each bit b, is the one of owner b alone.
+
+    Attributes:
+        rows: by number the words of the set.
+    """
 
     def __init__(self, owner_count: int) -> None:
         words = -(-owner_count // WORD_BITS)
@@ -327,7 +354,11 @@ class _SetTable:
         """The number of the union of each group's sets.
 
         Args:
-            groups: ascending, with the number of a set for each entry; every group appears.
+            groups: of each entry its group, ascending.
+            sets: of each entry the number of a set.
+
+        Returns:
+            One number for each group that occurs, in order of the groups.
         """
         starts = np.flatnonzero(np.diff(groups, prepend=-1))
         counts = np.diff(starts, append=len(groups))
@@ -337,7 +368,7 @@ class _SetTable:
         step = max(1, UNION_WORDS_MAX // words)
         done = 0
         while done < len(several):
-            # As many groups as fit, at least one.
+            # As many groups as UNION_WORDS_MAX allows, but at least one.
             ends = np.cumsum(counts[several[done:]])
             stop = done + max(1, int(np.searchsorted(ends, step, "right")))
             chosen = several[done:stop]
@@ -349,14 +380,15 @@ class _SetTable:
         return result
 
     def _numbers(self, rows: Words) -> Numbers:
-        """The number of each set; new ones are added."""
+        """The number of each of these sets; sets that are new get the next numbers."""
         known = len(self.rows)
         everything = np.concatenate([self.rows, rows])
         while True:
-            # A random sum tells sets apart; that it did is seen below, and it is drawn anew if not.
+            # Sets are told apart by a random sum of their words. The comparison below proves that
+            # no two different sets have the same sum; otherwise other factors are drawn.
             factors = self._random.integers(0, 1 << 64, (2, everything.shape[1]), np.uint64)
             mixed = everything * (factors[0] | np.uint64(1))
-            mixed ^= mixed >> np.uint64(32)  # a product carries upwards only
+            mixed ^= mixed >> np.uint64(32)  # in a product, a bit changes only the bits above it
             sums = (mixed * (factors[1] | np.uint64(1))).sum(axis=1, dtype=np.uint64)
             _, first, where = np.unique(sums, return_index=True, return_inverse=True)
             if (everything[first[where]] == everything).all():
@@ -372,7 +404,7 @@ class _SetTable:
 
 
 def _node_labels(structure: Structure, table: _SetTable) -> Numbers:
-    """The set of each node: all roots that reach it."""
+    """Of each node the number of its set: all roots that reach it."""
     labels = np.zeros(len(structure.nodes), np.int64)
     for level in range(structure.levels - 1, -1, -1):
         here = structure.level(level)
@@ -392,11 +424,11 @@ def _node_labels(structure: Structure, table: _SetTable) -> Numbers:
 
 
 def _data_blocks(structure: Structure, labels: Numbers, table: _SetTable) -> Numbers:
-    """How many data blocks each set has."""
+    """The number of data blocks of each set, by the set's number."""
     if not len(structure.run_first):
         return np.zeros(0, np.int64)
     sets = np.repeat(labels, np.diff(structure.run_from))
-    # Between two neighbours of `cuts` all blocks are in the same runs.
+    # All blocks between two neighbours in `cuts` are in the same runs.
     first, count = structure.run_first, structure.run_count.astype(np.int64)
     cuts = np.unique(np.concatenate([first, first + count]))
     start = np.searchsorted(cuts, first)
@@ -412,7 +444,7 @@ def _data_blocks(structure: Structure, labels: Numbers, table: _SetTable) -> Num
 
 
 def _distinct_pairs(targets: Numbers, sets: Numbers, set_count: int) -> tuple[Numbers, Numbers]:
-    """Each pair once, by target and then by set."""
+    """The distinct pairs (target, set), sorted, as two arrays."""
     pairs = np.sort(targets * set_count + sets)
     pairs = pairs[np.diff(pairs, prepend=-1) != 0]
     groups, of_group = np.divmod(pairs, set_count)
@@ -420,7 +452,10 @@ def _distinct_pairs(targets: Numbers, sets: Numbers, set_count: int) -> tuple[Nu
 
 
 def _retained(filesystem: Filesystem, structure: Structure) -> tuple[Retained, ...] | None:
-    """What only earlier generations show, the newest first; None when one cannot be read."""
+    """The retained generations, newest first, with the blocks that no newer one reaches.
+
+    None if one of them cannot be read.
+    """
     store, newest = filesystem.store, filesystem.store.superblock
     retained = store.admission.limits.retained_generations
     oldest = max(1, newest.oldest_retained, newest.generation - retained)
@@ -433,22 +468,22 @@ def _retained(filesystem: Filesystem, structure: Structure) -> tuple[Retained, .
             earlier = read_earlier(store.device, newest, generation)
             if earlier is None:
                 return None
-            shown = _structure_of(store, earlier, structure)
+            reached = _structure_of(store, earlier, structure)
         except (CorruptError, DeviceError, ImageError):
             return None
-        met = np.concatenate([each["block"] for each in nodes])
-        fresh = ~np.isin(shown.nodes["block"], met)
-        nodes.append(shown.nodes[fresh])
-        first = np.concatenate([first, shown.run_first])
-        count = np.concatenate([count, shown.run_count.astype(np.int64)])
+        counted = np.concatenate([each["block"] for each in nodes])
+        fresh = ~np.isin(reached.nodes["block"], counted)
+        nodes.append(reached.nodes[fresh])
+        first = np.concatenate([first, reached.run_first])
+        count = np.concatenate([count, reached.run_count.astype(np.int64)])
         before, held = held, covered(first, count)
-        blocks = Blocks(int(shown.node_blocks()[fresh].sum()), held - before)
+        blocks = Blocks(int(reached.node_blocks()[fresh].sum()), held - before)
         found.append(Retained(generation, blocks))
     return tuple(found)
 
 
 def _structure_of(store: Store, superblock: Superblock, known: Structure) -> Structure:
-    """The structure of an earlier generation, whose catalog is read for it."""
+    """The structure of an earlier generation, whose catalog is read first."""
     catalog = Catalog(
         Tree(store, superblock.catalog, 0, superblock.catalog_nodes), superblock.next_root_id
     )

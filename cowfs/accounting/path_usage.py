@@ -1,12 +1,12 @@
-"""What files and directories hold, and what deleting them would free: `du` that knows of sharing.
+"""The usage of files and directories, with sharing: what they hold, and what deleting them frees.
 
-Of data alone: blocks of file data, each counted once for a file, a directory and an argument as a
-whole, however many files below share it. Metadata, and with it files of at most 2 KiB, belongs to no
-single file.
+The numbers are blocks of file data. A block counts once for each file, directory or argument that
+holds it, however many files below share it. Metadata belongs to no single file, and neither do
+files of at most 2 KiB, whose data is in the leaves.
 
-*Exclusive* of a file or directory is what is freed if it goes and everything else stays. So a block
-counts only if no snapshot, no other volume and no file outside has it, and a file with another name
-elsewhere frees nothing. *Shared* is the rest: total = exclusive + shared.
+*Exclusive* is what is freed if the file or directory is deleted and everything else stays. So a
+block counts only if no snapshot, no other volume and no file outside has it. A file with another
+name elsewhere frees nothing. *Shared* is the rest: total = exclusive + shared.
 """
 
 import stat
@@ -35,12 +35,18 @@ from cowfs.files.volume import Volume
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import RootRecord
 
-SCAN_SHARE = 8  # with more than an eighth of all inodes, the whole tree is read in order
+SCAN_SHARE = 8  # for more than 1/SCAN_SHARE of all inodes, the whole tree is read in order
 
 
 @dataclass(eq=False, slots=True)
 class Place:
-    """A name, and what is below it. Blocks of data."""
+    """A name of a file or directory, and the data blocks below it.
+
+    Attributes:
+        total, exclusive: blocks, as this file's docstring defines them.
+        children: the entries of a directory.
+        parent: the directory's place; None at the top.
+    """
 
     name: bytes
     is_directory: bool
@@ -54,7 +60,7 @@ class Place:
         return self.total - self.exclusive
 
     def walk(self) -> Iterator["Place"]:
-        """What is below and then the place itself, as du does."""
+        """All places below, and then the place itself: the order of du."""
         for child in self.children:
             yield from child.walk()
         yield self
@@ -62,11 +68,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """What is asked about: a file or directory in the tree of a root.
+    """A file or directory in the tree of a root, whose usage is asked for.
 
     Attributes:
-        name: that it is shown by.
-        path: inside of the tree; that of the root is empty.
+        name: the name to show.
+        path: the path inside the tree; empty for the root directory.
     """
 
     record: RootRecord
@@ -77,7 +83,7 @@ class Argument:
 
 
 class Whole(NamedTuple):
-    """Roots as a whole: their records, and the data runs below them (structure.py)."""
+    """Roots that are deleted as a whole: their records, and their data runs (structure.py)."""
 
     records: Sequence[RootRecord]
     run_first: Numbers
@@ -86,7 +92,13 @@ class Whole(NamedTuple):
 
 @dataclass(slots=True)
 class _Tree:
-    """An argument on its way: its places by inode, and the inodes whose every name is below it."""
+    """The places below an argument.
+
+    Attributes:
+        top: the place of the argument itself.
+        places: all places, by inode number.
+        complete: the inodes that have no name outside.
+    """
 
     volume: Volume
     top: Place
@@ -97,10 +109,10 @@ class _Tree:
 def usage_of_path(
     filesystem: Filesystem, argument: Argument, progress: Progress | None = None
 ) -> Place:
-    """What a file or directory holds, with all that is below it.
+    """Find the usage of a file or directory, and of everything below it.
 
     Raises:
-        CorruptError: something cannot be read, or refcounts cannot be right.
+        CorruptError: a node or directory cannot be read, or a refcount is wrong.
     """
     tree = _tree(argument)
     _count_totals(tree)
@@ -115,25 +127,32 @@ def usage_together(
     whole: Whole | None = None,
     progress: Progress | None = None,
 ) -> Place:
-    """What several hold together, and what is freed if all of them go.
+    """Find what several files and directories hold together, and what deleting all of them frees.
 
     Args:
-        arguments: files and directories; some may be below others, or come twice.
-        whole: roots that go altogether.
+        arguments: files and directories; some may lie below others, or be given twice.
+        whole: roots that are deleted as a whole at the same time.
+
+    Returns:
+        One place without children.
+
+    Raises:
+        CorruptError: a node or directory cannot be read, or a refcount is wrong.
     """
     records = {argument.record.root_id: argument.record for argument in arguments}
     volumes = {argument.record.root_id: argument.volume for argument in arguments}
     entire = {record.root_id for record in whole.records} if whole is not None else set()
-    inside: dict[int, dict[int, int]] = {root: {} for root in records}  # names below, by inode
-    met: dict[int, set[int]] = {root: set() for root in records}
-    files: dict[int, dict[tuple[int, bytes], int]] = {root: {} for root in records}
+    # By root id:
+    inside: dict[int, dict[int, int]] = {root: {} for root in records}  # names found, by inode
+    visited: dict[int, set[int]] = {root: set() for root in records}  # directories
+    files: dict[int, dict[tuple[int, bytes], int]] = {root: {} for root in records}  # arguments
     none = np.zeros(0, np.int64)
     first, count = [none], [none]
     if whole is not None:
         first, count = [whole.run_first], [whole.run_count]
     for argument in arguments:
         root = argument.record.root_id
-        tree = _tree(argument, met[root])
+        tree = _tree(argument, visited[root])
         fresh = set(tree.places) - set(inside[root])
         runs = np.array([run[1:] for run in _runs(argument.volume, fresh)], np.int64).reshape(-1, 2)
         first.append(runs[:, 0])
@@ -148,9 +167,10 @@ def usage_together(
             inside[root][ino] = inside[root].get(ino, 0) + len(places)
     for root, named in files.items():
         for (directory, _), ino in named.items():
-            if directory not in met[root]:  # else the name is counted already
+            if directory not in visited[root]:  # otherwise its names are counted already
                 inside[root][ino] = inside[root].get(ino, 0) + 1
-    goes_with = {
+    # Of each root the inodes all of whose names are deleted.
+    deleted = {
         root: {ino for ino, found in names.items() if _link_count(volumes[root], ino) == found}
         for root, names in inside.items()
     }
@@ -159,25 +179,37 @@ def usage_together(
     roots = list(records)
     freed = simulate_deletion(filesystem, list(records.values()), progress)
     found = freed.runs
+    # Of each set of roots those that are not deleted as a whole.
     partial = [
         [root for bit, root in enumerate(roots) if mask >> bit & 1 and root not in entire]
         for mask in found.masks
     ]
-    goes = np.array(
+    run_deleted = np.array(
         [
-            all(ino in goes_with[root] for root in partial[mask])
+            all(ino in deleted[root] for root in partial[mask])
             for mask, ino in zip(found.mask.tolist(), found.ino.tolist(), strict=True)
         ],
         np.bool_,
     )
     bounds = freed.piece_from[:-1]
-    all_go = np.logical_and.reduceat(goes[freed.piece_runs], bounds) if len(bounds) else goes[:0]
-    exclusive = int(freed.piece_count[all_go].sum())
+    piece_deleted = (
+        np.logical_and.reduceat(run_deleted[freed.piece_runs], bounds)
+        if len(bounds)
+        else run_deleted[:0]
+    )
+    exclusive = int(freed.piece_count[piece_deleted].sum())
     return Place(b"total", True, covered(np.concatenate(first), np.concatenate(count)), exclusive)
 
 
 def usage_of_orphans(filesystem: Filesystem) -> Place | None:
-    """What files hold that were deleted while open, in the live volume. None when there are none."""
+    """Find the usage of the live volume's files that were deleted while open.
+
+    Returns:
+        A place with one child for each orphan; None if there is no orphan.
+
+    Raises:
+        CorruptError: a node cannot be read, or a refcount is wrong.
+    """
     volume = filesystem.live
     start, stop = key(0, TYPE_ORPHAN, 0), key(0, TYPE_ORPHAN + 1, 0)
     inos = {split_key(item)[2] for item, _ in volume.tree.items(start, stop)}
@@ -193,7 +225,7 @@ def usage_of_orphans(filesystem: Filesystem) -> Place | None:
 
 
 def usage_of_snapshots(sets: OwnerSets) -> Place:
-    """What whole snapshots hold, each a place below one for all of them together."""
+    """The usage of whole snapshots: a place for all together, with a child for each snapshot."""
     count = sets.snapshot_count
     every = range(count)
     data = sets.data
@@ -210,25 +242,26 @@ def usage_of_snapshots(sets: OwnerSets) -> Place:
     return top
 
 
-# --- the tree of names ------------------------------------------------------------------------------
+# --- the tree of names ----------------------------------------------------------------------------
 
 
-def _tree(argument: Argument, met: set[int] | None = None) -> _Tree:
-    """All places below an argument.
+def _tree(argument: Argument, visited: set[int] | None = None) -> _Tree:
+    """Read all places below an argument.
 
     Args:
-        met: directories that were gone into already, which are left out; grows.
+        visited: directories read before, whose entries are left out; grows. By default none.
     """
     volume, inode = argument.volume, argument.inode
     top = Place(argument.name, stat.S_ISDIR(inode.mode))
     places: dict[int, list[Place]] = {inode.ino: [top]}
-    gone_into: set[int] = set() if met is None else met
+    if visited is None:
+        visited = set()
     waiting = [(inode.ino, top, 0)] if top.is_directory else []
     while waiting:
         directory, place, depth = waiting.pop()
-        if directory in gone_into:
+        if directory in visited:
             continue
-        gone_into.add(directory)
+        visited.add(directory)
         if depth > DEPTH_MAX:
             raise CorruptError(f"directory {directory}", directory, "lies too deep")
         for _, name in volume.listing(directory):
@@ -251,7 +284,7 @@ def _link_count(volume: Volume, ino: int) -> int:
 
 
 def _runs(volume: Volume, inos: set[int] | None) -> Iterator[tuple[int, int, int]]:
-    """(inode, first block, count) of each data run of these files; of all when None."""
+    """The data runs of these files (None: of all files), as (inode number, first block, count)."""
     tree = volume.tree
     if inos and max(inos) > INO_MAX:
         raise CorruptError("item", 0, "names an impossible inode", max(inos))
@@ -273,26 +306,31 @@ def _runs(volume: Volume, inos: set[int] | None) -> Iterator[tuple[int, int, int
                     yield ino, extent.block, extent.count
 
 
-# --- counting ---------------------------------------------------------------------------------------
+# --- counting -------------------------------------------------------------------------------------
 
 
 def _count_totals(tree: _Tree) -> None:
+    """Add each data block to `total` of every place above a file that holds it."""
     rows = np.array(list(_runs(tree.volume, set(tree.places))), np.int64).reshape(-1, 3)
     _, counts, starts, runs = pieces_of(rows[:, 1], rows[:, 2])
     inos = rows[:, 0][runs]
     for holders, blocks in _by_holders(starts, inos, counts).items():
-        met: set[Place] = set()
+        above: set[Place] = set()
         for ino in holders:
             for place in tree.places[ino]:
                 at: Place | None = place
-                while at is not None and at not in met:
-                    met.add(at)
+                while at is not None and at not in above:
+                    above.add(at)
                     at = at.parent
-        for each in met:
+        for each in above:
             each.total += blocks
 
 
 def _count_exclusive(tree: _Tree, freed: Freed) -> None:
+    """Add each freed block to `exclusive` of every place that is above all files that hold it.
+
+    A block that a file with a name outside holds is exclusive to no place.
+    """
     inos = freed.runs.ino[freed.piece_runs]
     for holders, blocks in _by_holders(freed.piece_from, inos, freed.piece_count).items():
         if not all(ino in tree.complete for ino in holders):
@@ -304,7 +342,12 @@ def _count_exclusive(tree: _Tree, freed: Freed) -> None:
 
 
 def _by_holders(starts: Numbers, inos: Numbers, counts: Numbers) -> dict[tuple[int, ...], int]:
-    """Blocks by the inodes that hold them."""
+    """Blocks by the set of inodes that hold them.
+
+    Args:
+        starts, inos: piece i is held by the inodes `inos[starts[i]:starts[i + 1]]`.
+        counts: blocks of each piece.
+    """
     found: dict[tuple[int, ...], int] = {}
     bounds, listed = starts.tolist(), inos.tolist()
     for number, blocks in enumerate(counts.tolist()):
@@ -315,7 +358,7 @@ def _by_holders(starts: Numbers, inos: Numbers, counts: Numbers) -> dict[tuple[i
 
 
 def _common(places: Sequence[Place]) -> Place | None:
-    """The lowest place that all of these are, or are below."""
+    """The lowest place that is above or equal to each of these; None if there is none."""
     first = places[0]
     if len(places) == 1:
         return first

@@ -1,8 +1,10 @@
-"""Paths: what a path means in the tree of a root, and at which path an inode is met there.
+"""Paths in the tree of a root: the inode at a path, and the path of an inode.
 
-Inodes of files hold no names, so all names are read to find those of some inodes: once for each
-distinct leaf, however many roots share it. What was found is then looked up in the tree of each root
-that is asked about. Paths are bytes, without a slash at either end: b"" is the root.
+An inode does not hold its names. So finding the paths of some inodes means reading all names: once
+for each distinct leaf, however many roots share it. The names found are then looked up in the tree
+of each root in question.
+
+Paths are bytes, without a slash at either end; b"" is the root directory.
 """
 
 import errno
@@ -26,16 +28,16 @@ from cowfs.storage.format import Pointer
 from cowfs.storage.store import Store
 
 DIRECTORY = stat.S_IFDIR >> 12
-DEPTH_MAX = 512  # of directories; a tree that lies could lead round in a circle
-PROGRESS_NODES = 256
-Name = tuple[int, bytes]  # directory, and a name in it
+DEPTH_MAX = 512  # directories in a path; ends the search in a forged tree with a ring
+PROGRESS_NODES = 256  # nodes read between two calls of the progress function
+Name = tuple[int, bytes]  # inode number of a directory, and a name in it
 
 
 class PathFinder:
-    """Paths of inodes in some roots of one image.
+    """Finds paths of inodes in some roots of one image. The constructor reads all their names.
 
     Args:
-        wanted: of each root the inode numbers that will be asked for.
+        wanted: the root node of each root, and the inode numbers that will be asked for there.
 
     Raises:
         CorruptError: a node or a directory cannot be read.
@@ -49,26 +51,27 @@ class PathFinder:
     ) -> None:
         self._store = store
         self._wanted: set[int] = set()
-        self._names: dict[int, dict[Name, None]] = {}  # all that an inode has anywhere, in order
-        self._met: set[int] = set()
+        # Of each inode its names in any of the roots, in the order in which they were found.
+        self._names: dict[int, dict[Name, None]] = {}
+        self._visited: set[int] = set()
         self._progress = progress
         tops = []
         for pointer, inos in wanted:
             self._wanted |= inos
             tops.append(pointer)
         for pointer in tops:
-            self._gather(pointer, None)
+            self._read_names(pointer, None)
 
-    def _gather(self, pointer: Pointer, level: int | None) -> None:
-        if pointer.block in self._met:
+    def _read_names(self, pointer: Pointer, level: int | None) -> None:
+        if pointer.block in self._visited:
             return
-        self._met.add(pointer.block)
-        if self._progress is not None and len(self._met) % PROGRESS_NODES == 0:
-            self._progress("reading names", len(self._met), 0)
+        self._visited.add(pointer.block)
+        if self._progress is not None and len(self._visited) % PROGRESS_NODES == 0:
+            self._progress("reading names", len(self._visited), 0)
         node = self._store.load(pointer, level)
         if node.level:
             for child in node.values:
-                self._gather(child_pointer(child), node.level - 1)
+                self._read_names(child_pointer(child), node.level - 1)
             return
         for item, value in zip(node.keys, node.values, strict=True):
             if len(item) == KEY_BYTES and item[8] == TYPE_NAME:
@@ -78,9 +81,12 @@ class PathFinder:
                         self._names.setdefault(entry.ino, {})[(directory, entry.name)] = None
 
     def paths(self, volume: Volume, inos: Iterable[int]) -> dict[int, bytes]:
-        """A path of each of these inodes in the tree of a root.
+        """One path of each of these inodes in the tree of a root.
 
-        Those without a name there (deleted while open) are left out. Raises as the constructor.
+        Inodes without a name there (deleted while open) are left out.
+
+        Raises:
+            CorruptError: a node or a directory cannot be read.
         """
         found: dict[int, bytes | None] = {ROOT_INO: b""}
         paths = {}
@@ -93,10 +99,10 @@ class PathFinder:
     def _path(
         self, volume: Volume, ino: int, found: dict[int, bytes | None], depth: int
     ) -> bytes | None:
-        """The path of an inode; None when it is not below the root."""
+        """The path of an inode; None if no name leads to it from the root directory."""
         if ino in found:
             return found[ino]
-        found[ino] = None  # also what a directory below itself gets
+        found[ino] = None  # so a directory that is below itself gets no path
         if depth > DEPTH_MAX:
             return None
         for directory, name in self._names.get(ino, ()):
@@ -111,10 +117,10 @@ class PathFinder:
 
 
 def volume_of(filesystem: Filesystem, record: RootRecord) -> Volume:
-    """The files of a root whose record was read just now.
+    """The files of a root whose record was just read from the catalog.
 
     Raises:
-        CorruptError: the catalog lists it and does not find it, or it is a second volume.
+        CorruptError: a lookup in the catalog does not find the root, or it is a second volume.
     """
     volume = filesystem.volume(record.root_id)
     if volume is None:
@@ -123,10 +129,10 @@ def volume_of(filesystem: Filesystem, record: RootRecord) -> Volume:
 
 
 def resolve(volume: Volume, path: bytes) -> Inode | None:
-    """The inode at a path in the tree of a volume; None when there is nothing. No link is followed.
+    """The inode at a path; None if nothing is there. Symlinks are not followed.
 
     Raises:
-        UsageError: the path leaves the tree by `..`.
+        UsageError: the path contains `..`.
     """
     inode = volume.get(ROOT_INO)
     for name in path.split(b"/"):
@@ -144,7 +150,12 @@ def resolve(volume: Volume, path: bytes) -> Inode | None:
 
 
 def require(volume: Volume, path: bytes) -> Inode:
-    """The same. Raises OSError ENOENT."""
+    """The inode at a path, as `resolve` finds it.
+
+    Raises:
+        OSError: ENOENT: nothing is there.
+        UsageError: the path contains `..`.
+    """
     inode = resolve(volume, path)
     if inode is None:
         raise posix_error(errno.ENOENT)

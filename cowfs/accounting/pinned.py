@@ -1,9 +1,9 @@
-"""Why a snapshot costs what it costs: the files whose blocks only some snapshots keep, by path.
+"""Why snapshots cost what they cost: the files whose blocks only these snapshots keep, by path.
 
-Each block that deleting the snapshots would free is told once, also if it is in several of them and in
-several files: at the file of the newest of the snapshots, and there of the lowest inode number. So the
-sum over all paths and the metadata is what the deletion frees, to the block (C11). Files of at most
-2 KiB lie in the leaves, and are part of the metadata.
+A block may be in several of the snapshots and in several files, but it is counted once: at the
+newest of the snapshots, and there at the file with the lowest inode number. So the sum over all
+paths and the metadata is exactly what deleting the snapshots frees (C11). Files of at most 2 KiB
+lie in the leaves, and count as metadata.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from cowfs.accounting.virtual_drop import Freed, simulate_deletion
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import RootRecord
 
-NAMELESS = b"(deleted while open)"  # no path of a file: the directory of those without a name
+NAMELESS = b"(deleted while open)"  # shown as the directory of files without a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class PinnedFile:
     """Data blocks of a file that exactly these roots keep.
 
     Attributes:
-        path: in the newest of them.
-        owners: bit i for root number i.
+        path: in the newest of the roots.
+        owners: a mask of the roots, bit i for root number i.
     """
 
     path: bytes
@@ -36,11 +36,11 @@ class PinnedFile:
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """What some roots alone keep.
+    """The blocks that only some roots keep.
 
     Attributes:
-        metadata: blocks of nodes by the roots that keep them, as bits.
-        files: each path and set of roots once.
+        metadata: blocks of nodes, by the mask of the roots that keep them.
+        files: data blocks; each pair of a path and a mask once.
     """
 
     metadata: dict[int, int]
@@ -48,20 +48,20 @@ class Pinned:
 
     @property
     def blocks(self) -> int:
-        """What deleting all of the roots would free."""
+        """The number of blocks that deleting all of the roots would free."""
         return sum(self.metadata.values()) + sum(each.blocks for each in self.files)
 
 
 def pinned_by(
     filesystem: Filesystem, records: Sequence[RootRecord], progress: Progress | None = None
 ) -> Pinned:
-    """The files whose blocks only these roots keep.
+    """Find the files whose blocks only these roots keep.
 
     Args:
-        records: the oldest first; bit i of a set is `records[i]`.
+        records: the oldest first; bit i of a mask is `records[i]`.
 
     Raises:
-        CorruptError: something cannot be read, or refcounts cannot be right.
+        CorruptError: a node or directory cannot be read, or a refcount is wrong.
     """
     freed = simulate_deletion(filesystem, records, progress)
     amounts = _by_file(freed)
@@ -89,19 +89,19 @@ def pinned_by(
 
 
 def _by_file(freed: Freed) -> dict[tuple[int, int, int], int]:
-    """Blocks by (number of the newest root, inode there, all roots as bits)."""
+    """Freed data blocks by (number of the newest root, inode number there, mask of all roots)."""
     runs = freed.runs
     newest = np.array([mask.bit_length() - 1 for mask in runs.masks] or [0], np.int64)[runs.mask]
-    # The last of each piece's runs in this order is the one that it is told at.
+    # In the order below, a piece is counted at the last of its runs: newest root, lowest inode.
     piece = np.repeat(np.arange(len(freed.piece_count)), np.diff(freed.piece_from))
     inside = freed.piece_runs
     order = np.lexsort((-runs.ino[inside], newest[inside], piece))
     last = freed.piece_from[1:] - 1
-    told = inside[order[last]] if len(last) else inside
+    counted = inside[order[last]] if len(last) else inside
     amounts: dict[tuple[int, int, int], int] = {}
     for root, ino, owners, blocks in zip(
-        newest[told].tolist(),
-        runs.ino[told].tolist(),
+        newest[counted].tolist(),
+        runs.ino[counted].tolist(),
         freed.masks_of_pieces(),
         freed.piece_count.tolist(),
         strict=True,

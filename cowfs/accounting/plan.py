@@ -1,13 +1,18 @@
-"""The set of snapshots whose deletion frees enough and loses least.
+"""Plans a reclaim: the set of snapshots whose deletion frees enough and loses least.
 
-What a set frees is supermodular: two snapshots together free at least what each frees alone. So the
-cheapest way to free much is mostly one long run of neighbours, and looking at one snapshot at a time is
-blind to it. In a linear history (no rollback, nothing copied back out of a snapshot) a block lives from
-one snapshot to another, its owners are a run of neighbours, and dynamic programming over runs finds the
-fewest snapshots exactly. Elsewhere each set is *relaxed* to the longest run within it, which is freed
-no later than the set itself: the fewest snapshots of the relaxed problem are a lower bound, and if they
-free enough in truth, they are the answer as well. Another bound shares the blocks of each set out among
-its members: so many snapshots are needed as it takes of the largest shares.
+Two snapshots deleted together free at least what each frees alone (the number is supermodular). So
+the cheapest way to free much is mostly one long run of neighbours, which a choice of one snapshot
+at a time does not find.
+
+In a linear history (no rollback, nothing copied out of a snapshot) a block lives from one snapshot
+to another. So its owners are a run of neighbours, and dynamic programming over runs finds the
+fewest snapshots exactly.
+
+In other histories the problem is *relaxed*: each set of owners is replaced by the longest run
+within it. Its blocks then count as freed no later than they really are. So the fewest snapshots of
+the relaxed problem are a lower bound; if they really free enough, they are the answer. A second
+lower bound divides the blocks of each set equally among its members, and counts how many of the
+largest shares make up the wanted number.
 """
 
 from collections.abc import Sequence
@@ -21,19 +26,25 @@ from cowfs.accounting.owners import OwnerSets, members
 from cowfs.accounting.structure import Numbers
 from cowfs.errors import CowfsError
 
-EXACT_SNAPSHOTS_MAX = 3000  # beyond, the tables of pairs would take more than 140 MiB
-FEW_AT_FIRST = 8
+EXACT_SNAPSHOTS_MAX = 3000  # the tables of pairs of more snapshots take more than 140 MiB
+FIRST_LIMIT = 8  # number of deleted snapshots that is solved for first; then it is doubled
 
 
 class Loss(StrEnum):
-    """What counts as losing least."""
+    """Which of the plans that free enough is the best one."""
 
-    FEWEST = "fewest"  # snapshots; of those the oldest
-    OLDEST = "oldest"  # the newest that goes is as old as can be; of those the fewest
+    FEWEST = "fewest"  # as few snapshots as possible; of such plans, with the oldest
+    OLDEST = (
+        "oldest"  # the newest deleted snapshot is as old as possible; of such plans, the fewest
+    )
 
 
 class NotEnoughError(CowfsError):
-    """All that may be deleted frees less than is wanted."""
+    """Deleting every snapshot that may be deleted frees less than is wanted.
+
+    Attributes:
+        most_blocks: what that frees.
+    """
 
     def __init__(self, most_blocks: int) -> None:
         super().__init__("the snapshots that may be deleted do not free that much")
@@ -42,7 +53,13 @@ class NotEnoughError(CowfsError):
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A snapshot of a plan: blocks that it frees alone, and that the plan would free less without it."""
+    """A snapshot of a plan.
+
+    Attributes:
+        bit: in the owner sets.
+        alone: blocks that deleting only this snapshot frees.
+        needed: how many blocks less the plan frees without this snapshot.
+    """
 
     bit: int
     alone: int
@@ -51,12 +68,13 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A set of snapshots.
+    """A set of snapshots to delete.
 
     Attributes:
-        chosen: the oldest first.
-        blocks: that deleting exactly these frees.
-        at_least: no fewer snapshots (of those that the rule of least loss looks at) free enough.
+        chosen: the snapshots, the oldest first.
+        blocks: what deleting exactly these frees.
+        at_least: a lower bound of the number of snapshots that free enough; with `Loss.OLDEST`, if
+            they are chosen among as few of the oldest as suffice.
         linear: every set of owners is a run of neighbours, as without rollbacks.
     """
 
@@ -67,20 +85,21 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether it is proved that nothing loses less."""
+        """Whether it is proved that no plan with fewer snapshots frees enough."""
         return len(self.chosen) == self.at_least
 
 
 def plan_reclaim(
     sets: OwnerSets, allowed: Sequence[int], wanted_blocks: int, loss: Loss = Loss.FEWEST
 ) -> Plan:
-    """The snapshots to delete so that at least so many blocks are freed.
+    """Choose snapshots whose deletion frees at least `wanted_blocks`.
 
     Args:
-        allowed: bits of the snapshots that may go, ascending.
+        allowed: bits of the snapshots that may be deleted, ascending.
+        loss: which plan is the best one.
 
     Raises:
-        NotEnoughError: all of them free less.
+        NotEnoughError: all of them together free less.
     """
     problem = _Problem(sets, allowed)
     most = problem.freed(np.ones(len(allowed), np.bool_))
@@ -100,7 +119,10 @@ def plan_reclaim(
 
 
 class _Problem:
-    """Which sets of owners lie within the snapshots that may go; positions count only those."""
+    """The sets all of whose owners may be deleted. A position numbers the snapshots in `allowed`.
+
+    A "picked" array says of each position whether the snapshot is deleted.
+    """
 
     def __init__(self, sets: OwnerSets, allowed: Sequence[int]) -> None:
         inside = sets.within(allowed)
@@ -113,17 +135,17 @@ class _Problem:
         self.linear = bool((self._last - self._first + 1 == sizes).all())
 
     def freed(self, picked: npt.NDArray[np.bool_]) -> int:
-        """Blocks that deleting these frees."""
+        """The blocks that deleting the picked snapshots frees."""
         return int(self._blocks[~self._table[:, ~picked].any(axis=1)].sum())
 
     def losses(self, picked: npt.NDArray[np.bool_]) -> Numbers:
-        """What would be freed less without each of these."""
+        """Of each picked snapshot, how many blocks less are freed without it."""
         inside = ~self._table[:, ~picked].any(axis=1)
         lost: Numbers = self._blocks[inside] @ self._table[inside].astype(np.int64)
         return lost
 
     def shortest_prefix(self, wanted: int) -> int:
-        """How many of the oldest must go so that enough is freed."""
+        """How many of the oldest snapshots must be deleted to free `wanted` blocks."""
         if wanted <= 0:
             return 0
         ends = self._count - 1 - np.argmax(self._table[:, ::-1], axis=1)
@@ -131,7 +153,7 @@ class _Problem:
         return int(np.searchsorted(freed, wanted)) + 1
 
     def solve(self, wanted: int) -> tuple[npt.NDArray[np.bool_], int]:
-        """The snapshots to pick, and how many it takes at the least."""
+        """The snapshots to pick, and a lower bound of their number."""
         nothing = np.zeros(self._count, np.bool_)
         if wanted <= 0:
             return nothing, 0
@@ -142,8 +164,8 @@ class _Problem:
         picked = runs.pick(fewest, wanted)
         if self.freed(picked) >= wanted:
             return picked, fewest
-        # Not a linear history: what the relaxed problem takes for enough is not. Two ways to a good set,
-        # and two to a bound.
+        # The history is not linear, and the relaxed problem's answer does not really free enough.
+        # Make two candidates, and take the smaller one; take the higher of two lower bounds.
         best = self._thinned(~nothing, wanted)
         for count in range(fewest + 1, int(best.sum())):
             picked = runs.pick(count, wanted)
@@ -153,14 +175,17 @@ class _Problem:
         return best, max(fewest, self._bound(wanted))
 
     def _bound(self, wanted: int) -> int:
-        """A number of snapshots below which no set frees enough: each set's blocks are shared out."""
+        """A lower bound: the blocks of each set are divided equally among its members."""
         sizes = self._table.sum(axis=1)
         shares = (self._blocks / np.maximum(sizes, 1)) @ self._table
         most = np.cumsum(np.sort(shares)[::-1])
         return int(np.searchsorted(most, wanted * (1 - 1e-9))) + 1
 
     def _thinned(self, picked: npt.NDArray[np.bool_], wanted: int) -> npt.NDArray[np.bool_]:
-        """Without what is not needed: again and again the one goes that is missed least."""
+        """Unpick snapshots that are not needed, each time the one that frees least.
+
+        Of equals, the newest is unpicked.
+        """
         picked = picked.copy()
         inside = ~self._table[:, ~picked].any(axis=1)
         freed = int(self._blocks[inside].sum())
@@ -171,7 +196,7 @@ class _Problem:
             if not len(candidates):
                 return picked
             least = spare[candidates].min()
-            position = int(candidates[spare[candidates] == least][-1])  # the newest is dearest
+            position = int(candidates[spare[candidates] == least][-1])
             picked[position] = False
             ends = inside & self._table[:, position]
             inside &= ~ends
@@ -193,21 +218,27 @@ def _longest_runs(table: npt.NDArray[np.bool_]) -> tuple[Numbers, Numbers]:
 
 
 class _Runs:
-    """The problem where each set is a run of neighbours: solved exactly."""
+    """Solves the problem in which each set of owners is a run of neighbours, exactly.
+
+    Args:
+        first, last: positions of each set's first and last owner.
+        blocks: of each set.
+        count: of the snapshots that may be deleted.
+    """
 
     def __init__(self, first: Numbers, last: Numbers, blocks: Numbers, count: int) -> None:
         self._count = count
         cells = np.zeros((count, count), np.int64)
         np.add.at(cells, (first, last), blocks)
-        # Of the run from a to b: all sets that begin at a or later and end at b or before.
+        # cells[a, b] becomes the blocks of all sets that begin at a or later and end by b.
         cells = np.cumsum(cells[::-1], axis=0)[::-1]
         self._within = np.cumsum(cells, axis=1)
         self._most = np.zeros((0, 0), np.int64)
         self._limit = 0
 
     def fewest(self, wanted: int) -> int:
-        """How many must go at the least. All together are enough."""
-        limit = min(FEW_AT_FIRST, self._count)
+        """The smallest number of snapshots that frees enough; all together must free enough."""
+        limit = min(FIRST_LIMIT, self._count)
         while True:
             self._solve(limit)
             for count in range(1, limit + 1):
@@ -216,7 +247,10 @@ class _Runs:
             limit = min(2 * limit, self._count)
 
     def pick(self, count: int, wanted: int) -> npt.NDArray[np.bool_]:
-        """The best that so many can do; if that is enough, among as few of the oldest as can be."""
+        """The `count` snapshots that free most.
+
+        If they free enough, the newest of them is as old as possible.
+        """
         if count > self._limit:
             self._solve(min(max(count, 2 * self._limit), self._count))
         among = self._count
@@ -240,10 +274,11 @@ class _Runs:
         return int(self._most[among - count, among]) if 0 <= count <= among else -1
 
     def _solve(self, limit: int) -> None:
-        """Fill `_most[kept, among]`: freed at the most if all but `kept` of the first `among` go.
+        """Fill `_most[kept, among]`: the most blocks freed if `kept` of the first `among` are kept.
 
-        Only for at most `limit` that go. The last of them is kept, or ends a run that goes: then what
-        is before the run is the same problem with as many kept.
+        Cells in which more than `limit` snapshots are deleted are left out. The last of the first
+        `among` snapshots is either kept, or ends a run of deleted ones; what is before that run is
+        the same problem with as many kept.
         """
         if limit <= self._limit:
             return

@@ -1,8 +1,8 @@
-"""The numbers of a single snapshot: what it references, what is new in it, what deleting it frees.
+"""The numbers of one snapshot: referenced, written, and what deleting it would free.
 
 docs/design/accounting.md has the definitions. owners.py computes the same numbers for all roots at
-once, by another algorithm; a test holds the two together. All numbers are blocks, metadata and twins
-included; the catalog and the space map belong to no root.
+once, by another algorithm; tests compare the two. All numbers are blocks, metadata and twins
+included. The catalog and the space map belong to no root.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,15 +19,15 @@ from cowfs.storage.format import BLOCK_SIZE_BYTES, GROUP_BLOCKS, NODE_BLOCKS, Po
 from cowfs.storage.node import Node
 from cowfs.storage.store import Store
 
-Entry = tuple[Pointer, int | None]  # a node to visit, and its level where known
+Entry = tuple[Pointer, int | None]  # a node to visit, and its level if known
 
 
 def reclaim_report(filesystem: Filesystem, names: Sequence[str]) -> ReclaimReport:
-    """What deleting exactly the snapshots of these names would free (C11).
+    """Find what deleting exactly the snapshots of these names would free (C11).
 
     Raises:
-        SnapshotError: one of them is unknown.
-        CorruptError: no number can be trusted.
+        SnapshotError: there is no snapshot of one of the names.
+        CorruptError: a node cannot be read or a refcount is wrong, so no number would be right.
     """
     distinct = tuple(dict.fromkeys(names))
     records = [filesystem.catalog.snapshot(name) for name in distinct]
@@ -36,7 +36,10 @@ def reclaim_report(filesystem: Filesystem, names: Sequence[str]) -> ReclaimRepor
 
 
 class _Blocks:
-    """A set of data blocks, of which an image may have billions: a byte for each in touched groups."""
+    """A set of data blocks. It takes one byte for each block of a group that has a member.
+
+    So its memory does not grow with the image, which may have billions of blocks.
+    """
 
     def __init__(self) -> None:
         self._groups: dict[int, np.ndarray] = {}
@@ -53,7 +56,7 @@ class _Blocks:
             count -= here
 
     def without(self, other: "_Blocks") -> int:
-        """How many are in this set and not in the other."""
+        """How many blocks are in this set and not in the other."""
         total = 0
         for number, blocks in self._groups.items():
             others = other._groups.get(number)
@@ -62,7 +65,10 @@ class _Blocks:
 
 
 def referenced_blocks(filesystem: Filesystem, record: RootRecord) -> int:
-    """Blocks reachable from a root, each counted once. Reads its tree only if its files share any."""
+    """The number of distinct blocks reachable from a root.
+
+    The tree is read only if the record says that files in it may share blocks.
+    """
     if not record.shares:
         return record.referenced_blocks(filesystem.store.copies)
     nodes = record.node_count * NODE_BLOCKS * filesystem.store.copies
@@ -70,7 +76,7 @@ def referenced_blocks(filesystem: Filesystem, record: RootRecord) -> int:
 
 
 def _data_of(store: Store, record: RootRecord) -> _Blocks:
-    """All data blocks that a root reaches."""
+    """The data blocks reachable from a root."""
     blocks = _Blocks()
     for _, node in _nodes_since(store, record.pointer, 0):
         if not node.level:
@@ -80,14 +86,17 @@ def _data_of(store: Store, record: RootRecord) -> _Blocks:
 
 
 def _nodes_since(store: Store, root: Pointer, since: int) -> Iterator[tuple[Pointer, Node]]:
-    """The nodes of a tree that were born after a generation, each once, and what pointed at them."""
+    """The nodes of a tree that were born after generation `since`, each with its pointer.
+
+    Each node comes once; only in a forged or damaged tree do two pointers lead to one node.
+    """
     stack: list[Entry] = [(root, None)]
-    met = set()  # only a tree that lies leads to a node twice
+    visited = set()
     while stack:
         pointer, level = stack.pop()
-        if pointer.birth <= since or pointer.block in met:
+        if pointer.birth <= since or pointer.block in visited:
             continue
-        met.add(pointer.block)
+        visited.add(pointer.block)
         node = store.load(pointer, level)
         yield pointer, node
         if node.level:
@@ -95,11 +104,12 @@ def _nodes_since(store: Store, root: Pointer, since: int) -> Iterator[tuple[Poin
 
 
 def written_blocks(filesystem: Filesystem, record: RootRecord) -> int:
-    """Blocks of a snapshot that its parent does not hold; all of them when it has no parent.
+    """The blocks that a snapshot reaches and its parent does not; all, if it has no parent.
 
-    What was born after the parent's generation cannot be in it. What was born before and is reachable
-    here was reachable there, unless files were made of the blocks of others: so subtrees are skipped
-    by their birth, and where files share, older blocks in newer leaves are looked for in the parent.
+    A block born after the parent's generation is not in the parent. A block born before and reached
+    here is in the parent too, unless a file was made of blocks of another file. So subtrees born
+    before are skipped. Where files share blocks, older blocks in newer leaves are looked up in the
+    parent's tree, which is read for that.
     """
     parent = filesystem.catalog.root(record.parent_id) if record.parent_id else None
     if parent is None:

@@ -1,11 +1,14 @@
-"""What points at what in the trees of an image, as arrays: each distinct node once, nothing of files.
+"""The structure of an image: which node points at which nodes and data runs, as flat arrays.
 
-Reading and decoding nodes is what a look at all snapshots costs, so what was learned of a node is kept.
-Its checksum names all that is below it (Merkle): a structure that was made of an earlier generation, or
-of a copy of the image, gives each node of the same place, birth and checksum without a read.
+Each distinct node is in the arrays once. They hold nothing of files: neither names nor inodes.
 
-Memory is that of the arrays: about 60 bytes for each distinct node, 4 for each pointer at a node, 12 for
-each extent in a distinct leaf; it does not grow with the number of snapshots or the size of the image.
+Reading and decoding nodes is the main cost of a pass over all snapshots, so a structure is reused.
+The checksum of a node covers everything below it, as in a Merkle tree. So a node with the block,
+birth and checksum of a known one is not read again; the known structure may be that of an earlier
+generation, or of a copy of the image.
+
+The arrays take about 60 bytes for each distinct node, 4 for each pointer at a node, and 12 for each
+extent in a distinct leaf. They do not grow with the number of snapshots or the size of the image.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,38 +34,46 @@ from cowfs.storage.node import Node
 from cowfs.storage.store import Store
 
 Numbers = npt.NDArray[np.int64]
-Progress = Callable[[str, int, int], None]  # words, nodes read, nodes known to be there
+Progress = Callable[[str, int, int], None]  # what is being done, nodes read, nodes found so far
 
-# A pointer as it is stored in an inner node (FORMAT.md "Pointer"), its checksum as two numbers.
+# A pointer as an inner node stores it (FORMAT.md "Pointer"), its checksum as two numbers.
 NODE = np.dtype(
     [("block", "<i8"), ("twin", "<i8"), ("birth", "<i8"), ("sum_low", "<u8"), ("sum_high", "<u8")]
 )
 assert NODE.itemsize == POINTER_BYTES
-PREFETCHED_NODES = 128  # reads that the host is told of ahead
-PROGRESS_NODES = 256
+PREFETCHED_NODES = 128  # nodes that the host is asked to read ahead at once
+PROGRESS_NODES = 256  # nodes read between two calls of the progress function
 
 
 class Root(NamedTuple):
-    """A tree to look at. `partly`: how many entries at the start of a node, by block, count no more."""
+    """The root of a tree.
+
+    Attributes:
+        dropped_entries: maps a node's block to the number of leading entries already dropped, for
+            the nodes on the path of a half-done drop.
+    """
 
     pointer: Pointer
-    partly: dict[int, int]
+    dropped_entries: dict[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """The nodes reachable from some roots, the highest level first, and by block within a level.
+    """The nodes reachable from some roots, the highest level first, by block within a level.
+
+    A node is named by its index in `nodes`.
 
     Attributes:
-        nodes: place and identity (NODE).
-        level_from: index of the first node of each level, from level 0; a level ends where the one
-            below it begins, level 0 at the end of `nodes`.
-        child_from: of each node its first entry in `children`; one more than there are nodes.
+        nodes: the pointer at each node (NODE).
+        level_from: by level, from 0, the index of its first node. A level ends where the one below
+            it begins, level 0 at the end of `nodes`.
+        child_from: the children of node i are `children[child_from[i]:child_from[i + 1]]`.
         children: indices of nodes.
-        run_from: of each node its first entry in the runs; one more than there are nodes.
-        run_first, run_count: the data runs that leaves point at, as they stand in the leaf.
-        whole: whether all entries of the node are here (not: the path of a half-done drop).
-        tops: the index of each root's node, in the order of the roots.
+        run_from: the data runs of node i are those from `run_from[i]` to `run_from[i + 1]`.
+        run_first, run_count: first block and number of blocks of each data run, as in the leaf.
+        whole: of each node, whether all its entries are here; false on the path of a half-done
+            drop.
+        tops: of each root the index of its root node.
     """
 
     nodes: npt.NDArray[Any]
@@ -76,7 +87,7 @@ class Structure:
     tops: Numbers
 
     def level(self, level: int) -> slice:
-        """The nodes of one level."""
+        """The indices of the nodes of one level."""
         start = int(self.level_from[level])
         stop = len(self.nodes) if not level else int(self.level_from[level - 1])
         return slice(start, stop)
@@ -94,12 +105,12 @@ class Structure:
         return np.where(self.nodes["twin"] != 0, 2 * NODE_BLOCKS, NODE_BLOCKS).astype(np.int64)
 
     def pointer(self, index: int) -> Pointer:
-        """What points at a node."""
+        """The pointer at a node."""
         return _pointer(self.nodes[index])
 
 
 def empty_structure() -> Structure:
-    """Nothing known yet."""
+    """The structure without any node."""
     none = np.zeros(0, np.int64)
     zero = np.zeros(1, np.int64)
     small = np.zeros(0, np.int32)
@@ -114,19 +125,20 @@ def read_structure(
     known: Structure | None = None,
     progress: Progress | None = None,
 ) -> Structure:
-    """The structure of the trees of these roots, at a generation that stays whole meanwhile.
+    """Read the structure of the trees of these roots.
 
     Args:
-        known: of the same image, or a copy of it; its nodes are not read again.
+        store: at a generation whose blocks are not reused while this runs.
+        known: a structure of the same image, or of a copy of it; its nodes are not read again.
 
     Raises:
-        CorruptError: a node cannot be read; no number is better than a wrong one.
+        CorruptError: a node cannot be read, or its pointers are wrong.
     """
     return _Reader(store, known or empty_structure(), progress).read(roots)
 
 
 class _Found(NamedTuple):
-    """The nodes of one level. Children are indices among the nodes of the level below."""
+    """The nodes of one level; `children` are indices among the nodes of the level below."""
 
     nodes: npt.NDArray[Any]
     whole: npt.NDArray[np.bool_]
@@ -144,13 +156,13 @@ class _Reader:
         self._progress = progress
         self._order = np.argsort(known.nodes["block"])
         self._blocks = known.nodes["block"][self._order]
-        self._read = 0
-        self._met = 0
+        self._read_count = 0
+        self._found_count = 0
 
     def read(self, roots: Sequence[Root]) -> Structure:
-        partly: dict[int, int] = {}
+        dropped: dict[int, int] = {}
         for root in roots:
-            partly |= root.partly
+            dropped |= root.dropped_entries
         waiting: dict[int, list[Pointer]] = {}
         total = self._store.superblock.total_blocks
         for pointer in dict.fromkeys(root.pointer for root in roots):
@@ -162,7 +174,7 @@ class _Reader:
         for level in range(top, -1, -1):
             nodes = _distinct([nodes, _rows(waiting.get(level, []))])
             below = _rows(waiting.get(level - 1, []))
-            here, nodes = self._level(nodes, level, partly, below)
+            here, nodes = self._level(nodes, level, dropped, below)
             found.append(here)
         return _joined(found, [root.pointer.block for root in roots])
 
@@ -173,7 +185,7 @@ class _Reader:
         return self._store.read_image(pointer, None).level
 
     def _match(self, nodes: npt.NDArray[Any], among: slice) -> Numbers:
-        """The index of each node among those known there; -1 for none."""
+        """Of each node its index in the known structure, if it is in `among`, else -1."""
         if not len(self._blocks):
             return np.full(len(nodes), -1)
         places = np.searchsorted(self._blocks, nodes["block"])
@@ -187,28 +199,37 @@ class _Reader:
         self,
         nodes: npt.NDArray[Any],
         level: int,
-        partly: dict[int, int],
+        dropped: dict[int, int],
         below: npt.NDArray[Any],
     ) -> tuple[_Found, npt.NDArray[Any]]:
-        """What nodes of a level point at, and the nodes of the level below: those and `below`."""
+        """Read the nodes of one level, as far as they are not known.
+
+        Args:
+            dropped: of a node's block the number of leading entries already dropped.
+            below: root nodes on the level below.
+
+        Returns:
+            The level, and the nodes of the level below: its children and `below`.
+        """
         known = self._known
         among = known.level(level) if level < known.levels else slice(0, 0)
         matched = self._match(nodes, among)
-        whole = ~np.isin(nodes["block"], list(partly))
+        whole = ~np.isin(nodes["block"], list(dropped))
         matched[~whole] = -1
         old = matched >= 0
         indices = matched[old]
         fresh = np.flatnonzero(~old)
-        self._met += len(fresh)
+        self._found_count += len(fresh)
         counts = np.zeros(len(nodes), np.int64)
         none = np.zeros(len(nodes), np.int64)
         if level:
-            read = self._read_inner(nodes[fresh], level, partly)
+            read = self._read_inner(nodes[fresh], level, dropped)
             counts[old] = np.diff(known.child_from)[indices]
             counts[fresh] = [len(each) for each in read]
             new = np.concatenate([np.zeros(0, NODE), *read])
             taken = known.children[spread(known.child_from[indices], counts[old])]
-            # Edges are many, so those that are known stay numbers: each node is looked at once.
+            # There are many more edges than nodes. So known edges are renumbered by one lookup for
+            # each node, not for each edge.
             present = np.zeros(len(known.nodes), np.bool_)
             present[taken] = True
             there = np.flatnonzero(present)
@@ -220,7 +241,7 @@ class _Reader:
             )
             small = np.zeros(0, np.int32)
             return _Found(nodes, whole, counts, edges, none, none[:0], small), children
-        runs = self._read_leaves(nodes[fresh], partly)
+        runs = self._read_leaves(nodes[fresh], dropped)
         counts[old] = np.diff(known.run_from)[indices]
         counts[fresh] = [len(each) for each in runs]
         flat = np.array([run for each in runs for run in each], np.int64).reshape(-1, 2)
@@ -230,25 +251,25 @@ class _Reader:
         return _Found(nodes, whole, none, none[:0], counts, first, count), nodes[:0]
 
     def _read_inner(
-        self, nodes: npt.NDArray[Any], level: int, partly: dict[int, int]
+        self, nodes: npt.NDArray[Any], level: int, dropped: dict[int, int]
     ) -> list[npt.NDArray[Any]]:
-        """Of each node its children."""
+        """Of each node the pointers at its children."""
         found = []
         for pointer in self._pointers(nodes):
             image = self._store.read_image(pointer, level)
-            children = np.frombuffer(b"".join(image.values), NODE)[partly.get(pointer.block, 0) :]
+            children = np.frombuffer(b"".join(image.values), NODE)[dropped.get(pointer.block, 0) :]
             self._check(children, pointer.birth)
             found.append(children)
         return found
 
     def _read_leaves(
-        self, nodes: npt.NDArray[Any], partly: dict[int, int]
+        self, nodes: npt.NDArray[Any], dropped: dict[int, int]
     ) -> list[list[tuple[int, int]]]:
-        """Of each node its data runs."""
+        """Of each leaf its data runs, as (first block, number of blocks)."""
         found = []
         for pointer in self._pointers(nodes):
             image = self._store.read_image(pointer, 0)
-            skip = partly.get(pointer.block, 0)
+            skip = dropped.get(pointer.block, 0)
             runs = references(image.keys[skip:], image.values[skip:])
             for first, count in runs:
                 require_inside(self._store, first, count)
@@ -256,19 +277,19 @@ class _Reader:
         return found
 
     def _pointers(self, nodes: npt.NDArray[Any]) -> Iterator[Pointer]:
-        """The pointers at these nodes, with the host told of the reads to come."""
+        """The pointers at these nodes; the host is asked to read the next nodes ahead."""
         device = self._store.device
         for at, row in enumerate(nodes):
             if at % PREFETCHED_NODES == 0:
                 for place in nodes["block"][at : at + PREFETCHED_NODES].tolist():
                     device.prefetch(place * BLOCK_SIZE_BYTES, NODE_SIZE_BYTES)
             yield _pointer(row)
-            self._read += 1
-            if self._progress is not None and self._read % PROGRESS_NODES == 0:
-                self._progress("reading metadata", self._read, self._met)
+            self._read_count += 1
+            if self._progress is not None and self._read_count % PROGRESS_NODES == 0:
+                self._progress("reading metadata", self._read_count, self._found_count)
 
     def _check(self, pointers: npt.NDArray[Any], birth: int) -> None:
-        """Raise CorruptError unless all pointers are as `check_pointer` wants them."""
+        """Raise CorruptError unless `check_pointer` accepts all these pointers."""
         last = self._store.superblock.total_blocks - RING_SLOTS - NODE_BLOCKS
         block, twin, born = pointers["block"], pointers["twin"], pointers["birth"]
         right = (block >= RING_SLOTS) & (block <= last) & (born > 0) & (born <= birth)
@@ -281,9 +302,13 @@ class _Reader:
 
 
 def is_sound(structure: Structure, total_blocks: int) -> bool:
-    """Whether arrays that were kept could be a structure of an image of that size.
+    """Whether cached arrays have the types, shapes and ranges of a structure.
 
-    Nothing that reads them leaves them, then. That they tell the truth is another matter.
+    Then no index in them leads out of an array, and no block lies outside the image. Whether they
+    are true of the image is not checked.
+
+    Args:
+        total_blocks: the size of the image.
     """
     wanted: dict[str, npt.DTypeLike] = {
         **dict.fromkeys(("level_from", "child_from", "run_from", "run_first", "tops"), np.int64),
@@ -331,7 +356,7 @@ def is_sound(structure: Structure, total_blocks: int) -> bool:
 
 
 def _is_partition(starts: Numbers, count: int, total: int) -> bool:
-    """Whether `starts` cuts 0 to `total` into so many pieces; no piece is no pieces."""
+    """Whether `starts` cuts the range 0 to `total` into `count` pieces, some perhaps empty."""
     if len(starts) != count + 1:
         return False
     ends_right = starts[0] == 0 and starts[-1] == total
@@ -343,18 +368,18 @@ def _within(numbers: npt.NDArray[Any], first: int, last: int) -> bool:
 
 
 def require_inside(store: Store, first: int, count: int) -> None:
-    """Raise CorruptError for a data run that leaves the image; numbers of arrays end before 1 << 64."""
+    """Raise CorruptError for a data run that leaves the image, and might not fit into int64."""
     if first + count > store.superblock.total_blocks:
         raise CorruptError("extent", first, "leaves the image")
 
 
 def child_pointer(child: Node | Pointer) -> Pointer:
-    """The pointer of an inner node's entry, also right after the commit that wrote its child."""
+    """The pointer in an inner node's entry, which may be the child itself if that is in memory."""
     return child.pointer() if isinstance(child, Node) else child
 
 
 def covered(first: Numbers, count: Numbers) -> int:
-    """How many distinct blocks some runs cover."""
+    """How many distinct blocks these runs cover."""
     if not len(first):
         return 0
     order = np.argsort(first, kind="stable")
@@ -365,7 +390,7 @@ def covered(first: Numbers, count: Numbers) -> int:
 
 
 def spread(starts: Numbers, counts: Numbers) -> Numbers:
-    """start, start + 1, ... of each of the runs, one after the other."""
+    """Of each run the numbers start, start + 1, ... start + count - 1, one run after the other."""
     total = int(counts.sum())
     ends = np.cumsum(counts)
     return np.arange(total) - np.repeat(ends - counts - starts, counts)
@@ -388,7 +413,11 @@ def _pointer(row: Any) -> Pointer:
 
 
 def _distinct(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Each node once, by block. Raises CorruptError for two nodes at one place."""
+    """Each node once, by block.
+
+    Raises:
+        CorruptError: pointers at one block differ from each other.
+    """
     rows = np.concatenate(parts)
     blocks = rows["block"]
     order = np.argsort(blocks)
@@ -409,7 +438,12 @@ def _distinct(parts: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
 
 
 def _interleave(counts: Numbers, old: npt.NDArray[np.bool_], taken: Any, fresh: Any) -> Any:
-    """Entries of all nodes in order, of which some are in `taken` and the others in `fresh`."""
+    """Merge the entries of all nodes, in the order of the nodes.
+
+    Args:
+        counts: of each node how many entries it has.
+        old: of each node, whether its entries are in `taken`; otherwise they are in `fresh`.
+    """
     is_old = np.repeat(old, counts)
     result = np.zeros(len(is_old), taken.dtype)
     result[is_old] = taken
@@ -418,7 +452,7 @@ def _interleave(counts: Numbers, old: npt.NDArray[np.bool_], taken: Any, fresh: 
 
 
 def _joined(found: list[_Found], tops: list[int]) -> Structure:
-    """One structure of all levels, the highest first."""
+    """Join the levels, the highest first, into one structure."""
     if not found:
         return empty_structure()
     starts = np.cumsum([0, *(len(each.nodes) for each in found)])

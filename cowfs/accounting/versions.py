@@ -1,8 +1,9 @@
-"""The history of one path: its distinct versions by what they are made of, and where each is kept.
+"""The history of one path: its distinct versions, and which roots keep each.
 
-Two states of a file are one version if they have the same blocks in the same places, or the same bytes
-where it is small; times and modes do not count. Nothing is compared by content, so a file that was
-written again with the same bytes is another version: it takes other blocks.
+Two states of a file are the same version if they have the same blocks at the same offsets; of files
+whose data is inline, if they have the same bytes. Times and modes do not count. The content of
+blocks is not compared: a file written again with the same bytes has other blocks, so it is another
+version.
 """
 
 import stat
@@ -28,15 +29,14 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """A state of a file, or that there is none.
+    """One version of a file; also that nothing is at the path.
 
     Attributes:
         kind: "file", "directory", "symlink", "other", or "absent".
-        ino: of the file where it is met first.
-        data_blocks: distinct blocks of data.
-        fresh_blocks: of these, the ones that no earlier version has.
-        mtime_ns: where it is met first.
-        roots: indices of the roots that have it, ascending.
+        ino, mtime_ns: as in the oldest root that has this version.
+        data_blocks: distinct data blocks.
+        fresh_blocks: the data blocks that no earlier version has.
+        roots: indices of the roots that have this version, ascending.
     """
 
     kind: str
@@ -51,27 +51,27 @@ class Version:
 def versions_of(
     filesystem: Filesystem, records: Sequence[RootRecord], path: bytes
 ) -> list[Version]:
-    """The versions of a path in these roots, in the order in which they are met first.
+    """The versions of a path in these roots, in the order of the first root that has each.
 
     Args:
-        records: the oldest first.
-        path: inside of each tree.
+        records: the roots, the oldest first.
+        path: inside each root's tree.
 
     Raises:
         UsageError: the path contains `..`.
-        CorruptError: something cannot be read.
+        CorruptError: a node cannot be read.
     """
-    met: dict[tuple[object, ...], list[int]] = {}
+    numbers_of: dict[tuple[object, ...], list[int]] = {}
     first: dict[tuple[object, ...], tuple[Inode | None, Numbers]] = {}
     for number, record in enumerate(records):
         volume = volume_of(filesystem, record)
         inode = resolve(volume, path)
         identity, runs = _identity(volume, inode)
-        met.setdefault(identity, []).append(number)
+        numbers_of.setdefault(identity, []).append(number)
         first.setdefault(identity, (inode, runs))
     versions = []
     seen = np.zeros((0, 2), np.int64)
-    for identity, numbers in met.items():
+    for identity, numbers in numbers_of.items():
         inode, runs = first[identity]
         before = covered(seen[:, 0], seen[:, 1])
         seen = np.concatenate([seen, runs])
@@ -90,7 +90,7 @@ def versions_of(
 
 
 def _identity(volume: Volume, inode: Inode | None) -> tuple[tuple[object, ...], Numbers]:
-    """What a state is known by, and its runs of blocks, as rows of (first, count)."""
+    """What identifies the version of an inode, and its data runs as rows of (first, count)."""
     none = np.zeros((0, 2), np.int64)
     if inode is None:
         return (), none
@@ -102,10 +102,11 @@ def _identity(volume: Volume, inode: Inode | None) -> tuple[tuple[object, ...], 
         type_ = TYPE_INLINE if kind == stat.S_IFREG else TYPE_SYMLINK
         value = volume.tree.get(key(inode.ino, type_, 0))
         return (kind, inode.rdev, inode.size_bytes, value and xxh3_128_digest(value)), none
-    extents: list[tuple[int, int, int]] = []  # first and last + 1 in the file, first block
+    extents: list[tuple[int, int, int]] = []  # start and end in the file, first block
     for start, extent in volume.data.extents(inode.ino, 0, FILE_BLOCK_MAX):
         require_inside(volume.store, extent.block, extent.count)
-        # Where one extent ends and the next begins says nothing about the file.
+        # Extents that follow each other in the file and on disk are joined: how the file's blocks
+        # are divided into extents is no difference between versions.
         if extents:
             begin, end, block = extents[-1]
             if end == start and extent.block == block + end - begin:

@@ -1,13 +1,17 @@
-"""What deleting some roots would free, block by block: which of the roots hold it, in which file.
+"""The virtual drop: simulates the deletion of some roots on the refcounts, and writes nothing.
 
-The deletion is simulated on the refcounts and nothing is written: this is the *virtual drop*. Nodes
-are visited level by level from the roots. A node is entered once all its references were dropped; by
-then all roots that reach it are known. References to data are compared with the refcounts at the end.
-The cost is that of what would be freed. owners.py computes the same numbers in another way, and the two
-must agree (C11).
+The result says which blocks the deletion would free, and for each of them which of the roots reach
+it and in which files it is.
 
-A set of roots is an int here, bit i for the root number i. All numbers are blocks, twins of nodes
-included.
+Nodes are visited level by level from the roots. Each pointer at a node is one hit on it. A node
+with as many hits as its refcount would be freed. Only then its children are visited; by then all
+roots that reach the node are known. Hits on data are compared with the refcounts at the end. So
+only nodes are read that would be freed.
+
+owners.py computes the same numbers by another algorithm, and the two must agree (C11).
+
+A set of roots is an int here, a mask: bit i is set for root number i. All numbers are blocks, twins
+of nodes included.
 """
 
 from collections.abc import Sequence
@@ -26,17 +30,18 @@ from cowfs.storage.format import GROUP_BLOCKS, NODE_BLOCKS, Pointer
 from cowfs.storage.spacemap import SpaceMap
 from cowfs.storage.store import Store
 
-PROGRESS_NODES = 256
+PROGRESS_NODES = 256  # nodes read between two calls of the progress function
 
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """Data runs of leaves, an entry each.
+    """The data runs of the leaves that would be freed: one entry for each extent item.
 
     Attributes:
-        first, count: blocks.
-        mask: number of the set of roots that reach the leaf, in `masks`.
-        ino: of the file.
+        masks: the distinct sets of roots.
+        first, count: of each run its first block and number of blocks.
+        mask: of each run the index in `masks` of the set of roots that reach its leaf.
+        ino: of each run the inode number of its file.
     """
 
     masks: list[int]
@@ -51,12 +56,12 @@ class Freed:
     """What a deletion would free.
 
     Attributes:
-        node_blocks: by the set of roots that reach the nodes.
-        runs: of all leaves that would be freed.
-        piece_first, piece_count: the data blocks that would be freed, cut so that all blocks of a
-            piece are in the same runs.
-        piece_from, piece_runs: of each piece the runs it is in: those from `piece_from` of this piece to
-            that of the next.
+        node_blocks: by set of roots, the blocks of the nodes that exactly these roots reach.
+        runs: the data runs of all leaves that would be freed.
+        piece_first, piece_count: the data blocks that would be freed, cut into pieces. All blocks
+            of a piece are in the same runs.
+        piece_from, piece_runs: the runs that contain piece i are
+            `piece_runs[piece_from[i]:piece_from[i + 1]]`.
     """
 
     node_blocks: dict[int, int]
@@ -68,11 +73,11 @@ class Freed:
 
     @property
     def blocks(self) -> int:
-        """All that would be freed."""
+        """The number of blocks that would be freed, of nodes and data."""
         return sum(self.node_blocks.values()) + int(self.piece_count.sum())
 
     def masks_of_pieces(self) -> list[int]:
-        """The set of roots that reach each piece."""
+        """Of each piece the set of roots that reach it."""
         masks, mask = self.runs.masks, self.runs.mask
         numbers = mask[self.piece_runs]
         found: dict[bytes, int] = {}
@@ -96,63 +101,69 @@ class Freed:
 def simulate_deletion(
     filesystem: Filesystem, records: Sequence[RootRecord], progress: Progress | None = None
 ) -> Freed:
-    """What deleting exactly these roots would free. Root number i is `records[i]`.
+    """Find what deleting exactly these roots would free.
+
+    Args:
+        records: root number i is `records[i]`.
 
     Raises:
-        CorruptError: a node cannot be read, or refcounts cannot be right.
+        CorruptError: a node cannot be read, or a refcount is lower than the hits.
     """
     store = filesystem.store
-    levels: dict[int, dict[int, _Met]] = {}
+    levels: dict[int, dict[int, _Hit]] = {}
     for number, record in enumerate(records):
         level = store.load(record.pointer, None).level
-        _meet(levels.setdefault(level, {}), record.pointer, 1 << number)
+        _hit(levels.setdefault(level, {}), record.pointer, 1 << number)
     node_blocks: dict[int, int] = {}
-    gathered = _Gathered(store)
+    collected = _RunCollector(store)
     seen: set[int] = set()
     read = 0
     for level in range(max(levels, default=-1), -1, -1):
-        for block, met in levels.pop(level, {}).items():
+        for block, hit in levels.pop(level, {}).items():
             if block in seen:
                 raise CorruptError("node", block, "is pointed at from two levels")
             seen.add(block)
             count = store.map.refcount(block)
-            if met.hits > count:
-                raise CorruptError("space map", block, "refcount is too low", count, met.hits)
-            if met.hits < count:
+            if hit.count > count:
+                raise CorruptError("space map", block, "refcount is too low", count, hit.count)
+            if hit.count < count:
                 continue
-            node = store.load(met.pointer, level)
+            node = store.load(hit.pointer, level)
             read += 1
             if progress is not None and read % PROGRESS_NODES == 0:
                 progress("reading metadata", read, 0)
-            size = NODE_BLOCKS * (2 if met.pointer.twin else 1)
-            node_blocks[met.mask] = node_blocks.get(met.mask, 0) + size
+            size = NODE_BLOCKS * (2 if hit.pointer.twin else 1)
+            node_blocks[hit.mask] = node_blocks.get(hit.mask, 0) + size
             if level:
                 below = levels.setdefault(level - 1, {})
                 for child in node.values:
-                    _meet(below, child_pointer(child), met.mask)
+                    _hit(below, child_pointer(child), hit.mask)
             else:
-                gathered.add_leaf(node.keys, node.values, met.mask)
-    return _freed(store.map, node_blocks, gathered.runs())
+                collected.add_leaf(node.keys, node.values, hit.mask)
+    return _freed(store.map, node_blocks, collected.runs())
 
 
 @dataclass(slots=True)
-class _Met:
+class _Hit:
+    """The hits on a node: how many, and the set of roots that they come from."""
+
     pointer: Pointer
-    hits: int
+    count: int
     mask: int
 
 
-def _meet(nodes: dict[int, _Met], pointer: Pointer, mask: int) -> None:
-    met = nodes.get(pointer.block)
-    if met is None:
-        nodes[pointer.block] = _Met(pointer, 1, mask)
+def _hit(hits: dict[int, _Hit], pointer: Pointer, mask: int) -> None:
+    """Count a hit on a node, in `hits` by block."""
+    hit = hits.get(pointer.block)
+    if hit is None:
+        hits[pointer.block] = _Hit(pointer, 1, mask)
     else:
-        met.hits += 1
-        met.mask |= mask
+        hit.count += 1
+        hit.mask |= mask
 
 
-class _Gathered:
-    """Runs as they are met."""
+class _RunCollector:
+    """Collects the data runs of leaves."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -198,14 +209,15 @@ def _lost_parts(
 ) -> tuple[Numbers, Numbers, Numbers]:
     """The parts of pieces whose blocks lose their last reference.
 
-    Refcounts may differ inside a piece, by references from elsewhere.
+    Refcounts may differ inside a piece, because other runs point at some of its blocks.
 
     Args:
-        first, count: blocks of the pieces, in order of place, none across groups of the space map.
-        hits: how many references to each block of a piece are dropped.
+        first, count: the blocks of the pieces, ascending; no piece lies in two groups of the space
+            map.
+        hits: of each piece how many references to each of its blocks are dropped.
 
     Returns:
-        of each part the number of its piece, its first block there, and its length.
+        Of each part the number of its piece, its first block within the piece, and its length.
     """
     none = np.zeros(0, np.int64)
     sources, starts, lengths = [none], [none], [none]
@@ -241,11 +253,11 @@ def _lost_parts(
 
 
 def pieces_of(first: Numbers, count: Numbers) -> tuple[Numbers, Numbers, Numbers, Numbers]:
-    """Cut runs where one of them begins or ends, and within a group of the space map.
+    """Cut runs into pieces wherever a run begins or ends, and at the bounds of groups.
 
     Returns:
-        first and count of each piece that is in a run; of each piece its first entry in the last array,
-        and one more; the runs that each piece is in.
+        (first, count, from, runs): first block and number of blocks of each piece that is in a
+        run, ascending; piece i is in the runs `runs[from[i]:from[i + 1]]`.
     """
     if not len(first):
         none = np.zeros(0, np.int64)

@@ -175,7 +175,8 @@ class RootRecord(Struct, frozen=True):
     def referenced_blocks(self, node_copies: int) -> int:
         """Blocks reachable from this root (docs/design/accounting.md), twins of nodes included.
 
-        With `shares` an upper bound: what files share is counted for each (snapshot_usage.py: once).
+        With `shares` an upper bound: what files share is counted for each of them.
+        snapshot_usage.py counts it once.
         """
         return self.node_count * NODE_BLOCKS * node_copies + self.data_blocks
 
