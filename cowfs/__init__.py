@@ -1,7 +1,7 @@
 """cowfs: a copy-on-write filesystem in one image file.
 
-The folders are floors; each imports only from those above it:
-errors, storage, files, history, care, daemon, cli. Programs begin with `connect` (api.py).
+The folders are floors; each imports only from those before it: errors, storage, files, history,
+accounting, care, daemon, api, cli. Programs begin with `connect` (api.py).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ __version__ = "0.1.0"
 
 
 def connect(path: str | os.PathLike[str]) -> Connection:
-    """The filesystem at a mount point, or in an image: see api.py. Use it in `with`.
+    """Connect to the filesystem at a mount point or in an image (api.py). Use it in `with`.
 
     Raises:
         ImageMissingError: there is no such file.
         MountError: a directory where no cowfs is mounted, or a mount whose daemon is gone.
     """
     from cowfs.api import (
-        connect as find,  # not before it is asked for: the floors know only their own
+        connect as find,  # imported late: the floors below must not load api.py
     )
 
     return find(path)

@@ -1,8 +1,8 @@
-"""Error types, with the errno a program sees and the words a person sees.
+"""Error types: each has an errno for programs and a message for people.
 
-Every error that cowfs raises on purpose is a `CowfsError`. POSIX answers (no such file, directory not
-empty) are plain `OSError` made by `posix_error`. `exit_code` is what a command ends with: 1 error,
-2 usage, 10 image missing, 11 locked. This file imports nothing of cowfs.
+Every error that cowfs raises on purpose is a `CowfsError`. POSIX answers (no such file, directory
+not empty) are plain `OSError`s made by `posix_error`. The exit codes of commands are: 1 error, 2
+usage, 10 image missing, 11 locked. This file imports nothing of cowfs.
 """
 
 import errno
@@ -15,7 +15,12 @@ EXIT_LOCKED = 11
 
 
 class CowfsError(OSError):
-    """What happened, to what, and what to do next, in one line."""
+    """An error whose message says what happened, to what, and what to do next, in one line.
+
+    Attributes:
+        exit_code: of a command that ends with this error.
+        message: without the errno.
+    """
 
     exit_code = EXIT_ERROR
     default_errno = errno.EIO
@@ -29,75 +34,75 @@ class CowfsError(OSError):
 
 
 class UsageError(CowfsError):
-    """The caller asked for something that cannot be: a bad name, size or option."""
+    """The caller gave an invalid name, size or option."""
 
     exit_code = EXIT_USAGE
     default_errno = errno.EINVAL
 
 
 class ImageError(CowfsError):
-    """The image cannot be opened as it is: foreign, newer, truncated, mounted elsewhere."""
+    """The image cannot be opened: not an image, a newer format, truncated, in use."""
 
 
 class ImageMissingError(ImageError):
-    """There is no file of that name."""
+    """There is no image file of that name."""
 
     exit_code = EXIT_IMAGE_MISSING
     default_errno = errno.ENOENT
 
 
 class LockedError(ImageError):
-    """Another process writes to the image."""
+    """Another process has locked the image."""
 
     exit_code = EXIT_LOCKED
     default_errno = errno.EBUSY
 
 
 class MountError(CowfsError):
-    """The mount cannot be made, found or ended."""
+    """A mount cannot be made, found or ended."""
 
 
 class StillMountedError(MountError):
-    """Unmounted where it was asked for, with all data safe, and still mounted or used elsewhere."""
+    """The mount point is unmounted and all data safe, but the mount is still in use elsewhere."""
 
 
 class BusyError(CowfsError):
-    """Refused because somebody is using it; the message names who."""
+    """Refused because something is in use; the message names what uses it."""
 
     default_errno = errno.EBUSY
 
 
 class SnapshotError(CowfsError):
-    """No such snapshot, or one too many of that name."""
+    """A snapshot is missing, exists already, is held, or is otherwise unfit for the request."""
 
     default_errno = errno.EINVAL
 
 
 class NoSpaceError(CowfsError):
-    """No block can be allocated before the next commit, or at all."""
+    """There is no room: for the operation before the next commit, or at all."""
 
     default_errno = errno.ENOSPC
 
 
 class ReadOnlyError(CowfsError):
-    """A change was asked of something that cannot change."""
+    """The image, or the snapshot, cannot be changed."""
 
     default_errno = errno.EROFS
 
 
 class DeviceError(CowfsError):
-    """The host failed to read, write or flush the image. Terminal for writers (C8)."""
+    """The host failed to read, write or flush the image. Ends all writing (C8)."""
 
 
 class CorruptError(CowfsError):
-    """Bytes of the image are not what was written there.
+    """The image is damaged: its bytes are not what was written there.
 
     Args:
         owner: what the bytes belong to ("node", "space map page", "data of inode 7").
-        block: the first block of the damaged bytes.
-        reason: what is wrong with them.
+        block: the first block of the damaged bytes; 0 where it is not known.
+        reason: what is wrong.
         found: the bad value.
-        expected: the value that would have been right, where one is known.
+        expected: the right value, where it is known.
     """
 
     def __init__(
@@ -117,5 +122,5 @@ class CorruptError(CowfsError):
 
 
 def posix_error(number: int) -> OSError:
-    """The plain OSError that a POSIX call answers with `number`."""
+    """Make the plain OSError with which a POSIX call answers `number`."""
     return OSError(number, os.strerror(number))

@@ -1,13 +1,14 @@
-r"""Bytes as text, and back: the one place for names, paths and words that a host or an image gives.
+r"""Bytes as text, and back: for names, paths and messages from a host or an image.
 
-A path of a host, and a name in an image, is bytes, mostly UTF-8. Three forms of them are text:
+A path of the host, and a name in an image, are bytes, mostly UTF-8. Three forms of them are text:
 
-- a *host path*: a `str` as Python has it from the command line or the kernel, where a byte that is not
-  text is a lone surrogate (`os.fsdecode`). It goes to the kernel, and nowhere else.
-- an *escaped* name: what goes into messages, JSON and reports. A byte that is no UTF-8, and each byte
-  of a character that does not print, stands there as \xNN, a backslash as \\. It is valid Unicode, one
-  line, no terminal obeys it, and it can be turned back into the same bytes.
-- *words* for people, of which a name is a part: `printable`. They are not turned back.
+- A *host path* is a `str` as Python has it from the command line or the kernel: each byte that is
+  not UTF-8 is a lone surrogate (`os.fsdecode`). It goes to the kernel, and nowhere else.
+- An *escaped* name goes into messages, JSON and reports. Each byte that is not UTF-8, and each byte
+  of a character that does not print, is written as \xNN, and a backslash as \\. The result is valid
+  Unicode on one line, has no control sequences for a terminal, and can be turned back into the
+  bytes.
+- *Printable* text is a message for people with a name inside. It cannot be turned back.
 
 This file imports nothing of cowfs.
 """
@@ -20,7 +21,7 @@ _ESCAPE = re.compile(rb"\\(?:\\|x([0-9a-f]{2}))")
 
 
 def escaped(name: bytes) -> str:
-    """A name as text that is valid Unicode and prints on one line."""
+    """Escape a name: valid Unicode that prints on one line."""
     text = name.decode("utf-8", "surrogateescape")
     if text.isprintable() and "\\" not in text:
         return text
@@ -28,24 +29,24 @@ def escaped(name: bytes) -> str:
 
 
 def unescaped(text: str) -> bytes:
-    """The bytes that `escaped` made a text of. Raises UnicodeEncodeError for what it never makes."""
+    """Undo `escaped`. Raises UnicodeEncodeError for text that `escaped` never makes."""
     return _ESCAPE.sub(
         lambda match: b"\\" if match[1] is None else bytes([int(match[1], 16)]), text.encode()
     )
 
 
 def escaped_path(path: str | os.PathLike[str]) -> str:
-    """A path of the host, escaped."""
+    """Escape a path of the host."""
     return escaped(os.fsencode(path))
 
 
 def host_path(text: str) -> str:
-    """The path of the host that `escaped_path` made a text of. Raises as `unescaped`."""
+    """Undo `escaped_path`. Raises as `unescaped`."""
     return os.fsdecode(unescaped(text))
 
 
 def printable(text: str) -> str:
-    """Words on one line, with whatever a terminal might obey, or is no text, as escapes."""
+    """Make text printable on one line: control characters and lone surrogates are escaped."""
     if text.isprintable():
         return text
     return "".join(
@@ -59,12 +60,12 @@ def printable(text: str) -> str:
 
 
 def quoted(text: str, length_max: int = 80) -> str:
-    """A word of the user in single quotes, for a message; cut where it is long."""
+    """A word that the user gave, printable and in single quotes; cut at `length_max`."""
     return f"'{printable(text[:length_max])}'" + "..." * (len(text) > length_max)
 
 
 def encodable(text: str) -> str:
-    r"""The text with bytes that are not text as \xNN, and the rest as it is, lines too."""
+    r"""Make text encodable as UTF-8: lone surrogates become \xNN or \uNNNN, the rest stays."""
     if text.isascii():
         return text
     return "".join(
@@ -78,7 +79,7 @@ def encodable(text: str) -> str:
 
 
 def shell_word(path: str) -> str:
-    r"""A host path, or a name, as a word for a shell: also with bytes that nobody can type ($'\xff')."""
+    r"""Quote a host path or a name for a shell; unprintable bytes as in $'\xff'."""
     if path.isprintable():
         return shlex.quote(path)
     shown = (f"\\{character}" if character in "\\'" else _shown(character) for character in path)
@@ -86,6 +87,7 @@ def shell_word(path: str) -> str:
 
 
 def _is_byte(character: str) -> bool:
+    """Whether the character is a lone surrogate that stands for a byte that is not UTF-8."""
     return "\udc80" <= character <= "\udcff"
 
 
