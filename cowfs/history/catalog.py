@@ -1,7 +1,7 @@
-"""The catalog: the tree of all roots, the superblock's one pointer into the image.
+"""The catalog: the tree of all roots. The superblock has a pointer to its root node.
 
-Changed only while a transaction is frozen (filesystem.py), so that it always describes whole trees; what
-will be changed is reached before.
+The catalog is changed only in a freeze (filesystem.py), so it always describes whole trees. The
+keys that the freeze will change are reached before.
 """
 
 import logging
@@ -30,34 +30,33 @@ from cowfs.storage.operation import Operation
 
 log = logging.getLogger(__name__)
 
-DECODED_MAX = 32768  # root records kept as they were decoded: some 700 bytes each
+DECODED_MAX = 32768  # root records kept decoded: about 700 bytes each
 
 
 class Catalog:
-    """Roots by id and by name, and the drop queue's records."""
+    """Roots by id and by name, and the records of the drop queue."""
 
     def __init__(self, tree: Tree, next_root_id: int) -> None:
         self.tree = tree
         self.operation = tree.operation = Operation(tree.store.admission, tree.store.fail)
         self._next_root_id = next_root_id
-        self._next_is_free = False  # looked up in the tree, not only told by the superblock
-        self._known: dict[
-            bytes, tuple[bytes, RootRecord]
-        ] = {}  # by key: the bytes, and what they say
+        self._next_is_checked = False  # against the tree, not only from the superblock
+        # By key: the bytes of a root record, and the decoded record.
+        self._known: dict[bytes, tuple[bytes, RootRecord]] = {}
 
     @property
     def next_root_id(self) -> int:
-        """A number above that of every root, whatever the superblock said."""
-        if not self._next_is_free:
+        """A number above the id of every root, also where the superblock has a wrong one."""
+        if not self._next_is_checked:
             try:
                 last = self.tree.floor(root_key((1 << 64) - 1))
             except (CorruptError, DeviceError):
-                return self._next_root_id  # no root is made before the catalog is read
-            self._next_is_free = True
+                return self._next_root_id  # no root is made while the catalog cannot be read
+            self._next_is_checked = True
             found = int.from_bytes(last[0][1:9], "big") if last and last[0][:1] == b"R" else 0
             if found >= self._next_root_id:
                 log.warning(
-                    "the next root id is said to be %d, but there is %d already; going on from there",
+                    "the next root id is said to be %d, but root %d exists; continuing after it",
                     self._next_root_id,
                     found,
                 )
@@ -65,19 +64,20 @@ class Catalog:
         return self._next_root_id
 
     def require_root_id(self) -> int:
-        """The number that `take_root_id` gives next. Raises SnapshotError when there is none left."""
+        """The id that `take_root_id` gives next. Raises SnapshotError if no id is left."""
         if self.next_root_id > ROOT_ID_MAX:
             raise SnapshotError(
-                "the image has used up its eight million root ids; copy it to a new one"
+                "the image has used up its eight million root ids; copy its files to a new image"
             )
         return self.next_root_id
 
     def take_root_id(self) -> int:
-        """A number that no root has had; `require_root_id` came before."""
+        """Take an id that no root has had. Call `require_root_id` before."""
         self._next_root_id = self.next_root_id + 1
         return self._next_root_id - 1
 
     def root(self, root_id: int) -> RootRecord | None:
+        """The record of a root, or None."""
         value = self.tree.get(root_key(root_id))
         if value is None or isinstance(value, RootRecord):
             return value
@@ -95,7 +95,7 @@ class Catalog:
         return record
 
     def find(self, name: str) -> RootRecord | None:
-        """The snapshot of that name; None for what no snapshot can be called, too."""
+        """The snapshot of that name, or None; also None for an invalid name."""
         try:
             value = self.tree.get(snapshot_key(name))
         except UnicodeEncodeError:
@@ -103,13 +103,14 @@ class Catalog:
         return None if value is None else self._named(value, name)
 
     def snapshot(self, name: str) -> RootRecord:
-        """The same. Raises SnapshotError when there is none."""
+        """The snapshot of that name. Raises SnapshotError if there is none."""
         record = self.find(name)
         if record is None:
             raise unknown(name, (each.name for each in self.snapshots()))
         return record
 
     def volume(self, name: str) -> RootRecord:
+        """The volume of that name. Raises CorruptError if there is none."""
         value = self.tree.get(volume_key(name))
         if value is None:
             raise CorruptError("catalog", 0, f"there is no volume {name!r}")
@@ -126,7 +127,7 @@ class Catalog:
         return self.roots_from(0)
 
     def roots_from(self, root_id: int) -> Iterator[RootRecord]:
-        """The same, from that id on: whoever lists them in parts goes on where a part ended."""
+        """All roots with this id or a higher one, in the order of their ids."""
         for item, value in self.tree.items(root_key(root_id), b"S"):
             yield value if isinstance(value, RootRecord) else self._decoded(item, value)
 
@@ -135,12 +136,12 @@ class Catalog:
         return sum(last - first for _, _, first, last in self.tree.leaf_slices(b"S", b"T"))
 
     def snapshots(self) -> list[RootRecord]:
-        """All snapshots, the oldest first."""
+        """All snapshots, oldest first."""
         found = [record for record in self.roots() if record.kind == RootKind.SNAPSHOT]
         return sorted(found, key=lambda record: (record.created_generation, record.root_id))
 
     def roots_grown_from(self, parents: Container[int], first_id: int = 0) -> Iterator[RootRecord]:
-        """The other roots, with ids from `first_id`, whose parent is one of these.
+        """The roots with ids from `first_id` that are not in `parents` and whose parent is.
 
         Only those are decoded.
         """
@@ -154,7 +155,7 @@ class Catalog:
                 yield self._decoded(item, value)
 
     def newest_snapshot_generation(self) -> int:
-        """The generation of the newest snapshot; 0 where there is none."""
+        """The generation of the newest snapshot; 0 if there is none."""
         newest = 0
         for item, value in self.tree.items(b"R", b"S"):
             record = value if isinstance(value, RootRecord) else None
@@ -165,6 +166,7 @@ class Catalog:
         return newest
 
     def put(self, record: RootRecord) -> None:
+        """Put a root record, without its name."""
         self.tree.put(root_key(record.root_id), record)
 
     def put_name(self, record: RootRecord) -> None:
@@ -175,12 +177,12 @@ class Catalog:
         self.tree.delete(snapshot_key(record.name))
 
     def put_new(self, record: RootRecord) -> None:
-        """Put a record, and its name."""
+        """Put a root record and its name."""
         self.put(record)
         self.put_name(record)
 
     def remove(self, records: Sequence[RootRecord]) -> None:
-        """Remove snapshots, and their names."""
+        """Remove the records and the names of snapshots."""
         self.tree.delete_ascending(sorted(snapshot_key(record.name) for record in records))
         self.tree.delete_ascending(sorted(root_key(record.root_id) for record in records))
         for record in records:
@@ -197,7 +199,7 @@ class Catalog:
         self.tree.put(drop_key(record.number), record)
 
     def put_drops(self, records: Sequence[DropRecord]) -> None:
-        """Several at once: those of one leaf cost one descent."""
+        """Put several drop records, with one descent for each leaf."""
         entries = [(drop_key(record.number), record) for record in records]
         self.tree.put_ascending(sorted(entries, key=lambda entry: entry[0]))
 

@@ -1,11 +1,11 @@
-"""The drop queue: deleted roots give their blocks back in small steps, crash-safe at each.
+"""The drop queue: frees the blocks of deleted roots in small steps, each of them crash-safe.
 
-A root is dropped depth first. A node that others share only loses the queue's reference; one that is
-the queue's alone loses its children first and is freed last. The state is the path from the root to the
-node at work, written with every commit, together with the refcounts it explains (C6, C7). It needs no
-free space beyond that of a commit (C10).
+A root is dropped depth first. A node that others share only loses the queue's reference. A node
+that only the queue refers to loses its children first, and is freed last. The state is the path
+from the root to the current node; each commit writes it together with the refcounts that it
+explains (C6, C7). The queue needs no free space beyond that of a commit (C10).
 
-Nothing here but a list of the whole queue takes longer because the queue is long.
+No operation takes longer because the queue is long, but for those that list all of it.
 """
 
 import logging
@@ -23,7 +23,7 @@ from cowfs.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-RUNS_PER_WORK = 4  # runs of data that take as long as one node: about 50 us
+RUNS_PER_WORK = 4  # dropping 4 runs of data takes as long as visiting a node: about 50 us
 
 
 @dataclass(slots=True)
@@ -43,7 +43,7 @@ class _Drop:
 
 @dataclass(frozen=True, slots=True)
 class DropProgress:
-    """One deleted root: blocks given back so far, and how many it referenced at the most."""
+    """One deleted root: the blocks freed so far, and the most that dropping it may free."""
 
     name: str
     freed_blocks: int
@@ -52,19 +52,19 @@ class DropProgress:
 
 
 class DropQueue:
-    """The queue of one open image. `step` belongs to the open transaction, like any operation.
+    """The queue of one open image. `step` is an operation of the open transaction.
 
     Attributes:
-        freed_blocks, referenced_blocks: sums over the roots that are in the queue.
+        freed_blocks, referenced_blocks: sums over the roots in the queue.
     """
 
     def __init__(self, store: Store, catalog: Catalog) -> None:
         self._store = store
         self._catalog = catalog
         self._drops: dict[int, _Drop] = {}
-        self._waiting: dict[int, _Drop] = {}  # those of them that `step` works on, in that order
+        self._waiting: dict[int, _Drop] = {}  # those that `step` works on, in that order
         self._changed: dict[int, _Drop] = {}  # since the last freeze
-        self._finished: set[int] = set()  # since then
+        self._finished: set[int] = set()  # numbers of those finished since the last freeze
         self._last_number = 0
         self.freed_blocks = self.referenced_blocks = 0
         for record in catalog.drops():
@@ -79,7 +79,7 @@ class DropQueue:
         self.referenced_blocks += record.referenced_blocks
 
     def __len__(self) -> int:
-        """How many roots are not given back yet, stuck ones included."""
+        """Number of roots in the queue, stuck ones included."""
         return len(self._drops)
 
     @property
@@ -89,21 +89,22 @@ class DropQueue:
 
     @property
     def changed(self) -> bool:
-        """Whether the next commit has something of the queue to write."""
+        """Whether the next commit must write records of the queue."""
         return bool(self._finished or self._changed)
 
     def progress(self) -> list[DropProgress]:
+        """The progress of every root in the queue."""
         return list(self.each())
 
     def each(self) -> Iterator[DropProgress]:
-        """Those in the queue now, each as it is when it is asked for: the queue may go on between."""
+        """Iterate over the roots now in the queue. The queue may change between two of them."""
         for drop in list(self._drops.values()):
             yield DropProgress(
                 drop.record.name, drop.freed_blocks, drop.record.referenced_blocks, drop.stuck
             )
 
     def add_all(self, records: Sequence[DropRecord]) -> None:
-        """Take over the references that root records held. In a frozen transaction only.
+        """Add deleted roots, in a freeze. The queue takes over the references of their records.
 
         Args:
             records: each with a number from `next_number`.
@@ -113,24 +114,26 @@ class DropQueue:
         self._catalog.put_drops(records)
 
     def next_number(self) -> int:
-        """A number that no record of the queue has; another one at each call."""
+        """A number that no record of the queue has; a different one at each call."""
         self._last_number += 1
-        if self._last_number > COUNTER_MAX:  # an image may say any number: begin again below it
+        if self._last_number > COUNTER_MAX:  # an image may have any number: start again at 1
             self._last_number = 1
         while self._last_number in self._drops or self._last_number in self._finished:
             self._last_number += 1
         return self._last_number
 
     def step(self, work: int) -> int:
-        """Go on for so much work: one for each node, and one for some runs of data that a leaf has.
+        """Drop nodes until `work` is used up or the queue is empty.
 
-        It ends with the node that exceeds it, a leaf of 250 runs at the most.
+        Visiting a node costs 1, and RUNS_PER_WORK runs of data in a leaf cost 1 more. The step ends
+        with the node that uses up the rest: a leaf of 250 runs at most.
 
         Returns:
             The number of blocks freed.
 
         Raises:
-            NoSpaceError, DeviceError: nothing can be committed.
+            NoSpaceError: there is no room for a commit.
+            ReadOnlyError, DeviceError: the image cannot be written (any more, C8).
         """
         freed = 0
         while work > 0 and self._waiting:
@@ -148,7 +151,9 @@ class DropQueue:
                 drop.stuck = True
                 del self._waiting[number]
                 log.error(
-                    "cannot give back snapshot %r: %s; run cowfs check", drop.record.name, error
+                    "cannot free the blocks of deleted snapshot %r: %s; run cowfs check",
+                    drop.record.name,
+                    error,
                 )
             if not drop.path:
                 del self._drops[number], self._waiting[number]
@@ -159,7 +164,7 @@ class DropQueue:
         return freed
 
     def _admit(self) -> None:
-        """Leave a quarter of the reserve; but where that is gone, use what is left: this frees."""
+        """Leave a quarter of the reserve, or less if that is gone: dropping frees blocks."""
         admission = self._store.admission
         try:
             admission.admit(0, TIER_DROP)
@@ -167,10 +172,10 @@ class DropQueue:
             admission.admit(0, TIER_FREE)
 
     def _visit(self, path: list[_Step]) -> tuple[int, int]:
-        """One step of the walk: down into a child, or done with a node.
+        """Go down into a child, or drop the node at the end of `path`.
 
         Returns:
-            The blocks freed, and how much work it was.
+            (blocks freed, work done).
         """
         store = self._store
         step = path[-1]
@@ -183,7 +188,7 @@ class DropQueue:
             if not node.level:
                 runs = _joined(references(node.keys, node.values))
                 worked += len(runs) // RUNS_PER_WORK
-                for first, count in runs:  # all or none: this leaf is visited again if it fails
+                for first, count in runs:  # all runs or none: a leaf that fails is visited again
                     store.map.require(first, count)
                 if step.pointer.twin:
                     store.map.require(step.pointer.twin, NODE_BLOCKS)
@@ -198,16 +203,16 @@ class DropQueue:
         return freed, worked
 
     def reach(self) -> None:
-        """See to it that `save` meets no damage. Before a freeze changes anything.
+        """Reach all records that `save` will change, before the freeze changes anything.
 
         Raises:
-            CorruptError, DeviceError: the catalog has a leaf that cannot be read; nothing was changed.
+            CorruptError, DeviceError: a leaf of the catalog cannot be read; nothing was changed.
         """
         for number in sorted([*self._finished, *self._changed]):
             self._catalog.tree.reach(drop_key(number))
 
     def save(self) -> None:
-        """Put what changed into the catalog. In a frozen transaction only."""
+        """Write the changed records to the catalog. Only in a freeze."""
         for number in sorted(self._finished):
             self._catalog.remove_drop(number)
         self._finished.clear()
@@ -219,7 +224,7 @@ class DropQueue:
 
 
 def _joined(runs: list[Run]) -> list[Run]:
-    """The same runs in the order of their blocks, with those made one that lie end to end."""
+    """Sort runs, and join those that lie end to end. Overlapping runs stay apart."""
     joined: list[Run] = []
     for first, count in sorted(runs):
         if joined and sum(joined[-1]) == first:

@@ -1,16 +1,16 @@
 """The edits of the catalog, as values: what a command, a program or the control socket asks for.
 
-An edit is frozen; it travels over the control socket as it is. It is made in two steps
+An edit is frozen, and is sent over the control socket as it is. It is made in two steps
 (`Filesystem.check`, `Filesystem.freeze`):
 
-- `check` comes before the freeze. It looks, refuses, and finds out everything that the edit needs: the
-  answer is a `Plan`, with the catalog's keys that will change. All that can fail is here: a name that is
-  not there, a lost leaf, no room. The filesystem then reaches those keys.
-- `apply` comes inside the freeze, when every tree is whole. It only changes what the plan names, in
-  memory, and cannot fail. The edit becomes durable with that commit: it is atomic (C6) and O(1) but for
-  the number of its own snapshots.
+- `check` comes before the freeze. It refuses what cannot be done (a missing name, a lost leaf, no
+  room) and returns a `Plan` with the catalog's keys that will change. The filesystem then reaches
+  those keys.
+- `apply` comes inside the freeze, when every tree is whole. It changes only what the plan names, in
+  memory, and cannot fail. The edit becomes durable with that commit: it is atomic (C6), and its
+  cost depends only on the number of snapshots that it names.
 
-A deleted root's place in the lineage is taken by its parent: what grew from it grew from that.
+When a root is deleted, its parent becomes the parent of the roots that grew from it.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Plan:
-    """What `check` found.
+    """What `Edit.check` found out, for `Edit.apply`.
 
     Attributes:
         keys: of the catalog, that `apply` changes beside the live volume's record.
-        records: that it changes, as they are before.
-        added: records that are new, or may be longer than they were.
-        drops: records for the drop queue.
-        relinked: roots that grew from a deleted one, with their new parents.
-        live: the record and the volume that become the live ones.
-        name: of the snapshot that keeps what was live.
+        added: number of records that are new, or may become longer.
+        records: the records to change, as they are before.
+        drops: for each deleted record, its record in the drop queue.
+        relinked: roots that grew from a deleted root, with their new parents.
+        live: the record and the volume that become live.
+        name: of the snapshot that keeps the old live volume.
     """
 
     keys: list[bytes] = field(default_factory=list)
@@ -79,25 +79,25 @@ class Plan:
 
 
 class Edit(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
-    """One change of the catalog. What it is about are its fields.
+    """One change of the catalog. The fields are its arguments.
 
     Attributes:
-        tier: how much of the reserve it must leave.
+        tier: of admission: how much of the reserve the edit leaves.
         replaces_live: whether another tree becomes the live volume.
-        has_one: whether its result is one record, else a list of them.
+        returns_one: whether the answer is one record, else a list of records.
     """
 
     tier: ClassVar[int] = TIER_REMOVE
     replaces_live: ClassVar[bool] = False
-    has_one: ClassVar[bool] = True
+    returns_one: ClassVar[bool] = True
 
     def check(self, filesystem: Filesystem) -> Plan:
-        """Find out whether the edit can be made, and what it changes. Changes nothing itself.
+        """Find out whether the edit can be made, and what it will change. Changes nothing.
 
         Raises:
-            UsageError: a name or a description cannot be.
-            SnapshotError: a snapshot is not there, or is, or is held.
-            NoSpaceError: there is no room for it.
+            UsageError: a name or a description is invalid.
+            SnapshotError: a snapshot is missing, exists already, or is held.
+            NoSpaceError: there is no room for the edit.
             CorruptError, DeviceError: the catalog, or a tree, cannot be read (C9).
         """
         raise NotImplementedError
@@ -111,16 +111,16 @@ class Edit(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
         return None
 
     def no_room(self) -> NoSpaceError:
-        """Why the edit was not admitted."""
+        """The error to raise when admission refuses the edit."""
         return NoSpaceError("the filesystem is full; delete files or snapshots (cowdu shows which)")
 
     def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
-        """Make the edit, in a freeze. Returns the records that the answer is about."""
+        """Make the edit, in a freeze. Returns the records of the answer."""
         raise NotImplementedError
 
 
 class CreateSnapshot(Edit, frozen=True, tag="create-snapshot"):
-    """Keep the live volume as it is, under a name. The answer is the new snapshot."""
+    """Keep the live volume as it is now, under a name. Answer: the new snapshot."""
 
     name: str
     description: str = ""
@@ -156,12 +156,15 @@ class CreateSnapshot(Edit, frozen=True, tag="create-snapshot"):
 
 
 class DeleteSnapshots(Edit, frozen=True, tag="delete-snapshots"):
-    """Delete all of these, or none: their roots move to the drop queue. The answer is those deleted."""
+    """Delete all of these snapshots, or none. Answer: the deleted snapshots.
+
+    Their roots move to the drop queue.
+    """
 
     names: tuple[str, ...]
 
     tier: ClassVar[int] = TIER_FREE
-    has_one: ClassVar[bool] = False
+    returns_one: ClassVar[bool] = False
 
     def check(self, filesystem: Filesystem) -> Plan:
         return _in_one_piece(self.check_in_slices(filesystem))
@@ -197,7 +200,7 @@ class DeleteSnapshots(Edit, frozen=True, tag="delete-snapshots"):
         if count == 1:
             return super().no_room()
         return NoSpaceError(
-            f"the filesystem is too full to delete {count} snapshots in one step; delete fewer at once"
+            f"the filesystem is too full to delete {count} snapshots at once; delete fewer at a time"
         )
 
     def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
@@ -211,7 +214,7 @@ class DeleteSnapshots(Edit, frozen=True, tag="delete-snapshots"):
 
 
 class RenameSnapshot(Edit, frozen=True, tag="rename-snapshot"):
-    """Give a snapshot another name. The answer is the renamed snapshot."""
+    """Rename a snapshot. Answer: the renamed snapshot, which is no longer automatic."""
 
     old: str
     new: str
@@ -232,16 +235,16 @@ class RenameSnapshot(Edit, frozen=True, tag="rename-snapshot"):
 
 
 class HoldSnapshots(Edit, frozen=True, tag="hold-snapshots"):
-    """Refuse the deletion of all of these from now on, or no longer. All of them, or none.
+    """Hold all of these snapshots, or release them; all or none. A held snapshot cannot be deleted.
 
-    The answer is all of them, as they are then; one that is as it should be stays so.
+    Answer: all of them, as they are then; those that needed no change too.
     """
 
     names: tuple[str, ...]
     held: bool
 
-    tier: ClassVar[int] = TIER_FREE  # no record grows, and a release comes before a deletion
-    has_one: ClassVar[bool] = False
+    tier: ClassVar[int] = TIER_FREE  # no record grows, and a release must come before a deletion
+    returns_one: ClassVar[bool] = False
 
     def check(self, filesystem: Filesystem) -> Plan:
         return _in_one_piece(self.check_in_slices(filesystem))
@@ -261,13 +264,14 @@ class HoldSnapshots(Edit, frozen=True, tag="hold-snapshots"):
 
 
 class Rollback(Edit, frozen=True, tag="rollback"):
-    """Let the live volume be what a snapshot holds; keep what it was as an automatic snapshot.
+    """Make the live volume what a snapshot holds; keep its old state as an automatic snapshot.
 
-    The answer is that automatic snapshot. Every other snapshot stays. With `force` also while files
-    are open for writing, which only a mount can know.
+    Answer: that automatic snapshot. Every other snapshot stays. `force` allows it while files are
+    open for writing, which only a mount can know.
 
-    It is the way out of a filesystem that was filled by mistake, so it is not refused for the room to
-    copy what it shares: until a snapshot is deleted, deleting files may then lack that room.
+    Rollback is the way out of a filesystem that was filled by mistake. So it is not refused when
+    there is no room to copy the nodes that it shares. Then deleting files may lack that room until
+    a snapshot is deleted.
     """
 
     name: str
@@ -292,9 +296,9 @@ class Rollback(Edit, frozen=True, tag="rollback"):
 
 
 class Undo(Edit, frozen=True, tag="undo"):
-    """Take back the last rollback, or undo. The answer is the automatic snapshot of what it undid.
+    """Undo the last rollback or undo. Answer: the automatic snapshot of the state before this undo.
 
-    `force` and room as for `Rollback`.
+    `force`, and the room for copies, are as for `Rollback`.
     """
 
     force: bool = False
@@ -318,23 +322,24 @@ class Undo(Edit, frozen=True, tag="undo"):
         return _replace_live(filesystem, plan, "the state before a rollback was undone")
 
 
-# What travels: the decoder takes exactly these.
+# The control socket decodes exactly these.
 AnyEdit = CreateSnapshot | DeleteSnapshots | RenameSnapshot | HoldSnapshots | Rollback | Undo
 
 
 def _require_unused(filesystem: Filesystem, name: str) -> None:
     if filesystem.catalog.find(name) is not None:
-        raise SnapshotError(f"there is a snapshot {name!r} already")
+        raise SnapshotError(f"snapshot {name!r} exists already; choose another name")
 
 
 def _undo_target(filesystem: Filesystem) -> RootRecord:
     undo_id = filesystem.record.undo_id
     record = filesystem.catalog.root(undo_id) if undo_id else None
     if record is None:
-        raise SnapshotError("there is no rollback to undo, or its automatic snapshot is deleted")
+        raise SnapshotError("there is no rollback to undo, or its automatic snapshot was deleted")
     if record.held:
         raise SnapshotError(
-            f"undo would use up snapshot {record.name!r}, which is held; cowfs snapshot release it first"
+            f"undo would use up snapshot {record.name!r}, which is held; "
+            "cowfs snapshot release it first"
         )
     return record
 
@@ -356,7 +361,7 @@ def _slices(items: Sequence[T]) -> Iterator[Sequence[T]]:
 def _snapshots(
     filesystem: Filesystem, names: Sequence[str]
 ) -> Generator[None, None, list[RootRecord]]:
-    """The snapshots of these names, each once."""
+    """The snapshots of these names, each once, looked up in slices."""
     records = []
     for part in _slices(list(dict.fromkeys(names))):
         records += [filesystem.catalog.snapshot(name) for name in part]
@@ -367,7 +372,7 @@ def _snapshots(
 def _relinked(
     filesystem: Filesystem, gone: list[RootRecord]
 ) -> Generator[None, None, list[RootRecord]]:
-    """The roots that grew from those that go, with the parents that take their places."""
+    """The roots that grew from roots in `gone`, each with its nearest remaining ancestor."""
     parents = {record.root_id: record.parent_id for record in gone}
     live_id = filesystem.record.root_id
     relinked: list[RootRecord] = []
@@ -387,7 +392,10 @@ def _relinked(
 
 
 def _ancestor(parents: dict[int, int], root_id: int) -> int:
-    """The nearest one above that stays. An image may say anything: a circle ends at no parent."""
+    """The nearest ancestor of `root_id` that is not in `parents`: deleted roots with their parents.
+
+    A damaged image may have a cycle of parents; then the answer is 0, no parent.
+    """
     for _ in range(len(parents) + 1):
         if root_id not in parents:
             return root_id
@@ -396,6 +404,7 @@ def _ancestor(parents: dict[int, int], root_id: int) -> int:
 
 
 def _relink(filesystem: Filesystem, plan: Plan) -> None:
+    """Write the new parents of the roots that grew from the plan's records."""
     for record in plan.relinked:
         filesystem.catalog.put(record)
     parents = {record.root_id: record.parent_id for record in plan.records}
@@ -411,7 +420,7 @@ def _relink(filesystem: Filesystem, plan: Plan) -> None:
 
 
 def _plan_successor(filesystem: Filesystem, target: RootRecord, parent_id: int, plan: Plan) -> Plan:
-    """Add to a plan what the live volume will be with the tree of `target`.
+    """Plan that the tree of `target` becomes the live volume, and a snapshot keeps the old one.
 
     Raises:
         SnapshotError: the tree cannot be read.
@@ -435,7 +444,9 @@ def _plan_successor(filesystem: Filesystem, target: RootRecord, parent_id: int, 
     try:
         volume.load_orphans()
     except (CorruptError, DeviceError) as error:
-        refusal = SnapshotError(f"snapshot {target.name!r} cannot be read: {error}")
+        refusal = SnapshotError(
+            f"snapshot {target.name!r} cannot be read: {error}; run cowfs check"
+        )
         refusal.errno = errno.EIO
         raise refusal from error
     plan.live = record, volume
@@ -450,10 +461,10 @@ def _plan_successor(filesystem: Filesystem, target: RootRecord, parent_id: int, 
 
 
 def _replace_live(filesystem: Filesystem, plan: Plan, reason: str) -> list[RootRecord]:
-    """The live volume becomes the one of the plan; the edit has seen to its tree's reference.
+    """Make the plan's volume the live one. The edit has counted the reference to its tree.
 
     Returns:
-        The automatic snapshot of what was live.
+        The automatic snapshot of the old live volume.
     """
     assert plan.live is not None
     record, volume = plan.live

@@ -352,7 +352,7 @@ class Session:
             records = self.filesystem.apply(edit)
         except SnapshotError:
             return False
-        model(records[0] if edit.has_one else records)
+        model(records[0] if edit.returns_one else records)
         generation = self.filesystem.store.superblock.generation
         self._committed[generation] = self.model.copy()
         return True

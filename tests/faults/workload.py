@@ -144,7 +144,7 @@ class Workload:
         filesystem = self.opened
         commit = filesystem.freeze(checked)
         if model is not None and checked is not None:
-            model(checked.result[0] if checked.edit.has_one else checked.result)
+            model(checked.result[0] if checked.edit.returns_one else checked.result)
         self.states[commit.generation] = self.model.copy()
         commit.write()
         filesystem.finish(commit)

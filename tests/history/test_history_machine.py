@@ -63,7 +63,7 @@ class HistoryMachine(FilesMachine):
             return None
         assert legal, "allowed what the model refuses"
         commit = self.filesystem.freeze(checked)
-        model(checked.result[0] if edit.has_one else checked.result)
+        model(checked.result[0] if edit.returns_one else checked.result)
         self._write_commit(commit)
         return checked.result[0] if checked.result else None
 
