@@ -1,8 +1,8 @@
-"""An open image: the live volume, its snapshots, and the commit that moves them through time.
+"""An open image: the live volume, its snapshots, and the commits.
 
-Snapshot, delete, rename, hold, rollback and undo are *edits* of the catalog (edits.py). They are checked
-before a freeze and applied in it, when every tree is whole, and become durable with that commit: each is
-atomic (C6). A freeze changes what is in memory and cannot be refused.
+Snapshot, delete, rename, hold, rollback and undo are *edits* of the catalog (edits.py). An edit is
+checked before a freeze and applied in the freeze, when every tree is whole. It becomes durable with
+that commit, so each edit is atomic (C6). A freeze changes only memory, and cannot be refused.
 """
 
 import logging
@@ -27,17 +27,22 @@ from cowfs.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-SHARED_READS_MAX = 256  # nodes read to learn what snapshots share: some ten milliseconds
-# Blocks that wait for two more commits before they are free. So many (4 MiB) are worth two commits that
-# change nothing; such a commit leaves some ten blocks behind itself.
+SHARED_READS_MAX = 256  # nodes read to count what snapshots share: about 10 ms
+# This many pending blocks (4 MiB) that need only two more commits to be released are worth two
+# commits that change nothing. Such a commit itself leaves about ten blocks pending.
 FOLLOW_UP_BLOCKS_MIN = 1024
-ENTRIES_PER_LEAF_MIN = 10  # of the catalog, whatever its records describe
-SNAPSHOT_VOLUMES_MAX = 64  # open trees of snapshots; each holds little, its nodes are in the cache
+ENTRIES_PER_LEAF_MIN = 10  # a leaf of the catalog has at least this many entries
+SNAPSHOT_VOLUMES_MAX = 64  # open trees of snapshots; each is small: nodes are in the cache
 
 
 @dataclass(slots=True)
 class Checked:
-    """An edit that can be made in the freeze that follows at once; `result` is set there."""
+    """An edit that was checked, for the freeze that follows at once.
+
+    Attributes:
+        generation: the open transaction in which it was checked.
+        result: the records of the answer; set by the freeze.
+    """
 
     edit: Edit
     plan: Plan
@@ -47,11 +52,16 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Where the blocks of an image are, in blocks. used + free + system + pending = total (I6).
+    """How many blocks of an image are used for what. used + free + system + pending = total (I6).
 
-    `tree` is what all volumes, snapshots and the drop queue hold; `catalog` the catalog's nodes;
-    `system` the superblocks and the space map; `pending` was freed and waits for its generation to go;
-    `promised` is data in memory; `reserved` is held back for deleting. `available` is for new data.
+    Attributes:
+        tree: used by volumes, snapshots and the drop queue.
+        catalog: used by the catalog's nodes; tree + catalog = used.
+        system: superblocks and the space map.
+        pending: freed, and waiting until no retained generation shows them.
+        promised: of data in memory.
+        reserved: held back for deleting.
+        available: for new data.
     """
 
     total: int
@@ -67,7 +77,19 @@ class Space:
 
 
 class Filesystem:
-    """Args: an open store; see `open_filesystem`."""
+    """The filesystem in an open image; see `open_filesystem`.
+
+    Args:
+        store: the open image.
+        discard: give free blocks back to the host at `close`.
+        snapshot: its tree takes the place of the live volume, read-only.
+
+    Attributes:
+        record: root record of the live volume.
+        live: the live volume.
+        inflight: the commit that is frozen and not finished.
+        shared_is_stale: whether the nodes that snapshots share must be counted again.
+    """
 
     def __init__(self, store: Store, *, discard: bool = True, snapshot: str | None = None) -> None:
         superblock = store.superblock
@@ -88,18 +110,18 @@ class Filesystem:
         self.shared_is_stale = False
         if store.writable:
             store.admission.relieve = self._relieve
-            store.admission.on_full = self._say_full
+            store.admission.on_full = self._warn_full
             self.live.load_orphans()
             store.admission.set_shared(self.record.node_count, superblock.generation)
             store.admission.set_catalog(self.catalog.tree.node_count)
             self.shared_is_stale = True
             self._count_shared()
 
-    # --- roots --------------------------------------------------------------------------------------
+    # --- roots ------------------------------------------------------------------------------------
 
     def open_volume(self, record: RootRecord, *, writable: bool) -> Volume:
-        """The files of a root."""
-        root: Any = record.tree  # a node while its commit is on its way
+        """Open the tree of a root as a volume."""
+        root: Any = record.tree  # a node until its commit is written
         tree = Tree(self.store, root, record.root_id, record.node_count, references)
         return Volume(
             tree,
@@ -111,7 +133,7 @@ class Filesystem:
         )
 
     def volume(self, root_id: int) -> Volume | None:
-        """The volume of a root: the live one, or a snapshot's, read-only. None when it is gone."""
+        """The volume of a root: the live one, or a snapshot's, read-only. None if it is gone."""
         if root_id == self.record.root_id:
             return self.live
         volume = self._snapshot_volumes.get(root_id)
@@ -125,34 +147,34 @@ class Filesystem:
         return volume
 
     def current_record(self) -> RootRecord:
-        """The live volume's record as a commit would write it now, without its tree."""
+        """The live volume's record as a commit would write it now. Its tree may be a node."""
         live = self.live
         return replace(
             self.record,
             tree=live.tree.root,
             next_ino=live.inodes.next_ino,
-            node_count=max(1, live.tree.node_count),  # the image may have said any number
+            node_count=max(1, live.tree.node_count),  # a damaged image may have had any number
             data_blocks=live.data.data_blocks,
             inode_count=live.inodes.count,
             flags=self.record.flags | (FLAG_SHARES if live.ranges.has_reflinks else 0),
         )
 
-    # --- edits --------------------------------------------------------------------------------------
+    # --- edits ------------------------------------------------------------------------------------
 
     def check(self, edit: Edit, plan: Plan | None = None) -> Checked:
-        """Find out whether an edit can be made, and reach all that it changes (edits.py).
+        """Check an edit, and reach all that it will change (edits.py). May commit, to make room.
 
-        The freeze must follow at once. May commit, to make room.
+        The freeze must follow at once.
 
         Args:
             plan: what `edit.check_in_slices` found; no other edit was made since it began.
 
         Raises:
-            CowfsError: the edit cannot be made, and nothing of it was done.
+            CowfsError: the edit cannot be made; nothing of it was done.
         """
         store = self.store
         store.require_writable()
-        self.live.flush()  # what is checked is what will be frozen
+        self.live.flush()  # so that the check sees what will be frozen
         generation = store.generation
         if plan is None:
             plan = edit.check(self)
@@ -160,7 +182,7 @@ class Filesystem:
             store.admission.admit(0, edit.tier, self._nodes_of(edit, plan))
         except NoSpaceError:
             raise edit.no_room() from None
-        if generation != store.generation:  # a commit made room, and began anew
+        if generation != store.generation:  # a commit made room, so the plan is out of date
             self.live.flush()
             plan = edit.check(self)
         with self.catalog.operation.begin_admitted():
@@ -169,8 +191,10 @@ class Filesystem:
         return Checked(edit, plan, store.generation)
 
     def _nodes_of(self, edit: Edit, plan: Plan) -> int:
-        """Nodes of the catalog that an edit dirties beyond what each commit may: those on the paths to
-        its keys and to the live volume's record, and the leaves that new records need.
+        """Catalog nodes that an edit dirties beyond `Limits.commit_nodes`.
+
+        These are the nodes on the paths to its keys and to the live volume's record, and the leaves
+        that new records need.
         """
         keys = sorted([*plan.keys, root_key(self.record.root_id)])
         nodes = self.catalog.tree.count_nodes(keys) + plan.added // ENTRIES_PER_LEAF_MIN + 1
@@ -181,42 +205,45 @@ class Filesystem:
         )
 
     def set_live_record(self, record: RootRecord) -> None:
-        """The live volume's record is another one. In a freeze."""
+        """Replace the live volume's record. Only in a freeze."""
         self.record = record
         self.catalog.put(record)
 
     def set_live(self, record: RootRecord, volume: Volume) -> None:
-        """Another volume is the live one; what was live is the snapshot of its root. In a freeze."""
+        """Replace the live volume. The old one becomes a snapshot's volume. Only in a freeze."""
         self.live.make_read_only()
         self._snapshot_volumes[self.record.root_id] = self.live
         self.set_live_record(record)
         self.live = volume
 
     def forget_volume(self, root_id: int) -> None:
-        """A snapshot is gone."""
+        """Drop the open volume of a deleted snapshot."""
         self._snapshot_volumes.pop(root_id, None)
 
     def _count_shared(self) -> None:
-        """Find out anew what the live tree shares with snapshots, once deleted ones are given back."""
+        """Count again which nodes the live tree shares with snapshots, if that may have changed.
+
+        Roots in the drop queue still share nodes, so this waits until the queue is empty.
+        """
         if not self.shared_is_stale or len(self.drops):
-            return  # those that are dropped share as long as they hold
+            return
         tree, admission = self.live.tree, self.store.admission
         self.shared_is_stale = False
         try:
             newest = self.catalog.newest_snapshot_generation()
             newer = tree.count_newer(newest, SHARED_READS_MAX) if newest else 0
         except (CorruptError, DeviceError):
-            return  # more than is shared: the safe side
+            return  # the old count is too high, which is safe
         if newest:
             admission.set_shared(tree.node_count - newer, newest)
         else:
             admission.set_shared(0, 0)
 
-    # --- commit -------------------------------------------------------------------------------------
+    # --- commit -----------------------------------------------------------------------------------
 
     @property
     def changed(self) -> bool:
-        """Whether there is anything that a commit would make durable."""
+        """Whether a commit would make anything durable."""
         store = self.store
         return (
             self.live.changed
@@ -227,18 +254,20 @@ class Filesystem:
 
     @property
     def marked_clean(self) -> bool:
-        """Whether the newest commit says that the image was unmounted in order."""
+        """Whether the newest commit marks the image as unmounted in order."""
         return bool(self.store.superblock.flags & FLAG_CLEAN)
 
     def freeze(self, checked: Checked | None = None, *, clean: bool = False) -> Commit:
-        """Close the open transaction and open the next. The caller writes and finishes the commit.
+        """Freeze the open transaction and open the next. The caller writes and finishes the commit.
 
         Args:
-            checked: an edit to make in it, checked just now.
+            checked: an edit to make in the freeze, checked just now.
+            clean: mark the image as unmounted in order.
 
         Raises:
-            DeviceError: a commit failed before (C8).
-            NoSpaceError: the reserve was too small; the image is read-only from now on.
+            ReadOnlyError, DeviceError: the image cannot be written (any more, C8).
+            CorruptError: a leaf of the catalog cannot be read; this ends all writing.
+            NoSpaceError: the reserve was too small; this ends all writing.
         """
         assert self.inflight is None, "one commit at a time"
         store, catalog = self.store, self.catalog
@@ -264,22 +293,22 @@ class Filesystem:
                 next_root_id=catalog.next_root_id,
                 clean=clean,
             )
-        except Exception as error:  # whatever it was: half a transaction must never be written
+        except Exception as error:  # any error: half a transaction must never be written
             if store.failed is None:
                 store.fail(error)
             raise
         return self.inflight
 
     def finish(self, commit: Commit) -> None:
-        """After `commit.write()`: raises DeviceError if it failed (C8)."""
+        """Finish a commit after `commit.write()`. Raises DeviceError if that failed (C8)."""
         if self.inflight is commit:
             self.inflight = None
         finish(commit)
         self._count_shared()
 
     def commit(self, checked: Checked | None = None, *, clean: bool = False) -> None:
-        """Freeze, write and finish, here and now."""
-        self._wait()
+        """Freeze, write and finish a commit in this thread."""
+        self._finish_inflight()
         commit = self.freeze(checked, clean=clean)
         commit.write()
         self.finish(commit)
@@ -288,38 +317,38 @@ class Filesystem:
         """Make an edit; it is durable when this returns. Returns the records of its answer.
 
         Raises:
-            CowfsError: it cannot be made, and nothing was changed; or the commit failed (C8).
+            CowfsError: the edit cannot be made, and nothing was changed; or the commit failed (C8).
         """
-        self._wait()
+        self._finish_inflight()
         checked = self.check(edit)
         self.commit(checked)
         return checked.result
 
-    def _wait(self) -> None:
+    def _finish_inflight(self) -> None:
         if self.inflight is not None:
             self.finish(self.inflight)
 
     def _relieve(self) -> bool:
-        """Commit so that freed blocks can be used. Returns whether that could help."""
+        """Commit, so that freed blocks are released. Returns whether that could help."""
         store = self.store
         if not (store.map.pending_blocks or store.map.pending_system_blocks or self.changed):
             return False
         if store.pins and store.map.pending_upto(min(store.pins.values())) == 0:
-            store.pins.clear()  # a reader must not keep the filesystem full
+            store.pins.clear()  # readers must not keep the filesystem full
         self.commit()
         return True
 
-    def _say_full(self) -> None:
-        """Log what may help; what each deletion frees is for `cowfs df` to find out, not the loop."""
+    def _warn_full(self) -> None:
+        """Log which snapshots to delete. `cowfs df` finds out what each frees: too long here."""
         snapshots = self.catalog.snapshots()
         if not snapshots:
-            log.warning("the filesystem is full, and no snapshot holds anything; delete files")
+            log.warning("the filesystem is full, and there are no snapshots; delete files")
             return
         copies = self.store.copies
         largest = max(snapshots, key=lambda record: record.referenced_blocks(copies))
         log.warning(
             "the filesystem is full; of %d snapshots %r is the oldest and %r the largest; cowfs df "
-            "names those whose deletion frees most",
+            "shows which to delete to free most",
             len(snapshots),
             snapshots[0].name,
             largest.name,
@@ -327,7 +356,7 @@ class Filesystem:
 
     @property
     def follow_up_due(self) -> bool:
-        """Whether much waits for nothing but the next commits to be free."""
+        """Whether FOLLOW_UP_BLOCKS_MIN pending blocks need only further commits to be released."""
         store = self.store
         if store.failed is not None or store.map.pending_blocks < FOLLOW_UP_BLOCKS_MIN:
             return False
@@ -335,10 +364,10 @@ class Filesystem:
         return store.map.pending_upto(limit) >= FOLLOW_UP_BLOCKS_MIN
 
     def close(self) -> None:
-        """Commit what is left, mark the image clean, discard what came free, and close the device."""
+        """Commit all changes, mark the image clean, discard free blocks, close the device."""
         try:
             if self.store.writable and self.store.failed is None:
-                self._wait()
+                self._finish_inflight()
                 if self.changed or not self.marked_clean:
                     self.commit(clean=True)
                 if self.discard:
@@ -347,13 +376,13 @@ class Filesystem:
             self.store.device.close()
 
     def follow_up(self) -> None:
-        """Commit, though nothing changed, until no more comes free by that."""
+        """Commit without changes, as long as that releases many pending blocks."""
         for _ in range(self.store.admission.limits.retained_generations):
             if self.follow_up_due:
                 self.commit(clean=True)
 
     def _discard_at_end(self) -> None:
-        """All is durable. What fails here is logged, and takes nothing from that."""
+        """Give free blocks back to the host. All is durable before, so an error is only logged."""
         try:
             self.follow_up()
             Sweep.of_released(self.store).run()
@@ -361,33 +390,34 @@ class Filesystem:
             log.warning("free space was not given back to the host: %s", error)
 
     def reclaim_orphans(self) -> None:
-        """Give back every orphan. Only while nobody has one open: at the start.
+        """Free every orphan. Only when no orphan can be open: at the start.
 
-        One that is damaged keeps what it holds, and the others go.
+        A damaged orphan keeps its blocks; the others are freed.
         """
         for ino in list(self.live.orphans):
             try:
                 while not self.live.reclaim(ino):
                     pass
             except (CorruptError, DeviceError) as error:
-                log.error("orphan %d keeps its space: %s; run cowfs check", ino, error)
+                log.error("cannot free deleted file %d (inode): %s; run cowfs check", ino, error)
 
     def work_drops(self) -> None:
-        """Empty the drop queue, and make that durable."""
+        """Empty the drop queue and commit."""
         self.empty_drops()
         if self.changed:
             self.commit()
 
     def empty_drops(self) -> None:
-        """Empty the drop queue, committing as it goes; the next commit makes the rest durable."""
+        """Empty the drop queue. Commits now and then; the next commit makes the rest durable."""
         while self.drops.working:
             self.drops.step(256)
             if self.store.admission.dirty_nodes > 1024 or self.store.map.dirty_groups > 1024:
                 self.commit()
 
-    # --- space --------------------------------------------------------------------------------------
+    # --- space ------------------------------------------------------------------------------------
 
     def space(self) -> Space:
+        """The use of space now, the open transaction included."""
         store = self.store
         space_map = store.map
         catalog = self.catalog.tree.node_count * store.copies * 4

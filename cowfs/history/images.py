@@ -1,4 +1,4 @@
-"""Images, from outside: making one, opening one, and letting an earlier commit be the newest again."""
+"""Make an image, open one, or restore an earlier generation of one."""
 
 import os
 import time
@@ -38,18 +38,21 @@ def open_filesystem(
     snapshot: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Filesystem:
-    """The filesystem in an image.
+    """Open the filesystem in an image.
 
     Args:
         device: of the image, locked when `writable`. Closed by `Filesystem.close`.
-        generation: an older one to look at, read-only.
-        snapshot: the one whose tree takes the place of the live volume, read-only.
+        generation: an older generation to open, read-only; None for the newest.
+        cache_bytes: limit of the node cache.
+        discard: give free blocks back to the host at `Filesystem.close`.
+        snapshot: its tree takes the place of the live volume, read-only.
         limits: of admission.
 
     Raises:
         SnapshotError: there is no such snapshot.
-        ImageError: not an image, newer, truncated.
-        CorruptError: the newest generation is damaged.
+        ImageError: not an image, a newer format, or truncated.
+        CorruptError: the generation is damaged.
+        DeviceError: the image cannot be read.
     """
     superblock = read_newest(device, generation)
     if writable and superblock.ro_compat:
@@ -61,11 +64,11 @@ def open_filesystem(
 
 
 def restore_generation(device: Device, generation: int, *, discard: bool = True) -> Superblock:
-    """Let an earlier commit be the newest again, for good, in one commit.
+    """Make an earlier generation the newest again, for good, in one commit.
 
-    Its trees are taken as they are; see `check_image(generation=...)` first. The new commit has a
-    number above every one in the ring, so newest-wins stays true, and nothing that the abandoned
-    commits show is overwritten by it or by the next one.
+    Its trees are taken as they are; check them first with `check_image(generation=...)`. The new
+    commit has a number above every one in the ring, so the newest superblock still wins. Neither
+    this commit nor the next one overwrites what the abandoned generations show.
 
     Args:
         device: of the image, locked.
@@ -81,8 +84,8 @@ def restore_generation(device: Device, generation: int, *, discard: bool = True)
     if newest.generation == target.generation:
         raise ImageError(f"generation {generation} is the newest already")
     if newest.uuid != target.uuid:
-        raise ImageError(f"generation {generation} is of another image that was here before")
-    # The trees of the one under the number of the other; numbers of roots are never used twice.
+        raise ImageError(f"generation {generation} belongs to an image that was here before")
+    # The target's trees with the newest number; root ids are never used twice.
     base = replace(
         target,
         generation=newest.generation,
@@ -114,7 +117,16 @@ def make_filesystem(
     uid: int = 0,
     gid: int = 0,
 ) -> Superblock:
-    """Make an empty filesystem on the whole device; what it held is lost.
+    """Make an empty filesystem on the whole device. The old content is lost.
+
+    Args:
+        device: of the image, locked.
+        label: of the image, LABEL_BYTES_MAX bytes of UTF-8 at most.
+        duplicate_metadata: write every node and page twice.
+        mode, uid, gid: of the root directory.
+
+    Returns:
+        The superblock.
 
     Raises:
         UsageError: the device is too small or the label too long.
@@ -127,8 +139,8 @@ def make_filesystem(
             f"{MIN_TOTAL_BLOCKS * BLOCK_SIZE_BYTES >> 20} MiB"
         )
     if len(label.encode()) > LABEL_BYTES_MAX or "\0" in label:
-        raise UsageError(f"the label is longer than {LABEL_BYTES_MAX} bytes")
-    for first in ring_blocks(total_blocks):  # no older generation may win against the new ones
+        raise UsageError(f"the label is longer than {LABEL_BYTES_MAX} bytes or has a zero byte")
+    for first in ring_blocks(total_blocks):  # no superblock of an old image may win
         device.write(first * BLOCK_SIZE_BYTES, [bytes(RING_SLOTS * BLOCK_SIZE_BYTES)])
     device.flush()
     blank = blank_superblock(total_blocks, label=label, duplicate_metadata=duplicate_metadata)

@@ -85,8 +85,8 @@ FAULTS = (
     Fault(
         "a commit is acknowledged and not written",
         f"{_HISTORY}.commit",
-        "self._wait()",
-        "self._wait()\nif checked is None and not clean: return",
+        "self._finish_inflight()",
+        "self._finish_inflight()\nif checked is None and not clean: return",
     ),
     Fault(
         "superblock in one copy only",
