@@ -1,8 +1,8 @@
-"""Every record of the catalog, as bytes: roots, their names, and the drop queue.
+"""Codecs of the catalog: roots, their names, and the drop queue.
 
 Keys of the catalog tree: b"R" + root id (8 bytes) -> root record; b"S" + name -> root id of that
-snapshot; b"V" + name -> root id of that volume; b"D" + number (8 bytes) -> drop record. FORMAT.md has
-a table for each; a test holds the two together.
+snapshot; b"V" + name -> root id of that volume; b"D" + number (8 bytes) -> drop record. FORMAT.md
+has a table for each; a test compares the tables with this file.
 """
 
 import re
@@ -24,11 +24,11 @@ from cowfs.storage.format import (
     decode_pointer,
 )
 
-ROOT_ID_MAX = (1 << 23) - 1  # with an inode number and a flag it fits into the kernel's 64-bit ids
+ROOT_ID_MAX = (1 << 23) - 1  # with an inode number and a flag it fits in a 64-bit node id
 SNAPSHOT_NAME_BYTES_MAX = 255
 DESCRIPTION_BYTES_MAX = 1024
 MAIN_VOLUME = "main"
-COUNTER_MAX = 1 << 56  # no image holds so many of anything: counting on never leaves 64 bits
+COUNTER_MAX = 1 << 56  # no image has more of anything, so counters never leave 64 bits
 
 _ID = struct.Struct(">Q")
 
@@ -60,10 +60,10 @@ def decode_id(value: bytes) -> int:
 
 
 def check_snapshot_name(name: str) -> str:
-    """The name, when it can name a snapshot: 1 to 255 bytes of UTF-8 and one path component.
+    """Return `name` if a snapshot can have it: 1 to 255 bytes of UTF-8, one path component.
 
     Raises:
-        UsageError: with the rule that it breaks.
+        UsageError: with the rule that the name breaks.
     """
     shown = quoted(name, 40)
     try:
@@ -90,21 +90,23 @@ def check_snapshot_name(name: str) -> str:
 
 
 def check_description(text: str) -> str:
-    """The description, when a snapshot can have it.
+    """Return `text` if a snapshot can have it as its description.
 
     Raises:
-        UsageError: with the rule that it breaks.
+        UsageError: with the rule that the text breaks.
     """
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
         raise UsageError(f"the description {quoted(text)} is not valid UTF-8") from None
     if size > DESCRIPTION_BYTES_MAX or "\0" in text:
-        raise UsageError(f"the description is longer than {DESCRIPTION_BYTES_MAX} bytes")
+        raise UsageError(
+            f"the description is longer than {DESCRIPTION_BYTES_MAX} bytes or has a zero byte"
+        )
     return text
 
 
-# --- root -------------------------------------------------------------------------------------------
+# --- root -----------------------------------------------------------------------------------------
 
 
 class RootKind(IntEnum):
@@ -112,9 +114,9 @@ class RootKind(IntEnum):
     SNAPSHOT = 2
 
 
-FLAG_AUTOMATIC = 1 << 0  # made by a rollback, to keep the state before it
-FLAG_SHARES = 1 << 1  # files of the tree were made of blocks that others, or they, had already
-FLAG_HELD = 1 << 2  # of a snapshot only: it is not deleted before it is released
+FLAG_AUTOMATIC = 1 << 0  # made by a rollback or undo, to keep the state before
+FLAG_SHARES = 1 << 1  # files of the tree share data blocks with other files or within a file
+FLAG_HELD = 1 << 2  # snapshots only: it cannot be deleted before it is released
 _FLAGS = FLAG_AUTOMATIC | FLAG_SHARES | FLAG_HELD
 
 ROOT = struct.Struct("<QBBHI16s16sQQ40sQqQQQQ16sQHHHH")
@@ -123,7 +125,7 @@ assert ROOT.size == ROOT_BYTES
 
 
 class TreeRoot(Protocol):
-    """What a root record needs of a tree root that has no checksum yet: its pointer, when written."""
+    """A root node that has no checksum before it is encoded. `pointer` works only afterwards."""
 
     def pointer(self) -> Pointer: ...
 
@@ -131,11 +133,15 @@ class TreeRoot(Protocol):
 class RootRecord(Struct, frozen=True):
     """A volume or a snapshot. FORMAT.md "Root record".
 
-    `tree` is a `Pointer`, or until the commit has written it the node itself: the record is encoded
-    after its tree. `created_generation` is the generation whose commit made the record; every block
-    of a snapshot was born in it or before. `parent_id` is the snapshot that this root grew from, 0 for
-    none: what was born after the parent's generation was written since. `undo_id`, of a volume, is the
-    automatic snapshot that the last rollback kept, 0 for none.
+    Attributes:
+        tree: a `Pointer`, or the root node until the commit has encoded it; the record is encoded
+            after its tree.
+        created_generation: the generation whose commit made the record. No block of a snapshot was
+            born after it.
+        parent_id: the snapshot that this root grew from, 0 for none. Blocks born after the parent's
+            generation were written since.
+        undo_id: of a volume, the automatic snapshot that the last rollback kept, 0 for none.
+        origin_uuid: of a volume that a rollback or undo made, the uuid of the snapshot.
     """
 
     root_id: int
@@ -169,14 +175,14 @@ class RootRecord(Struct, frozen=True):
 
     @property
     def shares(self) -> bool:
-        """Whether a block may be in the tree more than once, or from elsewhere than its parent."""
+        """Whether the tree may have a block more than once, or blocks not from its parent."""
         return bool(self.flags & FLAG_SHARES)
 
     def referenced_blocks(self, node_copies: int) -> int:
-        """Blocks reachable from this root (docs/design/accounting.md), twins of nodes included.
+        """Blocks reachable from this root, twins of nodes included (docs/design/accounting.md).
 
-        With `shares` an upper bound: what files share is counted for each of them.
-        snapshot_usage.py counts it once.
+        With `shares` an upper bound: a block that files share counts for each of them
+        (accounting/snapshot_usage.py counts it once).
         """
         return self.node_count * NODE_BLOCKS * node_copies + self.data_blocks
 
@@ -221,12 +227,12 @@ _CREATED_GENERATION = struct.Struct("<8xB95xQ")
 
 
 def parent_of(value: bytes) -> int:
-    """The parent's id in a root record that is not decoded; 0 where it is too short to have one."""
+    """The parent id in an encoded root record; 0 if the record is cut short."""
     return int(_PARENT_ID.unpack_from(value)[0]) if len(value) >= ROOT_BYTES else 0
 
 
 def snapshot_generation(value: bytes) -> int:
-    """The generation that made a snapshot, from a record that is not decoded; 0 if it is none."""
+    """The creation generation in an encoded snapshot record; 0 if it is not a snapshot's."""
     if len(value) < ROOT_BYTES:
         return 0
     kind, generation = _CREATED_GENERATION.unpack_from(value)
@@ -234,6 +240,7 @@ def snapshot_generation(value: bytes) -> int:
 
 
 def decode_root(value: bytes) -> RootRecord:
+    """Decode a root record and check every field. Raises CorruptError with the reason."""
     if len(value) < ROOT_BYTES:
         raise CorruptError("root record", 0, "cut short", len(value))
     fields = ROOT.unpack_from(value)
@@ -281,7 +288,7 @@ def decode_root(value: bytes) -> RootRecord:
     )
 
 
-# --- drop queue -------------------------------------------------------------------------------------
+# --- drop queue -----------------------------------------------------------------------------------
 
 DROP = struct.Struct("<QQqQQBBH")
 DROP_STEP = struct.Struct("<40sI")
@@ -291,17 +298,20 @@ assert DROP_STEP.size == POINTER_BYTES + 4
 
 
 class DropStep(NamedTuple):
-    """A node on the path being dropped. Its entries before `done` no longer count as references."""
+    """A node on the path being dropped. Its first `done` entries are already dropped."""
 
     pointer: Pointer
     done: int
 
 
 class DropRecord(Struct, frozen=True):
-    """A deleted root whose blocks are being given back. FORMAT.md "Drop record".
+    """A deleted root whose blocks are being freed. FORMAT.md "Drop record".
 
-    `path` runs from the root to the node being worked on. The queue holds one reference to the first;
-    each further step is the entry number `done` of the step before it.
+    Attributes:
+        path: from the root to the current node. The queue holds one reference to the first node;
+            each further node is entry number `done` of the node before it.
+        freed_blocks: so far.
+        referenced_blocks: of the root when it was deleted; it may free at most this many.
     """
 
     number: int
@@ -337,6 +347,7 @@ class DropRecord(Struct, frozen=True):
 
 
 def decode_drop(value: bytes) -> DropRecord:
+    """Decode a drop record and check every field. Raises CorruptError with the reason."""
     if len(value) < DROP_BYTES:
         raise CorruptError("drop record", 0, "cut short", len(value))
     number, root_id, deleted_ns, freed, referenced, steps, reserved, name_length = DROP.unpack_from(

@@ -1,8 +1,8 @@
-"""What cowfs tells about an image, as values: the same from a daemon and from the image itself.
+"""Reports about an image, as values: the same from a daemon and from the image itself.
 
-Integers throughout, each named with its unit; they travel over the control socket and come out of
-`--json` as they are. This file imports no numpy, so that a command which only asks a daemon starts
-fast: whatever needs the image is imported where a `Filesystem` exists already.
+All numbers are integers with the unit in their name. Reports are sent over the control socket, and
+are printed by `--json`, as they are. This file imports no numpy, so that a command that only asks a
+daemon starts fast: functions that need the image import what they need.
 """
 
 from __future__ import annotations
@@ -25,10 +25,15 @@ Setting = bool | int | float | str | None
 
 
 class SnapshotReport(Struct, frozen=True, kw_only=True):
-    """One snapshot. `generation` is that of its creation, `parent` the snapshot it grew from.
+    """One snapshot.
 
-    `referenced_is_exact`: otherwise files share blocks, which are counted for each of them; cowdu
-    counts them once. `held`: it is not deleted before it is released.
+    Attributes:
+        generation: in which it was created.
+        referenced_is_exact: False where files share blocks: then `referenced_bytes` counts a shared
+            block for each file. cowdu counts it once.
+        automatic: made by a rollback or undo.
+        held: it cannot be deleted before it is released.
+        parent: the snapshot that it grew from.
     """
 
     name: str
@@ -45,9 +50,12 @@ class SnapshotReport(Struct, frozen=True, kw_only=True):
 
 
 class DropReport(Struct, frozen=True, kw_only=True):
-    """A deleted snapshot whose blocks are being given back: so far, and at the most.
+    """A deleted snapshot whose blocks are being freed.
 
-    `stuck`: damage is in the way; what it holds is kept until the image is repaired.
+    Attributes:
+        freed_bytes: so far.
+        referenced_bytes: it may free at most this much.
+        stuck: damage is in the way: it keeps its blocks until the image is repaired.
     """
 
     name: str
@@ -57,12 +65,18 @@ class DropReport(Struct, frozen=True, kw_only=True):
 
 
 class SpaceReport(Struct, frozen=True, kw_only=True):
-    """Where the bytes of an image are.
+    """What the bytes of an image are used for.
 
-    tree + catalog = used; used + system + pending + free = total. `tree` is what all volumes,
-    snapshots and the drop queue hold, `catalog` the tree of their records, `system` the superblocks
-    and the space map; `pending` was freed and waits for its generation to go; `promised` is data in
-    memory; `reserved` is held back for deleting; `available` is for new data.
+    tree + catalog = used; used + system + pending + free = total.
+
+    Attributes:
+        tree_bytes: of volumes, snapshots and the drop queue.
+        catalog_bytes: of the tree of their records.
+        system_bytes: of the superblocks and the space map.
+        pending_bytes: freed, and waiting until no retained generation shows them.
+        promised_bytes: data in memory.
+        reserved_bytes: held back for deleting.
+        available_bytes: for new data.
     """
 
     total_bytes: int
@@ -79,11 +93,12 @@ class SpaceReport(Struct, frozen=True, kw_only=True):
 
 
 class InfoReport(Struct, frozen=True, kw_only=True):
-    """What an image is. The last ones are null or empty when no daemon has it mounted.
+    """What an image is. Attributes with a default are set only by a daemon that has it mounted.
 
-    `image` and `mount_point` are paths of the host, escaped (escapes.py).
-    `features`: what this mount can do that others may not. `failed_ns`, `failure`: when and why the
-    mount ended writing; null while it goes on.
+    Attributes:
+        image, mount_point: paths of the host, escaped (escapes.py).
+        features: what this mount can do and another might not.
+        failed_ns, failure: when and why writing ended; null as long as it goes on.
     """
 
     image: str
@@ -110,26 +125,30 @@ class InfoReport(Struct, frozen=True, kw_only=True):
 
 
 class ReclaimReport(Struct, frozen=True, kw_only=True):
-    """What deleting exactly these snapshots would free."""
+    """How much deleting exactly these snapshots would free."""
 
     names: tuple[str, ...]
     reclaim_bytes: int
 
 
 class TrimReport(Struct, frozen=True, kw_only=True):
-    """What was given back to the host: all that is free. `pending`: is free after the next commits."""
+    """How much free space was given back to the host.
+
+    Attributes:
+        pending_bytes: not given back yet: free after the next commits.
+    """
 
     trimmed_bytes: int
     pending_bytes: int
 
 
 def image_name(filesystem: Filesystem) -> str:
-    """The path of the image; bytes that are not UTF-8 as escapes."""
+    """The path of the image, escaped."""
     return escaped_path(filesystem.store.device.name)
 
 
 def snapshot_report(filesystem: Filesystem, record: RootRecord) -> SnapshotReport:
-    """The report of one snapshot's record, of the catalog or just removed from it."""
+    """The report of a snapshot's record, which may just have been removed from the catalog."""
     from cowfs.history.records import RootKind
     from cowfs.storage.format import BLOCK_SIZE_BYTES
 
@@ -151,24 +170,24 @@ def snapshot_report(filesystem: Filesystem, record: RootRecord) -> SnapshotRepor
 
 
 def snapshot_reports(filesystem: Filesystem) -> tuple[SnapshotReport, ...]:
-    """All snapshots, the oldest first."""
+    """Reports of all snapshots, oldest first."""
     return tuple(each_snapshot(filesystem, filesystem.catalog.snapshots()))
 
 
 def each_snapshot(
     filesystem: Filesystem, records: Iterable[RootRecord]
 ) -> Iterator[SnapshotReport]:
-    """The reports one by one, for whoever has other things to do between; the catalog may change."""
+    """The reports one by one, for a caller that works between them. The catalog may change."""
     return (snapshot_report(filesystem, record) for record in records)
 
 
 def drop_reports(filesystem: Filesystem) -> tuple[DropReport, ...]:
-    """The drop queue, in the order of deletion."""
+    """Reports of the drop queue, in the order of deletion."""
     return tuple(each_drop(filesystem))
 
 
 def each_drop(filesystem: Filesystem) -> Iterator[DropReport]:
-    """The same one by one; the queue may go on between."""
+    """The reports of the drop queue one by one. The queue may change between them."""
     from cowfs.storage.format import BLOCK_SIZE_BYTES
 
     for drop in filesystem.drops.each():
@@ -183,10 +202,10 @@ def each_drop(filesystem: Filesystem) -> Iterator[DropReport]:
 def space_report(
     filesystem: Filesystem, drops: tuple[DropReport, ...] | None = None
 ) -> SpaceReport:
-    """The space of an open image as it is now, the open transaction included.
+    """The use of space now, the open transaction included.
 
     Args:
-        drops: the drop queue, when it was listed already.
+        drops: the reports of the drop queue, if the caller has them.
     """
     from cowfs.storage.format import BLOCK_SIZE_BYTES
 
@@ -214,7 +233,7 @@ def info_report(
     daemon_settings: dict[str, Setting] | None = None,
     features: tuple[str, ...] = (),
 ) -> InfoReport:
-    """What the image of an open filesystem is; the daemon adds what it knows of itself."""
+    """What the image is. The arguments are what only a daemon knows."""
     from cowfs.storage.format import (
         BLOCK_SIZE_BYTES,
         FLAG_CLEAN,
@@ -249,17 +268,17 @@ def info_report(
 
 
 def trim_report(filesystem: Filesystem, sweep: Sweep) -> TrimReport:
-    """What a sweep of everything did.
+    """The report of a sweep of all groups.
 
     Raises:
-        ImageError: the host cannot take anything back.
+        ImageError: the host cannot take space back.
     """
     from cowfs.storage.format import BLOCK_SIZE_BYTES
 
     if sweep.is_refused:
         raise ImageError(
-            f"the host cannot take back free space of {image_name(filesystem)}: its filesystem makes "
-            "no holes in files, or the block device does not discard"
+            f"the host cannot take back free space of {image_name(filesystem)}: the host's "
+            "filesystem has no holes in files, or the block device has no discard"
         )
     return TrimReport(
         trimmed_bytes=sweep.discarded_blocks * BLOCK_SIZE_BYTES,

@@ -1,7 +1,7 @@
-"""What a filesystem can be asked, as values, and its answers: the same mounted and unmounted.
+"""Requests to a filesystem and their replies, as values: the same mounted and unmounted.
 
-An edit (edits.py) changes the catalog, a query looks. Both are frozen, travel over the control socket
-as they are, and are answered by `answer`. Numbers are in bytes; names are text.
+An edit (edits.py) changes the catalog; a query changes nothing. Both are sent over the control
+socket as they are, and `answer` answers both. Numbers are in bytes; names are text.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SpaceReply(Struct, tag="space", tag_field="type", frozen=True, forbid_unkn
 class SnapshotsReply(
     Struct, tag="snapshots", tag_field="type", frozen=True, forbid_unknown_fields=True
 ):
-    """Snapshots: all of them, or those that an edit was about."""
+    """All snapshots, or the snapshots that an edit returns."""
 
     snapshots: tuple[SnapshotReport, ...]
 
@@ -52,26 +52,26 @@ class Query(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
     """A question that changes nothing."""
 
     def answer(self, filesystem: Filesystem) -> Reply:
-        """The answer of an open filesystem."""
+        """Answer the query from an open filesystem."""
         raise NotImplementedError
 
 
 class Info(Query, frozen=True, tag="info"):
-    """What the image is; a daemon adds how it is mounted. Answered by InfoReply."""
+    """What the image is; a daemon adds its mount. Answered by InfoReply."""
 
     def answer(self, filesystem: Filesystem) -> InfoReply:
         return InfoReply(info_report(filesystem))
 
 
 class Space(Query, frozen=True, tag="space"):
-    """Where the blocks are. Answered by SpaceReply."""
+    """The use of space. Answered by SpaceReply."""
 
     def answer(self, filesystem: Filesystem) -> SpaceReply:
         return SpaceReply(space_report(filesystem))
 
 
 class Snapshots(Query, frozen=True, tag="snapshots"):
-    """All snapshots, the oldest first. Answered by SnapshotsReply."""
+    """All snapshots, oldest first. Answered by SnapshotsReply."""
 
     def answer(self, filesystem: Filesystem) -> SnapshotsReply:
         return SnapshotsReply(snapshot_reports(filesystem))
@@ -89,10 +89,11 @@ Reply = InfoReply | SpaceReply | SnapshotsReply | DropsReply
 
 
 def answer(filesystem: Filesystem, request: Edit | Query) -> Reply:
-    """The answer to a request; an edit is durable when this returns.
+    """Answer a request. An edit is durable when this returns.
 
     Raises:
-        CowfsError: it cannot be answered, and nothing was changed.
+        CowfsError: the request cannot be answered, and nothing was changed; or the commit failed
+            (C8).
     """
     if isinstance(request, Edit):
         return edit_reply(filesystem, filesystem.apply(request))
@@ -100,5 +101,5 @@ def answer(filesystem: Filesystem, request: Edit | Query) -> Reply:
 
 
 def edit_reply(filesystem: Filesystem, records: list[RootRecord]) -> SnapshotsReply:
-    """The answer to an edit that was made."""
+    """The reply to an edit, from the records that it returned."""
     return SnapshotsReply(tuple(snapshot_report(filesystem, record) for record in records))

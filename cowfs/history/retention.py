@@ -1,12 +1,15 @@
-"""Which snapshots stay: rules by count and age, as `restic forget` has them, and holds.
+"""Which snapshots to keep: rules by count and age, as in `restic forget`, and holds.
 
-A rule says what to keep; a command acts on the rest. The newest snapshot of an hour, a day, a week,
-a month or a year (by the local clock) stands for it, and only those that have a snapshot count:
-`keep_daily = 7` reaches further back than a week when there were days without. The rules look at all
-the snapshots that the words of the command name, so a snapshot that stays for one reason counts for
-the other rules too. One that is held always stays. So does one whose date is still to come, made
-while a clock was wrong: how old it is cannot be told, so no rule deletes it, counts it, or measures
-from it. Pure functions over anything with a name, a time and a hold, the oldest first.
+A rule says what to keep; a command acts on the other snapshots. Of each hour, day, week, month or
+year (by the local clock), a rule keeps the newest snapshot. It counts only periods that have a
+snapshot: `keep_daily = 7` reaches back further than a week if some days have none. The rules look
+at all snapshots that the words of the command name: a snapshot kept by one rule counts for the
+others too.
+
+Two kinds of snapshots are always kept: held ones, and those dated in the future, which were made
+while a clock was wrong. The age of the latter is unknown, so no rule deletes them, counts them, or
+measures from them. The functions are pure, and take anything with a name, a time and a hold, oldest
+first.
 """
 
 import re
@@ -33,22 +36,26 @@ UNITS_NS = {
     "min": 60 * SECOND_NS,
     "s": SECOND_NS,
 }
-_SHOWN_UNITS = ("d", "h", "min", "s")  # those that are the same length for everybody
+_SHOWN_UNITS = ("d", "h", "min", "s")  # units whose length is never in doubt
 _UNIT_WORDS = "|".join(UNITS_NS)
 _PART = re.compile(rf"([0-9]{{1,9}})({_UNIT_WORDS})(?![a-z])")
 _DURATION = re.compile(rf"(?:[0-9]{{1,9}}(?:{_UNIT_WORDS})(?![a-z]))+")
 
-FUTURE = "dated in the future"  # the reason that keeps what is newer than now
+FUTURE = "dated in the future"  # the reason to keep a snapshot that is newer than now
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What stays. 0, None and () are no rule.
+    """What to keep. 0, None and () mean: no such rule.
 
-    `keep_within_ns` reaches back from the newest snapshot that somebody made, so that it does not
-    lose its effect when no new ones are made: neither one dated in the future nor an automatic one of
-    a rollback makes the others look old. `older_than_ns` reaches back from now. `keep` has names and
-    patterns.
+    Attributes:
+        keep_last: number of the newest snapshots.
+        keep_hourly, keep_daily, keep_weekly, keep_monthly, keep_yearly: number of periods.
+        keep_within_ns: keep what is not older than this, measured from the newest snapshot that is
+            neither automatic nor dated in the future. So the rule goes on keeping snapshots when no
+            new ones are made, and a rollback does not make the others look old.
+        older_than_ns: keep what is not older than this, measured from now.
+        keep: names and patterns.
     """
 
     keep_last: int = 0
@@ -63,12 +70,12 @@ class Rules:
 
     @property
     def any(self) -> bool:
-        """Whether there is any rule."""
+        """Whether there is a rule."""
         return self != Rules()
 
 
 class Dated(Named, Protocol):
-    """A snapshot as far as this file cares: a record or a report."""
+    """What this file needs of a snapshot: a record or a report."""
 
     @property
     def created_ns(self) -> int: ...
@@ -84,10 +91,12 @@ Snapshot = TypeVar("Snapshot", bound=Dated)
 
 
 def parse_duration(text: str) -> int:
-    """A length of time in nanoseconds: 30d, 12h, 2w, 1y6m; units are y, m (30 days), w, d, h, min, s.
+    """Parse a duration such as 30d, 12h, 2w or 1y6m into nanoseconds.
+
+    The units are y (365 days), m (30 days), w, d, h, min and s.
 
     Raises:
-        UsageError: it is none, or longer than a thousand years.
+        UsageError: the text is not a duration, or is longer than a thousand years.
     """
     if not _DURATION.fullmatch(text):
         raise UsageError(f"{quoted(text, 40)} is not a duration such as 12h, 30d, 2w or 1y6m")
@@ -100,9 +109,9 @@ def parse_duration(text: str) -> int:
 def choose(
     words: Iterable[str], rules: Rules, snapshots: Sequence[Snapshot], now_ns: int
 ) -> list[Snapshot]:
-    """The snapshots that a command with these words and rules acts on, the oldest first.
+    """The snapshots that a command with these words and rules acts on, oldest first.
 
-    Without words and without a rule there are none. Raises as `divide`.
+    Without words and rules there are none. Arguments and errors are those of `divide`.
     """
     return divide(words, rules, snapshots, now_ns)[0]
 
@@ -110,17 +119,21 @@ def choose(
 def divide(
     words: Iterable[str], rules: Rules, snapshots: Sequence[Snapshot], now_ns: int
 ) -> tuple[list[Snapshot], dict[str, tuple[str, ...]]]:
-    """The same, and of those that the words name but the rules keep, the reasons by name.
+    """Divide the named snapshots into those to act on and those that the rules keep.
 
     Args:
-        words: as `select` takes them; none stands for all snapshots if there is any rule.
-        rules: without any, all that the words name is chosen, held or not.
-        snapshots: all there are, the oldest first.
-        now_ns: the time of now.
+        words: as for `select`; no words mean all snapshots if there is a rule.
+        rules: without a rule nothing is kept, held or not.
+        snapshots: all snapshots, oldest first.
+        now_ns: the current time.
+
+    Returns:
+        The snapshots to act on, oldest first; and for each kept snapshot, by name, the reasons.
 
     Raises:
-        UsageError, SnapshotError: as `select`; also for a word of `rules.keep` that no snapshot has
-            or matches, since what it was to save would be lost to a slip of the keyboard.
+        UsageError, SnapshotError: as `select`. Also for a word in `rules.keep` that names no
+            snapshot: a typing error would otherwise lose the snapshot that the word was meant to
+            save.
     """
     listed = list(words)
     if not rules.any:
@@ -132,10 +145,10 @@ def divide(
 
 
 def require_released(snapshots: Iterable[Dated]) -> None:
-    """Refuse to delete what is held.
+    """Refuse to delete held snapshots.
 
     Raises:
-        SnapshotError: it names every one that is.
+        SnapshotError: some are held; the message names all of them.
     """
     names = [repr(snapshot.name) for snapshot in snapshots if snapshot.held]
     if len(names) == 1:
@@ -149,11 +162,11 @@ def require_released(snapshots: Iterable[Dated]) -> None:
 def _reasons(
     rules: Rules, names: Set[str], snapshots: Sequence[Snapshot], now_ns: int
 ) -> dict[str, tuple[str, ...]]:
-    """Why each of the snapshots that must stay does, by name, the oldest first.
+    """The reasons to keep each snapshot that is kept, by name, oldest first.
 
     Args:
-        names: those that `rules.keep` stands for.
-        snapshots: that the rules look at, the oldest first.
+        names: of the snapshots that `rules.keep` stands for.
+        snapshots: that the rules look at, oldest first.
     """
     reasons: dict[str, list[str]] = {snapshot.name: [] for snapshot in snapshots}
 
@@ -193,15 +206,15 @@ def _reasons(
 # --- time -----------------------------------------------------------------------------------------
 
 Period = tuple[int, ...]
-SECONDS_MAX = 1 << 40  # some 34,000 years around 1970
+SECONDS_MAX = 1 << 40  # about 34,000 years before or after 1970
 
 
 def _newest_of_each(
     snapshots: Sequence[Snapshot], period: Callable[[time.struct_time], Period], count: int
 ) -> list[Snapshot]:
-    """Of each of the `count` newest periods that have a snapshot, the newest one."""
+    """The newest snapshot of each of the `count` newest periods that have one."""
     found: dict[Period, Snapshot] = {}
-    # By their times, whatever the clock did between them; of equal ones the last made is the newest.
+    # By time, as the clock may have been set back; of equal times, the one made last is the newest.
     order = sorted(range(len(snapshots)), key=lambda index: (snapshots[index].created_ns, index))
     for index in reversed(order):
         if len(found) == count:
@@ -212,7 +225,7 @@ def _newest_of_each(
 
 
 def _local(time_ns: int) -> time.struct_time:
-    # A record may say any number; no clock reaches what is cut off here.
+    # A damaged record may have any number; no real time is cut off here.
     seconds = min(max(time_ns // SECOND_NS, -SECONDS_MAX), SECONDS_MAX)
     return time.localtime(seconds)
 
@@ -222,7 +235,7 @@ def _not_before(snapshots: Sequence[Snapshot], limit_ns: int) -> list[Snapshot]:
 
 
 def _hour(local: time.struct_time) -> Period:
-    # With the offset the two hours of one number in autumn are two.
+    # The offset tells the two hours with one number apart when the clock is set back in autumn.
     return local.tm_year, local.tm_yday, local.tm_hour, local.tm_gmtoff
 
 
@@ -231,7 +244,7 @@ def _day(local: time.struct_time) -> Period:
 
 
 def _week(local: time.struct_time) -> Period:
-    # Not by datetime.date, which ends with the year 9999.
+    # datetime.date ends with the year 9999.
     year, week = time.strftime("%G %V", local).split()
     return int(year), int(week)
 
@@ -245,7 +258,7 @@ def _year(local: time.struct_time) -> Period:
 
 
 def _duration_text(duration_ns: int) -> str:
-    """A duration as `parse_duration` reads it, in days and smaller units."""
+    """Format a duration as `parse_duration` reads it, in days and smaller units."""
     parts = []
     for unit in _SHOWN_UNITS:
         count, duration_ns = divmod(duration_ns, UNITS_NS[unit])

@@ -1,10 +1,10 @@
-"""Which snapshots a person means: names, patterns, comma lists and ranges.
+"""Which snapshots a user means: names, patterns, comma lists and ranges.
 
-`a%d` is everything from a to d, both included, in the order of creation; `%d` begins at the oldest,
-`a%` ends at the newest, `%` is all, as `zfs destroy` takes them. `auto-*` is a shell's pattern: `*`,
-`?` and `[...]` over whole names. Pure functions over anything with a name, the oldest first. No
-snapshot name contains `%` or `,` (records.py), and a word that is a name is no pattern, so a word can
-be read in one way only.
+`a%d` is every snapshot from a to d, both included, in the order of creation; `%d` begins at the
+oldest, `a%` ends at the newest, `%` is all, as in `zfs destroy`. `auto-*` is a shell pattern: `*`,
+`?` and `[...]` match whole names. The functions are pure, and take anything with a name, oldest
+first. No snapshot name contains `%` or `,` (records.py), and a word that is the name of a snapshot
+is not a pattern. So each word has one meaning.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from cowfs.escapes import quoted
 
 
 class Named(Protocol):
-    """A snapshot as far as this file cares: a record or a report."""
+    """What this file needs of a snapshot: a record or a report."""
 
     @property
     def name(self) -> str: ...
@@ -30,16 +30,16 @@ NAMES_COMPARED_MAX = 2000  # each costs about 20 us
 
 
 def select(words: Iterable[str], snapshots: Sequence[Snapshot]) -> list[Snapshot]:
-    """The snapshots that the words name, each once, in the order of `snapshots`.
+    """The snapshots that `words` name, each once, in the order of `snapshots`.
 
     Args:
         words: names, patterns, ranges, and comma lists of them.
-        snapshots: all there are, the oldest first.
+        snapshots: all snapshots, oldest first.
 
     Raises:
-        UsageError: a word is empty, has more than one `%`, or a pattern at an end of a range.
+        UsageError: a word is empty, has more than one `%`, or has a pattern at an end of a range.
         SnapshotError: an unknown name, a pattern that no name matches, a range that runs backwards,
-            or a `%` with no snapshots.
+            or a `%` where there are no snapshots.
     """
     positions = {snapshot.name: index for index, snapshot in enumerate(snapshots)}
     chosen: set[int] = set()
@@ -55,7 +55,7 @@ def is_pattern(word: str) -> bool:
 
 
 def unknown(name: str, names: Iterable[str]) -> SnapshotError:
-    """The error for a name that no snapshot has, with those of `names` that look like it."""
+    """The error for an unknown name, with those of `names` that look like it."""
     import difflib
 
     near = difflib.get_close_matches(name, list(islice(names, NAMES_COMPARED_MAX)), NEAR_NAMES_MAX)
