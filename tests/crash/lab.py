@@ -198,12 +198,20 @@ class Lab:
         return _guarded("recording", play)
 
     def _in_order_of_worth(self, states: list[CrashState], workload: Workload) -> list[CrashState]:
-        """Shuffled, as not all will be judged; of the first half of them those that matter most."""
+        """Shuffled, as not all will be judged.
+
+        In the first half are those that matter most, then comes one of the kind that was judged least.
+        """
         choice = random.Random(f"{self.seed} {workload}")
         choice.shuffle(states)
         first = [state for state in states if state.kind in FIRST][: self.states_max // 2]
         names = {state.name for state in first}
-        return first + [state for state in states if state.name not in names]
+        rest = [state for state in states if state.name not in names]
+        if rest:
+            rarest = min(rest, key=lambda state: self.tally.by_kind[state.kind])
+            rest.remove(rarest)
+            rest.insert(0, rarest)
+        return first + rest
 
     # --- states -------------------------------------------------------------------------------------
 
