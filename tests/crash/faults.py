@@ -340,6 +340,7 @@ FAULTS = (
         f"{_DROPS}._visit",
         "store.map.refcount(step.pointer.block) == 1",
         "True",
+        shown_by=6,
     ),
     Fault(
         "finished drop stays in the queue",
@@ -357,6 +358,7 @@ FAULTS = (
         "self.store.admission.relieve()\n"
         "operation.step = 2\n"
         "self.names.remove(old_directory, old_name)",
+        shown_by=1,
     ),
     Fault(
         "a snapshot is taken before what was written",
