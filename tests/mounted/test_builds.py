@@ -154,15 +154,15 @@ def test_project_is_built_checked_and_installed(mount: Mounted, build: Path) -> 
         mount.remount()
 
     # Touched in the moment after the last look: a clock that is behind would not be noticed by make.
-    os.utime(source / "part50.c")
+    os.utime(source / f"part{FILES // 2}.c")
     make(build)
     again = times(build)
     # automake writes the dependencies of an object anew with it.
     assert changed(finished, again) == {
         "libcounting.a",
         "count",
-        "source/part50.o",
-        "source/.deps/part50.Po",
+        f"source/part{FILES // 2}.o",
+        f"source/.deps/part{FILES // 2}.Po",
     }
     (source / "counting.h").write_text(
         (source / "counting.h").read_text(encoding="ascii") + "/* */\n", encoding="ascii"
