@@ -1,4 +1,4 @@
-"""cowfs from a program: `cowfs.connect()` a mount or an image, and ask.
+"""The Python interface: `cowfs.connect()` opens a mounted filesystem or an image.
 
     with cowfs.connect("/home/ann/data") as filesystem:
         filesystem.create_snapshot("monday")
@@ -6,14 +6,15 @@
             print(snapshot.name, snapshot.created_ns)
         print(filesystem.reclaim(["monday"]).reclaim_bytes)
 
-A mount point, or a directory below one, leads to its daemon, and so does the path of an image that is
-mounted. Only an image without a daemon is opened here; what changes it then holds its lock until the
-change is durable. Each method is one request (history/requests.py), the same both ways; the commands use
-nothing else. Reports are in history/reports.py: bytes and nanoseconds as numbers, names as text.
-numpy is imported only when an image is opened: asking a daemon starts fast.
+A mount point, a directory below one, and the path of a mounted image all connect to the daemon. An
+image that is not mounted is opened in this process; a change then holds the image's lock until the
+change is durable. Each method sends one request (history/requests.py), the same to a daemon and to
+an image; the commands use only these methods. Reports are in history/reports.py: sizes in bytes,
+times in nanoseconds, names as text. numpy is imported only when an image is opened, so that a
+request to a daemon starts fast.
 
-Errors are `cowfs.errors.CowfsError` with words for users, an errno and an exit code. A connection is
-used by one thread at a time.
+Errors are `cowfs.errors.CowfsError`: a message for users, an errno and an exit code. A connection
+must be used by one thread at a time.
 """
 
 from __future__ import annotations
@@ -78,22 +79,23 @@ ReplyType = TypeVar("ReplyType")
 
 
 def connect(path: str | os.PathLike[str]) -> Connection:
-    """The filesystem at a mount point (or in a directory below one), or in an image.
+    """Connect to the filesystem at a mount point (or in a directory below one), or in an image.
 
-    Close it, or use it in `with`.
+    Close the connection, or use it in `with`.
 
     Raises:
         ImageMissingError: there is no such file.
-        MountError: a directory where no cowfs is mounted, or a mount whose daemon is gone.
+        MountError: the path is a directory where no cowfs is mounted, or the daemon of the mount
+            has ended.
     """
     return _find(os.fspath(path))
 
 
 class Connection(ABC):
-    """A filesystem, mounted or not. Errors are CowfsError; what changes it is durable on return.
+    """A filesystem, mounted or not. Errors are CowfsError; a change is durable on return.
 
     Attributes:
-        image: the path of its image.
+        image: the absolute path of the image.
     """
 
     image: str
@@ -112,32 +114,33 @@ class Connection(ABC):
     @property
     @abstractmethod
     def daemon(self) -> Client | None:
-        """The connection to its daemon; None when it is not mounted."""
+        """The connection to the daemon; None if the filesystem is not mounted."""
 
     @abstractmethod
     def ask(self, request: AnyEdit | AnyQuery, expected: type[ReplyType]) -> ReplyType:
-        """The answer to a request, of the kind that is expected."""
+        """Send a request and return the reply, which is of the type `expected`."""
 
-    # --- looking ------------------------------------------------------------------------------------
+    # --- reading
+    # ------------------------------------------------------------------------------------
 
     def info(self) -> InfoReport:
-        """What the image is, and how it is mounted."""
+        """Report what the image is, and how it is mounted."""
         return self.ask(Info(), InfoReply).info
 
     def space(self) -> SpaceReport:
-        """Where the space is, as `cowfs df` tells it."""
+        """Report used, free and reserved space, as `cowfs df` shows it."""
         return self.ask(Space(), SpaceReply).space
 
     def snapshots(self) -> tuple[SnapshotReport, ...]:
-        """All snapshots, the oldest first."""
+        """List all snapshots, the oldest first."""
         return self.ask(Snapshots(), SnapshotsReply).snapshots
 
     def drops(self) -> tuple[DropReport, ...]:
-        """The deleted snapshots whose blocks are being given back."""
+        """List the drop queue: deleted snapshots whose blocks are not all free yet."""
         return self.ask(Drops(), DropsReply).drops
 
     def reclaim(self, names: Sequence[str]) -> ReclaimReport:
-        """What deleting exactly these snapshots would free, to the byte.
+        """Count what deleting exactly these snapshots would free, to the byte.
 
         Raises:
             SnapshotError: one of them is unknown.
@@ -147,29 +150,33 @@ class Connection(ABC):
         with self.reading() as filesystem:
             return reclaim_report(filesystem, names)
 
-    # --- changing -----------------------------------------------------------------------------------
+    # --- changing
+    # -----------------------------------------------------------------------------------
 
     def create_snapshot(self, name: str, description: str = "") -> SnapshotReport:
-        """Keep the live volume as it is, under a name.
+        """Snapshot the live volume.
 
         Raises:
-            UsageError: the name or the description cannot be.
+            UsageError: the name or the description is not valid.
             SnapshotError: the name is taken.
-            NoSpaceError: there would be no room to delete what it holds.
+            NoSpaceError: there would be no room left to delete the snapshot's files.
         """
         return self._edit(CreateSnapshot(name, description))[0]
 
     def delete_snapshots(
         self, names: Sequence[str], *, wait: bool = False, progress: ShowProgress | None = None
     ) -> tuple[SnapshotReport, ...]:
-        """Delete all of these, or none. An image without a daemon has no drop queue left afterwards.
+        """Delete all of these snapshots, or none.
+
+        A daemon frees their blocks in the background. An image that is not mounted has an empty
+        drop queue on return.
 
         Args:
-            wait: until a daemon has given all blocks back.
-            progress: called now and then while it does.
+            wait: return only when the daemon has emptied the drop queue.
+            progress: called now and then during that wait.
 
         Returns:
-            Those deleted.
+            The deleted snapshots.
 
         Raises:
             SnapshotError: one of them is unknown or held.
@@ -184,19 +191,25 @@ class Connection(ABC):
         return self._edit(RenameSnapshot(old, new))[0]
 
     def hold_snapshots(self, names: Sequence[str], held: bool) -> tuple[SnapshotReport, ...]:
-        """Refuse to delete them from now on, or no longer. Returns them as they are then."""
+        """Hold snapshots against deletion, or release them. Returns them as they are now."""
         return self._edit(HoldSnapshots(tuple(names), held))
 
     def rollback(self, name: str, *, force: bool = False) -> SnapshotReport:
-        """Let the live volume be what a snapshot holds. Returns the snapshot of the state before.
+        """Set the live volume back to a snapshot.
+
+        Args:
+            force: roll back although files are open for writing; their writers get ESTALE.
+
+        Returns:
+            The automatic snapshot that keeps the state before.
 
         Raises:
-            BusyError: files are open for writing; with `force` those handles get errors.
+            BusyError: files are open for writing, and `force` is not set.
         """
         return self._edit(Rollback(name, force))[0]
 
     def undo(self, *, force: bool = False) -> SnapshotReport:
-        """Take back the last rollback. Returns the snapshot of the state that was undone."""
+        """Take back the last rollback. Returns the automatic snapshot of the undone state."""
         return self._edit(Undo(force))[0]
 
     def _edit(self, edit: AnyEdit) -> tuple[SnapshotReport, ...]:
@@ -204,41 +217,49 @@ class Connection(ABC):
 
     @abstractmethod
     def wait_drops(self, progress: ShowProgress | None = None) -> None:
-        """Return when the blocks of all deleted snapshots are given back, and that is durable."""
+        """Return when the drop queue is empty and that is durable."""
 
     @abstractmethod
     def sync(self) -> int:
-        """Make everything durable. Returns the newest durable generation."""
+        """Commit everything written so far. Returns the newest durable generation."""
 
     @abstractmethod
     def trim(self, progress: ShowProgress | None = None) -> TrimReport:
-        """Give all free blocks back to the host."""
+        """Discard all free blocks: the host gets their space."""
 
-    # --- reading in this process --------------------------------------------------------------------
+    # --- reading in this process
+    # --------------------------------------------------------------------
 
     @abstractmethod
     def device(self) -> AbstractContextManager[tuple[FileDevice, int | None]]:
-        """The image for reading, and the generation that stays whole while the block runs.
+        """Open the image read-only.
 
-        None stands for the newest: nobody writes.
+        Yields:
+            The device, and the generation pinned while the block runs: no block of it is reused.
+            The generation is None if the image is not mounted; read the newest.
+
+        Raises:
+            BusyError: at the end of the block, if the filesystem filled up and the pin was lost.
         """
 
     @abstractmethod
     def repairing(
         self, *, read_only: bool
     ) -> AbstractContextManager[tuple[FileDevice, int | None, RepairCall | None]]:
-        """As `device`, and what to call with each bad copy whose twin is good; None: read only.
+        """Open the image as `device` does, and repair bad copies of metadata.
 
-        What was repaired is durable when the block ends.
+        Yields:
+            The device, the pinned generation, and a function to call with each bad copy whose
+            twin is good (None if `read_only`). Repairs are durable when the block ends.
         """
 
     @abstractmethod
     def reading(self) -> AbstractContextManager[Filesystem]:
-        """The filesystem read-only in this process, with all that was written before."""
+        """Open the filesystem read-only in this process, with everything written until now."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of it."""
+        """Close the connection."""
 
 
 def _find(path: str) -> Connection:
@@ -247,7 +268,7 @@ def _find(path: str) -> Connection:
         try:
             is_directory = stat.S_ISDIR(os.stat(path).st_mode)
         except OSError:
-            is_directory = False  # the image's own error is the better one
+            is_directory = False  # opening the image raises the better error
         if not is_directory:
             client = finding.connect(path)
             return MountConnection(client, path) if client else ImageConnection(path)
@@ -257,14 +278,14 @@ def _find(path: str) -> Connection:
     client = finding.connect_mount(mount)
     if client is None:
         raise MountError(
-            f"no daemon serves {mount.mount_point} any more; cowfs umount {mount.mount_point} "
-            "clears it away, then mount it again"
+            f"the daemon of {mount.mount_point} has ended; run cowfs umount {mount.mount_point}, "
+            "then mount the image again"
         )
     return MountConnection(client, mount.image)
 
 
 class MountConnection(Connection):
-    """A filesystem that is mounted: everything is asked of its daemon."""
+    """A mounted filesystem: every request goes to its daemon."""
 
     def __init__(self, client: Client, image: str) -> None:
         self.image = os.path.abspath(image)
@@ -308,7 +329,7 @@ class MountConnection(Connection):
         generation, holds = self._client.pin()
         if not holds:
             raise BusyError(
-                f"the filesystem filled up and let go of generation {generation} while it was "
+                f"the filesystem filled up and released generation {generation} while it was being "
                 "read; delete something and try again"
             )
 
@@ -317,7 +338,7 @@ class MountConnection(Connection):
         try:
             self._client.sync()
         except (DeviceError, ReadOnlyError):
-            pass  # nothing will be written any more: the newest generation is all there is
+            pass  # this mount cannot commit any more: the newest durable generation has everything
         with self.device() as (device, generation), _opened(device, generation) as filesystem:
             yield filesystem
 
@@ -344,7 +365,7 @@ class MountConnection(Connection):
                         )
                     )
             except (DeviceError, ReadOnlyError):
-                refused = True  # nothing will be written there any more
+                refused = True  # this mount cannot write any more: send no further requests
 
         with self.device() as (device, generation):
             yield device, generation, None if read_only else repair
@@ -353,7 +374,7 @@ class MountConnection(Connection):
 
 
 class ImageConnection(Connection):
-    """An image without a daemon: opened here, for each call anew."""
+    """An image that is not mounted: each call opens it in this process."""
 
     def __init__(self, image: str) -> None:
         self.image = os.path.abspath(image)
@@ -366,15 +387,15 @@ class ImageConnection(Connection):
         with self._writing() if isinstance(request, Edit) else self.reading() as filesystem:
             reply = answer(filesystem, request)
             if isinstance(request, Edit):
-                filesystem.empty_drops()  # closing commits
+                filesystem.empty_drops()  # made durable by the commit of close()
         assert isinstance(reply, expected)
         return reply
 
     def wait_drops(self, progress: ShowProgress | None = None) -> None:
-        pass  # each call leaves the queue empty
+        pass  # each change leaves the drop queue empty
 
     def sync(self) -> int:
-        return self.info().generation  # nothing is in anybody's memory
+        return self.info().generation  # no daemon: nothing waits in memory for a commit
 
     def trim(self, progress: ShowProgress | None = None) -> TrimReport:
         from cowfs.daemon.messages import Progress
@@ -454,8 +475,8 @@ class ImageConnection(Connection):
             filesystem.close()
             raise
         except BaseException:
-            # An interrupt, or a fault of ours, in the middle of a change: what is in memory may be
-            # anything, and the image has its last commit.
+            # An interrupt or a bug in the middle of a change: the state in memory cannot be
+            # trusted. Close without a commit; the image keeps its last one.
             device.close()
             raise
         filesystem.close()
