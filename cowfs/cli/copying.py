@@ -1,8 +1,8 @@
-"""`cowfs cp`: copies that share blocks with what they are copies of.
+"""`cowfs cp`: copies that share their blocks with the originals.
 
-Everything on one mount, `.snapshots` included: a file comes back out of a snapshot in milliseconds, and
-takes no space until one of the two changes. What a copy keeps is what `cp -a` keeps: modes, owners,
-times, extended attributes, symbolic and hard links, holes.
+Sources and destination are on one mount, `.snapshots` included: a file comes back out of a snapshot
+in milliseconds, and the copy takes no space until one of the two changes. A copy keeps what `cp -a`
+keeps: modes, owners, times, extended attributes, symbolic and hard links, holes.
 """
 
 import os
@@ -21,7 +21,7 @@ from cowfs.errors import EXIT_ERROR, CowfsError, UsageError
 from cowfs.escapes import printable
 from cowfs.files.items import INLINE_BYTES_MAX
 
-SHARE = "copy_file_range"  # what a mount must be able to do, as `cowfs info` says it
+SHARE = "copy_file_range"  # the feature that a mount needs, as `cowfs info` names it
 
 
 @click.command()
@@ -29,16 +29,17 @@ SHARE = "copy_file_range"  # what a mount must be able to do, as `cowfs info` sa
     "sources", metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only tell what would be copied.")
-@click.option("-f", "--force", is_flag=True, help="Replace files that are there, each atomically.")
+@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only show what would be copied.")
+@click.option("-f", "--force", is_flag=True, help="Replace existing files, each atomically.")
 @json_option
 def cp(
     sources: tuple[Path, ...], destination: Path, dry_run: bool, force: bool, as_json: bool
 ) -> None:
-    """Copy files and directories so that copies share the blocks of their originals.
+    """Copy files and directories so that the copies share the blocks of the originals.
 
-    Into DESTINATION if that is a directory, else as DESTINATION. Everything must be on one mount;
-    snapshots are at .snapshots in its root. Modes, owners, times, attributes and links are kept.
+    Copies into DESTINATION if it is a directory, else to the name DESTINATION. All paths must be on
+    one mount; its snapshots are below .snapshots in its root. Modes, owners, times, extended
+    attributes and links are kept.
 
     \b
     cowfs cp ~/data/vm.img ~/data/vm-test.img          two files, the space of one
@@ -78,14 +79,19 @@ class _Done:
 
 
 def _plan(sources: tuple[Path, ...], destination: Path) -> list[tuple[Path, Path]]:
-    """What is copied to where."""
+    """Pair each source with its target path.
+
+    Raises:
+        UsageError: a source does not exist, is its own target, or contains its target; or there are
+            several sources and the destination is not a directory.
+    """
     into = destination.is_dir()
     if len(sources) > 1 and not into:
-        raise UsageError(f"{destination} is not a directory; several sources need one")
+        raise UsageError(f"{destination} is not a directory, which several sources need")
     plan = []
     for source in sources:
         if not os.path.lexists(source):
-            raise UsageError(f"there is no {source}")
+            raise UsageError(f"{source} does not exist")
         name = source.name or source.resolve().name
         target = destination / name if into else destination
         origin, place = source.resolve(), target.resolve()
@@ -98,7 +104,7 @@ def _plan(sources: tuple[Path, ...], destination: Path) -> list[tuple[Path, Path
 
 
 def _require_sharing(plan: list[tuple[Path, Path]]) -> None:
-    """All of it is on one cowfs mount that can share blocks."""
+    """Require that all sources and targets are on one cowfs mount that can share blocks."""
     parent = plan[0][1].parent
     try:
         device = parent.stat().st_dev
@@ -106,7 +112,7 @@ def _require_sharing(plan: list[tuple[Path, Path]]) -> None:
         raise UsageError(f"cannot copy to {parent}: {error.strerror}") from None
     for source, _ in plan:
         if source.lstat().st_dev != device:
-            raise UsageError(f"{source} and {parent} are not on one mount; use cp")
+            raise UsageError(f"{source} and {parent} are not on the same mount; use cp")
     mountpoint = parent.resolve()
     while not os.path.ismount(mountpoint):
         mountpoint = mountpoint.parent
@@ -117,13 +123,13 @@ def _require_sharing(plan: list[tuple[Path, Path]]) -> None:
 
 
 class _Copier:
-    """Copies one thing after the other; what fails is said and counted, and the rest goes on."""
+    """Copies files and directories. A failure is printed, kept in `done.errors`, and skipped."""
 
     def __init__(self, *, dry_run: bool, force: bool) -> None:
         self.done = _Done()
         self._dry_run = dry_run
         self._force = force
-        self._linked: dict[int, Path] = {}  # copies of files with several names
+        self._linked: dict[int, Path] = {}  # inode number of a hard-linked file -> its first copy
 
     def copy(self, source: Path, target: Path) -> None:
         """Copy a file, or a directory with all that is in it."""
@@ -150,7 +156,7 @@ class _Copier:
     def _file(self, source: Path, target: Path, status: os.stat_result) -> None:
         there = os.path.lexists(target)
         if there and not self._force:
-            raise FileExistsError(0, f"{target} is there already; -f replaces it")
+            raise FileExistsError(0, f"{target} exists already; -f replaces it")
         first = self._linked.get(status.st_ino) if status.st_nlink > 1 else None
         self._count(status, is_link=first is not None)
         if status.st_nlink > 1:
@@ -203,7 +209,7 @@ class _Copier:
 
 
 def _share(reading: int, writing: int) -> None:
-    """Let one file be the blocks of another, as long as that one grows."""
+    """Share all blocks of the file `reading` with `writing`, even if the first grows meanwhile."""
     at = 0
     while True:
         size = os.fstat(reading).st_size
@@ -216,7 +222,7 @@ def _share(reading: int, writing: int) -> None:
 
 
 def _keep(source: Path, made: Path, status: os.stat_result) -> None:
-    """Give a copy the owner, the attributes, the mode and the times of its original."""
-    with suppress(PermissionError):  # as cp -a: an ordinary user's copy is that user's
+    """Give a copy the owner, extended attributes, mode and times of its original."""
+    with suppress(PermissionError):  # as with cp -a, the copy then belongs to the calling user
         os.chown(made, status.st_uid, status.st_gid, follow_symlinks=False)
     shutil.copystat(source, made, follow_symlinks=False)

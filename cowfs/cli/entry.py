@@ -1,7 +1,7 @@
-"""How every command of cowfs ends: what went wrong is one line on standard error, and an exit code.
+"""Runs a command and ends the process: an error is one line on standard error and an exit code.
 
-0 done; 1 error; 2 usage; 10 the image is missing; 11 it is locked; 130 interrupted. A traceback is
-shown to those who ask with --debug, and to nobody else.
+0 done; 1 error; 2 usage; 10 the image is missing; 11 the image is locked; 130 interrupted. Only
+--debug shows a traceback.
 """
 
 import io
@@ -19,18 +19,18 @@ EXIT_INTERRUPTED = 130
 
 
 class Invocation:
-    """What the whole command line asks for, whatever the command."""
+    """The options that hold for every command."""
 
     def __init__(self) -> None:
         self.debug = False
 
 
 def run(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and end the process.
+    """Run a command and end the process with its exit code.
 
     Args:
-        name: of the program, for messages.
-        arguments: without the program's name; the process's own by default.
+        name: the program's name, for messages.
+        arguments: without the program's name; by default those of the process.
     """
     invocation = Invocation()
     accept_any_text()
@@ -57,26 +57,26 @@ def run(command: click.Command, name: str, arguments: Sequence[str] | None = Non
     except CowfsError as error:
         _fail(name, str(error), error.exit_code, invocation)
     except BrokenPipeError:
-        # The reader has enough. Python would complain once more when it closes its output.
+        # The reader closed the pipe. Python would report that again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_ERROR)
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
         _fail(name, f"{error.strerror or error}{place}", EXIT_ERROR, invocation)
     except Exception as error:
-        words = f"internal error: {type(error).__name__}: {error}; --debug shows where"
+        words = f"internal error: {type(error).__name__}: {error}; run with --debug to see where"
         _fail(name, words, EXIT_ERROR, invocation)
 
 
 def accept_any_text() -> None:
-    r"""Give a terminal of few characters, as of Latin-1, \uNNNN for others: no list ends there."""
+    r"""Print \uNNNN for characters that the terminal's encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def warn(name: str, message: str) -> None:
-    """Tell on standard error, and go on."""
+    """Print a message on standard error."""
     click.echo(f"{name}: {printable(message)}", err=True)
 
 

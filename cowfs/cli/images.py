@@ -1,7 +1,7 @@
-"""`cowfs mkfs` makes an image, `cowfs check` proves one.
+"""`cowfs mkfs` makes an image, `cowfs check` checks and repairs one.
 
-mkfs touches nothing that holds data unless it is forced to, and never an image that is in use: it
-holds the lock before it looks. What it made before it failed is removed again.
+mkfs overwrites data only with --force, and never an image that is in use: it takes the lock before
+it looks at the contents. If mkfs fails, it removes a file that it made.
 """
 
 import os
@@ -27,23 +27,27 @@ if TYPE_CHECKING:
     from cowfs.storage.device import FileDevice
 
 DEFAULT_SIZE_BYTES = 4 << 30
-_PROBE_BYTES = 1 << 20  # where every filesystem and every partition table begins
+_PROBE_BYTES = 1 << 20  # any filesystem or partition table has nonzero bytes in here
 
 
 @click.command()
 @click.argument("image", metavar="IMG", type=click.Path())
-@click.option("--size", metavar="SIZE", help="As 512M, 4G or 1.5TiB. [default: 4G, or as it is]")
+@click.option(
+    "--size",
+    metavar="SIZE",
+    help="Such as 512M, 4G or 1.5TiB. [default: 4G, or the size of what is there]",
+)
 @click.option("--label", default="", help="A name for the filesystem, up to 64 bytes.")
 @click.option(
     "--no-duplicate-metadata",
     "single",
     is_flag=True,
-    help="Keep one copy of metadata, not two: less space, no repair.",
+    help="Keep one copy of metadata, not two: takes less space, but scrub cannot repair it.",
 )
 @click.option(
     "--preallocate",
     is_flag=True,
-    help="Take the space from the host now. To keep it, mount with -o nodiscard.",
+    help="Take the space from the host now. Mount with -o nodiscard to keep it.",
 )
 @click.option("--force", is_flag=True, help="Overwrite an image or other data.")
 @json_option
@@ -114,7 +118,10 @@ def _make(device: "FileDevice", label: str, *, duplicate_metadata: bool) -> str:
 
 @contextmanager
 def _target_device(path: str, size_bytes: int | None, *, force: bool) -> "Iterator[FileDevice]":
-    """The locked device of the size wanted. A file made here does not outlive a failure."""
+    """Open and lock the image file or block device, at the size wanted.
+
+    If the block fails, a file that was made here is removed.
+    """
     from cowfs.storage.device import FileDevice, create_file
 
     made = False
@@ -130,7 +137,7 @@ def _target_device(path: str, size_bytes: int | None, *, force: bool) -> "Iterat
         except OSError as error:
             raise ImageError(f"cannot make {path}: {error.strerror}") from None
     elif stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"{path} is a directory, and an image is a file")
+        raise ImageError(f"{path} is a directory; an image is a file or a block device")
 
     try:
         device = FileDevice(path, writable=True)
@@ -141,7 +148,9 @@ def _target_device(path: str, size_bytes: int | None, *, force: bool) -> "Iterat
                 _refuse_data(device, size_bytes)
             if not made and stat.S_ISBLK(status.st_mode):
                 if size_bytes is not None and size_bytes > device.size_bytes:
-                    raise UsageError(f"{path} has only {device.size_bytes} bytes")
+                    raise UsageError(
+                        f"--size is too large: {path} has only {device.size_bytes} bytes"
+                    )
                 device.size_bytes = size_bytes or device.size_bytes
             else:
                 wanted = size_bytes or device.size_bytes or DEFAULT_SIZE_BYTES
@@ -157,7 +166,7 @@ def _target_device(path: str, size_bytes: int | None, *, force: bool) -> "Iterat
 
 
 def _refuse_running(path: str) -> None:
-    """A daemon that only reads holds no lock."""
+    """Refuse an image that is mounted; the daemon of a read-only mount holds no lock."""
     client = connect_daemon(path)
     if client is not None:
         client.close()
@@ -165,6 +174,7 @@ def _refuse_running(path: str) -> None:
 
 
 def _refuse_data(device: "FileDevice", size_bytes: int | None) -> None:
+    """Refuse a device that holds an image or other data, or that --size would shorten."""
     from cowfs.errors import CowfsError
     from cowfs.storage.superblock import read_newest
 
@@ -182,7 +192,7 @@ def _refuse_data(device: "FileDevice", size_bytes: int | None) -> None:
     if any(device.read(0, min(_PROBE_BYTES, device.size_bytes))):
         raise ImageError(f"{device.name} holds data; --force overwrites it")
     if size_bytes is not None and size_bytes < device.size_bytes:
-        raise ImageError(f"{device.name} is larger than --size; --force cuts it")
+        raise ImageError(f"{device.name} is larger than --size; --force shortens it")
 
 
 def _preallocate(device: "FileDevice") -> None:
@@ -216,10 +226,14 @@ def _warn_of_small_host(device: "FileDevice") -> None:
 @click.command()
 @click.argument("target", metavar="TARGET", type=click.Path())
 @click.option("--no-data", is_flag=True, help="Leave out the checksums of file data: faster.")
-@click.option("--repair", is_flag=True, help="Write anew what can be counted; not while mounted.")
-@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="With --repair: only tell.")
 @click.option(
-    "--accept-loss", is_flag=True, help="With --repair: go on though nodes are lost for good."
+    "--repair", is_flag=True, help="Write wrong counts and the space map anew; not while mounted."
+)
+@click.option(
+    "-n", "--dry-run", "dry_run", is_flag=True, help="With --repair: only show what would happen."
+)
+@click.option(
+    "--accept-loss", is_flag=True, help="With --repair: go on although nodes are lost for good."
 )
 @yes_option
 @json_option
@@ -234,18 +248,18 @@ def check(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Check an image, or a mount while it is used. Without --repair nothing is changed.
+    """Check an image, or a mount while it is in use. Without --repair nothing is changed.
 
     Every node and every block in use is read and compared with its checksum; every refcount, link
-    count and number of free blocks is counted anew. Exit status: 0 clean, 1 not.
+    count and number of free blocks is counted anew. Exit status: 0 clean, 1 not clean.
 
-    --repair writes the space map and the counters anew from what the files and snapshots reach, and
+    --repair writes the space map and the counts anew from what the files and snapshots reach, and
     bad copies of metadata from the good ones. It overwrites nothing in use, and checks again.
 
     \b
     cowfs check disk.img
     cowfs check ~/data --no-data
-    cowfs check disk.img --repair -n       what would it do?
+    cowfs check disk.img --repair -n       what would a repair change?
     """
     if repair:
         _repair(
@@ -259,7 +273,7 @@ def check(
         )
         return
     if dry_run or accept_loss or yes:
-        raise UsageError("-n, --yes and --accept-loss belong to --repair")
+        raise UsageError("-n, --yes and --accept-loss need --repair")
     from cowfs.care.check import check_image
 
     with (
@@ -292,7 +306,7 @@ def _repair(
     yes: bool,
     as_json: bool,
 ) -> None:
-    """Tell what a repair would do, ask, do it, and check again."""
+    """Print what a repair would change, ask, repair, and check again."""
     from cowfs.care.check import check_image
     from cowfs.care.repair import repair_image
 
@@ -310,7 +324,7 @@ def _repair(
         for words in plan.changes:
             click.echo(f"would {printable(words)}")
         for finding in plan.remaining:
-            click.echo(printable(f"not mended: {finding}"))
+            click.echo(printable(f"cannot be repaired: {finding}"))
     done, clean = plan, not plan.changes and not plan.remaining
     if plan.changes and not dry_run:
         with offline_device(image, writable=True) as device:
@@ -325,7 +339,7 @@ def _repair(
         print_json("cowfs check", fields | repaired | {"remaining": remaining})
     elif done.generation is not None:
         state = "clean" if clean else "NOT CLEAN"
-        click.echo(f"repaired {printable(image)}: generation {done.generation}, which is {state}")
+        click.echo(f"repaired {printable(image)}: generation {done.generation} is {state}")
     elif not plan.changes:
         click.echo(f"{printable(image)}: nothing to repair")
     context.exit(0 if clean else EXIT_ERROR)
@@ -348,6 +362,6 @@ def _print_check(image: str, report: "CheckReport") -> None:
     sys.stdout.flush()
     state = "clean" if report.clean else f"NOT CLEAN, {errors} error{'s' if errors != 1 else ''}"
     click.echo(f"{printable(image)} is {state}: {counts}")
-    mendable = sum(finding.repairable for finding in report.errors)
-    if mendable:
-        click.echo(f"cowfs check --repair -n tells what can be mended: {mendable} of the errors")
+    repairable = sum(finding.repairable for finding in report.errors)
+    if repairable:
+        click.echo(f"{repairable} of the errors can be repaired: see cowfs check --repair -n")

@@ -1,8 +1,8 @@
-"""`cowfs integrate`: put the manual, completions, a service and the helpers of mount(8) in their places.
+"""`cowfs integrate`: install manual pages, completions, a service and the helpers of mount(8).
 
-A Python package may only install its programs; what man, the shells, systemd and mount(8) look for lies
-elsewhere. This writes it: for root below /usr/local, for others below ~/.local, and for whoever makes
-a package below a prefix of his choice.
+A Python package can install only its programs. man, the shells, systemd and mount(8) look for their
+files elsewhere; this command writes those: for root below /usr/local, for others below ~/.local,
+for packagers below a prefix of their choice.
 """
 
 import os
@@ -20,7 +20,7 @@ UNIT = "cowfs@.service"
 
 
 class Piece(NamedTuple):
-    """A file to be: its absolute path, and its text, or what a symbolic link leads to."""
+    """A file to install at an absolute path: either `text`, or a symbolic link to `target`."""
 
     path: Path
     text: str = ""
@@ -28,16 +28,16 @@ class Piece(NamedTuple):
 
 
 @click.command()
-@click.option("--prefix", type=click.Path(path_type=Path), help="Instead of the usual place.")
+@click.option("--prefix", type=click.Path(path_type=Path), help="Install below this directory.")
 @click.option(
     "--programs",
     type=click.Path(path_type=Path),
-    help="The directory where cowfs is, or will be; that of this cowfs by default.",
+    help="The directory where cowfs is, or will be. [default: that of this cowfs]",
 )
 @click.option(
     "--destdir", type=click.Path(path_type=Path), help="Put in front of every path; for packagers."
 )
-@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only tell what would be written.")
+@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only show what would be written.")
 @json_option
 def integrate(
     prefix: Path | None,
@@ -48,8 +48,8 @@ def integrate(
 ) -> None:
     """Install manual pages, completions, a systemd service and the helpers of mount(8).
 
-    For root below /usr/local, with helpers in /usr/sbin, where mount(8) looks; for others below
-    ~/.local, without helpers. Every path is printed, so that -n tells what to remove.
+    For root they go below /usr/local, and the helpers to /usr/sbin, where mount(8) looks for them;
+    for others below ~/.local, without helpers. Every path is printed, so -n lists what to remove.
 
     \b
     sudo ~/cowfs-venv/bin/cowfs integrate
@@ -73,7 +73,7 @@ def integrate(
 
 
 def _own_directory() -> Path:
-    """Where the program is that runs."""
+    """The directory of the running program."""
     import sys
 
     return Path(sys.argv[0]).resolve().parent
@@ -87,7 +87,7 @@ def _pieces(prefix: Path, programs: Path) -> Iterator[Piece]:
     share = prefix / "share"
     for name, text in pages().items():
         yield Piece(share / "man" / f"man{name[-1]}" / name, text)
-    # Debian keeps what packages bring for zsh apart.
+    # Debian has a directory of its own for the zsh completions of packages.
     zsh = "vendor-completions" if prefix == Path("/usr") else "site-functions"
     places = {
         "bash": "bash-completion/completions/{}",
@@ -112,12 +112,12 @@ def _write(piece: Piece, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if piece.target is None:
         if path.is_symlink():
-            path.unlink()  # never write to where somebody else's link leads
+            path.unlink()  # replace the link; never write to its target
         path.write_text(piece.text, encoding="utf-8")
         path.chmod(0o644)
         return
     if path.is_symlink():
         path.unlink()
     elif path.exists():
-        raise CowfsError(f"{path} is there already and is no link of ours; remove it first")
+        raise CowfsError(f"{path} exists already and is not a link to cowfs; remove it first")
     path.symlink_to(piece.target)

@@ -1,6 +1,6 @@
-"""A group of commands that are imported when they are used, and listed without that.
+"""A click group that imports a command only when it is used, and lists commands without importing.
 
-Start-up is what a short command costs, so a program knows its commands by name alone.
+Most of the time of a short command is start-up, so a program knows its commands by name alone.
 """
 
 import importlib
@@ -11,7 +11,11 @@ import click
 
 
 class LazyGroup(click.Group):
-    """Args: lazy_commands: of each command where it is ("module:name"), and what it does in a line."""
+    """A group of commands that are imported on use.
+
+    Args:
+        lazy_commands: for each command its place ("module:name") and its one-line help.
+    """
 
     def __init__(self, *arguments: Any, lazy_commands: Mapping[str, tuple[str, str]], **more: Any):
         super().__init__(*arguments, **more)

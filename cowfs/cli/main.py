@@ -1,7 +1,4 @@
-"""The command `cowfs`: its commands, each imported only when it is asked for.
-
-Start-up is what a short command costs, so this file knows the commands by name alone.
-"""
+"""The program `cowfs`: each command is imported only when it is used (lazy.py)."""
 
 from collections.abc import Sequence
 from typing import NoReturn
@@ -12,22 +9,22 @@ from cowfs import __version__
 from cowfs.cli.entry import Invocation, run
 from cowfs.cli.lazy import LazyGroup
 
-# Where each command is, and what it does in a line.
+# Name: where the command is, and its one-line help.
 _COMMANDS = {
     "mkfs": ("cowfs.cli.images:mkfs", "Make an image with an empty filesystem."),
     "mount": ("cowfs.cli.mounting:mount", "Mount an image on a directory."),
-    "umount": ("cowfs.cli.mounting:umount", "Unmount, and wait until all is safe."),
+    "umount": ("cowfs.cli.mounting:umount", "Unmount, and wait until everything is durable."),
     "snapshot": ("cowfs.cli.snapshots:snapshot", "Create, list, delete, rename, hold snapshots."),
     "rollback": ("cowfs.cli.rollback:rollback", "Go back to a snapshot, while mounted."),
     "undo": ("cowfs.cli.rollback:undo", "Take back the last rollback."),
     "cp": ("cowfs.cli.copying:cp", "Copy files so that the copies share their blocks."),
-    "df": ("cowfs.cli.space:df", "Show where the space is."),
-    "info": ("cowfs.cli.space:info", "Show what an image is, how it is mounted."),
+    "df": ("cowfs.cli.space:df", "Show used, free and reserved space."),
+    "info": ("cowfs.cli.space:info", "Show what an image is, and how it is mounted."),
     "trim": ("cowfs.cli.space:trim", "Give free space back to the host."),
     "sync": ("cowfs.cli.space:sync", "Make everything durable."),
-    "check": ("cowfs.cli.images:check", "Check every byte in use against every promise."),
+    "check": ("cowfs.cli.images:check", "Check every block in use, and every count."),
     "salvage": ("cowfs.cli.salvage:salvage", "Copy files out of a damaged image."),
-    "scrub": ("cowfs.cli.scrub:scrub", "Read every copy, repair bad ones, name what is lost."),
+    "scrub": ("cowfs.cli.scrub:scrub", "Read every copy, repair bad ones, list lost files."),
     "completion": ("cowfs.cli.completion:completion", "Print a shell's completion script."),
     "integrate": ("cowfs.cli.integration:integrate", "Install manual, completions, service."),
 }
@@ -46,16 +43,16 @@ _COMMANDS = {
 def cli(context: click.Context, debug: bool) -> None:
     """A copy-on-write filesystem in one image file, with snapshots.
 
-    TARGET is a mount point or an image: a command finds the daemon of either, and works on the
-    image itself when it is not mounted.
+    TARGET is a mount point or an image. If it is mounted, a command asks the daemon; otherwise it
+    works on the image itself.
 
     \b
     cowfs mkfs disk.img --size 4G          make an image
-    cowfs mount disk.img ~/data            any program works in ~/data now
+    cowfs mount disk.img ~/data            any program can use ~/data now
     cowfs snapshot create ~/data monday    keep this state
     cowfs rollback ~/data monday           go back to it, while mounted
-    cowfs undo ~/data                      take that back
-    cowfs umount ~/data                    everything is safe in disk.img
+    cowfs undo ~/data                      take the rollback back
+    cowfs umount ~/data                    everything is durable in disk.img
     """
     invocation = context.find_object(Invocation)
     if invocation is not None:

@@ -1,9 +1,9 @@
-"""Manual pages, made from what the commands themselves say with --help.
+"""Manual pages, made from the --help texts of the commands.
 
-One page for each command (`cowfs.1`, `cowfs-snapshot-create.1`, `cowdu.1`) and one for the helpers of
-mount(8). Nothing is written down a second time, so a page cannot differ from the program. The language
-is that of man(7): text is escaped, blocks that --help leaves as they are stay as they are, and those
-with nothing but commands become the examples.
+There is one page for each command (`cowfs.1`, `cowfs-snapshot-create.1`, `cowdu.1`) and one for the
+helpers of mount(8). The help texts are the only source, so a page cannot differ from the program.
+Pages are in the language of man(7): text is escaped, verbatim blocks of --help stay verbatim, and
+verbatim blocks of commands alone become the examples.
 """
 
 import importlib
@@ -23,10 +23,13 @@ _VERBATIM = "\b"  # click: the paragraph below is not filled
 
 
 def pages() -> dict[str, str]:
-    """The text of every page by its file name, `cowfs.1` first.
+    """Make all pages.
+
+    Returns:
+        The text of each page by its file name, `cowfs.1` first.
 
     Raises:
-        CowfsError: the package is not installed, so nobody knows where the programs are.
+        CowfsError: the package is not installed, so the modules of its programs are unknown.
     """
     found: dict[str, str] = {}
     for program in PROGRAMS:
@@ -38,7 +41,7 @@ def pages() -> dict[str, str]:
 
 
 def _command(program: str) -> click.Command:
-    """The command behind an installed program, wherever in the package it is."""
+    """Find the command of an installed program by the package's entry points."""
     try:
         installed = importlib.metadata.distribution(DISTRIBUTION).entry_points
     except importlib.metadata.PackageNotFoundError:
@@ -132,7 +135,7 @@ def _title(name: str, section: int) -> str:
 
 
 def _split_help(text: str) -> tuple[str, str]:
-    """The help without its examples, and the examples."""
+    """Split a help text into the text without its examples, and the examples."""
     rest: list[str] = []
     examples: list[str] = []
     for part in text.split("\n\n"):
@@ -145,7 +148,7 @@ def _split_help(text: str) -> tuple[str, str]:
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Paragraphs of a help text as lines of man(7)."""
+    """Format the paragraphs of a help text as lines of man(7)."""
     lines: list[str] = []
     for part in filter(None, text.split("\n\n")):
         lines.append(".PP")
@@ -157,7 +160,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _text(text: str) -> str:
-    """Text that man(7) shows as it is."""
+    """Escape text so that man(7) shows it unchanged."""
     escaped = text.replace("\\", "\\e").replace("-", "\\-").replace("`", "\\(ga")
     escaped = escaped.replace("^", "\\(ha").replace("~", "\\(ti").replace('"', "\\(dq")
     return re.sub(r"(?m)^(?=[.'])", r"\\&", escaped)

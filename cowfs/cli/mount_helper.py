@@ -1,14 +1,14 @@
 """The helpers of mount(8), umount(8) and fstab for the type `fuse.cowfs`.
 
-`mount.fuse.cowfs IMAGE DIR [-sfnv] [-o OPTIONS]` mounts; `umount.fuse.cowfs DIR [-flnrv]` unmounts and
-waits for the last commit, as `cowfs umount` does. mount(8) and umount(8) look for them in /sbin.
-umount(8) knows the whole type, and with it the helper, if it has to look the mount up: by its image,
-or where mount(8) noted a word of user space for it (`_netdev`, `user`, `x-...`). Else it unmounts by
-itself.
+`mount.fuse.cowfs IMAGE DIR [-sfnv] [-o OPTIONS]` mounts; `umount.fuse.cowfs DIR [-flnrv]` unmounts
+and waits for the last commit, as `cowfs umount` does. mount(8) and umount(8) look for them in
+/sbin. umount(8) calls its helper only if it learns the whole type of the mount: when it is given
+the image, or when mount(8) recorded an option of user space for the mount (`_netdev`, `user`,
+`x-...`). Otherwise it unmounts by itself.
 
-Both work with the minimal environment that mount(8) leaves. Exit status, as mount(8) has it: 0 done;
-1 wrong use, or not allowed; 2 a fault of the system; 4 a fault in here; 8 interrupted; 32 not
-mounted, not unmounted.
+Both helpers work with the minimal environment that mount(8) passes. The exit status is that of
+mount(8): 0 done; 1 wrong use, or not allowed; 2 system error; 4 internal error; 8 interrupted; 32
+mount or unmount failed.
 """
 
 import os
@@ -27,12 +27,12 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Mount as asked, and end the process with the status for mount(8)."""
+    """Run `mount.fuse.cowfs`, and end the process with the status for mount(8)."""
     _run(MOUNT_HELPER, _mount, arguments)
 
 
 def umount_main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Unmount as asked, and end the process with the status for umount(8)."""
+    """Run `umount.fuse.cowfs`, and end the process with the status for umount(8)."""
     _run(UMOUNT_HELPER, _umount, arguments)
 
 
@@ -70,7 +70,7 @@ def _mount(arguments: list[str]) -> None:
 
     flags, places = gnu_getopt(arguments, "sfnvrwo:t:N:")
     if len(places) != 2:
-        raise UsageError(f"used as: {MOUNT_USAGE}")
+        raise UsageError(f"usage: {MOUNT_USAGE}")
     names = {flag for flag, _ in flags}
     texts = [value for flag, value in flags if flag == "-o"]
     if "-r" in names:
@@ -82,14 +82,14 @@ def _mount(arguments: list[str]) -> None:
         if "-f" not in names:
             remount(mountpoint, [word for word in ",".join(texts).split(",") if word])
         return
-    # mount(8) says rw wherever nobody said ro, so here it asks for nothing.
+    # mount(8) passes rw whenever ro was not given, so here it says nothing.
     words = [word for word in ",".join(texts).split(",") if word != "rw"]
     options = MountOptions(image=os.path.abspath(image), mountpoint=os.path.realpath(mountpoint))
     options = parse_options(",".join(words), options, sloppy="-s" in names)
     if "-v" in names:
         print(printable(f"mounting {options.image} on {options.mountpoint}"))
     if "-f" in names:
-        return  # a rehearsal
+        return  # -f is a dry run
 
     from cowfs.cli.mounting import require_image
 
@@ -105,11 +105,11 @@ def _umount(arguments: list[str]) -> None:
 
     flags, places = gnu_getopt(arguments, "flnrvt:N:")
     if len(places) != 1:
-        raise UsageError(f"used as: {UMOUNT_USAGE}")
+        raise UsageError(f"usage: {UMOUNT_USAGE}")
     names = {flag for flag, _ in flags}
     if "-v" in names:
         print(printable(f"unmounting {places[0]}"))
-    if names & {"-f", "-l"}:  # whoever says this does not want to wait
+    if names & {"-f", "-l"}:  # the user does not want to wait
         from cowfs.daemon.mount import unmount
 
         unmount(places[0], lazy="-l" in names, force="-f" in names)
@@ -125,9 +125,10 @@ def _umount(arguments: list[str]) -> None:
     except BusyError:
         raise
     except StillMountedError as error:
-        warn(UMOUNT_HELPER, str(error))  # unmounted here, which is all that was asked for
+        warn(UMOUNT_HELPER, str(error))  # this directory is unmounted, as asked
     except MountError as error:
-        # Nobody to wait for (the image was moved, say): a shutdown must get rid of the mount anyhow.
+        # The last commit cannot be waited for (the image was moved, say). A shutdown must unmount
+        # in spite of that.
         if find_mount(places[0]) is None:
             raise
         from cowfs.daemon.mount import unmount

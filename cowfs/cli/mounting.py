@@ -1,7 +1,7 @@
-"""`cowfs mount` and `cowfs umount`: returned means that it is so.
+"""`cowfs mount` and `cowfs umount`.
 
-mount returns when the mount answers. umount returns when the directory is free, the daemon has
-ended and the last commit is durable, or says which of these is not so.
+mount returns when the mount answers requests. umount returns when the directory is unmounted, the
+daemon has ended and the last commit is durable; otherwise an error says which of these failed.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from cowfs.daemon.places import Mount
 
 UMOUNT_WAIT_S_MAX = 600.0
-HELD_AFTER_S = 1.0  # after that it is looked who may keep the mount
-LOCK_LOOK_INTERVAL_S = 0.05
+HELD_AFTER_S = 1.0  # a daemon that lives longer: find out who keeps the mount in use
+LOCK_POLL_INTERVAL_S = 0.05
 
 
 def complete_options(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
-    """Mount options that go on with the last of the words in `text`, for the shell."""
+    """List mount options that complete the last one in `text`, for the shell's completion."""
     from cowfs.cli.snapshots import complete_name
     from cowfs.daemon.options import option_words
 
     before, comma, last = text.rpartition(",")
     words = option_words()
-    # Behind a -o that waits for its value click has not given the words their names yet.
+    # While -o still lacks its value, click has not assigned the arguments to their names.
     image = context.params.get("image") or next(iter(context.args), None)
     if last.startswith("snapshot=") and image is not None:
         context.params["target"] = image
@@ -59,30 +59,30 @@ def mount(image: str, mountpoint: str, option_texts: tuple[str, ...], foreground
 
     \b
     -o ro, rw                  read-only, or not (rw)
-    -o snapshot=NAME           the files of a snapshot, read-only
-    -o generation=N            an earlier commit, read-only, for rescue
-    -o commit=SECONDS          what a crash may lose at the most (5)
+    -o snapshot=NAME           mount the files of a snapshot, read-only
+    -o generation=N            mount an earlier commit, read-only, for rescue
+    -o commit=SECONDS          at most this much time is lost in a crash (5)
     -o snapshots=hidden        .snapshots is not listed but can be entered
        snapshots=visible       .snapshots is listed
-       snapshots=disabled      .snapshots is not there
-    -o allow_other             for other users too
-    -o cache=SIZE              bound of the cache of metadata (1/16 of memory, 128M to 1G)
-    -o dirty=SIZE              data in memory that waits for a commit (256M)
+       snapshots=disabled      .snapshots does not exist
+    -o allow_other             let other users use the mount
+    -o cache=SIZE              limit of the metadata cache (1/16 of memory, 128M to 1G)
+    -o dirty=SIZE              limit of data in memory that waits for a commit (256M)
     -o discard, nodiscard      give free space back to the host, or not (discard)
-    -o acl, noacl              POSIX ACLs are kept and enforced, or not (acl)
-    -o xattrs, noxattrs        extended attributes, or none, nor ACLs (xattrs)
+    -o acl, noacl              keep and enforce POSIX ACLs, or not (acl)
+    -o xattrs, noxattrs        keep extended attributes, or neither these nor ACLs (xattrs)
     -o relatime, noatime       keep access times, or not (relatime)
-       strictatime,            keep them at every read that reaches the daemon, or not
+       strictatime,            update them at every read that reaches the daemon, or not
        nostrictatime
     -o writeback, nowriteback  write() returns before the daemon has the data, or not (nowriteback)
     -o log=stderr              the daemon's messages go to its log file
        log=journald            they go to the journal
     -o suid, dev, exec         as for any mount (nosuid,nodev,exec)
        nosuid, nodev, noexec
-       setuid, devices,        suid and dev, for mount(8) and fstab, which drop those words
+       setuid, devices,        other names for suid and dev: mount(8) and fstab do not pass those on
        nosetuid, nodevices
 
-    Words that mount(8) has for every filesystem are accepted; unknown ones are refused.
+    Options that mount(8) has for every filesystem are accepted; unknown ones are refused.
 
     \b
     cowfs mount disk.img ~/data
@@ -93,7 +93,8 @@ def mount(image: str, mountpoint: str, option_texts: tuple[str, ...], foreground
     """
     from cowfs.daemon.options import MountOptions, parse_options
 
-    # Absolute, because the daemon leaves this directory; resolved, because mountinfo is.
+    # The image's path is absolute because the daemon changes its directory; the mount point is
+    # resolved as the kernel's table of mounts has it.
     options = MountOptions(
         image=os.path.abspath(image),
         mountpoint=os.path.realpath(mountpoint),
@@ -108,10 +109,11 @@ def mount(image: str, mountpoint: str, option_texts: tuple[str, ...], foreground
 
 
 def require_image(image: str) -> None:
-    """Say what is wrong with an image path, before anything heavy is imported.
+    """Check the path of an image before anything slow is imported.
 
     Raises:
-        ImageMissingError, ImageError: there is none, or it is a directory.
+        ImageMissingError: nothing is there.
+        ImageError: it is a directory, or cannot be opened.
     """
     from cowfs.daemon.places import socket_name
 
@@ -124,11 +126,11 @@ def require_image(image: str) -> None:
 @click.argument("directory", metavar="DIR", type=click.Path())
 @json_option
 def umount(directory: str, as_json: bool) -> None:
-    """Unmount, and wait until everything is safe in the image.
+    """Unmount, and wait until everything is durable in the image.
 
-    Refused, with their names, while programs have files open there or work in that directory, and
-    while the mount is used elsewhere: by a bind mount, an overlay or another mount namespace. A
-    mount whose daemon was killed is cleared away.
+    Refused while programs have files open there or have their working directory there, and while
+    the mount is in use elsewhere: by a bind mount, an overlay or another mount namespace. The error
+    names them. A mount whose daemon was killed is unmounted too.
 
     \b
     cowfs umount ~/data
@@ -145,13 +147,17 @@ def end_mount(program: str, directory: str, *, elsewhere: bool = False) -> "Moun
     """Unmount a directory, and return when the daemon has ended and the image is clean.
 
     Args:
-        program: in whose name a warning is given.
-        elsewhere: unmount here also if the mount will go on elsewhere.
+        program: the program's name, for warnings.
+        elsewhere: unmount this directory even if the filesystem stays mounted elsewhere.
+
+    Returns:
+        The mount that was there.
 
     Raises:
-        BusyError: a program has files open there, or the mount is used elsewhere too.
-        StillMountedError: as it turned out afterwards.
-        MountError: nothing is mounted there, it cannot be unmounted, or it did not end well.
+        BusyError: a program has files open there, or the mount is in use elsewhere.
+        StillMountedError: the directory is unmounted, but the filesystem is in use elsewhere.
+        MountError: no cowfs is mounted there, the kernel refuses, or the daemon ended without its
+            last commit.
     """
     from cowfs.daemon import places
     from cowfs.daemon.finding import UnreachableError, connect_mount
@@ -177,13 +183,13 @@ def end_mount(program: str, directory: str, *, elsewhere: bool = False) -> "Moun
         return mount
     if client is None:
         unmount(mount.mount_point, lazy=True)
-        _tell_dead(program, mount)
+        _warn_of_dead_daemon(program, mount)
         return mount
     with client:
-        told = client.info().mount_point
-        main = None if told is None else host_path(told)
-        if main != mount.mount_point and _is_at(mount, main):
-            unmount(mount.mount_point)  # one of its bind mounts
+        escaped_main = client.info().mount_point
+        main = None if escaped_main is None else host_path(escaped_main)
+        if main != mount.mount_point and _is_mounted_at(mount, main):
+            unmount(mount.mount_point)  # a bind mount; the main mount stays
             warn(program, f"{mount.image} is still mounted on {main}")
             return mount
         _refuse_elsewhere(mount, elsewhere)
@@ -192,23 +198,24 @@ def end_mount(program: str, directory: str, *, elsewhere: bool = False) -> "Moun
             try:
                 client.stop()
             except ConnectionAbortedError:
-                pass  # whether it ended well is looked at below
+                pass  # the daemon ended; _require_unmounted checks whether it committed
             except BusyError:
-                # Its daemon may see less than we do: as another user, in another PID namespace.
+                # The daemon may see fewer processes: as another user, or in another PID namespace.
                 found = users(mount.device, mount.mount_point)
                 if found:
                     raise busy(mount.mount_point, found) from None
                 raise
         else:
             client.sync()
-            unmount(mount.mount_point)  # the last of its bind mounts
+            unmount(mount.mount_point)  # the last bind mount; the main mount is gone already
         is_there = client.serves_image(mount.image)
     daemon.wait()
     _require_unmounted(program, mount, is_there=is_there)
     return mount
 
 
-def _is_at(mount: "Mount", mount_point: str | None) -> bool:
+def _is_mounted_at(mount: "Mount", mount_point: str | None) -> bool:
+    """Whether the same filesystem is mounted at another mount point."""
     from cowfs.daemon import places
 
     return any(
@@ -222,52 +229,52 @@ def _refuse_elsewhere(mount: "Mount", elsewhere: bool) -> None:
     found = [] if elsewhere else other_mounts(mount.device, mount.mount_point)
     if found:
         raise BusyError(
-            f"{mount.mount_point} is in use elsewhere too: {listed(found)}; unmount it there first, "
-            f"or umount {mount.mount_point} alone, and the daemon goes on for the others"
+            f"{mount.mount_point} is in use elsewhere too: {listed(found)}; unmount it there "
+            f"first, or run umount {mount.mount_point}: the daemon then goes on for the others"
         )
 
 
-def _tell_dead(program: str, mount: "Mount") -> None:
-    """What is in the image of a mount that nobody serves."""
+def _warn_of_dead_daemon(program: str, mount: "Mount") -> None:
+    """Warn that the daemon of a mount was gone, and say in which state the image is."""
     from cowfs.daemon import places
     from cowfs.daemon.processes import named
     from cowfs.storage.device import find_lock_holder, is_locked
 
     if not os.path.exists(mount.image):
-        state = f"{mount.image} is not there any more"
+        state = f"{mount.image} does not exist any more"
     elif not any(each.image == mount.image for each in places.mounts()) and not _wait_until(
         lambda: not is_locked(mount.image), HELD_AFTER_S
     ):
-        # A connection can be gone before its daemon is.
+        # The FUSE connection can end before its daemon.
         pid = find_lock_holder(mount.image)
         who = named(pid) if pid else "another process"
-        state = f"{who} still has {mount.image}: wait for it to end"
+        state = f"{who} still has {mount.image} open: wait until that process ends"
     else:
         state = f"{mount.image} holds its last commit"
     warn(program, f"the daemon of {mount.mount_point} was gone; {state}")
 
 
 class _Ending:
-    """The daemon of a mount, on its way to its end.
+    """Waits for the daemon of a mount to end.
 
     Args:
-        pid: 0 if it is not known; then the lock of the image tells.
-        is_safe: whether the daemon made all of it durable.
+        pid: of the daemon; 0 if unknown, then the lock of the image shows whether it still runs.
+        is_safe: whether the daemon has made everything durable.
     """
 
     def __init__(self, mount: "Mount", pid: int, *, is_safe: bool) -> None:
         self._mount, self._pid, self._is_safe = mount, pid, is_safe
         self._process: int | None = None
         if pid:
-            with contextlib.suppress(ProcessLookupError):  # it has ended
+            with contextlib.suppress(ProcessLookupError):  # the daemon has ended already
                 self._process = os.pidfd_open(pid)
 
     def wait(self) -> None:
-        """Return when it has ended.
+        """Return when the daemon has ended.
 
         Raises:
-            StillMountedError: somebody else still uses the mount, who is named.
-            MountError: it still writes.
+            StillMountedError: a process or another mount, which the error names, keeps it alive.
+            MountError: it still writes after UMOUNT_WAIT_S_MAX.
         """
         from cowfs.daemon.processes import still_mounted
 
@@ -280,11 +287,11 @@ class _Ending:
             )
             if error is not None:
                 raise error
-            # Nobody is seen who does: so it writes its last commit.
+            # Nothing visible keeps the mount in use, so the daemon writes its last commit.
             if not self._has_ended(UMOUNT_WAIT_S_MAX):
                 who = f" (process {self._pid})" if self._pid else ""
                 raise MountError(
-                    f"the daemon{who} still writes; wait for it to end before you copy or move "
+                    f"the daemon{who} still writes; wait until it ends before you copy or move "
                     f"{mount.image}"
                 )
         finally:
@@ -301,20 +308,24 @@ class _Ending:
         return bool(self._pid) or _wait_until(lambda: not is_locked(self._mount.image), wait_s)
 
 
-def _wait_until(is_so: Callable[[], bool], wait_s: float) -> bool:
+def _wait_until(condition: Callable[[], bool], wait_s: float) -> bool:
+    """Poll until the condition holds; False if it does not within `wait_s`."""
     deadline_s = time.monotonic() + wait_s
-    while not is_so():
+    while not condition():
         if time.monotonic() > deadline_s:
             return False
-        time.sleep(LOCK_LOOK_INTERVAL_S)
+        time.sleep(LOCK_POLL_INTERVAL_S)
     return True
 
 
 def _require_unmounted(program: str, mount: "Mount", *, is_there: bool) -> None:
-    """The directory is free and the image clean, or an error says what is not so.
+    """Check that the directory is unmounted and the image is marked clean.
 
     Args:
-        is_there: the path of the image still leads to it.
+        is_there: whether the path of the image still leads to the file that was mounted.
+
+    Raises:
+        MountError: the directory is still mounted, or the last commit is missing.
     """
     from cowfs.daemon import places
     from cowfs.storage.device import FileDevice
@@ -327,7 +338,7 @@ def _require_unmounted(program: str, mount: "Mount", *, is_there: bool) -> None:
         warn(
             program,
             f"{mount.image} was moved, replaced or removed while it was mounted; the last commit "
-            "went to the file that it was, and was not looked at",
+            "is in the original file, which was not checked",
         )
         return
     if mount.read_only:
@@ -340,5 +351,5 @@ def _require_unmounted(program: str, mount: "Mount", *, is_there: bool) -> None:
     if not superblock.flags & FLAG_CLEAN:
         raise MountError(
             f"the daemon of {mount.mount_point} ended without its last commit: {mount.image} is at "
-            f"generation {superblock.generation}; its log may tell why"
+            f"generation {superblock.generation}; see the daemon's log for the reason"
         )

@@ -1,7 +1,7 @@
-"""How commands print: JSON in an envelope, tables for people, lines with tabs for scripts.
+"""Output of all commands: JSON in an envelope, tables for people, tab-separated rows for scripts.
 
-On a terminal tables are rich's; elsewhere they are plain aligned text without any control code, and
-rich is not even imported.
+On a terminal rich draws the tables. Elsewhere they are plain aligned text without control codes,
+and rich is not imported.
 """
 
 import sys
@@ -29,14 +29,14 @@ exact_option = click.option(
 
 
 def list_options(function: Function) -> Function:
-    """The options of every command that prints a list: --json, -H, -p."""
+    """Add the options of every command that prints a list: --json, -H, -p."""
     return json_option(bare_option(exact_option(function)))
 
 
 def print_json(command: str, fields: Mapping[str, Any]) -> None:
-    """One object: the envelope that names the command and its version, then the fields.
+    """Print one JSON object: `output_version` (command and version), then the fields.
 
-    Paths and names in it are escaped by who made them (escapes.py), so that they can be turned back.
+    The caller has escaped paths and names (escapes.py), so that a reader can restore their bytes.
     """
     import json
 
@@ -45,14 +45,14 @@ def print_json(command: str, fields: Mapping[str, Any]) -> None:
 
 
 def as_fields(report: Any) -> Any:
-    """A report as the dict, list or value that JSON has for it."""
+    """Convert a report (msgspec Struct) to the dict, list or value that JSON has for it."""
     import msgspec
 
     return msgspec.to_builtins(report)
 
 
 class Numbers(NamedTuple):
-    """Sizes and times, exact or as people read them."""
+    """Formats sizes and times: exact numbers, or as people read them."""
 
     exact: bool = False
 
@@ -70,11 +70,11 @@ class Numbers(NamedTuple):
         try:
             return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
         except (OverflowError, ValueError):
-            return str(seconds)  # an image may say any number
+            return str(seconds)  # a number in an image may be beyond every calendar
 
 
 class Column(NamedTuple):
-    """Of a table. Numbers stand `right`."""
+    """A column of a table. `right`: aligned right, for numbers."""
 
     title: str
     right: bool = False
@@ -83,7 +83,7 @@ class Column(NamedTuple):
 def print_table(
     columns: Sequence[Column], rows: Sequence[Sequence[str]], *, bare: bool = False
 ) -> None:
-    """A table: bare for scripts, rich on a terminal, plain elsewhere."""
+    """Print a table: tab-separated if `bare`, by rich on a terminal, plain elsewhere."""
     cells = [[printable(cell) for cell in row] for row in rows]
     if bare:
         for row in cells:
@@ -123,7 +123,7 @@ def _width(text: str) -> int:
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
-    """Names and values, one pair a line."""
+    """Print name and value pairs, one a line."""
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         click.echo(f"{name:<{width}}  {printable(value)}".rstrip())
@@ -131,9 +131,11 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
 
 @contextmanager
 def progress_bar(text: str) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar on standard error for the time of a block; None where nobody would see it.
+    """Show a progress bar on standard error while the block runs.
 
-    What it yields takes the words, what is done, and the total.
+    Yields:
+        A function of (words, done, total) that moves the bar; None if standard error is no
+        terminal.
     """
     if not sys.stderr.isatty():
         yield None

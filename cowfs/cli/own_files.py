@@ -1,8 +1,9 @@
-"""Files that commands write for their user and read again: results, caches, pages.
+"""Files that commands write for their user and read again: results, caches, reports.
 
-Whoever may write into a directory can put anything under a name there. So a read takes a regular file
-of this user alone: it waits for no fifo, follows no link, and is bounded. A write makes a new file and
-gives it the name: what had the name is replaced, never written into, and is whole at every moment.
+Another user who can write to the directory may have put anything at the path. So a read accepts
+only a regular file of this user: it does not block on a fifo, follows no symbolic link, and its
+size is bounded. A write makes a new file and renames it over the path: the old file is never
+written to, and the path always shows a whole file.
 """
 
 import os
@@ -14,7 +15,15 @@ Data = bytes | bytearray | memoryview
 
 
 def read_own(path: Path, size_bytes_max: int) -> bytes | None:
-    """What a file holds; None where it cannot be one of ours, or not be opened. Raises OSError."""
+    """Read a file that this user wrote.
+
+    Returns:
+        Its bytes; None if it cannot be opened, is no regular file, belongs to another user, or is
+        larger than `size_bytes_max`.
+
+    Raises:
+        OSError: reading failed.
+    """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags)
@@ -33,9 +42,9 @@ def read_own(path: Path, size_bytes_max: int) -> bytes | None:
 
 
 def replace_file(path: Path, parts: Iterable[Data], *, mode: int = 0o600) -> None:
-    """Let a new file with these bytes have the name. Raises OSError as the host does."""
+    """Write a new file and rename it over `path`. Raises OSError."""
     fresh = path.with_name(f".{path.name[:200]}.{os.getpid()}")
-    fresh.unlink(missing_ok=True)  # of a process that was killed
+    fresh.unlink(missing_ok=True)  # left by a killed process of the same number
     make_file(fresh, parts, mode=mode)
     try:
         os.replace(fresh, path)
@@ -45,7 +54,7 @@ def replace_file(path: Path, parts: Iterable[Data], *, mode: int = 0o600) -> Non
 
 
 def make_file(path: Path, parts: Iterable[Data], *, mode: int = 0o600) -> None:
-    """The same where nothing has the name, no link either. Raises FileExistsError, OSError."""
+    """Write a new file. Raises FileExistsError if anything is at `path`, even a link; OSError."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(path, flags, mode)
     try:

@@ -1,4 +1,7 @@
-"""`cowfs rollback` and `cowfs undo`: go back, and take that back. Nothing is lost by either."""
+"""`cowfs rollback` sets a filesystem back to a snapshot; `cowfs undo` takes that back.
+
+Both keep the state before as an automatic snapshot, so nothing is lost.
+"""
 
 import click
 
@@ -11,19 +14,23 @@ from cowfs.errors import ImageError, UsageError
 from cowfs.escapes import printable, quoted
 from cowfs.history.selection import select
 
-NAMED_MAX = 5  # in a warning
+NAMED_MAX = 5  # processes and mounts named in a warning
 
 force_option = click.option(
-    "--force", is_flag=True, help="Even while files are open for writing; their writers get ESTALE."
+    "--force",
+    is_flag=True,
+    help="Go on although files are open for writing; their writers get ESTALE.",
 )
 
 
 @click.command()
 @target_argument
 @click.argument("name", metavar="[NAME]", required=False, shell_complete=complete_name)
-@click.option("--generation", type=click.IntRange(min=1), help="An earlier commit; for rescue.")
+@click.option(
+    "--generation", type=click.IntRange(min=1), help="Go back to this commit; for rescue."
+)
 @force_option
-@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only tell what would happen.")
+@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only show what would happen.")
 @yes_option
 @json_option
 def rollback(
@@ -37,16 +44,16 @@ def rollback(
 ) -> None:
     """Set the filesystem back to a snapshot, also while it is mounted.
 
-    The state of now is kept as an automatic snapshot, and every other snapshot stays, newer ones
-    too. `cowfs undo` takes it back.
+    The present state is kept as an automatic snapshot, and every other snapshot stays, newer ones
+    too. `cowfs undo` takes the rollback back.
 
     Programs whose working directory is below the root of the mount, and bind mounts of directories
-    there, keep the state before and cannot write; a warning names them. Enter the directory, or mount
-    it, anew.
+    there, still see the state before and cannot write; a warning names them. To see the new state
+    they must enter the directory, or mount it, anew.
 
-    With --generation an image that is not mounted goes back to an earlier commit, all of it: files
-    and snapshots made since are gone. It is checked first; with --force it may be damaged. `cowfs
-    info --generations` lists them.
+    With --generation a whole image that is not mounted goes back to an earlier commit: files and
+    snapshots made since are gone. That commit is checked first, and must be clean unless --force is
+    given. `cowfs info --generations` lists the commits.
 
     \b
     cowfs rollback ~/data before-upgrade
@@ -74,7 +81,7 @@ def rollback(
         else:
             behind = _staying_behind(filesystem)
             kept = filesystem.rollback(name, force=force)
-            _warn_of(behind)
+            _warn_of_staying_behind(behind)
     if as_json:
         fields = {"name": name, "dry_run": dry_run, "kept": as_fields(kept)}
         print_json("cowfs rollback", fields)
@@ -88,7 +95,7 @@ def rollback(
 
 
 def _staying_behind(filesystem: Connection) -> list[str]:
-    """Who will go on to see the state before."""
+    """Describe the processes and bind mounts that will still see the state before a rollback."""
     from cowfs.daemon.processes import holding_directories
 
     if filesystem.daemon is None:
@@ -97,18 +104,18 @@ def _staying_behind(filesystem: Connection) -> list[str]:
     return [] if mount_point is None else holding_directories(mount_point)
 
 
-def _warn_of(behind: list[str]) -> None:
+def _warn_of_staying_behind(behind: list[str]) -> None:
     if behind:
         more = f" and {len(behind) - NAMED_MAX} more" if len(behind) > NAMED_MAX else ""
         warn(
             "cowfs",
-            f"warning: {', '.join(behind[:NAMED_MAX])}{more} still see the state before; enter those "
-            "directories, or mount them, anew",
+            f"warning: {', '.join(behind[:NAMED_MAX])}{more} still see the state before; enter "
+            "those directories, or mount them, anew",
         )
 
 
 def _go_back(target: str, generation: int, *, force: bool, dry_run: bool, yes: bool) -> int | None:
-    """Let an earlier commit of an image be the newest; its new number, None if it was not done."""
+    """Make an earlier commit of an image the newest. Returns its new number; None if `dry_run`."""
     from cowfs.care.check import check_image
     from cowfs.history.images import restore_generation
 
@@ -123,13 +130,15 @@ def _go_back(target: str, generation: int, *, force: bool, dry_run: bool, yes: b
         if not report.clean and not force:
             raise ImageError(
                 f"generation {generation} is not whole any more ({report.errors[0]}); "
-                "look at it with -o generation, or go back to it all the same with --force"
+                f"mount it with -o generation={generation} to look at it, or go back to it in "
+                "spite of the damage with --force"
             )
         if dry_run:
             return None
     with offline_device(target, writable=True) as device:
         confirm(
-            f"go back to generation {generation}? All later commits of {device.name} go", yes=yes
+            f"go back to generation {generation}? All later commits of {device.name} are lost",
+            yes=yes,
         )
         return restore_generation(device, generation).generation
 
@@ -141,7 +150,7 @@ def _go_back(target: str, generation: int, *, force: bool, dry_run: bool, yes: b
 def undo(target: str, force: bool, as_json: bool) -> None:
     """Take back the last rollback, or the last undo.
 
-    The state that this leaves is kept as an automatic snapshot, as with a rollback.
+    As with a rollback, the present state is kept as an automatic snapshot.
 
     \b
     cowfs undo ~/data
@@ -149,7 +158,7 @@ def undo(target: str, force: bool, as_json: bool) -> None:
     with connect(target) as filesystem:
         behind = _staying_behind(filesystem)
         kept = filesystem.undo(force=force)
-        _warn_of(behind)
+        _warn_of_staying_behind(behind)
     if as_json:
         print_json("cowfs undo", {"kept": as_fields(kept)})
     else:

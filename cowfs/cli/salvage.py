@@ -1,4 +1,4 @@
-"""`cowfs salvage`: copies files out of an image that cannot be mounted or repaired any more."""
+"""`cowfs salvage`: copy files out of an image that cannot be mounted or repaired any more."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("image", metavar="IMG", type=click.Path())
 @click.argument("folder", metavar="DIR", type=click.Path())
-@click.option("--snapshots", is_flag=True, help="The snapshots too, each as full copies.")
+@click.option("--snapshots", is_flag=True, help="Copy the snapshots too, each in full.")
 @click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only list what would be copied.")
 @json_option
 @click.pass_context
@@ -32,13 +32,13 @@ def salvage(
     """Copy what can still be read into an empty directory. The image is only read.
 
     Works without superblocks, with a damaged catalog, and with trees that have lost parts: then the
-    whole image is searched. Every block is verified; what cannot be read is a hole in its file, and
-    is told. Exit status: 0 all was copied, 1 something is missing.
+    whole image is searched. Every block is verified; an unreadable one becomes a hole in its file,
+    and is listed. Exit status: 0 everything was copied, 1 something is missing.
 
     \b
     DIR/main/...          the files
     DIR/snapshots/NAME    with --snapshots
-    DIR/lost+found        what has lost its path, by inode number
+    DIR/lost+found        files that have lost their path, by inode number
 
     \b
     cowfs salvage disk.img /mnt/rescued -n
@@ -74,7 +74,7 @@ def _print(report: "SalvageReport", *, dry_run: bool) -> None:
     for path in report.lost:
         click.echo(printable(f"lost: {path}"))
     for words in report.problems:
-        click.echo(printable(f"not as it was: {words}"))
+        click.echo(printable(f"problem: {words}"))
     if report.left_off:
         click.echo(f"and {report.left_off} more")
     verb = "would copy" if dry_run else "copied"

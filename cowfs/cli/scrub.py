@@ -1,8 +1,8 @@
-"""`cowfs scrub`: read every copy of everything, repair what has a good twin, name what has none.
+"""`cowfs scrub`: read every copy of every block, repair bad copies, list what is lost.
 
-The reading is done in a process of its own, at the lowest priority, under a pin: the daemon goes on as
-if nobody was there, and hears only of copies that are bad. It looks at each itself, and writes it again
-with its next commit. Of an image that is not mounted this process writes them, under the image's lock.
+A process of its own reads the image at the lowest priority, with the generation pinned. The daemon
+is asked only about bad copies: it verifies each one itself and writes it again with its next
+commit. If the image is not mounted, the scrubbing process writes the copies under the image's lock.
 """
 
 import os
@@ -26,33 +26,33 @@ if TYPE_CHECKING:
     from cowfs.cli.scrub_state import ScrubState
 
 REPORT_INTERVAL_S = 1.0
-MARKS_INTERVAL_S = 10.0  # 32 MiB for each TiB of image, compressed
+MARKS_INTERVAL_S = 10.0  # the marks are 32 MiB per TiB of image, compressed
 START_WAIT_S = 30.0
-EXIT_NOTHING = 2  # as Btrfs: nothing to cancel, nothing to resume
+EXIT_NOTHING = 2  # nothing to cancel or to resume; the same as with Btrfs
 _UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
 
 rate_option = click.option(
-    "--rate", metavar="BYTES", help="Read at most so much in a second: 50M, 1G."
+    "--rate", metavar="BYTES", help="Read at most BYTES per second: 50M, 1G."
 )
 read_only_option = click.option(
-    "-n", "--readonly", "read_only", is_flag=True, help="Repair nothing."
+    "-n", "--readonly", "read_only", is_flag=True, help="Only read; repair nothing."
 )
 wait_option = click.option(
-    "-B", "wait", is_flag=True, help="Stay in the foreground until it is done."
+    "-B", "wait", is_flag=True, help="Stay in the foreground until the scrub ends."
 )
 
 
 class _StopError(Exception):
-    """SIGINT or SIGTERM."""
+    """A signal asked the scrub to stop."""
 
 
 @click.group()
 def scrub() -> None:
-    """Read every copy of everything; repair bad copies; name what is lost.
+    """Read every copy of every block; repair bad copies; list what is lost.
 
-    Metadata is kept twice (unless mkfs was told otherwise): a bad copy is written again from the good
-    one. File data is kept once: what is damaged is told with the paths of all files that have it. TARGET
-    is a mount point, which goes on working, or an image.
+    Metadata has two copies (unless made with mkfs --no-duplicate-metadata): a bad one is written
+    again from the good one. File data has one copy: a damaged block is listed with the paths of all
+    files that contain it. TARGET is a mount point, which stays in use, or an image.
     """
 
 
@@ -63,9 +63,9 @@ def scrub() -> None:
 @read_only_option
 @json_option
 def start(target: str, wait: bool, rate: str | None, read_only: bool, as_json: bool) -> None:
-    """Begin a scrub, in the background unless -B says otherwise.
+    """Start a scrub, in the background unless -B is given.
 
-    With -B the exit status is 0 if nothing is wrong any more, 1 if something is.
+    With -B the exit status is 0 if all damage was repaired or none was found, else 1.
 
     \b
     cowfs scrub start ~/data
@@ -83,7 +83,7 @@ def start(target: str, wait: bool, rate: str | None, read_only: bool, as_json: b
 def resume(target: str, wait: bool, rate: str | None, read_only: bool, as_json: bool) -> None:
     """Go on with a scrub that was cancelled or interrupted, also after a remount.
 
-    Exit status 2: there is none.
+    Exit status 2: there is no such scrub.
 
     \b
     cowfs scrub resume ~/data
@@ -95,7 +95,7 @@ def resume(target: str, wait: bool, rate: str | None, read_only: bool, as_json: 
 @target_argument
 @json_option
 def status(target: str, as_json: bool) -> None:
-    """Show how far the scrub is, or how the last one ended. Exit status 1: it left damage.
+    """Show the progress of the scrub, or the result of the last. Exit status 1: damage is left.
 
     \b
     cowfs scrub status ~/data
@@ -108,7 +108,7 @@ def status(target: str, as_json: bool) -> None:
     if as_json:
         print_json("cowfs scrub status", {"scrub": None if report is None else as_fields(report)})
     elif report is None:
-        click.echo(f"{printable(target)} was never scrubbed by this user")
+        click.echo(f"this user has not scrubbed {printable(target)} yet; cowfs scrub start does")
     else:
         _print(report)
     if report is not None and not report.clean:
@@ -118,7 +118,7 @@ def status(target: str, as_json: bool) -> None:
 @scrub.command()
 @target_argument
 def cancel(target: str) -> None:
-    """Stop the scrub that is running; resume goes on with it. Exit status 2: there is none.
+    """Stop the running scrub; resume goes on with it. Exit status 2: no scrub is running.
 
     \b
     cowfs scrub cancel ~/data
@@ -133,12 +133,14 @@ def cancel(target: str) -> None:
         click.echo("no scrub is running", err=True)
         click.get_current_context().exit(EXIT_NOTHING)
     if not worker:
-        raise CowfsError("a process of another PID namespace scrubs it; cancel it there")
+        raise CowfsError("a process in another PID namespace runs the scrub; cancel it there")
     os.kill(worker, signal.SIGTERM)
     deadline_s = time.monotonic() + START_WAIT_S
     while state.worker() == worker:
         if time.monotonic() > deadline_s:
-            raise CowfsError(f"process {worker} does not stop")
+            raise CowfsError(
+                f"the scrub (process {worker}) did not stop within {START_WAIT_S:.0f} s"
+            )
         time.sleep(0.02)
 
 
@@ -152,7 +154,7 @@ def _begin(
         state = ScrubState(found.info().uuid)
         last = state.report()
         if resume and (last is None or last.state != "interrupted"):
-            click.echo("there is no scrub to go on with", err=True)
+            click.echo("there is no interrupted scrub to resume", err=True)
             click.get_current_context().exit(EXIT_NOTHING)
         if wait:
             report = _scrub(found, state, rate_bytes, read_only=read_only, resume=resume)
@@ -165,18 +167,18 @@ def _begin(
                 click.get_current_context().exit(code)
             return
         if state.worker() is not None:
-            state.begin()  # says who
+            state.begin()  # raises BusyError, which names the process
     _spawn(target, state, rate, read_only=read_only, resume=resume)
     if as_json:
         print_json("cowfs scrub", {"scrub": None, "worker": state.worker()})
     else:
-        click.echo(f"scrub started; cowfs scrub status {printable(target)} shows how far it is")
+        click.echo(f"scrub started; cowfs scrub status {printable(target)} shows its progress")
 
 
 def _spawn(
     target: str, state: "ScrubState", rate: str | None, *, read_only: bool, resume: bool
 ) -> None:
-    """The same command with -B, in a session of its own, and wait until it is at work."""
+    """Start the same command with -B in a session of its own; return when it has begun."""
     before = state.report()
     words = [
         sys.executable,
@@ -193,7 +195,7 @@ def _spawn(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        cwd="/",  # the caller's directory may be one to unmount
+        cwd="/",  # else the worker could keep the mount busy
         text=True,
         errors="surrogateescape",
     )
@@ -203,10 +205,11 @@ def _spawn(
         if state.worker() == worker.pid or (report is not None and report != before):
             return
         if worker.poll() is not None:
-            _, said = worker.communicate()
-            raise CowfsError(f"the scrub did not start: {said.strip() or worker.returncode}")
+            _, errors = worker.communicate()
+            reason = errors.strip() or f"exit status {worker.returncode}"
+            raise CowfsError(f"the scrub did not start: {reason}")
         time.sleep(0.02)
-    raise CowfsError(f"the scrub (process {worker.pid}) does not begin")
+    raise CowfsError(f"the scrub (process {worker.pid}) did not begin within {START_WAIT_S:.0f} s")
 
 
 def _scrub(
@@ -217,12 +220,13 @@ def _scrub(
     read_only: bool,
     resume: bool,
 ) -> "ScrubReport":
+    """Scrub in this process and return the report, which is also saved in `state`."""
     from cowfs.care.scrub import Scrub, report_of
 
     state.begin()
     stop = _Stop()
     started_ns = time.time_ns()
-    started_s = told_s = saved_s = time.monotonic()
+    started_s = reported_s = saved_s = time.monotonic()
     os.nice(19)
     try:
         with (
@@ -231,11 +235,11 @@ def _scrub(
         ):
 
             def work(scrub: Scrub) -> None:
-                nonlocal told_s, saved_s
+                nonlocal reported_s, saved_s
                 now_s = time.monotonic()
                 report = report_of(scrub, escaped_path(target.image), "running", started_ns, 0)
-                if now_s - told_s > REPORT_INTERVAL_S:
-                    told_s = now_s
+                if now_s - reported_s > REPORT_INTERVAL_S:
+                    reported_s = now_s
                     state.save(report)
                 if now_s - saved_s > MARKS_INTERVAL_S:
                     saved_s = now_s
@@ -252,7 +256,7 @@ def _scrub(
                     scrub.marks = kept
             state.save(report_of(scrub, escaped_path(target.image), "running", started_ns, 0))
             state.save_marks(scrub.marks)
-            ended: State = "interrupted" if _run_until_told(scrub, stop) else "finished"
+            ended: State = "finished" if _run(scrub, stop) else "interrupted"
         repaired = _count_good(target, scrub.bad_copies) if scrub.bad_copies else 0
         report = report_of(scrub, escaped_path(target.image), ended, started_ns, repaired)
         state.save(report)
@@ -263,40 +267,44 @@ def _scrub(
 
 
 class _Stop:
-    """The wish to stop, by signals, which interrupt the reading and nothing else.
+    """Catches SIGINT, SIGTERM and SIGHUP until the process ends.
 
-    They are taken until the process ends: one that comes while the result is saved, the first or
-    another, costs no result.
+    They interrupt only the reading: a signal that arrives while the result is saved is noted and
+    does not interrupt that.
+
+    Attributes:
+        is_requested: a signal has arrived.
+        interrupts: a signal raises _StopError now.
     """
 
     def __init__(self) -> None:
-        self.is_told = False
+        self.is_requested = False
         self.interrupts = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._tell)
+            signal.signal(number, self._handle)
 
-    def _tell(self, _number: int, _frame: object) -> None:
-        self.is_told = True
+    def _handle(self, _number: int, _frame: object) -> None:
+        self.is_requested = True
         if self.interrupts:
             self.interrupts = False
             raise _StopError
 
 
-def _run_until_told(scrub: "Scrub", stop: _Stop) -> bool:
-    """Whether the scrub was told to stop before it was through."""
+def _run(scrub: "Scrub", stop: _Stop) -> bool:
+    """Run the scrub; False if a signal stopped it before the end."""
     try:
         stop.interrupts = True
-        if stop.is_told:
-            return True
+        if stop.is_requested:
+            return False
         scrub.run()
         stop.interrupts = False
     except _StopError:
-        return True
-    return False
+        return False
+    return True
 
 
 def _count_good(target: Connection, copies: "list[BadCopy]") -> int:
-    """How many of the copies that were bad hold the bytes of their twin now."""
+    """Count the copies that were bad and now hold the same bytes as their twin."""
     from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_SIZE_BYTES
 
     count = 0
@@ -318,7 +326,7 @@ def _rate(text: str | None) -> int | None:
     shift = _UNITS.get(digits[-1:], 0)
     number = digits[:-1] if shift else digits
     if not (number.isascii() and number.isdigit()) or not int(number):
-        raise UsageError(f"--rate {quoted(text)} is no number of bytes; 50M is one")
+        raise UsageError(f"--rate {quoted(text)} is not a number of bytes such as 50M")
     return int(number) << shift
 
 
@@ -329,7 +337,7 @@ def _print(report: "ScrubReport") -> None:
     click.echo(f"scrub of {printable(report.image)}, generation {report.generation}")
     took_s = (report.ended_ns - report.started_ns) / 1e9
     took = f" after {took_s:.0f} s" if report.ended_ns else ""
-    click.echo(f"  begun {when}, {report.state}{took}: {done} of about {total} read")
+    click.echo(f"  started {when}, {report.state}{took}: {done} of about {total} read")
     click.echo(
         f"  bad copies: {report.bad_copies}, repaired: {report.repaired}, "
         f"not repaired: {report.unrepaired}, lost: {report.damaged}"

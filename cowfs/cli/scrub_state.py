@@ -1,9 +1,9 @@
-"""What is kept of scrubs: the last result of each image, how far one got, and who is at work.
+"""The state of scrubs, in files: the last report of each image, marks to resume from, a lock.
 
-Beside the image nothing of this is needed, and a scrub that only reads must not write into the image; so
-it is kept as Btrfs keeps it, in files named after the image's uuid: in $XDG_STATE_HOME/cowfs, or where
-that is not set in /var/lib/cowfs for root and ~/.local/state/cowfs for others. A lock on a file says
-that a scrub is running, and the kernel tells by which process.
+A scrub that only reads must not write into the image, so its state is kept in files named after the
+image's uuid, as Btrfs does. They are in $XDG_STATE_HOME/cowfs; if that is not set, in
+/var/lib/cowfs for root and ~/.local/state/cowfs for others. The lock is held while a scrub runs,
+and the kernel names the process that holds it.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ REPORT_BYTES_MAX = 64 << 20
 
 
 def state_directory() -> Path:
-    """Where the files of this user's scrubs are."""
+    """The directory of the state files of this user's scrubs."""
     state = os.environ.get("XDG_STATE_HOME", "")
     if os.geteuid() == 0 and not state:
         return Path("/var/lib/cowfs")
@@ -33,10 +33,10 @@ def state_directory() -> Path:
 
 
 class ScrubState:
-    """The files of one image.
+    """The state files of one image.
 
     Args:
-        uuid: of the image, as text.
+        uuid: the image's uuid as text.
     """
 
     def __init__(self, uuid: str) -> None:
@@ -44,9 +44,9 @@ class ScrubState:
         self._lock: int | None = None
 
     def report(self) -> ScrubReport | None:
-        """The last scrub; None when there was none, or what is kept of it cannot be read.
+        """Read the report of the last scrub; None if there is none that can be read.
 
-        A scrub that calls itself running and is not was killed: it is "interrupted".
+        A report that says "running" although no scrub runs is of a killed scrub: "interrupted".
         """
         try:
             data = read_own(self._path("json"), REPORT_BYTES_MAX)
@@ -58,11 +58,11 @@ class ScrubState:
         return report
 
     def save(self, report: ScrubReport) -> None:
-        """Keep a report."""
+        """Write the report."""
         self._replace("json", msgspec.json.encode(report))
 
     def save_marks(self, marks: Marks | None) -> None:
-        """Keep the marks to go on from; None when there is nothing to go on with."""
+        """Write the marks to resume from; None removes them."""
         if marks is not None:
             packed = zlib.compress(bytes(marks.bits), 1)
             self._replace("marks", _GENERATION.pack(marks.generation) + packed)
@@ -70,7 +70,7 @@ class ScrubState:
             self._path("marks").unlink(missing_ok=True)
 
     def marks(self, total_blocks: int) -> Marks | None:
-        """The marks of a scrub that was interrupted; None when there are none."""
+        """Read the marks of an interrupted scrub; None if there are none that fit the image."""
         try:
             data = read_own(self._path("marks"), _GENERATION.size + total_blocks // 4 + 1024) or b""
             (generation,) = _GENERATION.unpack_from(data)
@@ -82,7 +82,7 @@ class ScrubState:
         return Marks(total_blocks, generation, unpacked)
 
     def worker(self) -> int | None:
-        """The process that scrubs the image now, 0 if its PID namespace is another; None: nobody."""
+        """The pid of the running scrub; 0 if it is in another PID namespace; None if none runs."""
         try:
             descriptor = os.open(self._path("lock"), os.O_RDWR | os.O_CLOEXEC)
         except OSError:
@@ -95,7 +95,12 @@ class ScrubState:
             os.close(descriptor)
 
     def begin(self) -> None:
-        """Be the one that scrubs. Raises BusyError when another process does."""
+        """Take the lock.
+
+        Raises:
+            BusyError: another process scrubs this image.
+            CowfsError: the state directory cannot be written.
+        """
         try:
             self._base.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(
@@ -104,15 +109,16 @@ class ScrubState:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BusyError(
-                f"process {self.worker()} scrubs this image already; cowfs scrub status shows it"
+                f"process {self.worker()} scrubs this image already; cowfs scrub status shows its "
+                "progress"
             ) from None
         except OSError as error:
             raise CowfsError(
-                f"cannot keep the state of a scrub in {self._base.parent}: {error.strerror}"
+                f"cannot write the state of the scrub to {self._base.parent}: {error.strerror}"
             ) from None
 
     def end(self) -> None:
-        """Let others scrub."""
+        """Release the lock."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -121,5 +127,5 @@ class ScrubState:
         return self._base.with_name(f"{self._base.name}.{suffix}")
 
     def _replace(self, suffix: str, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # a scrub is worth more than its record
+        with contextlib.suppress(OSError):  # a scrub goes on although its state cannot be written
             replace_file(self._path(suffix), [data])

@@ -1,7 +1,7 @@
-"""`cowfs snapshot`: create, list, delete, rename, hold, release. Returned means durable.
+"""`cowfs snapshot`: create, list, delete, rename, hold, release. Each is durable when it returns.
 
-What would be destroyed, and how many bytes that frees, is told before it is done by `delete -n`;
-the number is the one that the deletion frees (C11).
+`delete -n` lists what would be deleted and the bytes that this frees; the deletion frees exactly
+that number (C11).
 """
 
 import functools
@@ -40,17 +40,17 @@ target_argument = click.argument("target", metavar="TARGET", type=click.Path())
 
 
 def complete_name(context: click.Context, parameter: click.Parameter, text: str) -> list[str]:
-    """The names of snapshots that begin with `text`, for the shell."""
+    """List the snapshot names that begin with `text`, for the shell's completion."""
     try:
         with connect(context.params["target"]) as filesystem:
             names = [snapshot.name for snapshot in filesystem.snapshots()]
     except (CowfsError, OSError, KeyError):
-        return []  # a hint that cannot be given
+        return []  # completion shows no errors
     return [name for name in names if name.startswith(text)]
 
 
 def retention_options(function: Function) -> Function:
-    """The options that say which snapshots stay; the command gets them as `rules`, a `Rules`."""
+    """Add the options that say which snapshots to keep; the command gets them as `rules: Rules`."""
 
     @functools.wraps(function)
     def with_rules(
@@ -76,23 +76,28 @@ def retention_options(function: Function) -> Function:
 
 
 def warn_of_future(program: str, kept: Mapping[str, Sequence[str]]) -> None:
-    """Name those that a rule kept only because a clock was wrong when they were made, or is now."""
+    """Warn of snapshots that were kept only because their date is in the future.
+
+    Args:
+        program: the program's name, for the message.
+        kept: for each kept snapshot the reasons, as `divide` returns them.
+    """
     names = [name for name, reasons in kept.items() if FUTURE in reasons]
     if not names:
         return
     shown = ", ".join(map(repr, names[:FUTURE_SHOWN_MAX]))
     if len(names) > FUTURE_SHOWN_MAX:
         shown += f" and {len(names) - FUTURE_SHOWN_MAX} more"
-    warn(program, f"kept, whatever the rules say, for a date in the future: {shown}")
+    warn(program, f"kept in spite of the rules, because dated in the future: {shown}")
 
 
 _COUNTED = (
     ("last", "Keep the newest N."),
-    ("hourly", "Keep the newest of each of the last N hours that have any."),
-    ("daily", "The same with days."),
-    ("weekly", "The same with weeks."),
-    ("monthly", "The same with months."),
-    ("yearly", "The same with years."),
+    ("hourly", "Keep the newest of each hour, for the last N hours that have a snapshot."),
+    ("daily", "The same for days."),
+    ("weekly", "The same for weeks."),
+    ("monthly", "The same for months."),
+    ("yearly", "The same for years."),
 )
 _RETENTION_OPTIONS = (
     *[
@@ -104,15 +109,19 @@ _RETENTION_OPTIONS = (
     click.option(
         "--keep-within",
         metavar="DURATION",
-        help="Keep those that long before the newest that is not automatic: 12h, 30d.",
+        help="Keep those made within DURATION before the newest that is not automatic: 12h, 30d.",
     ),
-    click.option("--older-than", metavar="DURATION", help="Delete only what is older: 2w, 1y6m."),
+    click.option(
+        "--older-than",
+        metavar="DURATION",
+        help="Delete only snapshots older than DURATION: 2w, 1y6m.",
+    ),
     click.option(
         "--keep",
         metavar="NAME",
         multiple=True,
         shell_complete=complete_name,
-        help="Keep it, or all of a pattern. Repeat it for more.",
+        help="Keep this snapshot, or all that match a pattern. Repeatable.",
     ),
 )
 
@@ -121,7 +130,7 @@ _RETENTION_OPTIONS = (
 def snapshot() -> None:
     """Keep states of a filesystem: create, list, delete, rename, hold snapshots.
 
-    On a mount they are readable below .snapshots/NAME. TARGET is a mount point or an image.
+    On a mount their files are below .snapshots/NAME. TARGET is a mount point or an image.
     """
 
 
@@ -131,7 +140,7 @@ def snapshot() -> None:
 @click.option("-m", "--message", metavar="TEXT", default="", help="A description.")
 @json_option
 def create(target: str, name: str, message: str, as_json: bool) -> None:
-    """Keep the state of now under a name. Takes no time and no space, whatever the size.
+    """Keep the present state under a name. Takes no time and no space at any size.
 
     \b
     cowfs snapshot create ~/data before-upgrade -m 'all tests passed'
@@ -148,7 +157,7 @@ def create(target: str, name: str, message: str, as_json: bool) -> None:
 @target_argument
 @list_options
 def list_snapshots(target: str, as_json: bool, bare: bool, exact: bool) -> None:
-    """List the snapshots, the oldest first. What each holds alone: cowdu TARGET.
+    """List the snapshots, the oldest first. To see the space that each holds: cowdu TARGET.
 
     \b
     cowfs snapshot list ~/data
@@ -185,7 +194,7 @@ def list_snapshots(target: str, as_json: bool, bare: bool, exact: bool) -> None:
 
 
 def _referenced(found: SnapshotReport, numbers: Numbers) -> str:
-    """The size, as a bound where files share blocks: then only cowdu counts."""
+    """Format the referenced size: an upper bound (<=) if files share blocks; cowdu counts exactly."""
     size = numbers.size(found.referenced_bytes)
     return size if found.referenced_is_exact or numbers.exact else f"<={size}"
 
@@ -193,8 +202,8 @@ def _referenced(found: SnapshotReport, numbers: Numbers) -> str:
 @snapshot.command()
 @target_argument
 @click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=complete_name)
-@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only tell what would happen.")
-@click.option("--wait", is_flag=True, help="Return when the space is free, not only on its way.")
+@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only show what would happen.")
+@click.option("--wait", is_flag=True, help="Return only when the space is free.")
 @retention_options
 @exact_option
 @json_option
@@ -210,16 +219,17 @@ def delete(
     """Delete snapshots: all that are named, or none.
 
     NAME is a name, a pattern such as 'auto-*', a range first%last in the order of creation (%last
-    from the oldest, first% to the newest, % all), or several with commas. The space comes free in
-    the background; on an image that is not mounted, before the command ends.
+    from the oldest, first% to the newest, % all), or several of these with commas. On a mount the
+    space becomes free in the background; on an image that is not mounted, before the command ends.
 
-    With --keep-..., --older-than: of those that are named, or of all if none is, only what no rule
-    keeps. Days, weeks and months are those of the local clock, and only those with a snapshot count.
-    What is held is kept by every rule, and refused when there is none. What is dated in the future,
-    as of a clock that was wrong, is kept by every rule and counts for none; name it without a rule.
+    The options --keep... and --older-than are rules: of the named snapshots (of all if none is
+    named) only those that no rule keeps are deleted. Days, weeks and months are those of the local
+    clock, and only those with a snapshot count. With rules, held snapshots are kept; without rules,
+    naming one is refused. A snapshot dated in the future, because a clock was wrong, is kept by the
+    rules and not counted; to delete it, name it without a rule.
 
     \b
-    cowfs snapshot delete -n ~/data monday%friday     what would that free?
+    cowfs snapshot delete -n ~/data monday%friday     how much would this free?
     cowfs snapshot delete ~/data monday%friday --wait
     cowfs snapshot delete disk.img old,older
     cowfs snapshot delete -n ~/data 'auto-*' --keep-last 3 --keep-daily 7
@@ -233,7 +243,7 @@ def delete(
         filesystem = stack.enter_context(connect(target))
         found, kept = divide(names, rules, filesystem.snapshots(), time.time_ns())
         warn_of_future("cowfs", kept)
-        require_released(found)  # all of them: a daemon is asked in several requests
+        require_released(found)  # before the first of several requests to the daemon
         chosen = [each.name for each in found]
         reclaim_bytes = None
         if dry_run:
@@ -264,7 +274,7 @@ def delete(
 
 
 def shown_by(bar: Callable[[str, int, int], None] | None) -> Callable[[Progress], None] | None:
-    """What shows the progress of a request on a bar, if there is one."""
+    """Make a callback that shows the progress of a request on a bar; None without a bar."""
     if bar is None:
         return None
     return lambda progress: bar(progress.what, progress.done_bytes, progress.total_bytes)
@@ -294,10 +304,10 @@ def rename(target: str, old: str, new: str, as_json: bool) -> None:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_name)
 @json_option
 def hold(target: str, names: tuple[str, ...], as_json: bool) -> None:
-    """Refuse to delete snapshots until they are released.
+    """Protect snapshots from deletion until they are released.
 
-    All that are named, or none; NAME is as with delete. Rules keep what is held, and undo does not
-    use it up. Renaming keeps the hold; a rollback to a held snapshot changes nothing of it.
+    Holds all that are named, or none; NAME is as with delete. Rules keep held snapshots, and an
+    undo leaves them in place. A hold stays when the snapshot is renamed or rolled back to.
 
     \b
     cowfs snapshot hold ~/data before-upgrade
@@ -311,9 +321,10 @@ def hold(target: str, names: tuple[str, ...], as_json: bool) -> None:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_name)
 @json_option
 def release(target: str, names: tuple[str, ...], as_json: bool) -> None:
-    """Let snapshots that are held be deleted again.
+    """Release held snapshots, so that they can be deleted again.
 
-    All that are named, or none; NAME is as with delete. One that is not held is no error.
+    Releases all that are named, or none; NAME is as with delete. Naming one that is not held is no
+    error.
 
     \b
     cowfs snapshot release ~/data before-upgrade

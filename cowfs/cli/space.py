@@ -21,9 +21,9 @@ from cowfs.cli.snapshots import shown_by, target_argument
 from cowfs.escapes import escaped_path, printable
 from cowfs.history.reports import InfoReport, ReclaimReport, SpaceReport
 
-NEARLY_FULL_SHARE = 20  # when less than a twentieth of the image is available
-SNAPSHOTS_LOOKED_AT = 64  # the oldest; cowdu looks at all
-SNAPSHOTS_NAMED = 3  # also of deleted ones that are being given back
+NEARLY_FULL_DIVISOR = 20  # nearly full: less than 1/20 of the image is available
+SNAPSHOTS_MEASURED_MAX = 64  # the oldest ones; cowdu measures all
+SNAPSHOTS_NAMED_MAX = 3  # in each list, that of the drop queue included
 
 _SPACE = {
     "TOTAL": "total_bytes",
@@ -43,15 +43,15 @@ _SPACE = {
 @target_argument
 @list_options
 def df(target: str, as_json: bool, bare: bool, exact: bool) -> None:
-    """Show where the space is. Which snapshot holds it: cowdu TARGET.
+    """Show used, free and reserved space. To see which snapshots hold it: cowdu TARGET.
 
-    When little is available, also which snapshots' deletion frees most.
+    When little is available, also names the snapshots whose deletion frees most.
 
     \b
     USED       TREE (files of all volumes and snapshots) and CATALOG (their records)
     SYSTEM     superblocks and the space map
-    PENDING    freed, until the generations that show it are gone
-    PROMISED   data in memory that will need space
+    PENDING    freed, but kept until the retained generations that reach it expire
+    PROMISED   for data in memory that waits for a commit
     RESERVED   held back, so that a full filesystem can delete; grows with what snapshots share
     AVAILABLE  for new data
 
@@ -75,18 +75,22 @@ def df(target: str, as_json: bool, bare: bool, exact: bool) -> None:
             freed = numbers.size(each.reclaim_bytes)
             click.echo(f"nearly full: deleting {_named(each.names)} frees {freed}")
         if len(largest) > 1:
-            click.echo("for so much and the least loss: cowdu plan TARGET --free SIZE")
+            click.echo("to find the fewest that free SIZE: cowdu plan TARGET --free SIZE")
 
 
 def _largest(filesystem: Connection, space: SpaceReport) -> list[ReclaimReport]:
-    """Of a nearly full filesystem: which snapshots' deletion frees most, each alone and all together.
+    """Measure which snapshots' deletion frees most, if the filesystem is nearly full.
 
-    Read here, not by the daemon, from a generation that it keeps meanwhile.
+    This process reads the image, at a generation that the daemon pins.
+
+    Returns:
+        The SNAPSHOTS_NAMED_MAX largest, each alone, then all measured ones together. Empty if the
+        filesystem is not nearly full.
     """
-    if space.available_bytes * NEARLY_FULL_SHARE > space.total_bytes:
+    if space.available_bytes * NEARLY_FULL_DIVISOR > space.total_bytes:
         return []
-    # Those that grew the most since the snapshot before are seldom the newest.
-    names = [each.name for each in filesystem.snapshots()][:SNAPSHOTS_LOOKED_AT]
+    # The snapshots whose deletion frees most are seldom among the newest.
+    names = [each.name for each in filesystem.snapshots()][:SNAPSHOTS_MEASURED_MAX]
     if not names:
         return []
     from cowfs.accounting.snapshot_usage import reclaim_report  # reads the image: needs numpy
@@ -95,31 +99,31 @@ def _largest(filesystem: Connection, space: SpaceReport) -> list[ReclaimReport]:
         alone = [reclaim_report(opened, [name]) for name in names]
         together = [reclaim_report(opened, names)] if len(names) > 1 else []
     alone.sort(key=lambda report: report.reclaim_bytes, reverse=True)
-    return [*alone[:SNAPSHOTS_NAMED], *together]
+    return [*alone[:SNAPSHOTS_NAMED_MAX], *together]
 
 
 def _print_drops(space: SpaceReport, numbers: Numbers) -> None:
     stuck_first = sorted(space.drops, key=lambda drop: not drop.stuck)
-    for drop in stuck_first[:SNAPSHOTS_NAMED]:
-        state = "cannot be given back, run cowfs check" if drop.stuck else "is being given back"
+    for drop in stuck_first[:SNAPSHOTS_NAMED_MAX]:
+        state = "cannot be freed, run cowfs check" if drop.stuck else "is being freed"
         click.echo(
             f"deleted snapshot {printable(drop.name)} {state}: {numbers.size(drop.freed_bytes)} "
             f"of at most {numbers.size(drop.referenced_bytes)}"
         )
-    rest = stuck_first[SNAPSHOTS_NAMED:]
+    rest = stuck_first[SNAPSHOTS_NAMED_MAX:]
     if rest:
         stuck = sum(drop.stuck for drop in rest)
-        words = f" ({stuck} cannot be, run cowfs check)" if stuck else ""
+        words = f" ({stuck} cannot be freed, run cowfs check)" if stuck else ""
         click.echo(
-            f"{len(rest)} more deleted snapshots are being given back{words}: "
+            f"{len(rest)} more deleted snapshots are being freed{words}: "
             f"{numbers.size(sum(drop.freed_bytes for drop in rest))} of at most "
             f"{numbers.size(sum(drop.referenced_bytes for drop in rest))}"
         )
 
 
 def _named(names: tuple[str, ...]) -> str:
-    """Snapshots in a few words. Many are the oldest ones: a range that commands take as well."""
-    if len(names) <= SNAPSHOTS_NAMED:
+    """List the names if few; else name the oldest snapshots as a range that commands accept."""
+    if len(names) <= SNAPSHOTS_NAMED_MAX:
         return ",".join(map(printable, names))
     return f"the {len(names)} oldest (%{printable(names[-1])})"
 
@@ -127,14 +131,14 @@ def _named(names: tuple[str, ...]) -> str:
 @click.command()
 @target_argument
 @click.option(
-    "--generations", is_flag=True, help="The commits that the image still has, the newest first."
+    "--generations", is_flag=True, help="List the commits still in the image, the newest first."
 )
 @list_options
 def info(target: str, generations: bool, as_json: bool, bare: bool, exact: bool) -> None:
     """Show what an image is, and how it is mounted.
 
-    With --generations the commits that the image still has. The KEPT ones are promised to be whole;
-    of the others some blocks may have been used anew. STATE is what a look at the roots shows.
+    With --generations it lists the commits that are still in the image. Those marked KEPT are
+    whole; of the others, blocks may have been reused. STATE says whether their roots are readable.
 
     \b
     cowfs info disk.img
@@ -161,11 +165,11 @@ def _show_generations(target: str, numbers: Numbers, *, as_json: bool, bare: boo
 
     with (
         connect(target) as filesystem,
-        progress_bar("looking") as bar,
+        progress_bar("reading") as bar,
         filesystem.device() as (device, _),
     ):
         reports = generation_reports(
-            device, None if bar is None else lambda done, total: bar("looking", done, total)
+            device, None if bar is None else lambda done, total: bar("reading", done, total)
         )
     if as_json:
         image = escaped_path(filesystem.image)
@@ -243,7 +247,7 @@ def _last_scrub(uuid: str) -> str:
     if last is None:
         return "never"
     return (
-        f"{last.state}, begun {Numbers().time(last.started_ns)}: {last.repaired} repaired, "
+        f"{last.state}, started {Numbers().time(last.started_ns)}: {last.repaired} repaired, "
         f"{last.unrepaired} not repaired, {last.damaged} lost"
     )
 
@@ -252,7 +256,7 @@ def _last_scrub(uuid: str) -> str:
 @target_argument
 @json_option
 def sync(target: str, as_json: bool) -> None:
-    """Make everything durable that was written before. (sync(1) does not reach a FUSE filesystem.)
+    """Make everything written so far durable. (sync(1) does not reach a FUSE filesystem.)
 
     \b
     cowfs sync ~/data
@@ -269,9 +273,10 @@ def sync(target: str, as_json: bool) -> None:
 def trim(target: str, as_json: bool) -> None:
     """Give all free space of an image back to the host, mounted or not.
 
-    A mount does that by itself with large free runs, some seconds after they came free, unless it has
-    -o nodiscard. This command takes every free block, also those of earlier mounts. What deleted
-    snapshots held is free when cowfs df shows them no more; cowfs snapshot delete --wait waits for it.
+    A mount does this by itself for large free runs, some seconds after they became free, unless it
+    has -o nodiscard. This command gives back every free block, also those freed in earlier mounts.
+    The space of a deleted snapshot is free once cowfs df no longer lists the snapshot; cowfs
+    snapshot delete --wait waits for that.
 
     \b
     cowfs trim ~/data
@@ -285,12 +290,12 @@ def trim(target: str, as_json: bool) -> None:
         print_json("cowfs trim", fields)
         return
     numbers = Numbers()
-    takes = "" if host_bytes is None else f"; the image takes {numbers.size(host_bytes)} of it now"
+    takes = "" if host_bytes is None else f"; the image now takes {numbers.size(host_bytes)} there"
     click.echo(f"gave {numbers.size(report.trimmed_bytes)} of free space to the host{takes}")
 
 
 def _host_bytes(image: str) -> int | None:
-    """What an image file takes of the host; None for a block device, or without a name any more."""
+    """The bytes that an image takes on the host; None if it is no regular file or was removed."""
     try:
         status = os.stat(image)
     except OSError:

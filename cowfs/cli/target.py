@@ -1,4 +1,4 @@
-"""What commands that need the image itself, or an answer first, have in common."""
+"""Shared by commands that open an unmounted image or ask before they act."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def offline_device(image: str, *, writable: bool) -> Iterator[FileDevice]:
-    """The image itself, which must not be mounted; locked while the block runs if `writable`.
+    """Open an image that must not be mounted; it stays locked while the block runs if `writable`.
 
     Raises:
-        LockedError: it is mounted, or in use by another process.
-        ImageError: a mount point or a directory, where an image is wanted.
+        LockedError: the image is mounted, or in use by another process.
+        ImageError: the path is a mount point or another directory.
     """
     from cowfs.storage.device import FileDevice
 
     if os.path.isdir(image):
-        raise ImageError(f"{image} is a directory; unmount it, and name the image")
-    client = finding.connect(image)  # a daemon that only reads holds no lock
+        raise ImageError(f"{image} is a directory; unmount it, and name the image file")
+    client = finding.connect(image)  # the daemon of a read-only mount holds no lock
     if client is not None:
         client.close()
         raise LockedError(f"{image} is mounted ({client.daemon}); unmount it first")
@@ -45,14 +45,14 @@ yes_option = click.option("--yes", is_flag=True, help="Do not ask first.")
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask before what cannot be taken back; without a terminal --yes is the answer.
+    """Ask before an action that cannot be taken back. `yes` (--yes) skips the question.
 
     Raises:
-        UsageError: nobody can be asked.
+        UsageError: standard input is no terminal, so nobody can answer.
         click.Abort: the answer is no.
     """
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UsageError("this cannot be taken back: look with -n first, then say --yes")
+        raise UsageError("this cannot be taken back: try it with -n first, then give --yes")
     click.confirm(printable(question), abort=True, err=True)

@@ -350,7 +350,7 @@ def test_rules_keep_and_name_what_a_wrong_clock_dated(image: Path) -> None:
     assert kept["two"] == ["dated in the future"]
     result = run("snapshot", "delete", image, "--keep-daily", "1")
     assert result.stdout == "destroyed one\ndestroyed three\n"
-    words = "kept, whatever the rules say, for a date in the future: 'two'"
+    words = "kept in spite of the rules, because dated in the future: 'two'"
     assert result.stderr == f"cowfs: {words}\n"
     assert output("snapshot", "delete", image, "two") == "destroyed two\n"
     assert names(image) == ["four"]
@@ -815,9 +815,9 @@ def test_df_with_thousands_of_snapshots_stays_a_page(
     lines = output("df", "anything").splitlines()
     assert len(lines) < 10
     assert max(map(len, lines)) < 130
-    assert lines[2].startswith("deleted snapshot gone 4998 cannot be given back")
-    assert lines[3].startswith("deleted snapshot gone 4999 cannot be given back")
-    assert lines[5].startswith("4997 more deleted snapshots are being given back: 4.9 KiB of at")
+    assert lines[2].startswith("deleted snapshot gone 4998 cannot be freed")
+    assert lines[3].startswith("deleted snapshot gone 4999 cannot be freed")
+    assert lines[5].startswith("4997 more deleted snapshots are being freed: 4.9 KiB of at")
     assert "nearly full: deleting snapshot-7 frees 1.0 MiB" in lines
     assert "nearly full: deleting the 64 oldest (%snapshot-63) frees 1.0 GiB" in lines
 

@@ -429,7 +429,7 @@ def test_rules_of_cowdu_name_what_a_wrong_clock_dated(image: Path) -> None:
     ):
         told = run(*words, "--keep-last", "3")
         assert told.stderr == (
-            "cowdu: kept, whatever the rules say, for a date in the future: 'two'\n"
+            "cowdu: kept in spite of the rules, because dated in the future: 'two'\n"
         ), words
     assert answer(image, "--keep-last", "3")["reclaim"]["names"] == ["one"]
     assert answer("plan", image, "--free", "1", "--keep-last", "3")["kept"]["two"] == [
