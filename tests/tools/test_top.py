@@ -846,3 +846,31 @@ def test_without_a_terminal_it_refuses_and_textual_is_not_imported(
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == "cowdu: cowdu top needs a terminal; cowdu list is for scripts\n"
+
+
+def test_without_textual_it_says_how_to_install_it(image: Path) -> None:
+    """Promise: textual is optional: without it the error is one line with the command to run."""
+    program = (
+        "import sys; from cowfs_tools.cowdu.main import main\n"
+        "sys.modules['textual'] = None\n"  # hides it from every import
+        "main(sys.argv[1:])"
+    )
+    keyboard, terminal = os.openpty()
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", program, "top", image],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(keyboard)
+        os.close(terminal)
+    assert result.returncode == 1
+    assert result.stderr == (
+        "cowdu: cowdu top needs the Python package textual, which is not installed; run: "
+        f"{sys.executable} -m pip install 'cowfs-image[top]'\n"
+    )
