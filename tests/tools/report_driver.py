@@ -5,7 +5,6 @@ driver is told where everything is: selenium looks for nothing and fetches nothi
 """
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,10 +15,8 @@ import pytest
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 
+from cowfs_tools.cowdu.report import page_of
 from tests.sizes import HANG_SECONDS
-
-EMPTY_DATA = '<script type="application/json" id="data">{}</script>'
-TEMPLATE = Path(__file__).parents[2] / "tools" / "cowdu" / "page.html"
 
 
 def program(*names: str) -> str:
@@ -62,11 +59,8 @@ def chromium(width: int = 1440, height: int = 1000) -> Iterator[Chrome]:
 
 
 def write_page(path: Path, report: dict[str, Any]) -> Path:
-    """The page of `report`, filled in as `cowdu report` does it."""
-    text = TEMPLATE.read_text(encoding="utf-8")
-    assert text.count(EMPTY_DATA) == 1
-    data = json.dumps(report, separators=(",", ":")).replace("<", "\\u003c")
-    path.write_text(text.replace(EMPTY_DATA, EMPTY_DATA.replace("{}", data)), encoding="utf-8")
+    """The page of `report`, put together as `cowdu report` does it."""
+    path.write_text(page_of(report), encoding="utf-8")
     return path
 
 

@@ -517,7 +517,7 @@ def test_report_writes_nothing_where_a_name_leads_elsewhere(
     refused = run("report", image, "--html", page, *force)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
-    assert "is no regular file" in refused.stderr or "is a directory" in refused.stderr
+    assert "is not a regular file" in refused.stderr or "is a directory" in refused.stderr
     assert os.path.samestat(page.lstat(), before)
     assert elsewhere.exists() == (kind == "link")
     if kind == "link":

@@ -1,7 +1,8 @@
-"""`cowdu report`: one page with all numbers in it, to look at and to decide with in a browser.
+"""`cowdu report`: write one self-contained page for the browser.
 
-The owner sets are in the page, so it adds up any choice of snapshots exactly as cowdu does. They are
-counted twice before that, by owner sets and by virtual drop, and a page is only written if both agree.
+The page contains the owner sets, so its script counts any choice of snapshots exactly as cowdu
+does. The sets are counted in two ways first, by owner sets and by virtual drop; the page is written
+only if both agree. It is put together from page.html, page.css, page.js and the data.
 """
 
 import json
@@ -28,8 +29,10 @@ from cowfs.storage.format import BLOCK_SIZE_BYTES
 
 from .looking import Look, look
 
-PLACE = '<script type="application/json" id="data">{}</script>'
-FILES_MAX = 50_000  # entries for the treemap; what is smaller is told as one, by directory
+STYLE_PLACE = "<style></style>"
+DATA_PLACE = '<script type="application/json" id="data">{}</script>'
+SCRIPT_PLACE = "<script></script>"
+FILES_MAX = 50_000  # entries for the treemap; smaller files are added up by directory
 
 
 @click.command()
@@ -42,13 +45,13 @@ FILES_MAX = 50_000  # entries for the treemap; what is smaller is told as one, b
     type=click.Path(dir_okay=False),
     help="The page to write; - for standard output.",
 )
-@click.option("-f", "--force", is_flag=True, help="Write over a file that is there.")
+@click.option("-f", "--force", is_flag=True, help="Replace an existing file.")
 @json_option
 def report(target: str, page: str, force: bool, as_json: bool) -> None:
     """Write a page for the browser: a timeline, the reclaim curve, a map of the files, tables.
 
-    Choose snapshots in it, and it tells what deleting exactly these frees, to the byte, and the
-    command that does. One file, no network, no server.
+    Choose snapshots in the page, and it shows what deleting exactly these frees, to the byte, and
+    the command that deletes them. The page is one file and needs no network and no server.
 
     \b
     cowdu report ~/data --html disk.html
@@ -82,33 +85,54 @@ def report(target: str, page: str, force: bool, as_json: bool) -> None:
 
 
 def _require_writable(page: Path, *, force: bool) -> None:
-    """Say early what is in the way; a link, a device or a fifo is never written to or replaced."""
+    """Refuse, before the image is read, a page that cannot be written.
+
+    A symbolic link, a device or a fifo is never written to or replaced.
+
+    Raises:
+        UsageError: something else is at the path, or a file without `force`.
+    """
     try:
         mode = page.lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISREG(mode):
-        raise UsageError(f"{page} is no regular file; name another, or - for standard output")
+        raise UsageError(f"{page} is not a regular file; name another, or - for standard output")
     if not force:
-        raise UsageError(f"{page} is there already; -f writes over it")
+        raise UsageError(f"{page} exists already; -f replaces it")
 
 
 def page_of(data: dict[str, Any]) -> str:
-    """The page with its data: nothing in the data can end the element that it stands in."""
-    template = (files(__package__) / "page.html").read_text(encoding="utf-8")
+    """Put the page together: page.html with page.css, the data and page.js in their elements.
+
+    "<" is escaped in the data, so that no text in it can end the element around it.
+    """
     text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    before, found, after = template.partition(PLACE)
-    assert found, "the template has no place for the data"
-    return f"{before}{PLACE.replace('{}', text)}{after}"
+    parts = (
+        (STYLE_PLACE, f"<style>\n{_page_part('page.css')}</style>"),
+        (DATA_PLACE, DATA_PLACE.replace("{}", text)),
+        (SCRIPT_PLACE, f"<script>\n{_page_part('page.js')}</script>"),
+    )
+    page, rest = "", _page_part("page.html")
+    for place, filled in parts:  # in the order of the template, so that no part is searched itself
+        before, found, rest = rest.partition(place)
+        assert found, f"page.html has no {place}"
+        page += before + filled
+    return page + rest
+
+
+def _page_part(name: str) -> str:
+    return (files(__package__) / name).read_text(encoding="utf-8")
 
 
 def report_data(found: Look, target: str) -> dict[str, Any]:
-    """What the page knows. Sizes in blocks unless named otherwise.
+    """Collect the data of the page. Sizes are in blocks unless named otherwise.
 
     Returns:
-        `sets`: [runs of snapshot numbers as first, last, ..., blocks of metadata, blocks of data];
-        `paths`: [number of the directory, name], the root first; `files`: [path, set, blocks];
-        `gone`: paths that the live files do not have.
+        `sets`: for each [runs of snapshot numbers as first, last, ..., metadata blocks, data
+        blocks]; `paths`: [number of the parent directory, name], the root first; `files`: [number
+        of the path, number of the set, blocks]; `gone`: numbers of the paths that the live files do
+        not have.
 
     Raises:
         CorruptError: the two ways of counting do not agree.
@@ -168,7 +192,7 @@ def _snapshots(found: Look, sets: OwnerSets) -> list[dict[str, Any]]:
 
 
 def _runs(numbers: Sequence[int]) -> list[int]:
-    """Ascending numbers as first, last, first, last, ..."""
+    """Encode ascending numbers as runs: first, last, first, last, ..."""
     runs: list[int] = []
     for number in numbers:
         if runs and runs[-1] + 1 == number:
@@ -179,7 +203,7 @@ def _runs(numbers: Sequence[int]) -> list[int]:
 
 
 def _require_equal(pinned: Pinned, numbers: dict[int, int], rows: list[list[Any]]) -> None:
-    """Both ways of counting must have found the same in every set."""
+    """Compare the virtual drop with the owner sets, set by set. Raises CorruptError."""
     counted = {owners: [blocks, 0] for owners, blocks in pinned.metadata.items()}
     for file in pinned.files:
         counted.setdefault(file.owners, [0, 0])[1] += file.blocks
@@ -191,7 +215,7 @@ def _require_equal(pinned: Pinned, numbers: dict[int, int], rows: list[list[Any]
 def _files(
     found: Look, pinned: Pinned, numbers: dict[int, int]
 ) -> tuple[list[list[Any]], list[list[int]], list[int]]:
-    """Paths, what of each file each set keeps, and the paths that are gone."""
+    """Make `paths`, `files` and `gone` of `report_data`."""
     places: dict[bytes, int] = {b"": 0}
     paths: list[list[Any]] = [[0, ""]]
 
