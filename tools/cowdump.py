@@ -105,7 +105,7 @@ class Dump:
         if len(self.damage) < DAMAGE_LINES_MAX:
             self.damage.append(f"block {block}: {what}")
 
-    # --- views ----------------------------------------------------------------------------------
+    # --- views ------------------------------------------------------------------------------------
 
     def superblocks(self) -> View:
         chosen = self.superblock
@@ -250,7 +250,7 @@ class Dump:
         }
         return view
 
-    # --- reading --------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------
 
     def _nodes(
         self, root: Pointer, between: tuple[bytes, bytes] | None = None

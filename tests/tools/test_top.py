@@ -210,7 +210,7 @@ def test_marks_by_every_key(image: Path) -> None:
 
         await press(top, pilot, "space")  # on the live files
         assert marked() == set()
-        assert "no snapshot" in top.page.message.plain
+        assert "not a snapshot" in top.page.message.plain
         await press(top, pilot, "a")
         assert marked() == {"one", "three", "four"}
         await press(top, pilot, "u")
@@ -485,7 +485,7 @@ def test_delete_asks_about_what_is_there_now(image: Path) -> None:
         change(image, delete("three"))
         await press(top, pilot, "d")
         assert isinstance(top.screen, SnapshotsPage)
-        assert "somebody else deleted" in top.page.message.plain
+        assert "were deleted meanwhile; nothing was deleted" in top.page.message.plain
 
     run(image, session)
 
@@ -547,7 +547,7 @@ def test_delete_refuses_what_is_held_live_or_read_only(image: Path) -> None:
 
     async def session(top: Top, pilot: "Pilot[None]") -> None:
         await press(top, pilot, "d")
-        assert "the live files are no snapshot" in top.page.message.plain
+        assert "the live files are not a snapshot" in top.page.message.plain
         await go_to(top, pilot, "one")
         await press(top, pilot, "space", "up", "space")
         assert "2 marked" in top.page.status_line.plain
@@ -806,10 +806,10 @@ def test_help_comes_and_goes(image: Path) -> None:
     async def session(top: Top, pilot: "Pilot[None]") -> None:
         await press(top, pilot, "?")
         text = "\n".join(seen(top))
-        assert "mark all that are not held; none" in text
+        assert "mark all that are not held; unmark all" in text
         assert "sort by age, name, referenced, exclusive, written" in text
-        assert "all older go" in text
-        assert "Older is what was created before, whatever the dates say." in text
+        assert "freed with all older ones" in text
+        assert "Older means created before, whatever the dates say." in text
         await press(top, pilot, "q")
         assert isinstance(top.screen, SnapshotsPage)
         assert "mark all that are not held" not in "\n".join(seen(top))

@@ -1,4 +1,4 @@
-"""What comes up over a page of `cowdu top`: the question before a deletion, and the keys."""
+"""The dialogs of `cowdu top`: the question before a deletion, and the help on keys."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -15,11 +15,11 @@ from cowfs.escapes import printable
 
 from .wording import plural, whole_size
 
-NAMES_SHOWN_MAX = 500  # in the question before a deletion
+NAMES_SHOWN_MAX = 500  # names listed in the question before a deletion
 
 
 class Question(ModalScreen[bool]):
-    """Before a deletion: which, and how many bytes that frees. Whatever is not yes is no."""
+    """Asks before a deletion, naming the snapshots and the bytes freed. Only Yes deletes."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y", "answer(True)", "Yes", show=False),
@@ -68,28 +68,28 @@ class Question(ModalScreen[bool]):
 
 HELP = """\
 ↑ ↓ PgUp PgDn Home End   move (k, j, g, G too)
-Enter →                  look into a snapshot or directory
-Backspace ←              up
-q Escape                 back; in the list of snapshots q ends
+Enter →                  open a snapshot or directory
+Backspace ←              go up
+q Escape                 go back; in the list of snapshots q quits
 
-Space                    mark, or not, and go on
+Space                    mark or unmark, and move down
 m                        mark from the last mark to the cursor
 Shift ↓   Shift ↑        mark while moving
-a   u                    mark all that are not held; none
+a   u                    mark all that are not held; unmark all
 d                        delete the marked, or the one at the cursor
 
 c n r x w                sort by age, name, referenced, exclusive, written
-                         the same again: the other way round
+                         the same key again reverses the order
 s n x                    in a snapshot: by total, name, exclusive
-R   Escape               read again, with all that is written; stop
+R   Escape               commit and read again; stop
 
-REFERENCED  all that it reaches          EXCLUSIVE   freed if it goes
-WRITTEN     new in it since the last     CUMULATIVE  and all older go
-Older is what was created before, whatever the dates say."""
+REFERENCED  all that it reaches      EXCLUSIVE   freed by deleting it alone
+WRITTEN     new since the one before CUMULATIVE  freed with all older ones
+Older means created before, whatever the dates say."""
 
 
 class Help(ModalScreen[None]):
-    """The keys, until the next one."""
+    """Shows the keys until a key is pressed."""
 
     def compose(self) -> ComposeResult:
         with Vertical(id="box"):

@@ -264,7 +264,7 @@ def _print_space(report: UsageReport, numbers: Numbers, *, bare: bool) -> None:
     print_table(columns, rows, bare=bare)
 
 
-# --- curve and pairs --------------------------------------------------------------------------------
+# --- curve and pairs ------------------------------------------------------------------------------
 
 
 class CurveStep(Struct, frozen=True, kw_only=True):

@@ -1,7 +1,11 @@
-"""The pages of `cowdu top`: all snapshots, and what is in one. They show what they were given."""
+"""The pages of `cowdu top`: the list of snapshots, and the files of one.
+
+A page shows the data it was given and knows nothing of the program. It hands work on through the
+callbacks of its constructor; the actions `app.*` of its key bindings are those of the program.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar
 
 from rich.text import Text
 from textual import on
@@ -18,15 +22,16 @@ from .walking import Inside, Line, Root, Roots, shown_name
 from .widgets import Ends, Field, Listing, WrittenBars, bar
 from .wording import NUMBERS, short_size, short_time, shorter, shown_root, whole_size
 
-if TYPE_CHECKING:
-    from .program import Top
-
-WIDE_CELLS = 104  # from here on, titles and times are whole
-TALL_LINES = 30  # from here on, there is room for higher bars
+WIDE_CELLS = 104  # a list this wide has room for whole titles and times
+TALL_LINES = 30  # a screen this high has room for higher bars
 
 
 class Page(Screen[None]):
-    """A title, a list, a line of what happened or of what is at the cursor, a sum, and the keys."""
+    """A title, a list, a line for a message or the details at the cursor, a status line, the keys.
+
+    Attributes:
+        said: the message shown instead of the details at the cursor; None without one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,17 +41,14 @@ class Page(Screen[None]):
         self.status_line = Ends("status")
         self.said: Text | None = None
 
-    @property
-    def top(self) -> "Top":
-        return cast("Top", self.app)
-
     def say(self, text: str, *, error: bool = False) -> None:
-        """Show what happened until the cursor moves."""
+        """Show a message until the cursor moves."""
         self.said = Text(text)
         self.message_line.set_class(error, "error")
         self.draw_lines()
 
     def be_silent(self) -> None:
+        """Show the details at the cursor instead of a message."""
         self.said = None
         self.message_line.remove_class("error")
         self.draw_lines()
@@ -59,12 +61,12 @@ class Page(Screen[None]):
         self.call_after_refresh(self.draw)
 
     def draw(self) -> None:
-        """Show everything as it is now."""
+        """Draw the list and all lines."""
         raise NotImplementedError
 
     @property
     def message(self) -> Text:
-        """What happened, whole; or what is at the cursor, in one line."""
+        """The message in full; without one the details at the cursor, cut to one line."""
         if self.said is not None:
             return self.said
         text = Text(self.detail())
@@ -72,16 +74,16 @@ class Page(Screen[None]):
         return text
 
     def draw_lines(self) -> None:
-        """Show what depends on the cursor."""
+        """Draw the lines that depend on the cursor."""
         self.message_line.update(self.message)
 
     def detail(self) -> str:
-        """What is at the cursor."""
+        """Describe the line at the cursor."""
         raise NotImplementedError
 
 
 ORDERS: dict[str, tuple[str, bool, Callable[[Usage], int | str]]] = {
-    # title of the column; whether the most, or newest, is first; what counts
+    # title of the column; whether the largest or newest comes first; the value to sort by
     "name": ("NAME", False, lambda usage: usage.name),
     "created": ("CREATED", True, lambda usage: usage.created_ns or 0),
     "referenced": ("REFERENCED", True, lambda usage: usage.referenced_bytes or 0),
@@ -92,7 +94,14 @@ SHORT_TITLES = {"HELD": "H", "REFERENCED": "REFER", "EXCLUSIVE": "EXCL", "CUMULA
 
 
 class SnapshotsPage(Page):
-    """All snapshots and the live files: which hold the space, and what goes if the marked ones go."""
+    """All snapshots and the live files: what each holds, and what deleting the marked ones frees.
+
+    Args:
+        path: the target, shown until the first numbers come in.
+        read_only: refuse to delete.
+        open_root: called with the root to show the files of.
+        delete: called with the ids of the snapshots to delete.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter,right,l", "open", "Open", key_display="enter"),
@@ -114,14 +123,25 @@ class SnapshotsPage(Page):
         Binding("q", "app.quit", "Quit"),
     ]
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        read_only: bool,
+        open_root: Callable[[Root], None],
+        delete: Callable[[Sequence[int]], None],
+    ) -> None:
         super().__init__()
         self.totals_line = Ends("totals")
         self.bars = WrittenBars()
         self.roots: Roots | None = None
         self.shown: list[Root] = []
         self.marked: set[int] = set()
-        self._order, self._falling = "created", True
+        self._path = path
+        self._read_only = read_only
+        self._open_root = open_root
+        self._delete = delete
+        self._order, self._descending = "created", True
         self._anchor: int | None = None
 
     def compose(self) -> ComposeResult:
@@ -134,7 +154,7 @@ class SnapshotsPage(Page):
         yield Footer(show_command_palette=False)
 
     def take(self, roots: Roots) -> None:
-        """Show other numbers; cursor and marks stay where they are."""
+        """Show the numbers of another generation; the cursor and the marks stay."""
         at = self.at_cursor
         self.roots = roots
         self.marked &= {root.root_id for root in roots.roots if not root.is_live}
@@ -146,7 +166,7 @@ class SnapshotsPage(Page):
 
     @property
     def chosen(self) -> list[Root]:
-        """The marked ones, or if there are none the one at the cursor; the oldest first."""
+        """The marked roots, the oldest first; without marks the one at the cursor."""
         if self.roots is None:
             return []
         if self.marked:
@@ -157,7 +177,7 @@ class SnapshotsPage(Page):
 
     def action_open(self) -> None:
         if self.at_cursor is not None:
-            self.top.open_root(self.at_cursor)
+            self._open_root(self.at_cursor)
 
     @on(Listing.Chosen)
     def _open_clicked(self) -> None:
@@ -168,7 +188,7 @@ class SnapshotsPage(Page):
         if root is None:
             return
         if root.is_live:
-            self.say("the live files are no snapshot: they cannot be marked")
+            self.say("the live files are not a snapshot: they cannot be marked")
             return
         self.marked ^= {root.root_id}
         self._anchor = root.root_id
@@ -183,7 +203,7 @@ class SnapshotsPage(Page):
             self.listing.cursor += count
 
     def action_mark_range(self) -> None:
-        """From the one that was marked last to the cursor."""
+        """Mark everything from the last mark to the cursor."""
         ids = [root.root_id for root in self.shown]
         if not ids:
             return
@@ -206,31 +226,32 @@ class SnapshotsPage(Page):
 
     def action_delete(self) -> None:
         chosen = self.chosen
-        if self.top.read_only:
+        if self._read_only:
             self.say("nothing is deleted: cowdu top was started with --read-only", error=True)
         elif chosen and chosen[0].is_live:
-            self.say("the live files are no snapshot: they cannot be deleted", error=True)
+            self.say("the live files are not a snapshot: they cannot be deleted", error=True)
         elif chosen:
-            self.top.delete([root.root_id for root in chosen])
+            self._delete([root.root_id for root in chosen])
 
     def action_sort(self, order: str) -> None:
-        """By another column; by the same one the other way round."""
-        falls_first = ORDERS[order][1]
-        self._falling = not self._falling if order == self._order else falls_first
+        """Sort by a column; the same column again reverses the order."""
+        descends_first = ORDERS[order][1]
+        self._descending = not self._descending if order == self._order else descends_first
         self._order = order
         self._sort(self.at_cursor)
 
     def _sort(self, at: Root | None) -> None:
+        """Sort the list, and put the cursor on `at`."""
         roots = self.roots.roots if self.roots else ()
         snapshots = [root for root in roots if not root.is_live]
         live = [root for root in roots if root.is_live]
-        if self._order != "created":  # they are by age already
+        if self._order != "created":  # `roots` is in order of creation already
             value = ORDERS[self._order][2]
             snapshots.sort(key=lambda root: value(root.usage))
-        if self._falling:
+        if self._descending:
             snapshots.reverse()
-        # The live files are the newest; they stand at the end where the newest, or most, would be.
-        self.shown = live + snapshots if self._falling else snapshots + live
+        # The live files come where the newest or largest would be.
+        self.shown = live + snapshots if self._descending else snapshots + live
         ids = [root.root_id for root in self.shown]
         cursor = self.listing.cursor
         if at is not None and at.root_id in ids:
@@ -241,7 +262,10 @@ class SnapshotsPage(Page):
 
     @property
     def _written_most(self) -> int:
-        """Where the scale of written bytes ends: the oldest wrote all there was, so it may leave it."""
+        """The end of the scale of written bytes.
+
+        The oldest snapshot wrote everything it holds, so its bar may go beyond the scale.
+        """
         written = [root.usage.written_bytes or 0 for root in self.roots.roots] if self.roots else []
         return max(written[1:], default=0) or max(written, default=0)
 
@@ -264,7 +288,7 @@ class SnapshotsPage(Page):
             is_order = title == ORDERS[self._order][0]
             if not wide:
                 title = SHORT_TITLES.get(title, title)
-            return Field(title + ("▼" if self._falling else "▲") * is_order, width, right)
+            return Field(title + ("▼" if self._descending else "▲") * is_order, width, right)
 
         def number_text(value: int | None) -> Text:
             return Text("-" if value is None else size(value))
@@ -311,7 +335,7 @@ class SnapshotsPage(Page):
         super().draw_lines()
         roots = self.roots
         if roots is None:
-            self.title_line.show(Text(f"cowdu top  {printable(self.top.source.path)}"))
+            self.title_line.show(Text(f"cowdu top  {printable(self._path)}"))
             return
         self.title_line.show(
             Text(f"cowdu top  {printable(roots.image)}"), Text(f"generation {roots.generation}")
@@ -330,7 +354,7 @@ class SnapshotsPage(Page):
         )
         freed = whole_size(roots.frees_bytes(self.marked))
         status = f"{len(self.marked)} marked · deleting exactly these frees {freed}"
-        self.status_line.show(Text(status), Text("read-only" if self.top.read_only else ""))
+        self.status_line.show(Text(status), Text("read-only" if self._read_only else ""))
 
     def detail(self) -> str:
         root = self.at_cursor
@@ -338,7 +362,7 @@ class SnapshotsPage(Page):
             return ""
         usage = root.usage
         if root.is_live:
-            return "the live files: what they alone hold is in no snapshot"
+            return "the live files: their exclusive space is in no snapshot"
         words = [shown_root(usage, live=False), NUMBERS.time(usage.created_ns or 0)]
         words += [f"generation {usage.generation}", "held"][: 1 + usage.held]
         if usage.description:
@@ -347,7 +371,7 @@ class SnapshotsPage(Page):
 
 
 class InsidePage(Page):
-    """The files and directories of a snapshot: what each holds, and what of it nobody else has."""
+    """The files and directories of a root: what each holds, and how much of it exclusively."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter,right,l", "enter", "Into", key_display="enter"),
@@ -380,7 +404,7 @@ class InsidePage(Page):
         self._sort()
 
     def take(self, inside: Inside) -> None:
-        """Show another generation of it: the same directory, or the nearest that is still there."""
+        """Show another generation of the root: the same directory, or its nearest ancestor left."""
         names = [place.name for place in self._way()[1:]]
         self.inside, self.place = inside, inside.top
         self.newest = inside.roots.generation
@@ -394,12 +418,12 @@ class InsidePage(Page):
         self._sort()
 
     def take_newest(self, generation: int) -> None:
-        """There is a newer generation than what is shown."""
+        """Show in the title that a newer generation exists."""
         self.newest = generation
         self.draw_lines()
 
     def _way(self) -> list[Place]:
-        """From the root to where we are."""
+        """The directories from the root to the one shown."""
         way = [self.place]
         while way[-1].parent is not None:
             way.append(way[-1].parent)
@@ -424,7 +448,7 @@ class InsidePage(Page):
         self.action_enter()
 
     def action_leave(self) -> None:
-        """To the directory above; from the root back to the snapshots."""
+        """Go to the directory above; from the root, back to the list of snapshots."""
         if self.place.parent is None:
             self.action_back()
             return
@@ -432,10 +456,10 @@ class InsidePage(Page):
         self._sort()
 
     def action_back(self) -> None:
-        self.top.pop_screen()
+        self.app.pop_screen()
 
     def action_sort(self, order: str) -> None:
-        """By another number, or the name; by the same one: by exclusive again."""
+        """Sort by a column; the same column again goes back to exclusive."""
         self._order = "exclusive" if order == self._order else order
         self._cursors.clear()
         self._sort()
@@ -504,7 +528,7 @@ class InsidePage(Page):
     def detail(self) -> str:
         line = self.at_cursor
         if line is None:
-            return "nothing is in here"
+            return "this directory is empty"
         words = [line.title, f"exclusive {line.exclusive_bytes:,} bytes"]
         if line.total_bytes is not None:
             words.append(f"total {line.total_bytes:,} bytes")

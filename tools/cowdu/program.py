@@ -1,7 +1,7 @@
-"""The program of `cowdu top`: it does the work that its pages ask for, and looks what has changed.
+"""The program of `cowdu top`: does the work that its pages ask for, and polls for new generations.
 
-One piece of work at a time, in a thread (widgets.py): the newest numbers come in by themselves, but what
-somebody asked for is not disturbed by that.
+It does one piece of work at a time, in a thread (widgets.py). New numbers come in by themselves,
+but never while work that the user asked for is under way.
 """
 
 import shlex
@@ -21,14 +21,18 @@ from .walking import Inside, Root, Roots, Source
 from .widgets import AbandonedError, run_in_thread
 from .wording import NUMBERS, plural, whole_size, words_of
 
-REST_FACTOR = 5  # after a look that took a second, nobody looks for five
+REST_FACTOR = 5  # after a refresh that took a second, the next waits at least five
 
 
 class Top(App[None]):
     """`cowdu top`.
 
     Args:
-        refresh_s: how often to look whether something changed; 0 for never.
+        read_only: refuse to delete.
+        refresh_s: how often to look for a new generation; 0: never.
+
+    Attributes:
+        failure: the error that ended the program; None without one.
     """
 
     TITLE = "cowdu top"
@@ -41,8 +45,9 @@ class Top(App[None]):
     def __init__(self, source: Source, *, read_only: bool, refresh_s: float) -> None:
         super().__init__()
         self.source = source
-        self.read_only = read_only
-        self.page = SnapshotsPage()
+        self.page = SnapshotsPage(
+            source.path, read_only=read_only, open_root=self.open_root, delete=self.delete
+        )
         self.failure: Exception | None = None
         self._refresh_s = refresh_s
         self._rest_until = 0.0
@@ -52,7 +57,7 @@ class Top(App[None]):
         self._can_stop = True
 
     def run_to_end(self) -> None:
-        """Run until somebody leaves. Raises what made it impossible to go on."""
+        """Run until the user quits. Raises the error that ended the program."""
         self.run()
         if self.failure is not None:
             raise self.failure
@@ -64,7 +69,7 @@ class Top(App[None]):
             self.set_interval(self._refresh_s, self._look_again)
 
     def say(self, text: str, *, error: bool = False) -> None:
-        """Show what happened on the page that is seen."""
+        """Show a message on the topmost page."""
         pages = [screen for screen in self.screen_stack if isinstance(screen, Page)]
         for page in pages[-1:]:
             page.say(text, error=error)
@@ -77,9 +82,13 @@ class Top(App[None]):
     # --- work, one piece at a time
 
     def work(self, piece: Callable[[], Awaitable[None]]) -> None:
-        """Do what somebody asked for; an error is told, whatever it is."""
+        """Do what the user asked for, if nothing else is under way.
+
+        An OSError is shown as a message. Any other error, or an OSError of the first read, ends the
+        program.
+        """
         if self.is_working:
-            self.say("something else is being done" + "; Escape stops it" * self._can_stop)
+            self.say("cowdu is busy with something else" + "; Escape stops it" * self._can_stop)
             return
         self.workers.cancel_group(self, "refresh")
         self.is_working = True
@@ -87,7 +96,7 @@ class Top(App[None]):
         async def guarded() -> None:
             try:
                 await piece()
-            except OSError as error:  # every CowfsError is one
+            except OSError as error:  # a CowfsError is one
                 if self.page.roots is None:
                     self._fail(error)
                 self.say(words_of(error), error=True)
@@ -148,7 +157,7 @@ class Top(App[None]):
         self.work(piece)
 
     def open_root(self, root: Root) -> None:
-        """Show what is in it."""
+        """Show the files of a root."""
 
         async def piece() -> None:
             assert self.page.roots is not None
@@ -169,9 +178,9 @@ class Top(App[None]):
 
     def _look_again(self) -> None:
         if not (self.is_working or self.is_refreshing or time.monotonic() < self._rest_until):
-            # A worker that is cancelled before it begins leaves nothing behind: neither a coroutine that
-            # nobody awaits nor a flag that nobody takes back.
-            piece: Any = self._refresh_roots  # textual's type of it is one that no coroutine has
+            # The method is passed, not a coroutine: a worker cancelled before it starts then leaves
+            # neither a coroutine that nobody awaits nor a flag that is never reset.
+            piece: Any = self._refresh_roots  # textual's type for it fits no coroutine function
             self.run_worker(piece, group="refresh", exclusive=True)
 
     async def _refresh_roots(self) -> None:
@@ -202,15 +211,17 @@ class Top(App[None]):
     # --- deleting
 
     def delete(self, root_ids: Sequence[int]) -> None:
-        """Delete snapshots, if the answer is yes."""
+        """Delete snapshots, after a question."""
 
         async def piece() -> None:
             self.say("reading")
-            roots = await self._read()  # the number in the question is that of now
+            roots = await self._read()  # the question names the bytes freed at this moment
             self.be_silent()
             chosen = [root for root in roots.roots if root.root_id in root_ids]
             if len(chosen) < len(root_ids):
-                raise SnapshotError("somebody else deleted one of them; nothing was done")
+                raise SnapshotError(
+                    "some of these snapshots were deleted meanwhile; nothing was deleted"
+                )
             self._require_released(chosen)
             names = [root.usage.name for root in chosen]
             freed = roots.frees_bytes(root_ids)
@@ -232,6 +243,7 @@ class Top(App[None]):
         self.work(piece)
 
     def _require_released(self, roots: Sequence[Root]) -> None:
+        """Refuse held snapshots, with the command that releases them. Raises SnapshotError."""
         held = [shlex.quote(root.usage.name) for root in roots if root.usage.held]
         if held:
             are = "is" if len(held) == 1 else "are"

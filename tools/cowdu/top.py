@@ -1,7 +1,7 @@
 """`cowdu top`: the command that starts the terminal program (program.py).
 
-textual, which draws the screen, is an optional package, and slow to import. It is imported only when
-the program starts; without it the command says how to install it.
+textual, which draws the screen, is an optional package, and slow to import. It is imported only
+when the program starts; without it the command says how to install it.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
-"""The parts that the pages of `cowdu top` are made of: a list with columns, bars, work in a thread.
+"""The parts of the pages of `cowdu top`: a list with columns, bars, and work in a thread.
 
-Every text from an image is a rich Text of printable characters: nothing in it is markup.
+Every text from an image is a rich Text of printable characters, so nothing in it acts as markup.
 """
 
 import asyncio
@@ -29,28 +29,32 @@ from cowfs.accounting.structure import Progress
 from .sparks import BARS
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
-BAR_CELLS_MAX = 5  # of one snapshot in the line of bars, the gap included
-PROGRESS_S = 0.1  # between two looks at how far a thread is
+BAR_CELLS_MAX = 5  # width of one bar in the line of bars, the gap included
+PROGRESS_S = 0.1  # between two reports of a thread's progress
 
 Result = TypeVar("Result")
 
 
-# --- work -------------------------------------------------------------------------------------------
+# --- work -----------------------------------------------------------------------------------------
 
 
 class AbandonedError(Exception):
-    """Nobody waits for the answer any more."""
+    """Ends the work in a thread whose caller was cancelled."""
 
 
 async def run_in_thread(
     work: Callable[[Progress], Result], show: Progress | None = None, *, must_end: bool = False
 ) -> Result:
-    """What `work` returns, or raises. When the caller is cancelled, its next progress ends it.
+    """Run `work` in a thread; return its result, or raise its error.
+
+    If the caller is cancelled, the next progress report of `work` raises AbandonedError and ends
+    it.
 
     Args:
+        work: gets a function that it calls with its progress.
         show: called in the event loop with the progress of `work`.
-        must_end: the process does not end before it has. Otherwise nobody waits: a pass over a large
-            image must not keep a program alive that was told to quit.
+        must_end: the process does not exit before `work` has ended. Otherwise it exits without
+            waiting: a pass over a large image must not keep the program alive after a quit.
     """
     loop = asyncio.get_running_loop()
     context = contextvars.copy_context()
@@ -72,7 +76,7 @@ async def run_in_thread(
         if error is not None:
             future.set_exception(error)
         else:
-            future.set_result(result)  # type: ignore[arg-type]  # work ended with it
+            future.set_result(result)  # type: ignore[arg-type]  # without an error it is a Result
 
     def run() -> None:
         result, failure = None, None
@@ -80,7 +84,7 @@ async def run_in_thread(
             result = work(progress)
         except BaseException as error:
             failure = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for the result
             loop.call_soon_threadsafe(deliver, result, failure)
 
     threading.Thread(target=run, daemon=not must_end).start()
@@ -90,12 +94,12 @@ async def run_in_thread(
         abandoned.set()
 
 
-# --- the list ---------------------------------------------------------------------------------------
+# --- the list -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A column of a list. Numbers stand `right`; a width of 0 takes what the others leave."""
+    """A column of a list. `right`: aligned right; a width of 0 takes the room the others leave."""
 
     title: str
     width: int
@@ -103,7 +107,7 @@ class Field:
 
 
 class Listing(ScrollView, can_focus=True):
-    """Lines in columns below a header, of which one has the cursor. Only what is seen is made."""
+    """Lines in columns below a header; one line has the cursor. Only visible lines are rendered."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
         "listing--header",
@@ -123,10 +127,10 @@ class Listing(ScrollView, can_focus=True):
     cursor: reactive[int] = reactive(0)
 
     class Moved(Message):
-        """The cursor is on another line."""
+        """The cursor moved to another line."""
 
     class Chosen(Message):
-        """A line was clicked twice."""
+        """A line was double-clicked."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,16 +148,18 @@ class Listing(ScrollView, can_focus=True):
         *,
         cursor: int,
     ) -> None:
-        """Show other lines.
+        """Replace the lines.
 
         Args:
-            cells: the texts of a line, one for each field.
-            class_of: the component class that a line has the colours of.
+            count: the number of lines.
+            cells: gives the texts of a line, one for each field.
+            class_of: gives the component class for the colours of a line.
+            cursor: the line that gets the cursor.
         """
         self._fields, self._count = fields, count
         self._cells, self._class_of = cells, class_of
-        self.virtual_size = Size(self.size.width, count + 1)  # the header is always seen
-        with self.prevent(self.Moved):  # nobody moved it
+        self.virtual_size = Size(self.size.width, count + 1)  # the header does not scroll
+        with self.prevent(self.Moved):  # the user did not move it
             self.cursor = cursor
         self._show_cursor()
         self.refresh()
@@ -196,15 +202,15 @@ class Listing(ScrollView, can_focus=True):
 
     @property
     def text_width(self) -> int:
-        """Of a line, whether there is a scrollbar or not."""
+        """The width of a line; the scrollbar's cell is left free even without a scrollbar."""
         return max(0, self.container_size.width - self.styles.scrollbar_size_vertical - 1)
 
     def room_of(self, fields: Sequence[Field]) -> int:
-        """The width of the field that takes what the others leave."""
+        """The width of the field that takes the room the others leave."""
         return max(1, self.text_width - sum(field.width + 1 for field in fields) + 1)
 
     def text_of(self, line: int) -> str:
-        """What is seen of a line."""
+        """The text of a line as it is shown."""
         return self._text(self._cells(line)).plain
 
     def render_line(self, y: int) -> Strip:
@@ -246,7 +252,7 @@ class Listing(ScrollView, can_focus=True):
 
 
 class Ends(Widget):
-    """One line of two texts. What does not fit is taken from the left one, at its own left end."""
+    """One line with a text at each end. If they do not fit, the left one loses its beginning."""
 
     def __init__(self, identity: str) -> None:
         super().__init__(id=identity)
@@ -258,7 +264,7 @@ class Ends(Widget):
 
     @property
     def plain(self) -> str:
-        """What is seen."""
+        """The line as it is shown."""
         return self._text().plain
 
     def render(self) -> RenderResult:
@@ -273,13 +279,13 @@ class Ends(Widget):
         return Text.assemble(left, "  " * bool(self._right), self._right, end="", no_wrap=True)
 
 
-# --- bars -------------------------------------------------------------------------------------------
+# --- bars -----------------------------------------------------------------------------------------
 
 
 def bar(value: int, most: int, cells: int) -> str:
-    """A bar as long as the value; `most` takes all cells, and what is more ends with an arrow.
+    """Draw a bar of length `value`, where `most` fills all cells and more ends with an arrow.
 
-    Something is never shown as nothing.
+    A value above 0 is at least one eighth of a cell.
     """
     if value > most:
         return EIGHTHS[8] * (cells - 1) + "→"
@@ -291,10 +297,10 @@ def bar(value: int, most: int, cells: int) -> str:
 
 
 class WrittenBars(Widget):
-    """What each snapshot wrote, by age: a bar each from zero, and a sign below that of the cursor.
+    """A bar for what each snapshot wrote, by age, and a mark below the bar at the cursor.
 
-    Neighbours are one bar, of the largest, where there are more than cells. What is beyond the scale
-    ends with an arrow.
+    If there are more snapshots than cells, neighbours share a bar, which shows the largest. A bar
+    beyond the scale ends with an arrow.
     """
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"bars--bar", "bars--cursor", "bars--caption"}
@@ -307,11 +313,11 @@ class WrittenBars(Widget):
         self._at: int | None = None
 
     def show(self, values: Sequence[int], most: int, at: int | None) -> None:
-        """Show other bars.
+        """Replace the bars.
 
         Args:
-            most: where the scale ends.
-            at: the number of the value that is to be recognised.
+            most: the end of the scale.
+            at: the index of the value to mark; None: mark none.
         """
         self._values, self._most, self._at = values, most, at
         self.refresh()
@@ -335,7 +341,7 @@ class WrittenBars(Widget):
         ground.truncate(self.size.width, pad=True)
         caption = self.get_component_rich_style("bars--caption")
         size = len(self.CAPTION)
-        if ground.plain[-size:].isspace():  # where the sign is not
+        if ground.plain[-size:].isspace():  # the caption goes to the end without the mark
             ground = Text.assemble(ground[:-size], (self.CAPTION, caption))
         elif ground.plain[:size].isspace():
             ground = Text.assemble((self.CAPTION, caption), ground[size:])
@@ -343,7 +349,7 @@ class WrittenBars(Widget):
         return text
 
     def _groups(self, width: int) -> tuple[list[tuple[Sequence[int], bool]], int]:
-        """The values of each bar, and whether the cursor's is among them; and the width of a bar."""
+        """For each bar its values and whether it is marked; and the width of a bar in cells."""
         values = self._values
         count = min(len(values), max(1, width))
         cells = max(1, min(BAR_CELLS_MAX, width // count)) if count else 1
@@ -355,11 +361,11 @@ class WrittenBars(Widget):
         return groups, cells
 
     def _glyph(self, value: int, row: int, rows: int) -> str:
-        """What a bar shows in a row; row 0 is the lowest."""
+        """The character of a bar in a row; row 0 is the lowest."""
         if value > self._most and row == rows - 1:
             return "↑"
         levels = -(-value * rows * len(BARS) // self._most) if self._most else 0
         if row == 0:
-            levels = max(levels, 1)  # the ground
+            levels = max(levels, 1)  # the base line
         level = min(max(levels - row * len(BARS), 0), len(BARS))
         return BARS[level - 1] if level else " "

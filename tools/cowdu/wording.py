@@ -1,4 +1,4 @@
-"""How `cowdu top` writes sizes, times and names into the cells that there are."""
+"""How `cowdu top` writes sizes, times and names into a limited width."""
 
 import time
 
@@ -11,13 +11,13 @@ from cowfs.escapes import printable
 from .choosing import LIVE
 from .rows import Usage
 
-RECENT_NS = 300 * 24 * 3600 * 10**9  # what is older is shown with its year
+RECENT_NS = 300 * 24 * 3600 * 10**9  # older times are shown with their year
 
 NUMBERS = Numbers()
 
 
 def short_size(size_bytes: int) -> str:
-    """A size in at most eight characters."""
+    """Format a size in at most eight characters."""
     size, unit = float(size_bytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
         if size < 1024:
@@ -28,14 +28,14 @@ def short_size(size_bytes: int) -> str:
 
 
 def whole_size(size_bytes: int) -> str:
-    """A size to read, and to the byte."""
+    """Format a size as people read it, and to the byte."""
     if size_bytes < 1024:
         return f"{size_bytes} bytes"
     return f"{NUMBERS.size(size_bytes)} ({size_bytes:,} bytes)"
 
 
 def short_time(time_ns: int) -> str:
-    """A time in eleven characters: the day of the year and the hour, or the date."""
+    """Format a time in up to eleven characters: month, day and time of day; or the date."""
     text = NUMBERS.time(time_ns)
     if abs(time.time_ns() - time_ns) < RECENT_NS:
         return text[5:16]
@@ -43,7 +43,7 @@ def short_time(time_ns: int) -> str:
 
 
 def shorter(text: str, cells: int) -> str:
-    """A text without its middle where it is too long: names that programs make differ at the end."""
+    """Cut the middle out of a text longer than `cells`: generated names differ at the end."""
     if cell_len(text) <= cells:
         return text
     start, end = text[: cells // 2], text[-(cells // 2) :]
@@ -53,7 +53,7 @@ def shorter(text: str, cells: int) -> str:
 
 
 def shown_root(usage: Usage, *, live: bool) -> str:
-    """The name of a root."""
+    """The name of a root for the screen."""
     return LIVE if live else printable(usage.name)
 
 
@@ -62,7 +62,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def words_of(error: OSError) -> str:
-    """What went wrong, in one line."""
+    """Describe an error in one line."""
     if isinstance(error, CowfsError):
         return printable(error.message)
     place = f": {error.filename}" if error.filename else ""
