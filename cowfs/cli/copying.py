@@ -16,7 +16,7 @@ import click
 
 from cowfs.api import connect
 from cowfs.cli.entry import warn
-from cowfs.cli.output import Numbers, json_option, print_json, progress_bar
+from cowfs.cli.output import Numbers, dry_run_option, json_option, print_json, progress_bar
 from cowfs.errors import EXIT_ERROR, CowfsError, UsageError
 from cowfs.escapes import printable
 from cowfs.files.items import INLINE_BYTES_MAX
@@ -29,7 +29,7 @@ SHARE = "copy_file_range"  # the feature that a mount needs, as `cowfs info` nam
     "sources", metavar="SOURCE...", nargs=-1, required=True, type=click.Path(path_type=Path)
 )
 @click.argument("destination", type=click.Path(path_type=Path))
-@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only show what would be copied.")
+@dry_run_option
 @click.option("-f", "--force", is_flag=True, help="Replace existing files, each atomically.")
 @json_option
 def cp(

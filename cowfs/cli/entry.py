@@ -25,6 +25,22 @@ class Invocation:
         self.debug = False
 
 
+def _set_debug(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    invocation = context.find_object(Invocation)
+    if invocation is not None and value:
+        invocation.debug = True
+
+
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    is_eager=True,  # so that it holds for errors in the other options
+    expose_value=False,
+    callback=_set_debug,
+    help="Show where an error came from.",
+)
+
+
 def run(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and end the process with its exit code.
 
@@ -61,11 +77,18 @@ def run(command: click.Command, name: str, arguments: Sequence[str] | None = Non
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_ERROR)
     except OSError as error:
-        place = f": {error.filename}" if error.filename else ""
-        _fail(name, f"{error.strerror or error}{place}", EXIT_ERROR, invocation)
+        _fail(name, error_text(error), EXIT_ERROR, invocation)
     except Exception as error:
         words = f"internal error: {type(error).__name__}: {error}; run with --debug to see where"
         _fail(name, words, EXIT_ERROR, invocation)
+
+
+def error_text(error: OSError) -> str:
+    """Describe an error in one line: the message, and the file that the system names."""
+    if isinstance(error, CowfsError):
+        return str(error)
+    place = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror or error}{place}"
 
 
 def accept_any_text() -> None:

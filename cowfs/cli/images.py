@@ -16,14 +16,21 @@ import click
 
 from cowfs.api import connect
 from cowfs.cli.entry import warn
-from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
-from cowfs.cli.target import confirm, offline_device, yes_option
-from cowfs.daemon.finding import connect as connect_daemon
-from cowfs.errors import EXIT_ERROR, ImageError, LockedError, UsageError
+from cowfs.cli.output import (
+    Numbers,
+    as_fields,
+    check_progress,
+    counted,
+    json_option,
+    print_json,
+    progress_bar,
+)
+from cowfs.cli.target import confirm, offline_device, refuse_mounted, yes_option
+from cowfs.errors import EXIT_ERROR, ImageError, UsageError
 from cowfs.escapes import escaped_path, printable
 
 if TYPE_CHECKING:
-    from cowfs.care.report import CheckProgress, CheckReport
+    from cowfs.care.report import CheckReport
     from cowfs.storage.device import FileDevice
 
 DEFAULT_SIZE_BYTES = 4 << 30
@@ -143,7 +150,7 @@ def _target_device(path: str, size_bytes: int | None, *, force: bool) -> "Iterat
         device = FileDevice(path, writable=True)
         try:
             if not made:
-                _refuse_running(path)
+                refuse_mounted(path)
             if not made and not force:
                 _refuse_data(device, size_bytes)
             if not made and stat.S_ISBLK(status.st_mode):
@@ -163,14 +170,6 @@ def _target_device(path: str, size_bytes: int | None, *, force: bool) -> "Iterat
         if made:
             os.unlink(path)
         raise
-
-
-def _refuse_running(path: str) -> None:
-    """Refuse an image that is mounted; the daemon of a read-only mount holds no lock."""
-    client = connect_daemon(path)
-    if client is not None:
-        client.close()
-        raise LockedError(f"{path} is mounted ({client.daemon}); unmount it first")
 
 
 def _refuse_data(device: "FileDevice", size_bytes: int | None) -> None:
@@ -281,12 +280,9 @@ def check(
         progress_bar("reading") as bar,
         filesystem.device() as (device, generation),
     ):
-
-        def show(progress: "CheckProgress") -> None:
-            if bar is not None:
-                bar(progress.stage, progress.done_blocks, progress.total_blocks)
-
-        report = check_image(device, generation=generation, progress=show, data=not no_data)
+        report = check_image(
+            device, generation=generation, progress=check_progress(bar), data=not no_data
+        )
 
     if as_json:
         image = escaped_path(filesystem.image)
@@ -314,12 +310,13 @@ def _repair(
         offline_device(image, writable=not dry_run) as device,
         progress_bar("reading") as bar,
     ):
-
-        def show(progress: "CheckProgress") -> None:
-            if bar is not None:
-                bar(progress.stage, progress.done_blocks, progress.total_blocks)
-
-        plan = repair_image(device, dry_run=True, accept_loss=accept_loss, data=data, progress=show)
+        plan = repair_image(
+            device,
+            dry_run=True,
+            accept_loss=accept_loss,
+            data=data,
+            progress=check_progress(bar),
+        )
     if not as_json:
         for words in plan.changes:
             click.echo(f"would {printable(words)}")
@@ -358,9 +355,9 @@ def _print_check(image: str, report: "CheckReport") -> None:
         f"generation {report.generation}, {report.roots} roots, {report.inodes} inodes, "
         f"{report.nodes} nodes, {report.data_blocks} data blocks"
     )
-    errors = len(report.errors) + report.findings_left_off
+    errors = counted(len(report.errors) + report.findings_left_off, "error")
     sys.stdout.flush()
-    state = "clean" if report.clean else f"NOT CLEAN, {errors} error{'s' if errors != 1 else ''}"
+    state = "clean" if report.clean else f"NOT CLEAN, {errors}"
     click.echo(f"{printable(image)} is {state}: {counts}")
     repairable = sum(finding.repairable for finding in report.errors)
     if repairable:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import click
 
-from cowfs.cli.output import json_option, print_json
+from cowfs.cli.output import dry_run_option, json_option, print_json
 from cowfs.errors import CowfsError
 from cowfs.escapes import escaped_path, printable
 
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
 @click.option(
     "--destdir", type=click.Path(path_type=Path), help="Put in front of every path; for packagers."
 )
-@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only show what would be written.")
+@dry_run_option
 @json_option
 def integrate(
     prefix: Path | None,

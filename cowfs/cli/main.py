@@ -6,7 +6,7 @@ from typing import NoReturn
 import click
 
 from cowfs import __version__
-from cowfs.cli.entry import Invocation, run
+from cowfs.cli.entry import debug_option, run
 from cowfs.cli.lazy import LazyGroup
 
 # Name: where the command is, and its one-line help.
@@ -38,9 +38,8 @@ _COMMANDS = {
     "11 image locked, 130 interrupted. Space per snapshot: cowdu.",
 )
 @click.version_option(__version__, "--version", "-V", prog_name="cowfs")
-@click.option("--debug", is_flag=True, help="Show where an error came from.")
-@click.pass_context
-def cli(context: click.Context, debug: bool) -> None:
+@debug_option
+def cli() -> None:
     """A copy-on-write filesystem in one image file, with snapshots.
 
     TARGET is a mount point or an image. If it is mounted, a command asks the daemon; otherwise it
@@ -54,9 +53,6 @@ def cli(context: click.Context, debug: bool) -> None:
     cowfs undo ~/data                      take the rollback back
     cowfs umount ~/data                    everything is durable in disk.img
     """
-    invocation = context.find_object(Invocation)
-    if invocation is not None:
-        invocation.debug = debug
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

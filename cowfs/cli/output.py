@@ -4,15 +4,23 @@ On a terminal rich draws the tables. Elsewhere they are plain aligned text witho
 and rich is not imported.
 """
 
+from __future__ import annotations
+
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
 from cowfs.escapes import printable
+
+if TYPE_CHECKING:
+    from cowfs.care.report import CheckProgress
+    from cowfs.daemon.messages import Progress
+
+    Bar = Callable[[str, int, int], None]  # moves a progress bar: words, done, total
 
 MAJOR_VERSION = 0
 MINOR_VERSION = 1
@@ -25,6 +33,9 @@ bare_option = click.option(
 )
 exact_option = click.option(
     "-p", "exact", is_flag=True, help="Exact numbers: bytes, and seconds since 1970."
+)
+dry_run_option = click.option(
+    "-n", "--dry-run", "dry_run", is_flag=True, help="Only show what would happen."
 )
 
 
@@ -71,6 +82,11 @@ class Numbers(NamedTuple):
             return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
         except (OverflowError, ValueError):
             return str(seconds)  # a number in an image may be beyond every calendar
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: 1 snapshot, 2 snapshots."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 class Column(NamedTuple):
@@ -130,7 +146,7 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
 
 
 @contextmanager
-def progress_bar(text: str) -> Iterator[Callable[[str, int, int], None] | None]:
+def progress_bar(text: str) -> Iterator[Bar | None]:
     """Show a progress bar on standard error while the block runs.
 
     Yields:
@@ -150,3 +166,17 @@ def progress_bar(text: str) -> Iterator[Callable[[str, int, int], None] | None]:
             progress.update(task, description=printable(words), completed=done, total=total or None)
 
         yield show
+
+
+def request_progress(bar: Bar | None) -> Callable[[Progress], None] | None:
+    """Make a callback that shows the progress of a request on a bar; None without a bar."""
+    if bar is None:
+        return None
+    return lambda now: bar(now.what, now.done_bytes, now.total_bytes)
+
+
+def check_progress(bar: Bar | None) -> Callable[[CheckProgress], None] | None:
+    """Make a callback that shows the progress of a check on a bar; None without a bar."""
+    if bar is None:
+        return None
+    return lambda now: bar(now.stage, now.done_blocks, now.total_blocks)

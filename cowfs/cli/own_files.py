@@ -14,6 +14,20 @@ from pathlib import Path
 Data = bytes | bytearray | memoryview
 
 
+def own_directory(variable: str, root: str, home: str) -> Path:
+    """The directory of this user's files of one kind.
+
+    Args:
+        variable: the XDG variable whose directory comes first, if it is absolute.
+        root: the absolute directory for root, without the variable.
+        home: the directory below the home for everybody else.
+    """
+    base = os.environ.get(variable, "")
+    if os.geteuid() == 0 and not base:
+        return Path(root) / "cowfs"
+    return (Path(base) if base.startswith("/") else Path.home() / home) / "cowfs"
+
+
 def read_own(path: Path, size_bytes_max: int) -> bytes | None:
     """Read a file that this user wrote.
 

@@ -7,7 +7,15 @@ import click
 
 from cowfs.api import Connection, connect
 from cowfs.cli.entry import warn
-from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
+from cowfs.cli.output import (
+    Numbers,
+    as_fields,
+    check_progress,
+    dry_run_option,
+    json_option,
+    print_json,
+    progress_bar,
+)
 from cowfs.cli.snapshots import complete_name, target_argument
 from cowfs.cli.target import confirm, offline_device, yes_option
 from cowfs.errors import ImageError, UsageError
@@ -30,7 +38,7 @@ force_option = click.option(
     "--generation", type=click.IntRange(min=1), help="Go back to this commit; for rescue."
 )
 @force_option
-@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only show what would happen.")
+@dry_run_option
 @yes_option
 @json_option
 def rollback(
@@ -120,13 +128,7 @@ def _go_back(target: str, generation: int, *, force: bool, dry_run: bool, yes: b
     from cowfs.history.images import restore_generation
 
     with offline_device(target, writable=not dry_run) as device, progress_bar("checking") as bar:
-        report = check_image(
-            device,
-            generation=generation,
-            progress=None
-            if bar is None
-            else lambda now: bar(now.stage, now.done_blocks, now.total_blocks),
-        )
+        report = check_image(device, generation=generation, progress=check_progress(bar))
         if not report.clean and not force:
             raise ImageError(
                 f"generation {generation} is not whole any more ({report.errors[0]}); "

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cowfs.cli.output import Numbers, json_option, print_json, progress_bar
+from cowfs.cli.output import Numbers, dry_run_option, json_option, print_json, progress_bar
 from cowfs.cli.target import offline_device
 from cowfs.errors import EXIT_ERROR
 from cowfs.escapes import escaped_path, printable
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.argument("image", metavar="IMG", type=click.Path())
 @click.argument("folder", metavar="DIR", type=click.Path())
 @click.option("--snapshots", is_flag=True, help="Copy the snapshots too, each in full.")
-@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only list what would be copied.")
+@dry_run_option
 @json_option
 @click.pass_context
 def salvage(

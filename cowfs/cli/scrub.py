@@ -18,7 +18,7 @@ from cowfs.api import Connection, connect
 from cowfs.cli.output import Numbers, as_fields, json_option, print_json, progress_bar
 from cowfs.cli.snapshots import target_argument
 from cowfs.errors import EXIT_ERROR, CowfsError, UsageError
-from cowfs.escapes import escaped_path, printable, quoted
+from cowfs.escapes import escaped_path, printable
 
 if TYPE_CHECKING:
     from cowfs.care.scrub import Scrub
@@ -29,7 +29,7 @@ REPORT_INTERVAL_S = 1.0
 MARKS_INTERVAL_S = 10.0  # the marks are 32 MiB per TiB of image, compressed
 START_WAIT_S = 30.0
 EXIT_NOTHING = 2  # nothing to cancel or to resume; the same as with Btrfs
-_UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
+
 
 rate_option = click.option(
     "--rate", metavar="BYTES", help="Read at most BYTES per second: 50M, 1G."
@@ -149,7 +149,7 @@ def _begin(
 ) -> None:
     from cowfs.cli.scrub_state import ScrubState
 
-    rate_bytes = _rate(rate)
+    rate_bytes = _rate_bytes(rate)
     with connect(target) as found:
         state = ScrubState(found.info().uuid)
         last = state.report()
@@ -319,15 +319,19 @@ def _count_good(target: Connection, copies: "list[BadCopy]") -> int:
     return count
 
 
-def _rate(text: str | None) -> int | None:
+def _rate_bytes(text: str | None) -> int | None:
+    """Bytes per second of --rate; None without a limit. Raises UsageError."""
+    from cowfs.daemon.options import parse_size
+
     if text is None:
         return None
-    digits = text.upper().removesuffix("B").removesuffix("I")
-    shift = _UNITS.get(digits[-1:], 0)
-    number = digits[:-1] if shift else digits
-    if not (number.isascii() and number.isdigit()) or not int(number):
-        raise UsageError(f"--rate {quoted(text)} is not a number of bytes such as 50M")
-    return int(number) << shift
+    try:
+        rate_bytes = parse_size(text)
+    except UsageError as error:
+        raise UsageError(f"--rate: {error}") from None
+    if not rate_bytes:
+        raise UsageError("--rate 0 would never end; leave --rate out for no limit")
+    return rate_bytes
 
 
 def _print(report: "ScrubReport") -> None:

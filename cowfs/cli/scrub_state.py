@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from cowfs.care.scrub_report import Marks, ScrubReport
-from cowfs.cli.own_files import read_own, replace_file
+from cowfs.cli.own_files import own_directory, read_own, replace_file
 from cowfs.errors import BusyError, CowfsError
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
@@ -26,10 +26,7 @@ REPORT_BYTES_MAX = 64 << 20
 
 def state_directory() -> Path:
     """The directory of the state files of this user's scrubs."""
-    state = os.environ.get("XDG_STATE_HOME", "")
-    if os.geteuid() == 0 and not state:
-        return Path("/var/lib/cowfs")
-    return (Path(state) if state.startswith("/") else Path.home() / ".local/state") / "cowfs"
+    return own_directory("XDG_STATE_HOME", root="/var/lib", home=".local/state")
 
 
 class ScrubState:

@@ -18,14 +18,15 @@ from cowfs.cli.output import (
     Column,
     Numbers,
     as_fields,
+    dry_run_option,
     exact_option,
     json_option,
     list_options,
     print_json,
     print_table,
     progress_bar,
+    request_progress,
 )
-from cowfs.daemon.messages import Progress
 from cowfs.errors import CowfsError, UsageError
 from cowfs.escapes import printable
 from cowfs.history.reports import SnapshotReport
@@ -47,6 +48,11 @@ def complete_name(context: click.Context, parameter: click.Parameter, text: str)
     except (CowfsError, OSError, KeyError):
         return []  # completion shows no errors
     return [name for name in names if name.startswith(text)]
+
+
+names_argument = click.argument(
+    "names", metavar="[NAME]...", nargs=-1, shell_complete=complete_name
+)
 
 
 def retention_options(function: Function) -> Function:
@@ -194,15 +200,15 @@ def list_snapshots(target: str, as_json: bool, bare: bool, exact: bool) -> None:
 
 
 def _referenced(found: SnapshotReport, numbers: Numbers) -> str:
-    """Format the referenced size: an upper bound (<=) if files share blocks; cowdu counts exactly."""
+    """Format the referenced size: an upper bound (<=) if files share blocks; cowdu is exact."""
     size = numbers.size(found.referenced_bytes)
     return size if found.referenced_is_exact or numbers.exact else f"<={size}"
 
 
 @snapshot.command()
 @target_argument
-@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=complete_name)
-@click.option("-n", "--dry-run", "dry_run", is_flag=True, help="Only show what would happen.")
+@names_argument
+@dry_run_option
 @click.option("--wait", is_flag=True, help="Return only when the space is free.")
 @retention_options
 @exact_option
@@ -250,7 +256,7 @@ def delete(
             reclaim_bytes = filesystem.reclaim(chosen).reclaim_bytes if chosen else 0
         elif chosen:
             bar = stack.enter_context(progress_bar("giving back space"))
-            filesystem.delete_snapshots(chosen, wait=wait, progress=shown_by(bar))
+            filesystem.delete_snapshots(chosen, wait=wait, progress=request_progress(bar))
     if as_json:
         fields = {
             "names": chosen,
@@ -271,13 +277,6 @@ def delete(
     if reclaim_bytes is not None and (chosen or exact):
         words = "reclaim\t" if exact else "would reclaim "
         click.echo(words + Numbers(exact).size(reclaim_bytes))
-
-
-def shown_by(bar: Callable[[str, int, int], None] | None) -> Callable[[Progress], None] | None:
-    """Make a callback that shows the progress of a request on a bar; None without a bar."""
-    if bar is None:
-        return None
-    return lambda progress: bar(progress.what, progress.done_bytes, progress.total_bytes)
 
 
 @snapshot.command()

@@ -16,8 +16,9 @@ from cowfs.cli.output import (
     print_json,
     print_table,
     progress_bar,
+    request_progress,
 )
-from cowfs.cli.snapshots import shown_by, target_argument
+from cowfs.cli.snapshots import target_argument
 from cowfs.escapes import escaped_path, printable
 from cowfs.history.reports import InfoReport, ReclaimReport, SpaceReport
 
@@ -283,7 +284,7 @@ def trim(target: str, as_json: bool) -> None:
     cowfs trim disk.img --json
     """
     with connect(target) as filesystem, progress_bar("trimming") as bar:
-        report = filesystem.trim(shown_by(bar))
+        report = filesystem.trim(request_progress(bar))
         host_bytes = _host_bytes(filesystem.image)
     if as_json:
         fields = {"image": filesystem.image, **as_fields(report), "host_bytes": host_bytes}

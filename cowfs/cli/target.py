@@ -30,15 +30,24 @@ def offline_device(image: str, *, writable: bool) -> Iterator[FileDevice]:
 
     if os.path.isdir(image):
         raise ImageError(f"{image} is a directory; unmount it, and name the image file")
-    client = finding.connect(image)  # the daemon of a read-only mount holds no lock
-    if client is not None:
-        client.close()
-        raise LockedError(f"{image} is mounted ({client.daemon}); unmount it first")
+    refuse_mounted(image)
     device = FileDevice(image, writable=writable)
     try:
         yield device
     finally:
         device.close()
+
+
+def refuse_mounted(image: str) -> None:
+    """Refuse an image that a daemon serves; that of a read-only mount holds no lock.
+
+    Raises:
+        LockedError: the image is mounted.
+    """
+    client = finding.connect(image)
+    if client is not None:
+        client.close()
+        raise LockedError(f"{image} is mounted ({client.daemon}); unmount it first")
 
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask first.")

@@ -301,7 +301,7 @@ def test_cowfs_cp_refuses_what_would_surprise(folder: Path, tmp_path: Path) -> N
     assert "the same file" in run_command("cp", one, one).stderr
     (tmp_path / "host").write_bytes(b"x")
     assert "not on the same mount" in run_command("cp", tmp_path / "host", folder).stderr
-    assert "there is no" in run_command("cp", folder / "missing", folder / "x").stderr
+    assert "does not exist" in run_command("cp", folder / "missing", folder / "x").stderr
     assert sorted(os.listdir(folder)) == ["inner", "one", "two"]
 
 

@@ -226,7 +226,7 @@ def test_plan_leaves_alone_what_is_held_or_kept(image: Path) -> None:
     refused = run("plan", image, "--free", "1G")
     assert refused.returncode == 1
     assert refused.stdout == ""
-    assert "deleting all 4 snapshots that may go frees" in refused.stderr
+    assert "deleting all 4 snapshots that may be deleted frees" in refused.stderr
     assert refused.stderr.count("\n") == 1
 
 
@@ -400,7 +400,7 @@ def test_curve_is_what_deleting_the_oldest_frees(image: Path) -> None:
 
 def test_curve_and_cumulative_say_by_what_order(image: Path) -> None:
     """Promise: older is what was created before; where dates say otherwise, it is told."""
-    words = "older is what was created before; by the dates the order is another one"
+    words = "older means created before; the order of the dates is different"
     columns = ("-o", "name,cumulative")
     for told in (run("curve", image), run(image, *columns)):
         assert words not in told.stdout.splitlines()

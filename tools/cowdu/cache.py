@@ -1,18 +1,18 @@
-"""What was learned of an image is kept between calls: the structure of its trees, and the owner sets.
+"""The cache of cowdu: the structure of an image's trees, and the owner sets, kept between calls.
 
-A file for each image in $XDG_CACHE_HOME/cowfs, or where that is not set in /var/cache/cowfs for root and
-~/.cache/cowfs for others; it can be deleted at any time. The owner sets count for exactly the
-generation and catalog that they were made of; of the structure a later look uses every node whose
-checksum is still there (structure.py). A file that is not whole, of another version, or no file of ours
-is as good as none: what it would have saved is done again. A right checksum proves nothing: every array
-is looked at before it is used, owners must be those of the catalog, and sums what the image counts. (A
-structure that lies in accord with all of that is believed: only reading the nodes would tell.)
+There is one file for each image in $XDG_CACHE_HOME/cowfs; if that is not set, in /var/cache/cowfs
+for root and ~/.cache/cowfs for others. It can be deleted at any time. The owner sets are valid only
+for the generation and catalog they were made of; of the structure a later look uses every node
+whose checksum is still in use (structure.py). A file that is damaged, of another version, or not
+written by this user is ignored, and its contents are read from the image again. A correct checksum
+is no proof: every array is checked before use, the owners must be those of the catalog, and the
+sums must be the image's own counts. (A false structure that agrees with all of these is believed:
+only reading the nodes would show it.)
 """
 
 import contextlib
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,14 @@ from cowfs.accounting.owners import (
     owners_of,
 )
 from cowfs.accounting.structure import Structure, is_sound
-from cowfs.cli.own_files import read_own, replace_file
+from cowfs.cli.own_files import own_directory, read_own, replace_file
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import RootKind
 from cowfs.storage.format import MAX_TOTAL_BLOCKS
 
 VERSION = 1
 CHECKSUM_BYTES = 16
-FILE_BYTES_MAX = 2 << 30  # a larger one would take as long to read as it saves
+FILE_BYTES_MAX = 2 << 30  # reading a larger one would take as long as it saves
 
 _STRUCTURE = tuple(Structure.__dataclass_fields__)
 _SETS = ("sets", "set_nodes", "set_data", "labels")
@@ -50,7 +50,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class _Facts(msgspec.Struct, frozen=True):
-    """What is kept beside the arrays. An owner: kind, name, number, parent."""
+    """The part of a file that is not arrays. An owner: kind, name, number, parent."""
 
     version: int
     state: str
@@ -59,18 +59,15 @@ class _Facts(msgspec.Struct, frozen=True):
 
 
 def cache_directory() -> Path:
-    """Where this user's files are."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    if os.geteuid() == 0 and not cache:
-        return Path("/var/cache/cowfs")
-    return (Path(cache) if cache.startswith("/") else Path.home() / ".cache") / "cowfs"
+    """The directory of this user's cache files."""
+    return own_directory("XDG_CACHE_HOME", root="/var/cache", home=".cache")
 
 
-class Kept:
-    """What is kept of an image: the constructor finds it, `save` replaces it.
+class Cache:
+    """The cache file of one image: the constructor reads it, `save` replaces it.
 
     Args:
-        filesystem: of the image, open read-only.
+        filesystem: the image's, open read-only.
     """
 
     def __init__(self, filesystem: Filesystem) -> None:
@@ -92,7 +89,9 @@ class Kept:
             return
         try:
             arrays, facts = _decoded(data[CHECKSUM_BYTES:])
-        except Exception:  # whatever three libraries say of bytes that lie: as good as none
+        except (
+            Exception
+        ):  # zipfile, numpy and msgspec raise many kinds for false bytes: ignore the file
             return
         structure = Structure(**{name: arrays[name] for name in _STRUCTURE})
         if facts.version != VERSION or not is_sound(structure, self._total_blocks):
@@ -120,21 +119,21 @@ class Kept:
             self._sets, self._labels = sets, labels
 
     def structure(self) -> Structure | None:
-        """Of this generation or an earlier one."""
+        """The structure of this generation or an earlier one; None if not cached."""
         return self._structure
 
     def sets(self) -> OwnerSets | None:
-        """Of exactly this generation."""
+        """The owner sets of exactly this generation; None if not cached."""
         return self._sets
 
     def survey(self) -> Survey | None:
-        """All of it, of exactly this generation."""
+        """The whole survey of exactly this generation; None if not cached."""
         if self._sets is None or self._structure is None or self._labels is None:
             return None
         return Survey(self._structure, self._sets, self._labels)
 
     def save(self, survey: Survey) -> None:
-        """Keep this instead. What cannot be written is not kept: it was only to save time."""
+        """Replace the file. An error is ignored: the cache only saves time."""
         structure, sets = survey.structure, survey.sets
         facts = {
             "version": VERSION,
@@ -162,10 +161,10 @@ class Kept:
 
 
 def agrees(filesystem: Filesystem, sets: OwnerSets) -> bool:
-    """Whether the sets are in accord with what the image counts by itself.
+    """Check owner sets against the image's own counts.
 
-    They have all that is allocated and no more, and each root has as much as its record says, where
-    that is exact.
+    The sets must add up to all allocated blocks, and each root must have as many as its record
+    says, where the record is exact.
     """
     if sets.total().total != filesystem.space().tree:
         return False
@@ -179,9 +178,9 @@ def agrees(filesystem: Filesystem, sets: OwnerSets) -> bool:
 
 
 def _decoded(data: memoryview) -> tuple[Arrays, _Facts]:
-    """The arrays and facts of a file. Raises whatever zipfile, numpy and msgspec raise."""
+    """Decode the arrays and facts of a file. Raises whatever zipfile, numpy and msgspec raise."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        # As `save` writes them: nothing grows when it is read.
+        # `save` does not compress. Refusing it here bounds memory by the size of the file.
         if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
             raise ValueError("compressed")
     kept = np.load(io.BytesIO(data), allow_pickle=False)

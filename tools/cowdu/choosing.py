@@ -1,26 +1,35 @@
-"""Which snapshots a command of cowdu is about: names, patterns, ranges, and rules of what to keep."""
+"""Chooses the snapshots that a command of cowdu works on, by names, patterns, ranges and rules."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import click
 
-from cowfs.cli.snapshots import complete_name, warn_of_future
+from cowfs.cli.snapshots import Function, warn_of_future
 from cowfs.history.records import RootRecord
 from cowfs.history.retention import Rules, divide
 from cowfs.history.selection import select
 
-LIVE = "(live)"  # how the live files are called beside snapshots
+LIVE = "(live)"  # the name of the live files beside those of snapshots
 
-names_argument = click.argument(
-    "names", metavar="[NAME]...", nargs=-1, shell_complete=complete_name
-)
+
+def top_option(default: int, words: str) -> Callable[[Function], Function]:
+    """Make the option --top N, which a command gets as `count`."""
+    return click.option(
+        "--top",
+        "count",
+        metavar="N",
+        type=click.IntRange(min=1),
+        default=default,
+        show_default=True,
+        help=words,
+    )
 
 
 def chosen_records(
     snapshots: Sequence[RootRecord], names: Sequence[str], rules: Rules
 ) -> list[RootRecord]:
-    """Those that the words and rules choose; all of them without any. Raises as `divide`."""
+    """Choose snapshots by names and rules; all of them without either. Raises as `divide`."""
     if not names and not rules.any:
         return list(snapshots)
     return _divided(snapshots, names, rules)[0]
@@ -29,9 +38,12 @@ def chosen_records(
 def kept_records(
     snapshots: Sequence[RootRecord], names: Sequence[str], rules: Rules
 ) -> tuple[list[RootRecord], dict[str, tuple[str, ...]]]:
-    """Of those that the words name (all without any), the ones that may be deleted; why others stay.
+    """Divide the named snapshots (all without names) into those to delete and those to keep.
 
-    What is held stays, whether there is a rule or not. Raises as `divide`.
+    Held snapshots are kept, with and without rules. Raises as `divide`.
+
+    Returns:
+        The snapshots that may be deleted; and for each other one the reasons to keep it.
     """
     if rules.any:
         return _divided(snapshots, names, rules)
@@ -49,9 +61,12 @@ def _divided(
 
 
 def spans(chosen: Sequence[int], names: Sequence[str]) -> str:
-    """Ascending numbers of roots in words: a name each, neighbours as first%last.
+    """Name roots briefly: neighbours as a range first%last.
 
-    Only names of snapshots make ranges; what is no snapshot stands in brackets, at the end.
+    Args:
+        chosen: ascending indices into `names`.
+        names: of all roots. The snapshots come first; other names are in brackets and make no
+        ranges.
     """
     words = []
     start = 0

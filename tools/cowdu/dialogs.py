@@ -11,9 +11,10 @@ from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Button, Static
 
+from cowfs.cli.output import counted
 from cowfs.escapes import printable
 
-from .wording import plural, whole_size
+from .wording import whole_size
 
 NAMES_SHOWN_MAX = 500  # names listed in the question before a deletion
 
@@ -39,7 +40,7 @@ class Question(ModalScreen[bool]):
         if len(self.names) > NAMES_SHOWN_MAX:
             shown.append(f"  and {len(self.names) - NAMES_SHOWN_MAX:,} more")
         with Vertical(id="box"):
-            yield Static(Text(f"Delete {plural(len(self.names), 'snapshot')}?"), id="question")
+            yield Static(Text(f"Delete {counted(len(self.names), 'snapshot')}?"), id="question")
             with VerticalScroll(id="names", can_focus=False):
                 yield Static(Text("\n".join(shown), no_wrap=True, overflow="ellipsis"))
             yield Static(

@@ -1,4 +1,4 @@
-"""`cowdu why`, `log` and `block`: which files keep the disk, in which versions, block by block."""
+"""`cowdu why`, `log` and `block`: the files, versions and blocks behind the numbers."""
 
 from collections.abc import Sequence
 
@@ -21,14 +21,14 @@ from cowfs.cli.output import (
     print_json,
     print_table,
 )
-from cowfs.cli.snapshots import complete_name, retention_options, target_argument
+from cowfs.cli.snapshots import names_argument, retention_options, target_argument
 from cowfs.errors import UsageError
 from cowfs.escapes import escaped, printable
 from cowfs.history.reports import image_name
 from cowfs.history.retention import Rules
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
-from .choosing import LIVE, chosen_records, spans
+from .choosing import LIVE, chosen_records, spans, top_option
 from .inside import inside, meaning
 from .looking import Look, look, look_at
 
@@ -38,10 +38,12 @@ ENTRIES_SHOWN = 10
 
 
 class PathUsage(Struct, kw_only=True):
-    """A file or directory, and the blocks below it that only the snapshots keep.
+    """A file or directory, and the blocks at or below it that only the given snapshots hold.
 
-    `name` and `path` are escaped (cowfs/escapes.py).
-    `deleted`: nothing is at the path among the live files any more. `files`: how many below have any.
+    Attributes:
+        name: escaped (cowfs/escapes.py), as is `path`.
+        files: the number of files at or below it that have such blocks.
+        deleted: the live files have nothing at the path any more.
     """
 
     name: str
@@ -54,7 +56,7 @@ class PathUsage(Struct, kw_only=True):
 
 @click.command()
 @target_argument
-@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=complete_name)
+@names_argument
 @retention_options
 @click.option(
     "--depth",
@@ -62,18 +64,10 @@ class PathUsage(Struct, kw_only=True):
     type=click.IntRange(min=1),
     default=DEPTH_SHOWN,
     show_default=True,
-    help="How deep directories are opened.",
+    help="How many levels of directories to show.",
 )
-@click.option(
-    "--top",
-    "count",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=ENTRIES_SHOWN,
-    show_default=True,
-    help="How many entries of each directory, the largest first.",
-)
-@click.option("--flat", is_flag=True, help="Only files, with their whole paths.")
+@top_option(ENTRIES_SHOWN, "How many entries of each directory to show, the largest first.")
+@click.option("--flat", is_flag=True, help="Show only files, with their whole paths.")
 @list_options
 def why(
     target: str,
@@ -86,12 +80,12 @@ def why(
     bare: bool,
     exact: bool,
 ) -> None:
-    """Name the files and directories whose blocks only these snapshots keep, the largest first.
+    """List the files and directories whose blocks only these snapshots keep, the largest first.
 
-    The sum is what deleting exactly these snapshots frees. A block that several of them have, or
-    several files, is told once, at the newest snapshot's file. `deleted` is what the live files do
-    not have any more; the rest is there, with other contents. Files of at most 2 KiB lie in the
-    metadata, which belongs to no single file.
+    The sum is what deleting exactly these snapshots frees. A block in several of the snapshots or
+    files is counted once, at the newest snapshot's file. STATE is `deleted` if the live files have
+    nothing at the path any more, else `changed`. Files of at most 2 KiB are stored in the metadata,
+    which belongs to no single file.
 
     \b
     cowdu why ~/data monday
@@ -99,7 +93,7 @@ def why(
     cowdu why ~/data 'auto-*' --older-than 30d --flat --top 50
     """
     if not (names or rules.any):
-        raise UsageError("name a snapshot, or % for all of them together")
+        raise UsageError("name a snapshot, or % for all of them")
     with look(target) as found:
         records = chosen_records(found.snapshots, names, rules)
         pinned = pinned_by(found.filesystem, records, found.progress)
@@ -128,23 +122,23 @@ def why(
 
 
 def _tree(found: Look, pinned: Pinned, *, flat: bool) -> PathUsage:
-    """Directories with what is below them, each sorted by size; flat: files right below the top."""
+    """Make the tree of directories, each sorted by size; if `flat`, all files are below the top."""
     top = PathUsage(name="/", path="")
     by_path: dict[bytes, PathUsage] = {b"": top}
     amounts: dict[bytes, int] = {}
     for file in pinned.files:
         amounts[file.path] = amounts.get(file.path, 0) + file.blocks * BLOCK_SIZE_BYTES
     for path, amount in amounts.items():
-        ways = [path] if flat else _ways(path)
+        prefixes = [path] if flat else _prefixes(path)
         above = top
-        for at in ways:
+        for at in prefixes:
             found_here = by_path.get(at)
             if found_here is None:
                 name = at if flat else at.rpartition(b"/")[2]
                 found_here = by_path[at] = PathUsage(name=escaped(name), path=escaped(at))
                 above.children.append(found_here)
             above = found_here
-        for at in [b"", *ways]:
+        for at in [b"", *prefixes]:
             by_path[at].bytes += amount
             by_path[at].files += 1
     live = found.filesystem.live
@@ -154,8 +148,8 @@ def _tree(found: Look, pinned: Pinned, *, flat: bool) -> PathUsage:
     return top
 
 
-def _ways(path: bytes) -> list[bytes]:
-    """a/b/c as a, a/b, a/b/c."""
+def _prefixes(path: bytes) -> list[bytes]:
+    """Of a/b/c: a, a/b, a/b/c."""
     words = path.split(b"/")
     return [b"/".join(words[: number + 1]) for number in range(len(words))]
 
@@ -169,6 +163,7 @@ def _lines(
     numbers: Numbers,
     rows: list[list[str]],
 ) -> None:
+    """Append the table rows of what is below `usage`, down to `depth_max` levels."""
     indent = "" if whole_paths else "  " * depth
     for child in usage.children[:count]:
         name = child.path if whole_paths else child.name
@@ -187,7 +182,14 @@ def _lines(
 
 
 class VersionReport(Struct, frozen=True, kw_only=True):
-    """A version of a file. `on_disk`: its blocks of data; `new`: those that no earlier version has."""
+    """A version of a file.
+
+    Attributes:
+        on_disk_bytes: its data blocks.
+        new_bytes: those of its data blocks that no earlier version has.
+        snapshots: the names of those that contain this version.
+        live: the live files contain it.
+    """
 
     kind: str
     inode: int
@@ -201,14 +203,16 @@ class VersionReport(Struct, frozen=True, kw_only=True):
 
 @click.command()
 @click.argument("path", metavar="PATH", type=click.Path())
-@click.option("--image", metavar="TARGET", help="PATH is inside of this image or mount.")
-@click.option("-a", "--all", "absent", is_flag=True, help="Also where there was no such file.")
+@click.option("--image", metavar="TARGET", help="PATH is inside this image or mount.")
+@click.option(
+    "-a", "--all", "absent", is_flag=True, help="Also list the snapshots without such a file."
+)
 @list_options
 def log(path: str, image: str | None, absent: bool, as_json: bool, bare: bool, exact: bool) -> None:
-    """List the distinct versions of a file, and the snapshots that each lives in, the oldest first.
+    """List the distinct versions of a file, the oldest first, and the snapshots that contain each.
 
-    Versions are told apart by the blocks that they are made of, not by times: equal is what shares.
-    PATH is on a mount; there need be nothing at it any more. NEW is what no version before has.
+    Two states of a file are one version if they consist of the same blocks, whatever their times.
+    PATH is on a mount; the file may be deleted there. NEW is what no earlier version has.
 
     \b
     cowdu log ~/data/report.odt
@@ -223,7 +227,7 @@ def log(path: str, image: str | None, absent: bool, as_json: bool, bare: bool, e
         versions = versions_of(found.filesystem, records, meant.path)
         names = [record.name for record in found.snapshots]
     if all(version.kind == "absent" for version in versions):
-        raise UsageError(f"there is nothing at {path}, in no snapshot either")
+        raise UsageError(f"there is nothing at {path}, neither live nor in a snapshot")
     shown = [version for version in versions if absent or version.kind != "absent"]
     reports = [_version_report(version, names) for version in shown]
     if as_json:
@@ -277,9 +281,9 @@ def _version_report(version: Version, names: Sequence[str]) -> VersionReport:
 @click.argument("number", metavar="N", type=int)
 @json_option
 def block(target: str, number: int, as_json: bool) -> None:
-    """Explain one block: what it is, how many point at it, its age, who reaches it, in which file.
+    """Explain one block: its kind, references and age, and the snapshots and files that reach it.
 
-    N is the number of a block of 4 KiB, as cowfs check, cowfs scrub and cowdump tell them.
+    N is the number of a block of 4 KiB, as cowfs check, cowfs scrub and cowdump print it.
 
     \b
     cowdu block disk.img 133126

@@ -1,7 +1,7 @@
-"""Paths that people type, and what they mean: a place on a mount, or inside of an image.
+"""Resolves paths that people type: to a filesystem, a root in it, and a path in that root.
 
-`.snapshots/NAME/...` below the root leads into that snapshot, on a mount as in an image. Nothing need be
-at the path any more; no symbolic link below the mount is followed at its end.
+`.snapshots/NAME/...` below the root leads into that snapshot, on a mount and in an image. The path
+need not exist any more. A symbolic link at the end of a path is not followed.
 """
 
 import os
@@ -17,7 +17,13 @@ SNAPSHOTS = b".snapshots"
 
 
 class Inside(NamedTuple):
-    """A path in a filesystem. `target`: what to open. `path`: from the root, without a slash."""
+    """A path in a filesystem.
+
+    Attributes:
+        target: the mount point or image to open.
+        path: from the root of the filesystem, without a leading slash.
+        shown: the path as it was typed.
+    """
 
     target: str
     path: bytes
@@ -25,17 +31,22 @@ class Inside(NamedTuple):
 
 
 class Meant(NamedTuple):
-    """What a path means. `record` is None for `.snapshots` itself: all of them."""
+    """A path in a root.
+
+    Attributes:
+        record: the root; None for `.snapshots` itself: all snapshots.
+        path: from the root's root directory, without a leading slash.
+    """
 
     record: RootRecord | None
     path: bytes
 
 
 def inside(text: str, image: str | None) -> Inside:
-    """Where a path is.
+    """Find the filesystem of a path, and the path in it.
 
     Args:
-        image: the target that the path is inside of; None: a mount that it lies on.
+        image: the target that contains the path; None: the path is on a mount.
 
     Raises:
         MountError: no cowfs is mounted there.
@@ -54,21 +65,21 @@ def inside(text: str, image: str | None) -> Inside:
 
 
 def one_target(paths: list[Inside]) -> str:
-    """The filesystem that all of these are in. Raises UsageError when there are several."""
+    """The filesystem that all of these are in. Raises UsageError if there are several."""
     targets = {each.target for each in paths}
     if len(targets) > 1:
-        raise UsageError("the paths lie in different filesystems; ask about one at a time")
+        raise UsageError("the paths are in different filesystems; give those of one at a time")
     return targets.pop()
 
 
 def meaning(filesystem: Filesystem, target: Connection, path: bytes) -> Meant:
-    """Which root a path leads into, and where in it.
+    """Find the root that a path leads into, and the path in that root.
 
     Raises:
         SnapshotError: there is no such snapshot.
     """
     shown = (target.info().daemon_settings or {}).get("snapshot")
-    if isinstance(shown, str):  # such a mount shows that snapshot and nothing else
+    if isinstance(shown, str):  # mounted with -o snapshot: only that snapshot is there
         return Meant(filesystem.catalog.snapshot(shown), path)
     words = [word for word in path.split(b"/") if word not in (b"", b".")]
     if words[:1] != [SNAPSHOTS]:

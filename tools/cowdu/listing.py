@@ -1,4 +1,4 @@
-"""`cowdu list`, `curve` and `pairs`: the numbers of every root, in tables."""
+"""`cowdu list`, `curve` and `pairs`: the numbers of roots in tables."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -16,24 +16,24 @@ from cowfs.cli.output import (
     print_json,
     print_table,
 )
-from cowfs.cli.snapshots import complete_name, retention_options, target_argument
+from cowfs.cli.snapshots import names_argument, retention_options, target_argument
 from cowfs.errors import UsageError
 from cowfs.escapes import quoted
 from cowfs.history.reports import image_name
 from cowfs.history.retention import Rules
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
-from .choosing import LIVE, chosen_records, names_argument
+from .choosing import LIVE, chosen_records, top_option
 from .looking import look
 from .rows import Usage, UsageReport, usage_report
 from .sparks import spark_line
 
 PAIRS_SHOWN = 20
-ORDER = "creation"  # of what is called older: not that of dates, which a wrong clock may have made
+ORDER = "creation"  # what "older" means: not by date, which a wrong clock may have set
 
 
 class _Shown(NamedTuple):
-    """A column: its title, what it is of a row (None shows as -), and how that is written."""
+    """A column: its title, its value for a row (None is shown as -), and the kind of the value."""
 
     title: str
     value: Callable[[Usage], int | str | None]
@@ -66,7 +66,7 @@ COLUMNS = {
     "held": _Shown("HELD", lambda row: "held" if row.held else None, "text"),
     "description": _Shown("DESCRIPTION", lambda row: row.description, "text"),
 }
-# The words that people bring from zfs, btrfs and restic.
+# The names of these columns in zfs, btrfs and restic.
 ALIASES = {
     "refer": "referenced",
     "rfer": "referenced",
@@ -94,10 +94,10 @@ SPACE = "space"
     help=f"Columns: {', '.join(COLUMNS)}; all; or space, as zfs list has it.",
 )
 @click.option(
-    "-a", "--all", "everything", is_flag=True, help="Earlier generations, kept for rescue, too."
+    "-a", "--all", "everything", is_flag=True, help="Show earlier generations (for rescue) too."
 )
-@click.option("-s", "ascending", metavar="COLUMN", help="Sort by a column, the least first.")
-@click.option("-S", "descending", metavar="COLUMN", help="Sort by a column, the most first.")
+@click.option("-s", "ascending", metavar="COLUMN", help="Sort by a column, the smallest first.")
+@click.option("-S", "descending", metavar="COLUMN", help="Sort by a column, the largest first.")
 @list_options
 def list_roots(
     target: str,
@@ -114,20 +114,22 @@ def list_roots(
     """Show what snapshots hold, and what deleting them would free.
 
     TARGET is a mount point or an image. NAME is a snapshot, a pattern such as 'auto-*', a range
-    first%last (%last, first%, %), or several with commas; without any it is all snapshots, and what
-    else holds space: the live files, deleted snapshots on their way, files that are open and have no
-    name any more; with -a earlier generations, whose space is free when their time is over.
+    first%last (%last, first%, %), or several with commas. Without a NAME it shows all snapshots,
+    and what else holds space: the live files, deleted snapshots whose space is not free yet, and
+    open files that have no name any more; with -a also earlier generations, whose space becomes
+    free when they expire.
 
     \b
-    REFERENCED  all that it reaches
+    REFERENCED  all that the snapshot reaches
     EXCLUSIVE   what deleting it alone would free
     SHARED      the difference of the two
     WRITTEN     what it holds and the snapshot before it did not
-    CUMULATIVE  what deleting it and all that were made before it would free
+    CUMULATIVE  what deleting it and all snapshots created before it would free
 
-    What several hold together is in none of their EXCLUSIVE numbers: name them, or say what to
-    keep, and the last line tells what deleting exactly these would free. Rows and CUMULATIVE are in
-    the order of creation, which the filesystem knows whatever the clock said: see CREATED.
+    Space that several snapshots share is in none of their EXCLUSIVE numbers: name the snapshots, or
+    say what to keep, and the last line shows what deleting exactly these would free. Rows and
+    CUMULATIVE are in the order of creation, which the filesystem knows whatever the clock said; the
+    dates in CREATED may differ.
 
     \b
     cowdu ~/data
@@ -186,7 +188,7 @@ def _order(ascending: str | None, descending: str | None) -> tuple[str | None, b
 
 
 def _sorted(rows: list[Usage], order: str | None, falling: bool) -> list[Usage]:
-    """By a column; those that have no value there come last."""
+    """Sort rows by a column; rows without a value there come last."""
     if order is None:
         return rows
     value = COLUMNS[order].value
@@ -226,10 +228,10 @@ def _print(
 
 
 def _say_order(times_ns: Sequence[int | None]) -> None:
-    """What "older" means, where the dates of snapshots in the order of creation say otherwise."""
+    """Explain "older" if the dates of the snapshots are not in the order of creation."""
     known = [time_ns for time_ns in times_ns if time_ns is not None]
     if known != sorted(known):
-        click.echo("older is what was created before; by the dates the order is another one")
+        click.echo("older means created before; the order of the dates is different")
 
 
 def _cell(column: _Shown, row: Usage, numbers: Numbers) -> str:
@@ -244,7 +246,7 @@ def _cell(column: _Shown, row: Usage, numbers: Numbers) -> str:
 
 
 def _print_space(report: UsageReport, numbers: Numbers, *, bare: bool) -> None:
-    """What `zfs list -o space` shows of a dataset and its snapshots."""
+    """Print the columns of `zfs list -o space`."""
     totals = report.totals
     snapshots = totals.snapshots_bytes
     rows = [
@@ -284,10 +286,11 @@ class CurveStep(Struct, frozen=True, kw_only=True):
 def curve(
     target: str, names: tuple[str, ...], rules: Rules, as_json: bool, bare: bool, exact: bool
 ) -> None:
-    """Show what deleting the oldest 1, 2, 3... snapshots frees, everything else staying.
+    """Show what deleting the oldest 1, 2, 3... snapshots frees if everything else stays.
 
-    Of those that the names and rules choose; of all without any. The oldest are the first in the
-    order of creation, which the filesystem knows whatever the clock said: see CREATED.
+    Counts the snapshots that the names and rules choose; all without either. The oldest are the
+    first in the order of creation, which the filesystem knows whatever the clock said; the dates in
+    CREATED may differ.
 
     \b
     cowdu curve ~/data
@@ -340,17 +343,9 @@ def curve(
 
 @click.command()
 @target_argument
-@click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=complete_name)
-@click.option(
-    "--top",
-    "count",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=PAIRS_SHOWN,
-    show_default=True,
-    help="How many pairs.",
-)
-@click.option("--matrix", is_flag=True, help="A table of all against all.")
+@names_argument
+@top_option(PAIRS_SHOWN, "How many pairs to show, the largest first.")
+@click.option("--matrix", is_flag=True, help="Show a table of all snapshots against all.")
 @list_options
 def pairs(
     target: str,
@@ -361,7 +356,7 @@ def pairs(
     bare: bool,
     exact: bool,
 ) -> None:
-    """Show what two snapshots share that nobody else has: freed only if both go.
+    """Show what exactly two snapshots share: it is freed only if both are deleted.
 
     \b
     cowdu pairs ~/data

@@ -1,7 +1,7 @@
-"""A look at one generation of a filesystem, for every command of cowdu.
+"""Opens one generation of a filesystem for the commands of cowdu.
 
-The process gives way to others, in one thread: a mount that works goes on as if nobody looked. What was
-learned at an earlier look is used again (cache.py).
+The process works in one thread at a low priority, so that a busy mount is not slowed down. Results
+of earlier runs are used again (cache.py).
 """
 
 import os
@@ -15,9 +15,10 @@ from cowfs.cli.output import progress_bar
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.records import RootRecord
 
-from .cache import Kept, agrees
+from .cache import Cache, agrees
 
-NICENESS = 10  # about a tenth of a processor that others want too; below that, reading does not end
+# About a tenth of a processor that others want too; with less, reading would hardly end.
+NICENESS = 10
 
 
 class Look:
@@ -31,7 +32,7 @@ class Look:
         self.filesystem = filesystem
         self.progress = progress
         self.snapshots: list[RootRecord] = filesystem.catalog.snapshots()
-        self._kept: Kept | None = None
+        self._opened_cache: Cache | None = None
         self._sets: OwnerSets | None = None
         self._survey: Survey | None = None
 
@@ -40,52 +41,53 @@ class Look:
         return self.filesystem.store.superblock.generation
 
     def known_sets(self) -> OwnerSets | None:
-        """The owner sets, if an earlier look left them."""
+        """The owner sets if they are cached, else None."""
         if self._sets is None:
             self._sets = self._cache().sets()
         return self._sets
 
     def sets(self) -> OwnerSets:
-        """The owner sets. Raises CorruptError: something cannot be read."""
+        """The owner sets, cached or counted now. Raises CorruptError: a node cannot be read."""
         return self.known_sets() or self.survey().sets
 
     def survey(self) -> Survey:
-        """The owner sets, and the structure that they are of. Raises as `sets`."""
+        """The owner sets and the structure they were counted from. Raises as `sets`."""
         if self._survey is None:
-            kept = self._cache()
-            self._survey = kept.survey()
+            cache = self._cache()
+            self._survey = cache.survey()
             if self._survey is None:
-                known = kept.structure()
+                known = cache.structure()
                 self._survey = survey(self.filesystem, known, self.progress)
                 if known is not None and not agrees(self.filesystem, self._survey.sets):
-                    self._survey = survey(self.filesystem, None, self.progress)  # it was not true
-                kept.save(self._survey)
+                    # The cached structure was false: count without it.
+                    self._survey = survey(self.filesystem, None, self.progress)
+                cache.save(self._survey)
             self._sets = self._survey.sets
-            self._kept = None  # its arrays are in the survey now
+            self._opened_cache = None  # the survey holds its arrays now
         return self._survey
 
-    def _cache(self) -> Kept:
-        if self._kept is None:
-            self._kept = Kept(self.filesystem)
-        return self._kept
+    def _cache(self) -> Cache:
+        if self._opened_cache is None:
+            self._opened_cache = Cache(self.filesystem)
+        return self._opened_cache
 
 
-def stand_back() -> None:
-    """Give way to others in the calling thread, and still come to an end on a machine that is busy."""
-    with suppress(OSError):  # who stands back already stays there
+def lower_priority() -> None:
+    """Lower the priority of the calling thread to NICENESS."""
+    with suppress(OSError):  # a thread of lower priority cannot raise it to NICENESS
         os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
 @contextmanager
 def look_at(target: Connection) -> Iterator[Look]:
-    """The newest state of a target, durable and kept whole while the block runs."""
+    """Look at the newest state of a target, which is durable and pinned while the block runs."""
     with progress_bar("reading") as bar, target.reading() as filesystem:
         yield Look(filesystem, bar)
 
 
 @contextmanager
 def look(path: str) -> Iterator[Look]:
-    """The same of a mount point or an image. Raises as `cowfs.connect`."""
-    stand_back()
+    """Look at a mount point or an image, at low priority. Raises as `cowfs.connect`."""
+    lower_priority()
     with connect(path) as target, look_at(target) as found:
         yield found

@@ -1,8 +1,8 @@
-"""cowdu: which snapshots hold the disk, why, and what would deleting exactly these free?
+"""The program `cowdu`: which snapshots hold the space, why, and what would deleting some free?
 
-The numbers are exact: a deletion frees what is told here, to the block, metadata and its
-copies included (C11). It runs in its own process on the image, read-only; of a mounted filesystem
-the daemon keeps the generation whole that is read. Without the word of a command it is `cowdu list`.
+The numbers are exact: a deletion frees what cowdu shows, to the block, metadata and its copies
+included (C11). cowdu reads the image in its own process; the daemon of a mounted filesystem pins
+the generation that is read. Without the name of a command it runs `cowdu list`.
 """
 
 import os
@@ -13,22 +13,22 @@ import click
 from click.shell_completion import CompletionItem
 
 from cowfs import __version__
-from cowfs.cli.entry import Invocation, run
+from cowfs.cli.entry import debug_option, run
 from cowfs.cli.lazy import LazyGroup
 
-# numpy's threads would start before the priority is lowered, and keep theirs; one is enough.
+# numpy would start its threads before the priority is lowered, and they would keep the old one.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 _COMMANDS = {
     "list": ("cowfs_tools.cowdu.listing:list_roots", "Show what each snapshot holds (default)."),
-    "plan": ("cowfs_tools.cowdu.planning:plan", "Find the snapshots to delete for so much space."),
-    "why": ("cowfs_tools.cowdu.explaining:why", "Name the files that only these snapshots keep."),
+    "plan": ("cowfs_tools.cowdu.planning:plan", "Find the snapshots to delete to free SIZE."),
+    "why": ("cowfs_tools.cowdu.explaining:why", "List the files that only these snapshots keep."),
     "du": ("cowfs_tools.cowdu.paths:du", "Show what files and directories hold alone."),
     "log": ("cowfs_tools.cowdu.explaining:log", "List the distinct versions of a file."),
     "curve": ("cowfs_tools.cowdu.listing:curve", "Show what deleting the oldest 1, 2, 3... frees."),
-    "pairs": ("cowfs_tools.cowdu.listing:pairs", "Show what two snapshots alone share."),
-    "block": ("cowfs_tools.cowdu.explaining:block", "Explain one block: who points at it."),
-    "report": ("cowfs_tools.cowdu.report:report", "Write a page to look at in a browser."),
+    "pairs": ("cowfs_tools.cowdu.listing:pairs", "Show what exactly two snapshots share."),
+    "block": ("cowfs_tools.cowdu.explaining:block", "Explain one block: what refers to it."),
+    "report": ("cowfs_tools.cowdu.report:report", "Write a page for the browser."),
     "top": ("cowfs_tools.cowdu.top:top", "Walk through the snapshots on the terminal."),
 }
 _OWN_OPTIONS = ("-h", "--help", "-V", "--version")
@@ -48,7 +48,7 @@ class _DefaultGroup(LazyGroup):
         return super().parse_args(ctx, debug + rest)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        """Commands, and paths, since a target may come first."""
+        """Complete commands, and paths, because a target may come first."""
         path = CompletionItem(incomplete, type="file")
         return [*super().shell_complete(ctx, incomplete), path]
 
@@ -60,14 +60,13 @@ class _DefaultGroup(LazyGroup):
     epilog="Exit status: 0 done, 1 error, 2 usage, 10 image missing, 130 interrupted.",
 )
 @click.version_option(__version__, "--version", "-V", prog_name="cowdu")
-@click.option("--debug", is_flag=True, help="Show where an error came from.")
-@click.pass_context
-def cowdu(context: click.Context, debug: bool) -> None:
+@debug_option
+def cowdu() -> None:
     """Show what snapshots hold, why, and what deleting them would free.
 
-    TARGET is a mount point or an image. Every number is exact, metadata included: it is what a
-    deletion frees. Without a command, cowdu TARGET is cowdu list TARGET; an image that is called
-    like a command is ./plan.
+    TARGET is a mount point or an image. Every number is exact, metadata included: a deletion frees
+    what is shown. Without a command, cowdu TARGET is cowdu list TARGET; an image whose name is that
+    of a command is written with a directory, as in ./plan.
 
     \b
     cowdu ~/data                     what each snapshot holds
@@ -77,9 +76,6 @@ def cowdu(context: click.Context, debug: bool) -> None:
     cowdu du ~/data/*                what directories hold alone
     cowdu report ~/data --html disk.html
     """
-    invocation = context.find_object(Invocation)
-    if invocation is not None:
-        invocation.debug = debug
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""`cowdu du`: what files and directories hold, and what is theirs alone; the words of `btrfs fi du`."""
+"""`cowdu du`: what files and directories hold, in total and exclusively; as `btrfs fi du`."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -27,12 +27,17 @@ from .looking import Look, look_at
 
 @click.command()
 @click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path())
-@click.option("--image", metavar="TARGET", help="Each PATH is inside of this image or mount.")
-@click.option("-s", "--summarize", is_flag=True, help="Only a line for each PATH.")
+@click.option("--image", metavar="TARGET", help="Each PATH is inside this image or mount.")
+@click.option("-s", "--summarize", is_flag=True, help="Show only one line for each PATH.")
 @click.option(
-    "-d", "--max-depth", "depth", metavar="N", type=click.IntRange(min=0), help="Only so deep."
+    "-d",
+    "--max-depth",
+    "depth",
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="Show at most N levels below each PATH.",
 )
-@click.option("-c", "--total", "together", is_flag=True, help="Also of all PATHs as one set.")
+@click.option("-c", "--total", "together", is_flag=True, help="Also show all PATHs as one set.")
 @list_options
 def du(
     paths: tuple[str, ...],
@@ -47,12 +52,12 @@ def du(
     """Show what files and directories hold, and what deleting them would free.
 
     \b
-    Total       distinct blocks of data, however often files below share them
-    Exclusive   what is freed if that PATH goes and everything else stays
-    Set shared  the rest: held by snapshots, or by files outside, as well
+    Total       distinct data blocks, each counted once
+    Exclusive   what deleting that PATH alone would free
+    Set shared  the rest: also held by snapshots, or by files elsewhere
 
-    PATH is on a mount, live or in .snapshots/NAME; .snapshots itself is all of them. Of data alone:
-    what a whole snapshot frees with its metadata is told by cowdu TARGET NAME.
+    PATH is on a mount, live or in .snapshots/NAME; .snapshots itself means all snapshots. Only data
+    is counted: cowdu TARGET NAME shows what a whole snapshot frees with its metadata.
 
     \b
     cowdu du -s ~/data/*
@@ -112,12 +117,14 @@ def _argument(found: Look, meant: Meant, path: Inside) -> Argument:
     volume = volume_of(found.filesystem, meant.record)
     inode = resolve(volume, meant.path)
     if inode is None:
-        raise UsageError(f"there is nothing at {path.shown}; cowdu log tells where there was")
+        raise UsageError(
+            f"there is nothing at {path.shown}; cowdu log lists the snapshots that had a file there"
+        )
     return Argument(meant.record, volume, inode, os.fsencode(path.shown), meant.path)
 
 
 def _rows(top: Place, shown: str, limit: int | None) -> Iterator[tuple[str, Place]]:
-    """What is below and then the place itself, no deeper than the limit."""
+    """Yield the places below `top`, down to `limit` levels, each before its parent; `top` last."""
 
     def below(place: Place, name: str, depth: int) -> Iterator[tuple[str, Place]]:
         if limit is None or depth < limit:
@@ -130,7 +137,7 @@ def _rows(top: Place, shown: str, limit: int | None) -> Iterator[tuple[str, Plac
 
 
 def _together(found: Look, meant: Sequence[Meant], where: Sequence[Inside]) -> Place:
-    """All arguments as one set."""
+    """Measure all arguments as one set."""
     sets, structure = found.sets(), found.survey().structure
     bits: set[int] = set()
     arguments = []

@@ -1,4 +1,4 @@
-"""`cowdu plan`: the snapshots to delete so that enough comes free and least is lost."""
+"""`cowdu plan`: find the snapshots to delete to free a given size, and lose least."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,12 @@ from cowfs.cli.output import (
     Column,
     Numbers,
     as_fields,
+    counted,
     list_options,
     print_json,
     print_table,
 )
-from cowfs.cli.snapshots import retention_options, target_argument
+from cowfs.cli.snapshots import names_argument, retention_options, target_argument
 from cowfs.daemon.options import parse_size
 from cowfs.errors import CowfsError
 from cowfs.escapes import shell_word
@@ -24,16 +25,18 @@ from cowfs.history.reports import image_name
 from cowfs.history.retention import Rules
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
-from .choosing import kept_records, names_argument
+from .choosing import kept_records
 from .looking import look
 
-RANGE_MIN = 3  # so many neighbours are written as a range
+RANGE_MIN = 3  # neighbours that the command names as a range
 
 
 class PlannedSnapshot(Struct, frozen=True, kw_only=True):
     """A snapshot of the plan.
 
-    `alone`: what deleting it alone would free. `needed`: what the plan would free less without it.
+    Attributes:
+        alone_bytes: what deleting this snapshot alone would free.
+        needed_bytes: what the plan would free less without this snapshot.
     """
 
     name: str
@@ -44,10 +47,15 @@ class PlannedSnapshot(Struct, frozen=True, kw_only=True):
 
 
 class PlanReport(Struct, frozen=True, kw_only=True):
-    """`reclaim` is what deleting exactly these frees. `exact`: nothing loses less, which is proved.
+    """A plan: the snapshots to delete.
 
-    `at_least`: no set of fewer snapshots frees enough. `linear`: no rollback and no copy out of a
-    snapshot stands between the snapshots, so that the plan is always exact.
+    Attributes:
+        reclaim_bytes: what deleting exactly these snapshots frees.
+        exact: it is proved that no other choice loses less.
+        at_least: no set of fewer snapshots than this frees enough.
+        linear: there were no rollbacks and no copies out of snapshots, so every plan is exact.
+        kept: for each snapshot that must stay, why.
+        command: deletes the snapshots of the plan.
     """
 
     image: str
@@ -66,13 +74,15 @@ class PlanReport(Struct, frozen=True, kw_only=True):
 @click.command()
 @target_argument
 @names_argument
-@click.option("--free", "size", metavar="SIZE", required=True, help="How much: 500M, 2G, 1.5T.")
+@click.option(
+    "--free", "size", metavar="SIZE", required=True, help="The space to free: 500M, 2G, 1.5T."
+)
 @click.option(
     "--lose",
     type=click.Choice([each.value for each in Loss]),
     default=Loss.FEWEST.value,
     show_default=True,
-    help="The fewest snapshots, or the oldest: those before some day, and of them the fewest.",
+    help="Lose the fewest snapshots; or the oldest: only those before some day, and few of them.",
 )
 @retention_options
 @list_options
@@ -86,12 +96,12 @@ def plan(
     bare: bool,
     exact: bool,
 ) -> None:
-    """Find the snapshots to delete so that SIZE comes free and least is lost; delete nothing.
+    """Find the snapshots to delete to free SIZE and lose least. Deletes nothing.
 
-    Of those that the names choose, of all without any; what is held stays, and what a rule keeps.
-    Deleting exactly the plan frees what is told, to the byte. The fewest are found for certain as
-    long as there was no rollback and nothing was copied back out of a snapshot; else the last line
-    tells how many it takes at the least.
+    Chooses among the named snapshots (all without names), except held ones and those that a rule
+    keeps. Deleting exactly the plan frees the number shown, to the byte. The plan surely has the
+    fewest snapshots as long as there was no rollback and nothing was copied out of a snapshot;
+    otherwise a line says how many are needed at least.
 
     \b
     cowdu plan ~/data --free 2G
@@ -135,12 +145,13 @@ def _refusal(
     numbers = Numbers()
     everything = sets.exclusive(range(sets.snapshot_count)).total
     most, more = error.most_blocks * BLOCK_SIZE_BYTES, everything - error.most_blocks
-    words = f"deleting all {_counted(len(allowed))} that may go frees {numbers.size(most)}"
+    freed = numbers.size(most)
+    words = f"deleting all {counted(len(allowed), 'snapshot')} that may be deleted frees {freed}"
     if not allowed:
-        words = "there is no snapshot that may go"
+        words = "there is no snapshot that may be deleted"
     words += f"; {numbers.size(wanted_bytes)} were asked for"
     if more:
-        words += f", and those that must stay keep another {numbers.size(more * BLOCK_SIZE_BYTES)}"
+        words += f", and the snapshots to keep hold another {numbers.size(more * BLOCK_SIZE_BYTES)}"
     return CowfsError(words)
 
 
@@ -172,7 +183,7 @@ def _planned(
 
 
 def deletion_command(target: str, snapshots: Sequence[RootRecord], chosen: set[str]) -> str:
-    """The command that deletes the chosen ones; neighbours are written as a range."""
+    """The command that deletes the chosen snapshots; neighbours are written as a range."""
     words: list[str] = []
     run: list[str] = []
     for name in [*(record.name for record in snapshots), None]:
@@ -215,20 +226,16 @@ def _print(report: PlanReport, numbers: Numbers, *, bare: bool) -> None:
     if not count:
         click.echo("nothing needs to be deleted for that")
         return
-    click.echo(f"deleting {_counted(count)} frees {freed}")
+    click.echo(f"deleting {counted(count, 'snapshot')} frees {freed}")
     if not report.exact:
         click.echo(
-            "there were rollbacks or copies out of snapshots: perhaps fewer would do, but no "
-            f"fewer than {report.at_least}"
+            "there were rollbacks or copies out of snapshots: perhaps fewer snapshots are enough, "
+            f"but at least {report.at_least}"
         )
     elif report.loss == Loss.OLDEST:
         click.echo("no set of older snapshots frees enough, and no fewer of these")
     else:
         click.echo("no fewer snapshots free enough")
     if report.kept:
-        click.echo(f"{_counted(len(report.kept))} must stay: held, or kept by a rule")
+        click.echo(f"{counted(len(report.kept), 'snapshot')} must stay: held, or kept by a rule")
     click.echo(report.command)
-
-
-def _counted(count: int) -> str:
-    return f"{count} snapshot" + "s" * (count != 1)

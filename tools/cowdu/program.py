@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from textual.app import App
 from textual.binding import Binding, BindingType
 
+from cowfs.cli.output import counted
 from cowfs.errors import SnapshotError
 from cowfs.escapes import printable
 
@@ -19,7 +20,7 @@ from .dialogs import Help, Question
 from .pages import InsidePage, Page, SnapshotsPage
 from .walking import Inside, Root, Roots, Source
 from .widgets import AbandonedError, run_in_thread
-from .wording import NUMBERS, plural, whole_size, words_of
+from .wording import NUMBERS, shown_error, whole_size
 
 REST_FACTOR = 5  # after a refresh that took a second, the next waits at least five
 
@@ -99,7 +100,7 @@ class Top(App[None]):
             except OSError as error:  # a CowfsError is one
                 if self.page.roots is None:
                     self._fail(error)
-                self.say(words_of(error), error=True)
+                self.say(shown_error(error), error=True)
             except Exception as error:
                 self._fail(error)
             finally:
@@ -202,7 +203,7 @@ class Top(App[None]):
             pass
         except OSError as error:
             self._refresh_failed = True
-            self.say(words_of(error), error=True)
+            self.say(shown_error(error), error=True)
         except Exception as error:
             self._fail(error)
         finally:
@@ -238,7 +239,7 @@ class Top(App[None]):
                 must_end=True,
             )
             await self._read()
-            self.say(f"deleted {plural(len(names), 'snapshot')}, which freed {whole_size(freed)}")
+            self.say(f"deleted {counted(len(names), 'snapshot')}, which freed {whole_size(freed)}")
 
         self.work(piece)
 

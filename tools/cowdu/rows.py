@@ -1,7 +1,7 @@
-"""The numbers of cowdu list: a row for every root, from the owner sets or by virtual drop.
+"""The numbers of `cowdu list`: a row for each root, from the owner sets or by virtual drop.
 
-By virtual drop where only some snapshots are asked about and no earlier look left the owner sets: that
-reads what they hold alone. Both give the same numbers.
+A virtual drop is used for a few snapshots if the owner sets are not cached: it reads only what
+these snapshots hold alone. Both ways give the same numbers.
 """
 
 from collections.abc import Sequence
@@ -20,20 +20,25 @@ from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_BLOCKS
 
 from .looking import Look
 
-FEW_SNAPSHOTS = 8  # so many are measured one by one
+FEW_SNAPSHOTS = 8  # up to this many are measured by virtual drop
 
 
 class Usage(Struct, frozen=True, kw_only=True, omit_defaults=False):
-    """Of one root. Bytes; None where the question has no meaning, or was not worth a pass over all.
+    """The numbers of one root, in bytes.
 
-    `kind`: "snapshot", "volume" (what is live), "drop" (a deleted snapshot that is being given back),
-    "orphans" (files of the volume that were deleted while open), "generation" (an earlier commit, kept
-    for rescue: free as soon as its time is over).
+    A number is None if it has no meaning for the root, or would need a pass over the whole image
+    that nobody asked for. Each number includes metadata; `..._metadata_bytes` is that part of it.
 
-    `referenced`: all that it reaches. `exclusive`: what deleting it alone would free. `shared`: the
-    difference. `written`: what it holds and the snapshot that it grew from did not. `cumulative`: what
-    deleting it and all that were created before it would free, whatever their dates say. Each includes
-    metadata, of which the `..._metadata_bytes` are that part.
+    Attributes:
+        kind: "snapshot", "volume" (the live files), "drop" (a deleted snapshot whose blocks are not
+            all free yet), "orphans" (files deleted while open), "generation" (an earlier commit,
+            kept for rescue until it expires).
+        referenced_bytes: all that the root reaches.
+        exclusive_bytes: what deleting it alone would free.
+        shared_bytes: the difference of the two.
+        written_bytes: what it holds and the snapshot it grew from did not.
+        cumulative_bytes: what deleting it and all created before it would free, whatever their
+        dates.
     """
 
     kind: str
@@ -53,10 +58,13 @@ class Usage(Struct, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class Totals(Struct, frozen=True, kw_only=True):
-    """Of the whole image. Bytes.
+    """The numbers of the whole image, in bytes.
 
-    `allocated`: what all volumes, snapshots and the drop queue hold. `snapshots`: of it, what deleting
-    all snapshots would free; None where that was not counted. `available`: for new data.
+    Attributes:
+        allocated_bytes: what all volumes, snapshots and the drop queue hold.
+        snapshots_bytes: the part of it that deleting all snapshots would free; None if not counted.
+        available_bytes: for new data.
+        total_bytes: the size of the image.
     """
 
     allocated_bytes: int
@@ -66,7 +74,12 @@ class Totals(Struct, frozen=True, kw_only=True):
 
 
 class UsageReport(Struct, frozen=True, kw_only=True):
-    """At one generation; `reclaim` is of exactly the snapshots that are listed."""
+    """The numbers at one generation.
+
+    Attributes:
+        others: the roots that are not snapshots.
+        reclaim: what deleting exactly the listed snapshots would free.
+    """
 
     image: str
     generation: int
@@ -77,14 +90,14 @@ class UsageReport(Struct, frozen=True, kw_only=True):
 
 
 def measure(filesystem: Filesystem, words: Sequence[str] = ()) -> UsageReport:
-    """The usage of the snapshots that the words select, of all roots when there are none.
+    """Measure the snapshots that the words select; without words all roots.
 
     Args:
-        filesystem: open read-only, at a generation that stays whole meanwhile.
+        filesystem: open read-only, at a pinned generation.
 
     Raises:
         SnapshotError, UsageError: the words select nothing.
-        CorruptError: no number can be trusted.
+        CorruptError: the image is damaged, so no number can be trusted.
     """
     look = Look(filesystem)
     chosen = select(words, look.snapshots) if words else look.snapshots
@@ -94,11 +107,11 @@ def measure(filesystem: Filesystem, words: Sequence[str] = ()) -> UsageReport:
 def usage_report(
     look: Look, chosen: Sequence[RootRecord], *, others: bool, cumulative: bool = False
 ) -> UsageReport:
-    """The usage of some snapshots.
+    """Measure the chosen snapshots.
 
     Args:
-        others: also of what is no snapshot.
-        cumulative: that column is wanted, whatever it costs.
+        others: measure the roots that are not snapshots too.
+        cumulative: the columns that only the owner sets give are wanted.
     """
     sets = look.known_sets()
     if sets is None and (others or cumulative or len(chosen) > FEW_SNAPSHOTS):
@@ -112,7 +125,7 @@ def usage_report(
     else:
         rows = [_measured(look.filesystem, record) for record in chosen]
         held = None
-        # What one snapshot frees is known; only a set needs another look.
+        # The row of one snapshot says what it frees; several need a virtual drop of all together.
         together = (
             rows[0].exclusive_bytes // BLOCK_SIZE_BYTES
             if len(rows) == 1
@@ -200,7 +213,7 @@ def _measured(filesystem: Filesystem, record: RootRecord) -> Usage:
 
 
 def _others(look: Look, sets: OwnerSets) -> tuple[Usage, ...]:
-    """What is no snapshot: the live volume, and what waits to be free."""
+    """The roots that are not snapshots: the live volume, and what will become free by itself."""
     rows = []
     for bit, owner in enumerate(sets.owners):
         if owner.kind == OwnerKind.VOLUME:

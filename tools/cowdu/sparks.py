@@ -1,4 +1,4 @@
-"""A line of small bars in one row of text."""
+"""Draws small bars in one row of text."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ WIDTH_MAX = 60
 
 
 def spark_line(values: Sequence[int], encoding: str | None, width: int = WIDTH_MAX) -> str:
-    """Values as bars, the largest of neighbours where there are too many.
+    """Draw values as bars; if there are more than `width`, a bar is the largest of its neighbours.
 
     Returns:
-        "" where the terminal has no such characters.
+        The bars; "" if the terminal's encoding lacks the characters.
     """
     try:
         BARS.encode(encoding or "ascii")

@@ -1,8 +1,8 @@
-"""What `cowdu top` shows, as plain data: every root, what deleting any of them frees, what is in one.
+"""The data of `cowdu top` without its screen: roots, what deleting them frees, the files of one.
 
-A `Source` opens its target anew for each question and lets go of it with the answer: no generation is
-kept whole while somebody only looks at a screen, and a filesystem may be mounted and unmounted
-meanwhile. One question at a time; the thread that asks gives way to others.
+A `Source` opens its target anew for each question and closes it with the answer: no generation is
+pinned while the user only looks at the screen, and the filesystem may be mounted and unmounted
+meanwhile. It answers one question at a time, at a low priority.
 """
 
 import threading
@@ -24,11 +24,11 @@ from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import open_filesystem
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
-from .looking import Look, stand_back
+from .looking import Look, lower_priority
 from .rows import Totals, Usage, usage_report
 
-TREES_KEPT_MAX = 4  # each file and directory of one takes some 200 bytes
-READ_ATTEMPTS_MAX = 3  # of an image that another process changes meanwhile
+TREES_KEPT_MAX = 4  # a tree takes some 200 bytes for each file and directory
+READ_ATTEMPTS_MAX = 3  # if another process changes the image while it is read
 
 Answer = TypeVar("Answer")
 
@@ -39,7 +39,7 @@ class Root:
 
     Attributes:
         root_id: stays the same when a snapshot is renamed.
-        bit: in the owner sets.
+        bit: the root's bit in the owner sets.
     """
 
     root_id: int
@@ -53,10 +53,10 @@ class Root:
 
 @dataclass(frozen=True, slots=True)
 class Roots:
-    """All that can be looked into, at one generation.
+    """All roots at one generation.
 
     Attributes:
-        roots: snapshots, the oldest first, then the live files.
+        roots: the snapshots, the oldest first, then the live files.
     """
 
     image: str
@@ -66,7 +66,7 @@ class Roots:
     sets: OwnerSets
 
     def frees_bytes(self, root_ids: Iterable[int]) -> int:
-        """What deleting exactly these snapshots would free."""
+        """Count what deleting exactly these snapshots would free."""
         chosen = set(root_ids)
         bits = [root.bit for root in self.roots if root.root_id in chosen]
         return self.sets.exclusive(bits).total * BLOCK_SIZE_BYTES
@@ -74,10 +74,11 @@ class Roots:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """An entry of a directory, or what belongs to none: then it has no place.
+    """An entry of a directory, or space that belongs to no single entry.
 
     Attributes:
-        total_bytes: None where the number would say nothing.
+        total_bytes: None if the number would have no meaning.
+        place: the entry; None for space that belongs to no single one.
     """
 
     title: str
@@ -91,9 +92,10 @@ class Inside:
     """All files and directories of a root, at one generation.
 
     Attributes:
-        roots: all of them at that generation.
-        rest: what the root holds besides what its files do. Its exclusive bytes and those of `top` are
-            those of the root.
+        roots: all roots at that generation.
+        rest: what the root holds besides its files' data. The exclusive bytes of `rest` and of
+        `top`
+            add up to those of the root.
     """
 
     root: Root
@@ -102,7 +104,10 @@ class Inside:
     rest: tuple[Line, ...]
 
     def lines(self, place: Place) -> list[Line]:
-        """What is in a directory. Their exclusive bytes are those of the directory, and of `rest`."""
+        """List a directory, at the top with `rest`.
+
+        The exclusive bytes of the lines add up to those of the directory (and of `rest`).
+        """
         lines = [
             Line(
                 shown_name(child.name) + "/" * child.is_directory,
@@ -121,7 +126,7 @@ class Inside:
 
 
 def shown_name(name: bytes) -> str:
-    """A file name as one line that no terminal obeys."""
+    """A file name as one line, with the characters escaped that a terminal would obey."""
     return printable(name.decode("utf-8", "surrogateescape"))
 
 
@@ -134,26 +139,26 @@ class Source:
         self._trees: OrderedDict[tuple[int, int], Inside] = OrderedDict()
 
     def generation(self) -> int:
-        """The newest durable generation, without making one. Raises as `cowfs.connect`."""
+        """The newest durable generation; does not commit. Raises as `cowfs.connect`."""
         with self._lock, connect(self.path) as target:
             return target.info().generation
 
     def roots(self, progress: Progress | None = None, *, durable: bool = False) -> Roots:
-        """All roots, and their numbers.
+        """Read all roots and their numbers.
 
         Args:
-            durable: as of the newest commit; otherwise what was written until now is committed first.
+            durable: read the newest commit; otherwise commit everything written so far first.
 
         Raises:
-            CowfsError: it cannot be opened, or not be read.
+            CowfsError: the target cannot be opened or read.
         """
         return self._ask(_roots_of, progress, durable=durable)
 
     def inside(self, root: Root, roots: Roots, progress: Progress | None = None) -> Inside:
-        """The tree of a root, from an earlier call where nothing changed.
+        """Read the files of a root; the tree of an earlier call is used again if nothing changed.
 
         Raises:
-            SnapshotError: it is gone.
+            SnapshotError: the root does not exist any more.
             CowfsError: as `roots`.
         """
         found = self._trees.pop((root.root_id, roots.generation), None)
@@ -165,11 +170,11 @@ class Source:
         return found
 
     def delete(self, names: Sequence[str], progress: ShowProgress | None = None) -> None:
-        """Delete snapshots, all or none, and wait for their space.
+        """Delete all of these snapshots, or none, and wait until their space is free.
 
         Raises:
-            SnapshotError: one is unknown or held.
-            CowfsError: it cannot be opened, or not be written.
+            SnapshotError: one of them is unknown or held.
+            CowfsError: the target cannot be opened or written.
         """
         with self._lock, connect(self.path) as target:
             target.delete_snapshots(names, wait=True, progress=progress)
@@ -177,7 +182,7 @@ class Source:
     def _ask(
         self, question: Callable[[Look], Answer], progress: Progress | None, *, durable: bool
     ) -> Answer:
-        stand_back()
+        lower_priority()
         attempt = 1
         while True:
             with self._lock, connect(self.path) as target:
@@ -186,7 +191,8 @@ class Source:
                     with _reading(target, durable=durable) as filesystem:
                         return question(Look(filesystem, progress))
                 except CorruptError:
-                    # Nothing keeps a generation whole of an image that nobody has mounted.
+                    # Without a daemon nothing pins the generation: another process may reuse
+                    # blocks.
                     changed = target.daemon is None and target.info().generation != generation
                     if attempt == READ_ATTEMPTS_MAX or not changed:
                         raise
@@ -226,7 +232,7 @@ def _inside_of(look: Look, asked: Root) -> Inside:
     record = filesystem.catalog.root(asked.root_id)
     volume = filesystem.volume(asked.root_id)
     if root is None or record is None or volume is None:
-        raise SnapshotError(f"snapshot {asked.usage.name!r} is gone")
+        raise SnapshotError(f"snapshot {asked.usage.name!r} does not exist any more")
     top = usage_of_path(
         filesystem, Argument(record, volume, volume.get(ROOT_INO), b""), look.progress
     )

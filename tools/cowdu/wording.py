@@ -4,8 +4,8 @@ import time
 
 from rich.cells import cell_len
 
+from cowfs.cli.entry import error_text
 from cowfs.cli.output import Numbers
-from cowfs.errors import CowfsError
 from cowfs.escapes import printable
 
 from .choosing import LIVE
@@ -57,13 +57,6 @@ def shown_root(usage: Usage, *, live: bool) -> str:
     return LIVE if live else printable(usage.name)
 
 
-def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def words_of(error: OSError) -> str:
-    """Describe an error in one line."""
-    if isinstance(error, CowfsError):
-        return printable(error.message)
-    place = f": {error.filename}" if error.filename else ""
-    return printable(f"{error.strerror or error}{place}")
+def shown_error(error: OSError) -> str:
+    """Describe an error in one line for the screen."""
+    return printable(error_text(error))
