@@ -712,7 +712,7 @@ def test_list_ends_on_no_terminal_of_few_characters(
         ("cowfs.cli.main", ["snapshot", "list", os.fspath(empty)]),
         ("cowfs.cli.main", ["snapshot", "hold", os.fspath(empty), "*"]),
         ("tools.cowdu.main", [os.fspath(empty)]),
-        ("tools.cowdump", [os.fspath(empty), "catalog"]),
+        ("tools.cowdump.main", [os.fspath(empty), "catalog"]),
     ):
         program = f"from {module} import main; main()"
         command = [sys.executable, "-c", program, *words]

@@ -189,7 +189,7 @@ def look_at(volume: Volume, ino: int) -> None:
 def measure(device: MemoryDevice, folder: Path) -> None:
     """What is said about the image: check, generations, usage, cowdump."""
     from cowfs_tools.cowdu.rows import measure as usage
-    from cowfs_tools.cowdump import main as cowdump
+    from cowfs_tools.cowdump.main import cowdump
 
     report = attempt(check_image, device)
     assert report is None or str(report)

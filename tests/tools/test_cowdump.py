@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from cowfs.history.records import DropStep, RootKind
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 from tests.care.image_builder import ImageBuilder, sample_volume
-from tools.cowdump import VIEWS, main
+from tools.cowdump.main import VIEWS, main
 
 
 class Image:
@@ -40,8 +41,15 @@ def image(tmp_path: Path) -> Image:
     return Image(tmp_path / "disk.img")
 
 
+@click.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def program(words: tuple[str, ...]) -> None:
+    """The whole program, with its own handling of errors."""
+    main(list(words))
+
+
 def run(image: Image, *words: str) -> Result:
-    return CliRunner().invoke(main, [str(image.path), *words])
+    return CliRunner().invoke(program, [str(image.path), *words])
 
 
 def shown(image: Image, *words: str) -> dict[str, Any]:
@@ -211,12 +219,12 @@ def test_wrong_use_is_told_in_one_line(
 
 def test_missing_or_foreign_image_is_told(tmp_path: Path) -> None:
     """Promise: exit status 10 without an image, 1 with something else."""
-    result = CliRunner().invoke(main, [str(tmp_path / "none.img")])
+    result = CliRunner().invoke(program, [str(tmp_path / "none.img")])
     assert result.exit_code == 10
     assert "there is no image" in result.stderr
     foreign = tmp_path / "foreign"
     foreign.write_bytes(b"x" * (1 << 20))
-    result = CliRunner().invoke(main, [str(foreign)])
+    result = CliRunner().invoke(program, [str(foreign)])
     assert result.exit_code == 1
     assert "is not a cowfs image" in result.stderr
 
