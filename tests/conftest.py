@@ -107,6 +107,9 @@ class Mounted:
         self.path = folder / "mnt"
         self.size = size
         self.mount_options = mount_options
+        self.starts_program = (
+            False  # a daemon of its own start, with what the environment does to it
+        )
         self.daemon_pid: int | None = None
 
     def start(self) -> None:
@@ -124,7 +127,7 @@ class Mounted:
         if is_mount_point(self.path):
             self.umount()
         words = ("mount", self.image, self.path, *self.mount_options)
-        require_success(run_command(*words, program=False))
+        require_success(run_command(*words, program=self.starts_program))
         assert is_mount_point(self.path), "cowfs mount returned before the mount was live"
         self.daemon_pid = json_of(run_command("info", self.path, "--json"))["daemon_pid"]
         assert isinstance(self.daemon_pid, int)
