@@ -96,9 +96,9 @@ class Admission:
         closed: why nothing may change any more; None as long as changes are possible.
         relieve: commits, so that freed blocks can be used; returns whether that could help. Set by
             the owner of the commits.
-        let_go: gives up the retained generations before the newest one, so that the blocks that
-            only they show can be used without a commit; returns whether there were any. Used last,
-            and only for operations that free.
+        give_up_retained: gives up the retained generations before the newest one, so that the
+            blocks that only they show can be used without a commit; returns whether there were any.
+            Used last, and only for operations that free.
         on_full: called at the first ENOSPC, and again only after there was room.
         promised_blocks: blocks of data in memory that the next freeze places.
         promised_items: items in memory that the next freeze puts into leaves.
@@ -117,7 +117,7 @@ class Admission:
         self.reserve_blocks = limits.reserve_blocks(space_map.total_blocks)
         self.closed: CowfsError | None = None
         self.relieve: Callable[[], bool] | None = None
-        self.let_go: Callable[[], bool] | None = None
+        self.give_up_retained: Callable[[], bool] | None = None
         self.on_full: Callable[[], None] | None = None
         self.promised_blocks = 0
         self.promised_items = 0
@@ -141,13 +141,13 @@ class Admission:
         self.promised_blocks += blocks
         self.promised_items += items
 
-    def opened(self, generation: int) -> None:
+    def begin_transaction(self, generation: int) -> None:
         """A transaction begins: no node is dirty, and no ceiling is set."""
         self._generation = generation
         self.dirty_nodes = 0
         self._lower_ceilings()
 
-    def copied_from(self, birth: int) -> None:
+    def count_copy(self, birth: int) -> None:
         """A node of a volume, born in `birth`, was copied: snapshots no longer share it."""
         if birth <= self._shared_until:
             self.shared_nodes -= 1
@@ -261,8 +261,8 @@ class Admission:
             return
         if not (
             self._fits(blocks, tier, nodes)
-            or self._relieved(blocks, tier, nodes)
-            or self._released(blocks, tier, nodes)
+            or self._fits_after_relief(blocks, tier, nodes)
+            or self._fits_after_giving_up(blocks, tier, nodes)
         ):
             if self.on_full is not None and not self._said_full:
                 self._said_full = True
@@ -344,7 +344,7 @@ class Admission:
     def _lower_ceilings(self) -> None:
         self._block_ceiling = self._node_ceiling = self._group_ceiling = -1
 
-    def _relieved(self, blocks: int, tier: int, nodes: int) -> bool:
+    def _fits_after_relief(self, blocks: int, tier: int, nodes: int) -> bool:
         """Commit until the operation fits. Returns whether it does."""
         spare = self._spare(blocks, tier)
         hopeless, generation = self._hopeless
@@ -367,12 +367,12 @@ class Admission:
         self._hopeless = (spare, self._generation)
         return False
 
-    def _released(self, blocks: int, tier: int, nodes: int) -> bool:
+    def _fits_after_giving_up(self, blocks: int, tier: int, nodes: int) -> bool:
         """Give up retained generations for an operation that frees. Returns whether it fits."""
         return (
             tier == TIER_FREE
-            and self.let_go is not None
-            and self.let_go()
+            and self.give_up_retained is not None
+            and self.give_up_retained()
             and self._fits(blocks, tier, nodes)
         )
 

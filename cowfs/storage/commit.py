@@ -164,7 +164,7 @@ def begin(
     store.data_writes = []
     store.queued_blocks = 0
     store.generation += 1
-    store.admission.opened(store.generation)
+    store.admission.begin_transaction(store.generation)
     return commit
 
 

@@ -111,8 +111,8 @@ class Store:
         self.admission = Admission(self.map, self.copies, limits)
         if not writable:
             self.admission.closed = ReadOnlyError("the image is open read-only")
-        self.admission.opened(self.generation)
-        self.admission.let_go = self.let_go
+        self.admission.begin_transaction(self.generation)
+        self.admission.give_up_retained = self.give_up_retained
         self.pins: dict[object, int] = {}
         self.data_writes: list[tuple[int, list[Buffer]]] = []
         self.queued_blocks = 0
@@ -290,7 +290,7 @@ class Store:
         self.drop_reference(node.block, node.twin)
         admission = self.admission
         if owner:
-            admission.copied_from(node.generation)
+            admission.count_copy(node.generation)
         admission.dirty_nodes += 1
         return Node(
             node.level, node.keys.copy(), node.values.copy(), node.used_bytes, generation, owner
@@ -442,7 +442,7 @@ class Store:
         """The newest generation whose freed blocks are released after the next commit (I2)."""
         return min([self.generation - self._retained, *self.pins.values()])
 
-    def let_go(self) -> bool:
+    def give_up_retained(self) -> bool:
         """Give up the retained generations before the newest durable one: the image is too full.
 
         Blocks that only they show can be allocated afterwards. Readers' pins of them are dropped.

@@ -314,7 +314,7 @@ def test_image_that_was_wedged_gives_its_snapshots_back() -> None:
             filesystem.apply(DeleteSnapshots(tuple(names[:7])))
             names = names[7:]
         except NoSpaceError as error:
-            assert "delete fewer at once" in str(error)
+            assert "delete fewer at a time" in str(error)
             filesystem.apply(DeleteSnapshots((names.pop(0),)))  # one goes from any state
         filesystem.work_drops()
         assert not len(filesystem.drops), "its space never comes"
@@ -327,7 +327,7 @@ def test_image_that_was_wedged_gives_its_snapshots_back() -> None:
 FAULTS = (
     Fault(
         "room that was found is kept over a commit",
-        "cowfs.storage.admission:Admission.opened",
+        "cowfs.storage.admission:Admission.begin_transaction",
         "self._lower_ceilings()",
         "pass",
     ),
