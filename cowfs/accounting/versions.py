@@ -103,7 +103,7 @@ def _identity(volume: Volume, inode: Inode | None) -> tuple[tuple[object, ...], 
         value = volume.tree.get(key(inode.ino, type_, 0))
         return (kind, inode.rdev, inode.size_bytes, value and xxh3_128_digest(value)), none
     extents: list[tuple[int, int, int]] = []  # start and end in the file, first block
-    for start, extent in volume.data.extents(inode.ino, 0, FILE_BLOCK_MAX):
+    for start, extent in volume.extents.find(inode.ino, 0, FILE_BLOCK_MAX):
         require_inside(volume.store, extent.block, extent.count)
         # Extents that follow each other in the file and on disk are joined: how the file's blocks
         # are divided into extents is no difference between versions.

@@ -1,8 +1,9 @@
 """Names: the operations that make, find, move and remove files and directories of one tree.
 
-Every method is one operation: it happens whole or not at all, and never suspends. It is admitted,
-reaches what it will change, and only then changes it (storage/operation.py). So damage or a full image
-refuse the operation as a whole, and the commit meets neither (C9, C10). POSIX answers are `OSError`.
+Every method is one operation: it happens as a whole or not at all, and never suspends. It takes
+three steps: it is admitted, reaches what it will change, then changes it (storage/operation.py). So
+damage and a full image refuse a whole operation, and a commit never runs into them (C9, C10). POSIX
+errors are raised as `OSError`.
 """
 
 import errno
@@ -29,12 +30,12 @@ from cowfs.storage.admission import TIER_ADD, TIER_REMOVE
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
-# What an overlay takes for "deleted here": a character device of number 0, with no permissions.
+# The whiteout that overlayfs reads as "deleted here": a character device 0:0 without permissions.
 WHITEOUT_MODE, WHITEOUT_DEVICE = stat.S_IFCHR, 0
 
 
 class Namespace:
-    """The names of one tree, and the operations that change them."""
+    """The operations on the names of one tree."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -48,7 +49,7 @@ class Namespace:
         self._get = parts.inodes.get
 
     def make_root(self, mode: int, uid: int, gid: int) -> None:
-        """The root directory of a new, empty tree."""
+        """Make the root directory of a new, empty tree."""
         with self._parts.operation.begin_admitted() as operation:
             self._inodes.reach_new()
             operation.change()
@@ -57,7 +58,7 @@ class Namespace:
             inode.nlink = 2
             self._parts.changed = True
 
-    # --- looking ------------------------------------------------------------------------------------
+    # --- looking ---------------------------------------------------------------------------------
 
     def lookup(self, directory: int, name: bytes) -> Inode:
         """The inode of a name, `.` and `..` included. Raises OSError ENOENT, ENOTDIR."""
@@ -68,19 +69,22 @@ class Namespace:
         entry = self._find(directory, name)
         if entry is None:
             raise posix_error(errno.ENOENT)
-        return self._named(entry)
+        return self._inode_of(entry)
 
     def find(self, directory: int, name: bytes) -> Inode | None:
-        """The same without `.` and `..`; None when there is no such name."""
+        """As `lookup`, without `.` and `..`; None when there is no such name."""
         entry = self._find(directory, name)
-        return None if entry is None else self._named(entry)
+        return None if entry is None else self._inode_of(entry)
 
     def listing(self, directory: int, after: int = 0) -> Iterator[tuple[int, Name]]:
-        """(cookie, entry) of each name with a cookie above `after`. The volume must not change."""
+        """(cookie, entry) of each name with a cookie above `after`, in cookie order.
+
+        The volume must not change while the iterator is used.
+        """
         self._directory(directory)
         return self._names.listing(directory, after)
 
-    # --- making and unmaking ------------------------------------------------------------------------
+    # --- making and unmaking ---------------------------------------------------------------------
 
     def create(
         self,
@@ -94,11 +98,12 @@ class Namespace:
         umask: int = 0,
         inherits: bool = True,
     ) -> Inode:
-        """A new file of any type but a symlink, with its name.
+        """Make a file of any type but a symlink.
 
         Args:
-            umask: bits taken from the mode, unless a default ACL of the directory decides.
-            inherits: whether such an ACL counts.
+            rdev: number of a device file.
+            umask: bits cleared in the mode, unless the directory has a default ACL.
+            inherits: False to ignore the directory's default ACL.
 
         Raises:
             CorruptError: the default ACL of the directory is damaged.
@@ -119,9 +124,9 @@ class Namespace:
         umask: int,
         inherits: bool,
     ) -> Inode:
-        """As `create`, and `symlink` with its target."""
+        """Do the work of `create` and `symlink`; `target` is empty except for a symlink."""
         with self._begin(TIER_ADD) as operation:
-            parent = self._living(directory)
+            parent = self._linked_directory(directory)
             self._reach_new_name(directory, name)
             is_directory = stat.S_ISDIR(mode)
             if parent.mode & stat.S_ISGID:
@@ -144,13 +149,13 @@ class Namespace:
                 inode.size_bytes = len(target)
             if default is not None:
                 self._acls.put_inherited(inode, access, default)
-            self._renamed(parent, len(name), inode.mtime_ns)
+            self._touch_directory(parent, len(name), inode.mtime_ns)
             return inode
 
     def _inherited(
         self, parent: Inode, mode: int, umask: int, inherits: bool
     ) -> tuple[int, bytes | None, bytes | None]:
-        """Mode and access ACL of a new file, and the default ACL that they come from, if one does."""
+        """Mode, access ACL and default ACL of a new file. Both are None if none is inherited."""
         default = None
         if inherits and parent.xattr_count and not stat.S_ISLNK(mode):
             default = self._acls.default(parent)
@@ -168,10 +173,10 @@ class Namespace:
         umask: int = 0,
         inherits: bool = True,
     ) -> Inode:
-        """A regular file without a name (O_TMPFILE): an orphan, until `link` gives it one.
+        """Make a regular file without a name (O_TMPFILE): an orphan, until `link` names it.
 
         Args:
-            directory: whose group and default ACL it may get.
+            directory: the directory whose group and default ACL the file may inherit.
             umask, inherits: as for `create`.
 
         Raises:
@@ -180,7 +185,7 @@ class Namespace:
             NoSpaceError: the image is full.
         """
         with self._begin(TIER_ADD) as operation:
-            parent = self._living(directory)
+            parent = self._linked_directory(directory)
             self._tree.reach(key(0, TYPE_ORPHAN, self._inodes.reach_new()))
             if parent.mode & stat.S_ISGID:
                 gid = parent.gid
@@ -195,7 +200,7 @@ class Namespace:
             return inode
 
     def symlink(self, directory: int, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
-        """A symbolic link. Raises as `create`; ENAMETOOLONG, ENOENT also for the target."""
+        """Make a symlink. Raises as `create`; for the target also ENAMETOOLONG, ENOENT (empty)."""
         if not target:
             raise posix_error(errno.ENOENT)
         if len(target) > SYMLINK_BYTES_MAX:
@@ -204,10 +209,10 @@ class Namespace:
         return self._make(directory, name, mode, uid, gid, 0, target, 0, False)
 
     def link(self, ino: int, directory: int, name: bytes) -> Inode:
-        """Another name for a file. Raises OSError EPERM for a directory, EMLINK, EEXIST, ENOENT."""
+        """Add a name to a file. Raises OSError EPERM for a directory, EMLINK, EEXIST, ENOENT."""
         with self._begin(TIER_ADD) as operation:
             inode = self._get(ino)
-            parent = self._living(directory)
+            parent = self._linked_directory(directory)
             if stat.S_ISDIR(inode.mode):
                 raise posix_error(errno.EPERM)
             if inode.nlink >= LINK_MAX:
@@ -222,17 +227,20 @@ class Namespace:
             self._names.add(directory, name, ino, inode.mode >> 12)
             inode.nlink += 1
             if inode.nlink == 1:
-                self._orphans.named(ino)
+                self._orphans.discard(ino)
             inode.ctime_ns = now_ns
             self._inodes.touch(inode)
-            self._renamed(parent, len(name), now_ns)
+            self._touch_directory(parent, len(name), now_ns)
             return inode
 
     def unlink(self, directory: int, name: bytes) -> Inode:
-        """Remove a name that is not a directory's. With the last one the file is an orphan.
+        """Remove a name of a file that is not a directory. Without names the file is an orphan.
 
         Returns:
-            The inode; when its nlink is 0, `reclaim` it as soon as nobody uses it.
+            The inode. If its nlink is 0, call `Volume.reclaim` once the kernel has forgotten it.
+
+        Raises:
+            OSError: EISDIR, ENOENT, ENOTDIR.
         """
         with self._begin(TIER_REMOVE) as operation:
             parent = self._directory(directory)
@@ -246,12 +254,16 @@ class Namespace:
             operation.change()
             now_ns = time.time_ns()
             self._names.remove(directory, name)
-            self._renamed(parent, -len(name), now_ns)
-            self._unlinked(inode, now_ns)
+            self._touch_directory(parent, -len(name), now_ns)
+            self._count_unlink(inode, now_ns)
             return inode
 
     def rmdir(self, directory: int, name: bytes) -> Inode:
-        """Remove an empty directory. Raises OSError ENOTEMPTY, ENOTDIR, EINVAL for `.`."""
+        """Remove an empty directory, which becomes an orphan. Returns its inode; see `unlink`.
+
+        Raises:
+            OSError: ENOTEMPTY, also for `..`; ENOTDIR, ENOENT; EINVAL for `.`.
+        """
         with self._begin(TIER_REMOVE) as operation:
             if name in (b".", b".."):
                 raise posix_error(errno.EINVAL if name == b"." else errno.ENOTEMPTY)
@@ -266,8 +278,8 @@ class Namespace:
             now_ns = time.time_ns()
             self._names.remove(directory, name)
             self._count_link(parent, -1)
-            self._renamed(parent, -len(name), now_ns)
-            self._unlinked(inode, now_ns)
+            self._touch_directory(parent, -len(name), now_ns)
+            self._count_unlink(inode, now_ns)
             return inode
 
     def rename(
@@ -281,18 +293,19 @@ class Namespace:
         uid: int = 0,
         gid: int = 0,
     ) -> Inode | None:
-        """Give a file another name, atomically (C3).
+        """Rename a file or directory, atomically (C3).
 
         Args:
             flags: 0 or RENAME_NOREPLACE, each with or without RENAME_WHITEOUT; or RENAME_EXCHANGE.
             uid, gid: owner of the whiteout that RENAME_WHITEOUT leaves under the old name.
 
         Returns:
-            The inode that lost its name to the new one, if there was one; see `unlink`.
+            The inode that had the new name before and was replaced, or None; see `unlink`.
 
         Raises:
-            OSError: EINVAL into its own subtree or for other flags; ENOENT, EEXIST, ENOTEMPTY, EISDIR,
-                ENOTDIR as rename(2).
+            OSError: EINVAL into its own subtree or for other flags; ENOENT, EEXIST, ENOTEMPTY,
+                EISDIR, ENOTDIR, EBUSY as rename(2).
+            NoSpaceError: the image is full.
         """
         whiteout = bool(flags & RENAME_WHITEOUT)
         flags &= ~RENAME_WHITEOUT
@@ -304,7 +317,7 @@ class Namespace:
             if part in (b".", b".."):
                 raise posix_error(errno.EBUSY)
         with self._begin(TIER_ADD) as operation:
-            old_parent, parent = self._directory(old_directory), self._living(directory)
+            old_parent, parent = self._directory(old_directory), self._linked_directory(directory)
             moving = self.lookup(old_directory, old_name)
             self._check_name(name)
             target = self.find(directory, name)
@@ -347,7 +360,7 @@ class Namespace:
             now_ns = time.time_ns()
             if target is None:
                 self._names.add(directory, name, moving.ino, moving.mode >> 12)
-                self._renamed(parent, len(name), now_ns)
+                self._touch_directory(parent, len(name), now_ns)
             elif flags == RENAME_EXCHANGE:
                 self._exchange(old_parent, old_name, moving, parent, name, target)
                 return None
@@ -355,18 +368,18 @@ class Namespace:
                 if stat.S_ISDIR(moving.mode):
                     self._count_link(parent, -1)
                 self._names.change(directory, name, moving.ino, moving.mode >> 12)
-                self._renamed(parent, 0, now_ns)
-                self._unlinked(target, now_ns)
+                self._touch_directory(parent, 0, now_ns)
+                self._count_unlink(target, now_ns)
             if whiteout:
                 if old_parent.mode & stat.S_ISGID:
                     gid = old_parent.gid
                 left = self._inodes.create(WHITEOUT_MODE, uid, gid, WHITEOUT_DEVICE)
                 self._names.change(old_directory, old_name, left.ino, left.mode >> 12)
-                self._renamed(old_parent, 0, now_ns)
+                self._touch_directory(old_parent, 0, now_ns)
             else:
                 self._names.remove(old_directory, old_name)
-                self._renamed(old_parent, -len(old_name), now_ns)
-            self._moved(moving, old_parent, parent, now_ns)
+                self._touch_directory(old_parent, -len(old_name), now_ns)
+            self._finish_move(moving, old_parent, parent, now_ns)
             return target
 
     def _exchange(
@@ -381,12 +394,12 @@ class Namespace:
         now_ns = time.time_ns()
         self._names.change(old_parent.ino, old_name, target.ino, target.mode >> 12)
         self._names.change(parent.ino, name, moving.ino, moving.mode >> 12)
-        self._renamed(old_parent, 0, now_ns)
-        self._renamed(parent, 0, now_ns)
-        self._moved(moving, old_parent, parent, now_ns)
-        self._moved(target, parent, old_parent, now_ns)
+        self._touch_directory(old_parent, 0, now_ns)
+        self._touch_directory(parent, 0, now_ns)
+        self._finish_move(moving, old_parent, parent, now_ns)
+        self._finish_move(target, parent, old_parent, now_ns)
 
-    def _moved(self, inode: Inode, old_parent: Inode, parent: Inode, now_ns: int) -> None:
+    def _finish_move(self, inode: Inode, old_parent: Inode, parent: Inode, now_ns: int) -> None:
         if stat.S_ISDIR(inode.mode) and old_parent is not parent:
             inode.rdev = parent.ino
             self._count_link(old_parent, -1)
@@ -394,7 +407,7 @@ class Namespace:
         inode.ctime_ns = now_ns
         self._inodes.touch(inode)
 
-    # --- inside ---------------------------------------------------------------------------------------
+    # --- helpers ---------------------------------------------------------------------------------
 
     def _directory(self, ino: int) -> Inode:
         inode = self._get(ino)
@@ -402,8 +415,8 @@ class Namespace:
             raise posix_error(errno.ENOTDIR)
         return inode
 
-    def _living(self, ino: int) -> Inode:
-        """A directory that can take names: not one that was removed and is still open."""
+    def _linked_directory(self, ino: int) -> Inode:
+        """A directory that can take names. Raises ENOENT for one that was removed."""
         inode = self._directory(ino)
         if not inode.nlink:
             raise posix_error(errno.ENOENT)
@@ -415,7 +428,7 @@ class Namespace:
             raise posix_error(errno.ENAMETOOLONG)
         return self._names.find(directory, name)
 
-    def _named(self, entry: Name) -> Inode:
+    def _inode_of(self, entry: Name) -> Inode:
         try:
             return self._inodes.get(entry.ino)
         except OSError as error:
@@ -435,12 +448,12 @@ class Namespace:
             raise posix_error(errno.EEXIST)
         self._names.reach_new(directory, name)
 
-    def _renamed(self, directory: Inode, bytes_more: int, now_ns: int) -> None:
+    def _touch_directory(self, directory: Inode, bytes_more: int, now_ns: int) -> None:
         directory.size_bytes = max(0, min(FILE_SIZE_MAX, directory.size_bytes + bytes_more))
         directory.mtime_ns = directory.ctime_ns = now_ns
         self._touch(directory)
 
-    def _unlinked(self, inode: Inode, now_ns: int) -> None:
+    def _count_unlink(self, inode: Inode, now_ns: int) -> None:
         inode.nlink = 0 if stat.S_ISDIR(inode.mode) else inode.nlink - 1
         inode.ctime_ns = now_ns
         self._inodes.touch(inode)
@@ -448,12 +461,12 @@ class Namespace:
             self._orphans.inos.add(inode.ino)
 
     def _require_linked(self, inode: Inode) -> None:
-        """A file that a name leads to has links; the image may say something else."""
+        """Raise CorruptError if an inode that has a name says it has no links, or is the root."""
         if not inode.nlink or inode.ino == ROOT_INO:
             raise CorruptError(f"inode {inode.ino}", inode.ino, "a name, but nlink", inode.nlink)
 
     def _count_link(self, directory: Inode, links: int) -> None:
-        """A subdirectory came or went; a number that was wrong in the image stays one."""
+        """Add to a directory's nlink. It stays in range, even if it was wrong in the image."""
         directory.nlink = max(1, min(LINK_MAX, directory.nlink + links))
 
     def _require_empty(self, inode: Inode) -> None:

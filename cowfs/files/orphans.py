@@ -1,7 +1,8 @@
-"""Files whose last name is gone: kept while somebody uses them, then given back.
+"""Orphans: files without a name. Kept while the kernel knows them, then removed with all they hold.
 
-A mark in the tree lets the next mount find them after a crash (C7). Giving back a large file is done in
-steps, so that nobody waits for it; files of few items go in one piece.
+An orphan has a mark in the tree, so that the next mount finds it after a crash (C7). A large file
+is removed in steps, so that no request waits long; a file whose items lie in one leaf goes in one
+step.
 """
 
 import logging
@@ -9,8 +10,10 @@ import stat
 
 from cowfs.errors import CorruptError, DeviceError
 from cowfs.files.data import Data
+from cowfs.files.extents import Extents
 from cowfs.files.inodes import Inodes
 from cowfs.files.items import (
+    INODE_INLINE,
     TYPE_EXTENT,
     TYPE_ORPHAN,
     TYPE_SYMLINK,
@@ -28,92 +31,118 @@ log = logging.getLogger(__name__)
 
 
 class Orphans:
-    """The orphans of one tree, by inode number, and all that one of them may have in it."""
+    """The orphans of one tree.
 
-    def __init__(self, tree: Tree, inodes: Inodes, data: Data, xattrs: Xattrs) -> None:
+    Attributes:
+        inos: inode numbers of the orphans.
+        unnamed: those of `inos` that never had a name (O_TMPFILE); `link` may give them one.
+    """
+
+    def __init__(
+        self, tree: Tree, inodes: Inodes, data: Data, extents: Extents, xattrs: Xattrs
+    ) -> None:
         self._tree = tree
         self._inodes = inodes
         self._data = data
+        self._extents = extents
         self._xattrs = xattrs
         self.inos: set[int] = set()
-        self.unnamed: set[int] = set()  # of these: never had a name, and may get one
-        self._marked: set[int] = set()  # with a mark in the tree
+        self.unnamed: set[int] = set()
+        self._marked: set[int] = set()  # inode numbers with a mark in the tree
 
     def load(self) -> None:
-        """Find the orphans that a crash left behind; `reclaim` them."""
+        """Find the orphans that a crash left behind. The caller then calls `reclaim` for each.
+
+        A mark that cannot be read is logged: its orphan keeps its space.
+        """
         start, stop = key(0, TYPE_ORPHAN, 0), key(0, TYPE_ORPHAN + 1, 0)
         try:
             found = {split_key(item)[2] for item, _ in self._tree.items(start, stop)}
         except (CorruptError, DeviceError) as error:
-            log.error("deleted files that were open keep their space: %s; run cowfs check", error)
+            log.error(
+                "cannot read the list of deleted files that were open; they keep their space: %s; "
+                "run cowfs check",
+                error,
+            )
             return
         self.inos |= found
         self._marked |= found
 
     def reach(self, inode: Inode) -> None:
-        """Reach an inode, and the mark that it has or will have if this is its last name."""
+        """Reach an inode, and its orphan mark if it may become an orphan or stop being one."""
         self._inodes.reach(inode)
         if inode.nlink <= 1 or stat.S_ISDIR(inode.mode):
             self._tree.reach(key(0, TYPE_ORPHAN, inode.ino))
 
-    def named(self, ino: int) -> None:
-        """It is no orphan any more: it is gone, or a file that never had a name has got one."""
+    def discard(self, ino: int) -> None:
+        """The inode is an orphan no longer: it was removed, or `link` gave it a name."""
         self.unnamed.discard(ino)
         self.inos.discard(ino)
 
     def reclaim(self, ino: int, operation: Operation) -> bool:
-        """Give back what an orphan holds: all of a small file, else what lies in one leaf.
+        """Remove an orphan whole, or one leaf of the extents of a large one.
 
         Args:
             operation: begun for this.
 
         Returns:
-            Whether it is gone; otherwise call again.
+            Whether the orphan is gone; otherwise call again in a new operation.
+
+        Raises:
+            CorruptError: the inode has links, or an item is damaged.
+            DeviceError: a node or a page of the space map cannot be read.
         """
         inode = self._inodes.find(ino)
-        if inode is None:  # a mark in the image for nothing: it goes with the next flush
-            self.named(ino)
+        if inode is None:  # a mark without an inode: the next flush deletes it
+            self.discard(ino)
             return True
         if inode.nlink:
-            raise CorruptError(f"inode {ino}", ino, "an orphan mark, but names", inode.nlink)
+            raise CorruptError(
+                f"inode {ino}", ino, "an orphan mark, but nlink is not 0", inode.nlink
+            )
         self.reach(inode)
         start, stop = inode_key(ino), inode_key(ino + 1)
         items = self._tree.one_leaf(start, stop)
-        if items is not None:  # a file of few items goes in one piece
+        if items is not None:
             extents = [
                 decode_extent(ino, value)
                 for item, value in items
                 if split_key(item)[1] == TYPE_EXTENT
             ]
             for extent in extents:
-                self._data.store.map.require(extent.block, extent.count)
+                self._tree.store.map.require(extent.block, extent.count)
             if items:
                 self._tree.reach(items[0][0])
             operation.change()
             if items:
                 self._tree.pop_from(items[0][0], stop)
-            self._data.forget(inode, extents)
+            if ino in self._data.dirty:
+                self._data.discard_all_dirty(ino)
+            if extents:
+                self._extents.drop(extents)
             self._inodes.forget(inode)
-            self.named(ino)
+            self.discard(ino)
             return True
-        removal = self._data.reach_removal(inode)
+        removal = self._extents.reach_removal(inode)
         if removal is not None:
             operation.change()
-            self._data.remove(inode, removal)
+            self._extents.remove(inode, removal)
             self._inodes.touch(inode)
             return False
         self._tree.reach_range(start, key(ino, TYPE_EXTENT, 0))
         operation.change()
-        self._data.remove_memory(inode)
+        self._data.discard_all_dirty(ino)
+        if inode.flags & INODE_INLINE:
+            self._data.drop_inline(inode)
         self._xattrs.remove_all(inode)
         if stat.S_ISLNK(inode.mode):
             self._tree.delete(key(ino, TYPE_SYMLINK, 0))
         self._inodes.remove(inode)
-        self.named(ino)
+        self.discard(ino)
         return True
 
     def flush(self) -> None:
-        """Put the marks into the tree."""
+        """Bring the marks in the tree up to date."""
         for ino in self._marked - self.inos:
             self._tree.delete(key(0, TYPE_ORPHAN, ino))
         for ino in self.inos - self._marked:

@@ -1,6 +1,7 @@
-"""What all operations on one tree share: its items by kind, and how an operation begins.
+"""What the operations on one tree share: an object per kind of item, and the start of an operation.
 
-namespace.py, attributes.py and content.py are the operations; volume.py puts them together. Keeps I7.
+The operations are in namespace.py, attributes.py and content.py; volume.py puts them together.
+Keeps I7.
 """
 
 import errno
@@ -8,6 +9,7 @@ import stat
 
 from cowfs.errors import ReadOnlyError, posix_error
 from cowfs.files.data import Data
+from cowfs.files.extents import Extents
 from cowfs.files.inodes import Inodes
 from cowfs.files.items import Inode
 from cowfs.files.names import Names
@@ -20,16 +22,16 @@ from cowfs.storage.operation import Operation
 
 
 class Parts:
-    """The parts of one volume.
+    """The parts of one volume or snapshot.
 
     Args:
-        tree: of the volume or snapshot.
-        name_seed: seed of the hashes of names, from the superblock.
-        next_ino, inode_count, data_blocks: from the root record.
+        tree: its tree.
+        name_seed: seed of the name hashes, from the superblock.
+        next_ino, inode_count, data_blocks: from its root record.
         writable: False for a snapshot.
 
     Attributes:
-        operation: the one operation that may be under way in this tree.
+        operation: the steps of the operation under way; there is at most one at a time.
         changed: whether anything changed since the last flush.
     """
 
@@ -37,6 +39,7 @@ class Parts:
         "acls",
         "changed",
         "data",
+        "extents",
         "inodes",
         "names",
         "operation",
@@ -62,12 +65,13 @@ class Parts:
         self.store = tree.store
         self.operation = tree.operation = Operation(tree.store.admission, tree.store.fail)
         self.inodes = Inodes(tree, next_ino, inode_count)
-        self.data = Data(tree, data_blocks)
+        self.extents = Extents(tree, data_blocks)
+        self.data = Data(tree, self.extents)
         self.ranges = Ranges(self.data)
         self.names = Names(tree, name_seed)
         self.xattrs = Xattrs(tree, name_seed)
         self.acls = StoredAcls(self.xattrs)
-        self.orphans = Orphans(tree, self.inodes, self.data, self.xattrs)
+        self.orphans = Orphans(tree, self.inodes, self.data, self.extents, self.xattrs)
         self.writable = writable
         self.changed = False
 
@@ -77,18 +81,35 @@ class Parts:
             raise ReadOnlyError("a snapshot cannot be changed")
 
     def begin(self, tier: int, blocks: int = 0) -> Operation:
-        """Begin an operation that adds up to `blocks` blocks of data."""
+        """Begin an operation.
+
+        Args:
+            tier: TIER_ADD, or TIER_REMOVE for what frees space (admission.py).
+            blocks: upper bound of the data blocks that it adds.
+
+        Returns:
+            The operation, to be used in `with`.
+
+        Raises:
+            ReadOnlyError: the tree is a snapshot.
+            NoSpaceError: the image has no room for it.
+        """
         if not self.writable:
             self.require_writable()
         return self.operation.begin(tier, blocks)
 
     def touch(self, inode: Inode) -> None:
-        """Record that an inode, reached before, was changed."""
+        """Record that an inode was changed. It must have been reached before."""
         self.changed = True
         self.inodes.touch(inode)
 
     def regular(self, ino: int) -> Inode:
-        """The inode of a regular file. Raises OSError EISDIR, EINVAL, ESTALE."""
+        """The inode of a regular file.
+
+        Raises:
+            OSError: EISDIR for a directory, EINVAL for other types, ESTALE if there is no such
+                inode.
+        """
         inode = self.inodes.get(ino)
         if not stat.S_ISREG(inode.mode):
             raise posix_error(errno.EISDIR if stat.S_ISDIR(inode.mode) else errno.EINVAL)

@@ -1,9 +1,10 @@
-"""Parts of files: which of them hold data, zeroing them, and sharing blocks between files.
+"""Ranges of a file: find data and holes, zero a range, share its blocks (reflink).
 
-Nothing is copied to share a range: another extent points at the same blocks, and their refcounts say
-so. Source and destination may be of different trees of one image, so a file comes back out of a
-snapshot for the price of its extents. What cannot be shared block by block is EXDEV: the kernel then
-copies it through read and write. Callers set times and touch the inode; sizes are set here.
+A reflink copies no data: a second extent points at the same blocks, and their refcounts go up.
+Source and destination may be in different trees of one image, so restoring a file from a snapshot
+costs only its extents. A range that cannot be shared block by block is refused with EXDEV; the
+kernel then copies it with read and write. Callers set times and touch the inode; sizes are set
+here.
 """
 
 import errno
@@ -24,14 +25,14 @@ from cowfs.files.items import (
 from cowfs.storage.device import Buffer
 from cowfs.storage.format import BLOCK_SIZE_BYTES, NODE_BLOCKS
 
-# What one call shares at the most. Extents: 64 MiB where they are long, about a millisecond. Blocks,
-# which may be holes: 1 GiB; the answer to the kernel has 32 bits for the number of bytes.
+# Limits of one reflink call. 64 extents are 64 MiB if they are long, and take about a millisecond.
+# 2^18 blocks, holes included, are 1 GiB: the answer to the kernel has 32 bits for the byte count.
 SHARE_EXTENTS_MAX = 64
 SHARE_BLOCKS_MAX = 1 << 18
 
 
 class Zeroing(NamedTuple):
-    """What `Ranges.zero` does: new blocks at the edges, and blocks [first, stop) that go."""
+    """What `Ranges.zero` does: put `patch` at the edges, and punch the blocks [first, stop)."""
 
     patch: Patch
     first: int
@@ -40,9 +41,12 @@ class Zeroing(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Extents that a file is to share, by their first blocks in it; holes lie between them.
+    """The extents that a reflink puts into a file.
 
-    They stand for `count` blocks from `first`, of which `size_bytes` bytes are the file's.
+    Attributes:
+        extents: each with its first block in the destination; between them are holes.
+        first, count: the blocks of the destination that extents and holes replace.
+        size_bytes: bytes of the range that are shared; the last block may reach beyond them.
     """
 
     extents: list[tuple[int, Extent]]
@@ -51,31 +55,34 @@ class Pieces:
     size_bytes: int
 
     def leaf_blocks(self, copies: int) -> int:
-        """Blocks that their items take in leaves that are half full."""
+        """Upper bound of the blocks that the new items need, in leaves that are half full."""
         leaf_bytes = sum(EXTENT_BYTES + len(extent.checksums) for _, extent in self.extents)
         return (-(-2 * leaf_bytes // BLOCK_SIZE_BYTES) + NODE_BLOCKS) * copies
 
 
 class Ranges:
-    """Operations on parts of the files of one tree."""
+    """Operations on ranges of the files of one tree.
+
+    Attributes:
+        has_reflinks: whether `reflink` was called since the tree was opened.
+    """
 
     def __init__(self, data: Data) -> None:
         self._data = data
-        self.has_reflinks = (
-            False  # since the tree was opened: some of its blocks have two parents by `share`
-        )
+        self._extents = data.extents
+        self.has_reflinks = False
 
-    # --- looking ------------------------------------------------------------------------------------
+    # --- looking ---------------------------------------------------------------------------------
 
     def next_data(self, inode: Inode, offset: int) -> int | None:
-        """The first byte at or behind `offset` that is not in a hole; None if there is none."""
+        """The first offset from `offset` on that is not in a hole; None if only holes follow."""
         for start, stop in self._runs(inode, offset):
             if stop > offset:
                 return max(start, offset)
         return None
 
     def next_hole(self, inode: Inode, offset: int) -> int:
-        """The first byte at or behind `offset` that is in a hole; the end of the file is one."""
+        """The first offset from `offset` on that is in a hole, or the end of the file."""
         at = offset
         for start, stop in self._runs(inode, offset):
             if start > at:
@@ -84,7 +91,7 @@ class Ranges:
         return min(at, inode.size_bytes)
 
     def _runs(self, inode: Inode, offset: int) -> Iterator[tuple[int, int]]:
-        """(first byte, byte behind the last) of each run of data that ends behind `offset`."""
+        """(start, end) in bytes of each run of data that ends behind `offset`, ascending."""
         dirty = self._data.dirty.get(inode.ino)
         if dirty is None and inode.flags & INODE_INLINE:
             yield 0, inode.size_bytes
@@ -104,15 +111,16 @@ class Ranges:
     def _extent_runs(self, inode: Inode, first: int) -> Iterator[tuple[int, int]]:
         if inode.data_blocks:
             stop = -(-inode.size_bytes // BLOCK_SIZE_BYTES)
-            for start, extent in self._data.extents(inode.ino, first, stop):
+            for start, extent in self._extents.find(inode.ino, first, stop):
                 yield start, extent.count
 
-    # --- zeroing ------------------------------------------------------------------------------------
+    # --- zeroing ---------------------------------------------------------------------------------
 
     def reach_zero(self, inode: Inode, offset: int, length: int) -> Zeroing | None:
-        """Reach what `zero` changes; None where there is nothing to zero.
+        """Reach what `zero` changes. The file does not grow: the range is cut at its end.
 
-        Bytes behind the end of the file are none, and stay so.
+        Returns:
+            The argument for `zero`; None where there is nothing to zero.
 
         Raises:
             CorruptError, DeviceError: a block at the edges, or an extent, cannot be read (C9).
@@ -123,7 +131,7 @@ class Ranges:
             return None
         first, head = divmod(offset, BLOCK_SIZE_BYTES)
         stop = -(-end // BLOCK_SIZE_BYTES)
-        edges: dict[int, tuple[int, int]] = {}  # block: which bytes of it
+        edges: dict[int, tuple[int, int]] = {}  # blocks zeroed in part: their bytes [begin, finish)
         if head:
             edges[first] = (head, min(BLOCK_SIZE_BYTES, end - first * BLOCK_SIZE_BYTES))
         tail = end % BLOCK_SIZE_BYTES
@@ -131,7 +139,7 @@ class Ranges:
             edges[stop - 1] = (0, tail)
         for edge in (first, stop - 1):
             data.reach(inode, edge, edge + 1)
-        data.reach_punch(inode, first, stop)
+        self._extents.reach_punch(inode, first, stop)
         changed: dict[int, Buffer] = {}
         for index, (begin, finish) in edges.items():
             block = data.block(inode, index)
@@ -143,17 +151,17 @@ class Ranges:
         return Zeroing(patch, first + (first in edges), stop - (stop - 1 in edges))
 
     def zero(self, inode: Inode, zeroing: Zeroing) -> None:
-        """Let a part of a file read as zeros, and give back the blocks that lie in it whole."""
+        """Zero the range that `reach_zero` prepared: whole blocks in it become a hole."""
         data = self._data
         patch, first, stop = zeroing
         if patch.blocks or patch.inline is not None:
             data.put(inode, patch)
-        data.forget_dirty(inode, first, stop)
+        data.discard_dirty(inode, first, stop)
         if inode.data_blocks and first < stop:
-            data.punch(inode, first, stop)
+            self._extents.punch(inode, first, stop)
 
     def missing_blocks(self, inode: Inode, offset: int, length: int) -> int:
-        """Blocks that writing a part of a file, holes included, would add."""
+        """Blocks that the file would gain if all of a range were written: those of its holes."""
         end = offset + length
         missing = -(-end // BLOCK_SIZE_BYTES) - offset // BLOCK_SIZE_BYTES
         for start, stop in self._runs(inode, offset):
@@ -162,7 +170,7 @@ class Ranges:
             missing -= (min(stop, end) - max(start, offset)) // BLOCK_SIZE_BYTES
         return max(0, missing)
 
-    # --- sharing ------------------------------------------------------------------------------------
+    # --- sharing ---------------------------------------------------------------------------------
 
     def find_pieces(
         self,
@@ -173,18 +181,24 @@ class Ranges:
         offset: int,
         length: int,
     ) -> Pieces | None:
-        """What of a file another can share: whole blocks, and the last of both files.
+        """Find what a reflink shares: whole blocks, and a last block that ends both files.
 
-        Looks only. The data of the source was settled before: all of it has blocks.
+        Changes nothing. The source must be settled (`Data.settle`): its data is in extents or
+        inline.
 
         Args:
-            source: the data of the tree of `source_inode`.
+            source: the data of the tree that `source_inode` is in.
+            source_inode, source_offset: file and range to share from.
+            inode, offset: destination, in this tree.
+            length: bytes.
 
         Returns:
-            None where there is nothing; maybe less than `length`, then ask again for the rest.
+            None if the source has nothing at `source_offset`. The pieces may cover less than
+            `length`: the caller then asks again for the rest.
 
         Raises:
-            OSError: EXDEV where nothing can be shared; EINVAL where a range overlaps itself; EFBIG.
+            OSError: EXDEV where nothing can be shared; EINVAL where source and destination overlap;
+                EFBIG.
         """
         length = min(length, source_inode.size_bytes - source_offset)
         if length <= 0:
@@ -200,7 +214,7 @@ class Ranges:
             source_offset + length == source_inode.size_bytes
             and offset + length >= inode.size_bytes
         ):
-            count = -(-length // BLOCK_SIZE_BYTES)  # behind both ends there are zeros
+            count = -(-length // BLOCK_SIZE_BYTES)  # the last block holds zeros behind both ends
         small = source_inode.size_bytes <= INLINE_BYTES_MAX and not source_inode.data_blocks
         if not count or small:
             raise posix_error(errno.EXDEV)
@@ -210,10 +224,11 @@ class Ranges:
         return Pieces(extents, first, count, min(count * BLOCK_SIZE_BYTES, length))
 
     def reach_reflink(self, inode: Inode, pieces: Pieces) -> Patch:
-        """Reach what `share` changes.
+        """Reach what `reflink` changes. Returns its patch.
 
         Raises:
-            CorruptError, DeviceError: the blocks, or what they replace, cannot be read (C9).
+            CorruptError, DeviceError: a space map page of the shared blocks, or what they replace,
+                cannot be read (C9).
         """
         data = self._data
         for _, extent in pieces.extents:
@@ -222,31 +237,32 @@ class Ranges:
         return Patch(data.inline_block(inode), {})
 
     def reflink(self, inode: Inode, offset: int, pieces: Pieces, patch: Patch) -> None:
-        """Let a part of a file be made of the blocks of another."""
+        """Replace a range of a file by the pieces that `find_pieces` found."""
         data = self._data
         if patch.inline is not None:
             data.put(inode, patch)
         self.has_reflinks = True
-        for _, extent in pieces.extents:  # before the old ones go: they may be the same blocks
+        for _, extent in pieces.extents:  # before the punch: it may drop the same blocks
             data.store.map.add(extent.block, extent.count)
         first, stop = pieces.first, pieces.first + pieces.count
-        data.forget_dirty(inode, first, stop)
+        data.discard_dirty(inode, first, stop)
         if inode.data_blocks:
-            data.punch(inode, first, stop)
-        data.add_extents(inode, pieces.extents)
+            self._extents.punch(inode, first, stop)
+        self._extents.add(inode, pieces.extents)
         inode.size_bytes = max(inode.size_bytes, offset + pieces.size_bytes)
 
     def _pieces(
         self, source: Data, inode: Inode, begin: int, count: int, first: int
     ) -> tuple[list[tuple[int, Extent]], int]:
-        """The extents in `count` blocks from `begin`, each with its place when that block is `first`.
+        """The extents in `count` blocks of a file from `begin`, at most SHARE_EXTENTS_MAX.
 
-        Also how many blocks they and the holes among them are: less than `count` if there are too
-        many.
+        Returns:
+            The extents, each with the block it will have if `begin` becomes `first`; and how many
+            of the `count` blocks were looked at.
         """
         pieces: list[tuple[int, Extent]] = []
         stop = begin + count
-        for start, extent in source.extents(inode.ino, begin, stop):
+        for start, extent in source.extents.find(inode.ino, begin, stop):
             if len(pieces) == SHARE_EXTENTS_MAX:
                 return pieces, start - begin
             cut_first, cut_stop = max(start, begin), min(start + extent.count, stop)

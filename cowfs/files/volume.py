@@ -1,8 +1,8 @@
-"""The files of one tree as POSIX sees them, without FUSE and without snapshots.
+"""The files of one tree as POSIX sees them. Knows nothing of FUSE or of snapshots.
 
 `Volume` puts the operations together: names (namespace.py), attributes (attributes.py) and data
-(content.py), on the parts that they share (parts.py). It adds what happens between commits: orphans,
-and the flush. Changes stay in memory until `flush` puts them into the tree, at a commit's freeze.
+(content.py), on the parts that they share (parts.py). It adds the reclaiming of orphans and the
+flush. Changes stay in memory until `flush` puts them into the tree, at a commit's freeze.
 """
 
 from cowfs.files.attributes import Attributes
@@ -12,13 +12,14 @@ from cowfs.files.parts import Parts
 from cowfs.storage.admission import TIER_REMOVE
 from cowfs.storage.btree import Tree
 
-RECLAIM_LEAVES = 64  # of an orphan's extents, at once: about 450 MiB of data, some milliseconds
+# Leaves of extents that one `reclaim` removes: about 450 MiB of data, some milliseconds.
+RECLAIM_LEAVES = 64
 
 
 class Volume:
     """A writable volume or a snapshot.
 
-    Its operations are methods of its parts, bound here so that a call costs no more than a call there.
+    Its operations are bound methods of Namespace, Attributes and Content: a call has no extra cost.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class Volume:
         data_blocks: int,
         writable: bool,
     ) -> None:
-        """Open the tree; the arguments are those of `Parts`."""
+        """Open the tree. The arguments are those of `Parts`."""
         parts = Parts(
             tree,
             name_seed,
@@ -47,6 +48,7 @@ class Volume:
         self.inodes = parts.inodes
         self.names = parts.names
         self.data = parts.data
+        self.extents = parts.extents
         self.ranges = parts.ranges
         self.xattrs = parts.xattrs
         self.get = parts.inodes.get
@@ -88,7 +90,7 @@ class Volume:
         return self._parts.writable
 
     def make_read_only(self) -> None:
-        """Refuse every further change: the volume is a snapshot now."""
+        """Refuse every change from now on: the volume became a snapshot."""
         self._parts.writable = False
 
     @property
@@ -109,27 +111,30 @@ class Volume:
         offset: int,
         length: int,
     ) -> int:
-        """As `Content.reflink`; the source is any volume or snapshot of the image, this one too."""
+        """`Content.reflink`, from any volume or snapshot of the image, this one included."""
         return self._content.reflink(
             source._content, source_ino, source_offset, ino, offset, length
         )
 
-    # --- orphans --------------------------------------------------------------------------------------
+    # --- orphans ---------------------------------------------------------------------------------
 
     @property
     def orphans(self) -> set[int]:
-        """Inode numbers of files without a name, which somebody may still use."""
+        """Inode numbers of the files without a name, which may still be open."""
         return self._parts.orphans.inos
 
     def load_orphans(self) -> None:
-        """Find the orphans that a crash left behind; the caller then calls `reclaim` for each."""
+        """Find the orphans that a crash left behind. The caller then calls `reclaim` for each."""
         self._parts.orphans.load()
 
     def reclaim(self, ino: int) -> bool:
-        """Free a bounded part of what an orphan holds.
+        """Remove an orphan, or up to RECLAIM_LEAVES leaves of its extents.
 
         Returns:
             Whether the orphan is gone; otherwise call again.
+
+        Raises:
+            CorruptError, DeviceError: a part of it cannot be read. The orphan stays.
         """
         assert ino in self.orphans
         for _ in range(RECLAIM_LEAVES):
@@ -139,10 +144,10 @@ class Volume:
                     return True
         return False
 
-    # --- freezing -----------------------------------------------------------------------------------
+    # --- freezing --------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Put everything that is in memory into the tree. Admission promised the room before."""
+        """Put all changes in memory into the tree. Admission has promised the room."""
         with self.operation.begin_admitted() as operation:
             operation.change()
             for inode in self.data.flush(self.inodes.get):

@@ -154,7 +154,7 @@ class Filesystem:
             tree=live.tree.root,
             next_ino=live.inodes.next_ino,
             node_count=max(1, live.tree.node_count),  # a damaged image may have had any number
-            data_blocks=live.data.data_blocks,
+            data_blocks=live.extents.data_blocks,
             inode_count=live.inodes.count,
             flags=self.record.flags | (FLAG_SHARES if live.ranges.has_reflinks else 0),
         )

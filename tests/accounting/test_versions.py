@@ -145,7 +145,7 @@ def test_version_does_not_depend_on_how_extents_are_cut() -> None:
         assert live.reflink(live, one, start, two, start, size) == size
     live.rename(1, b"pieces", 1, b"file", 0)
     filesystem.apply(CreateSnapshot("pieces"))
-    assert len(list(live.data.extents(two, 0, 100))) > 1
+    assert len(list(live.extents.find(two, 0, 100))) > 1
     versions = versions_of(filesystem, history.records, b"file")
     assert [version.roots for version in versions] == [(0, 1)]
 

@@ -560,7 +560,7 @@ def _punch_by_copy(volume: Volume, ino: int, first: int, count: int) -> None:
     """Free one block of a file; what stays is not moved."""
     inode = volume.get(ino)
     with changing(volume):
-        volume.data.punch(inode, first, first + 1)
+        volume.extents.punch(inode, first, first + 1)
         volume.inodes.touch(inode)
 
 

@@ -661,7 +661,7 @@ def compare(volume: Volume, files: ReferenceFiles) -> None:
             assert sorted(volume.listxattr(ino)) == sorted(file.xattrs)
             for name, value in file.xattrs.items():
                 assert volume.getxattr(ino, name) == value, f"inode {ino}: xattr {name!r}"
-    assert volume.data.data_blocks == extent_blocks, "data blocks of the volume"
+    assert volume.extents.data_blocks == extent_blocks, "data blocks of the volume"
 
 
 def compare_data(volume: Volume, file: ReferenceFile) -> None:

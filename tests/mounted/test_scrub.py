@@ -63,7 +63,7 @@ def data_block(name: str) -> Callable[[Filesystem], list[int]]:
     def choose(filesystem: Filesystem) -> list[int]:
         live = filesystem.live
         inode = live.lookup(ROOT_INO, name.encode())
-        return [extent.block for _, extent in live.data.extents(inode.ino, 0, 1)]
+        return [extent.block for _, extent in live.extents.find(inode.ino, 0, 1)]
 
     return choose
 

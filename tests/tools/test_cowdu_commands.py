@@ -459,7 +459,7 @@ def test_block_explains_what_is_there(image: Path) -> None:
         node = filesystem.record.pointer
         always = filesystem.live.find(ROOT_INO, b"always")
         assert always is not None
-        (start, extent), *_ = filesystem.live.data.extents(always.ino, 20, 21)
+        (start, extent), *_ = filesystem.live.extents.find(always.ino, 20, 21)
     finally:
         filesystem.close()
     told = answer("block", image, str(node.block))
