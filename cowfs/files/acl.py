@@ -1,9 +1,9 @@
-"""POSIX ACLs as values: their bytes, what they make of a mode, and what a new file inherits.
+"""POSIX ACLs as values: encoding, the mode that goes with an ACL, and inheritance by new files.
 
-Pure functions. The bytes are those of the kernel's system.posix_acl_access and
-system.posix_acl_default (linux/posix_acl_xattr.h, version 2), on disk as on the wire: FORMAT.md "ACL".
-Names and rules are those of the kernel's fs/posix_acl.c, so that a program meets the same as on the
-kernel's own filesystems. Who may do what is decided by the kernel, which reads these values.
+Pure functions. On disk and on the wire an ACL has the bytes of the kernel's system.posix_acl_access
+and system.posix_acl_default (linux/posix_acl_xattr.h, version 2): FORMAT.md "ACL". Names and rules
+follow the kernel's fs/posix_acl.c, so programs see the same behaviour as on the kernel's own
+filesystems. The kernel reads these values and decides who may do what.
 """
 
 import functools
@@ -18,9 +18,9 @@ ACL_HEADER = struct.Struct("<I")
 ACL_ENTRY = struct.Struct("<HHI")
 ACL_VERSION = 2
 ACL_BYTES_MAX = 4096  # the kernel asks FUSE for no more than one page
-ACL_NO_ID = 0xFFFFFFFF  # of an entry that names nobody
+ACL_NO_ID = 0xFFFFFFFF  # id of an entry without a named user or group
 
-TAG_OWNER = 0x01  # the order of the tags is that of the entries
+TAG_OWNER = 0x01  # entries are sorted by tag
 TAG_USER = 0x02
 TAG_GROUP_OWNER = 0x04
 TAG_GROUP = 0x08
@@ -33,7 +33,7 @@ _PERMISSIONS = 0o7
 
 
 class AclEntry(NamedTuple):
-    """`permissions` as in a mode, 0 to 7; `id` of the user or group, or ACL_NO_ID."""
+    """`permissions`: 0 to 7, as in a mode. `id`: the named user or group, or ACL_NO_ID."""
 
     tag: int
     permissions: int
@@ -44,22 +44,22 @@ Acl = tuple[AclEntry, ...]
 
 
 class Inherited(NamedTuple):
-    """What a new file gets: its mode, and the value of its access ACL unless the mode says it all."""
+    """Mode and access ACL of a new file. `access` is None if it would say no more than the mode."""
 
     mode: int
     access: bytes | None
 
 
 def decode_acl(value: bytes) -> Acl:
-    """The entries of an ACL, valid as the kernel's posix_acl_valid() has it.
+    """Decode an ACL that is valid by the rules of the kernel's posix_acl_valid().
 
     Raises:
-        ValueError: what is wrong with it, in words.
+        ValueError: what is wrong with the ACL, in words.
     """
     if len(value) > ACL_BYTES_MAX:
         raise ValueError(f"{len(value)} bytes are too many")
     if len(value) < ACL_HEADER.size or (len(value) - ACL_HEADER.size) % ACL_ENTRY.size:
-        raise ValueError(f"{len(value)} bytes are no number of entries")
+        raise ValueError(f"{len(value)} bytes are not a whole number of entries")
     (version,) = ACL_HEADER.unpack_from(value)
     if version != ACL_VERSION:
         raise ValueError(f"its version is {version}")
@@ -72,7 +72,7 @@ def decode_acl(value: bytes) -> Acl:
         if tag not in _NAMED:
             id_ = ACL_NO_ID
         elif id_ == ACL_NO_ID:
-            raise ValueError("an entry names nobody")
+            raise ValueError("an entry for a named user or group has no id")
         entries.append(AclEntry(tag, permissions, id_))
     _check_tags([entry.tag for entry in entries])
     return tuple(entries)
@@ -95,7 +95,7 @@ def encode_acl(acl: Acl) -> bytes:
 
 
 def mode_of(acl: Acl) -> int:
-    """The nine permission bits of a file with that access ACL: the group's are the mask's if any."""
+    """The permission bits of a file with that access ACL. A mask stands for the group's bits."""
     mode = 0
     for tag, permissions, _ in acl:
         if tag == TAG_OWNER:
@@ -108,7 +108,7 @@ def mode_of(acl: Acl) -> int:
 
 
 def mode_without(acl: Acl) -> int:
-    """The permission bits of a file that loses that access ACL, and must not be open to more by it."""
+    """The permission bits for a file that loses that access ACL, so that nobody gains access."""
     group = next(permissions for tag, permissions, _ in acl if tag == TAG_GROUP_OWNER)
     return mode_of(acl) & (0o707 | group << 3)
 
@@ -119,7 +119,7 @@ def is_mode_only(acl: Acl) -> bool:
 
 
 def with_mode(acl: Acl, mode: int) -> Acl:
-    """The access ACL of a file after chmod: the group's bits go to the mask if there is one."""
+    """The access ACL of a file after chmod. The group's bits go to the mask if there is one."""
     group = TAG_MASK if any(tag == TAG_MASK for tag, _, _ in acl) else TAG_GROUP_OWNER
     shifts = {TAG_OWNER: 6, group: 3, TAG_OTHER: 0}
     return tuple(
@@ -132,11 +132,11 @@ def with_mode(acl: Acl, mode: int) -> Acl:
 
 @functools.lru_cache(maxsize=256)
 def inherit(default: bytes, mode: int) -> Inherited:
-    """What a file made in a directory with a default ACL gets. The umask has no part in it.
+    """Mode and access ACL of a file made in a directory with a default ACL. The umask is ignored.
 
     Args:
-        default: value of the directory's default ACL.
-        mode: asked for, with the file type.
+        default: the directory's default ACL, encoded.
+        mode: the mode asked for, with the file type.
 
     Raises:
         ValueError: the default ACL is malformed.

@@ -1,7 +1,7 @@
 """Attributes: size, mode, owner, times, extended attributes and ACLs of the files of one tree.
 
-Every method is one operation, as in namespace.py. Permissions are the kernel's business
-(default_permissions); the caller decides who may, and passes ownership in.
+Every method is one operation, in the three steps that namespace.py describes. Permissions are not
+checked here: the kernel checks them (default_permissions), and the caller decides the rest.
 """
 
 import errno
@@ -28,10 +28,11 @@ RELATIME_NS = 24 * 3600 * 10**9
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What `setattr` is to change; None leaves alone. Times in nanoseconds.
+    """The changes that `setattr` makes; None leaves an attribute alone.
 
-    `clear_bits` are bits of the mode to take away, whatever `mode` says. `clear_capability` removes what
-    an execution of the file would gain by its xattr.
+    Attributes:
+        clear_bits: bits to clear in the mode, after `mode` was applied.
+        clear_capability: remove the xattr `security.capability`.
     """
 
     mode: int | None = None
@@ -46,7 +47,7 @@ class Changes:
 
 
 class Attributes:
-    """The attributes of the files of one tree, and the operations that change them."""
+    """The operations on the attributes of the files of one tree."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -69,6 +70,7 @@ class Attributes:
         return 0
 
     def readlink(self, ino: int) -> bytes:
+        """The target of a symlink. Raises OSError EINVAL for other files."""
         inode = self._get(ino)
         if not stat.S_ISLNK(inode.mode):
             raise posix_error(errno.EINVAL)
@@ -78,12 +80,13 @@ class Attributes:
         return target  # type: ignore[no-any-return]
 
     def setattr(self, ino: int, changes: Changes) -> Inode:
-        """Change attributes. The caller decides who may, and which set-id bits go.
+        """Change attributes. A new mode also changes the access ACL.
 
-        A new mode changes the access ACL with it.
+        The caller checks permissions and decides which set-id bits are cleared.
 
         Raises:
-            OSError: EISDIR, EINVAL for the size of what has none; EFBIG.
+            OSError: EISDIR or EINVAL if a size is set of a file that is not regular; EFBIG.
+            NoSpaceError: the image is full.
         """
         size = changes.size_bytes
         tier, blocks = TIER_REMOVE, 0
@@ -112,7 +115,7 @@ class Attributes:
     def _set_attributes(
         self, inode: Inode, changes: Changes, access: bytes | None, clear_capability: bool
     ) -> None:
-        """Change all that `setattr` is to change but the size; the inode and its xattrs are reached."""
+        """Make all changes but the size. The inode and its xattrs are reached."""
         now_ns = time.time_ns()
         if changes.size_bytes is not None:
             inode.mtime_ns = now_ns
@@ -134,12 +137,13 @@ class Attributes:
         self._touch(inode)
 
     def accessed(self, inode: Inode, *, strict: bool = False) -> None:
-        """The file was read: relatime, as the kernel's own filesystems keep it by default.
+        """Update atime after a read, by the rules of relatime.
+
+        If the image has no room, atime stays: reads must not take the room that deleting needs
+        (C10).
 
         Args:
-            strict: the time of every access is kept.
-
-        Where there is no room the time stays: reading must not eat what deleting will need (C10).
+            strict: update it at every read (strictatime).
         """
         now_ns = time.time_ns()
         stale = inode.atime_ns < inode.mtime_ns or inode.atime_ns < inode.ctime_ns
@@ -151,13 +155,13 @@ class Attributes:
                 try:
                     self._inodes.reach(inode)
                 except (CorruptError, DeviceError):
-                    return  # what was read is good all the same
+                    return  # the read itself succeeded
                 operation.change()
                 inode.atime_ns = now_ns
                 self._touch(inode)
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
-        """Raises OSError ENODATA."""
+        """The value of an xattr. Raises OSError ENODATA if it does not exist."""
         inode = self._get(ino)
         value = self._xattrs.get(inode, name)
         if value is None:
@@ -167,18 +171,19 @@ class Attributes:
         return value
 
     def listxattr(self, ino: int) -> list[bytes]:
+        """The names of all xattrs of a file, ACLs included."""
         return self._xattrs.names(self._get(ino))
 
     def setxattr(self, ino: int, name: bytes, value: bytes, *, keep_setgid: bool = True) -> None:
-        """Set an attribute.
-
-        An access ACL sets the mode too.
+        """Set an xattr. An access ACL also sets the mode.
 
         Args:
-            keep_setgid: False if an access ACL is set by one who may not leave that bit behind.
+            keep_setgid: False to clear S_ISGID when an access ACL is set: the caller may not keep
+                it.
 
         Raises:
-            OSError: ERANGE, E2BIG, ENOSPC; for an ACL as StoredAcls.set.
+            OSError: ERANGE, E2BIG, ENOSPC; for an ACL as `StoredAcls.reach_set`.
+            NoSpaceError: the image is full.
         """
         with self._begin(TIER_ADD) as operation:
             inode = self._get(ino)
@@ -196,7 +201,7 @@ class Attributes:
             self._touch(inode)
 
     def removexattr(self, ino: int, name: bytes) -> None:
-        """Raises OSError ENODATA; not for an ACL, which everything has or could have."""
+        """Remove an xattr. Raises OSError ENODATA if there is none, except for an ACL."""
         with self._begin(TIER_REMOVE) as operation:
             inode = self._get(ino)
             self._inodes.reach(inode)
@@ -211,5 +216,5 @@ class Attributes:
 
 
 def _time_range(time_ns: int) -> int:
-    """A time that fits the inode: a signed 64-bit count of nanoseconds."""
+    """The time clamped to what an inode stores: a signed 64-bit count of nanoseconds."""
     return max(-(1 << 63), min((1 << 63) - 1, time_ns))

@@ -1,6 +1,6 @@
-"""Content: the operations that read, write, allocate and reflink the data of the files of one tree.
+"""Content: the operations that read, write, allocate and reflink the data of files of one tree.
 
-Every method is one operation, as in namespace.py.
+Every method is one operation, in the three steps that namespace.py describes.
 """
 
 import errno
@@ -19,7 +19,7 @@ KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10  # FALLOC_FL_* of linux/fal
 
 
 class Content:
-    """The data of the files of one tree, and the operations on it."""
+    """The operations on the data of the files of one tree."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -31,21 +31,24 @@ class Content:
         self._regular = parts.regular
 
     def reading(self, ino: int, offset: int, size: int) -> Reading:
-        """What to fetch for a read. Raises OSError EISDIR, EINVAL."""
+        """Plan a read; `fetch` of the result gives the bytes. Raises OSError EISDIR, EINVAL."""
         return self._data.reading(self._regular(ino), offset, size)
 
     def read(self, ino: int, offset: int, size: int) -> bytes:
-        """The bytes themselves, waited for."""
+        """Read, waiting for the device. Fewer bytes than `size` at the end of the file."""
         data = self.reading(ino, offset, size).fetch(wait=True)
         assert data is not None
         return bytes(data)
 
     def write(self, ino: int, offset: int, data: Buffer, *, keep_times: bool = False) -> Inode:
-        """Write all of `data`; somebody else sees to its times if they are kept.
+        """Write all of `data`.
+
+        Args:
+            keep_times: leave mtime and ctime alone: the kernel keeps them (write-back cache).
 
         Raises:
             OSError: EISDIR, EINVAL, EFBIG.
-            NoSpaceError: no room.
+            NoSpaceError: the image is full.
         """
         inode = self._regular(ino)
         if not data:
@@ -64,7 +67,11 @@ class Content:
             return inode
 
     def seek(self, ino: int, offset: int, whence: int) -> int:
-        """SEEK_DATA and SEEK_HOLE. Raises OSError ENXIO behind the end or the last data; EINVAL."""
+        """The offset that lseek(2) gives for SEEK_DATA or SEEK_HOLE.
+
+        Raises:
+            OSError: ENXIO at or behind the end, or if no data follows; EINVAL for another `whence`.
+        """
         inode = self._regular(ino)
         if not 0 <= offset < inode.size_bytes:
             raise posix_error(errno.ENXIO)
@@ -80,15 +87,16 @@ class Content:
     def allocate(self, ino: int, mode: int, offset: int, length: int) -> Inode:
         """fallocate(2).
 
-        Nothing in use is ever written over, so nothing is allocated ahead: to allocate is to see that
-        the data would fit now, and to set the size. A hole that is punched is given back.
+        No block is allocated ahead, because a write never reuses the block that it replaces.
+        Allocating checks that the data would fit now, and sets the size. Punching and zeroing free
+        blocks.
 
         Args:
             mode: 0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE with or without KEEP_SIZE.
 
         Raises:
             OSError: EOPNOTSUPP for other modes; EINVAL, EFBIG.
-            NoSpaceError: it would not fit.
+            NoSpaceError: the data would not fit.
         """
         self._parts.require_writable()
         inode = self._regular(ino)
@@ -102,10 +110,11 @@ class Content:
         zeroes = bool(mode & (PUNCH_HOLE | ZERO_RANGE))
         grows = not mode & KEEP_SIZE and end > inode.size_bytes
         if zeroes:
-            tier, blocks = TIER_REMOVE, 2  # at the edges
+            tier, blocks = TIER_REMOVE, 2  # one at each edge, zeroed in part
         else:
             tier, blocks = TIER_ADD, self._ranges.missing_blocks(inode, offset, length)
-            # No commit helps against that, and the filesystem is not full for what is smaller.
+            # Refused here, where no commit could help: the filesystem is not full for smaller
+            # requests.
             self._parts.store.admission.require_blocks(blocks)
         if grows:
             more_tier, more = self._data.truncation(inode, end)
@@ -135,11 +144,12 @@ class Content:
         """Make a range of a file share the blocks of a range of another file (FICLONERANGE).
 
         Args:
-            source: the content of any volume or snapshot of the image, this one too.
+            source: the content of any volume or snapshot of the image, this one included.
 
         Returns:
-            Bytes that are shared now: `length`, or less if the source ends there or the caller is to
-            ask again for the rest.
+            Bytes that are shared now. Fewer than `length` if the source ends, or if the range has
+            too
+            many extents for one call: the caller then asks again for the rest.
 
         Raises:
             OSError: EXDEV where blocks cannot be shared; EINVAL, EFBIG.
@@ -164,13 +174,13 @@ class Content:
             return pieces.size_bytes
 
     def settle(self, ino: int) -> None:
-        """Give the data of a file its blocks before the freeze does, so that it can be shared."""
-        if ino in self._data.dirty:  # it was admitted and reached when it was written
+        """Flush the data of one file before the freeze, so that its blocks can be shared."""
+        if ino in self._data.dirty:  # admitted and reached when it was written
             with self._parts.operation.begin_admitted() as operation:
                 operation.change()
                 self._data.settle(self._inodes.get(ino))
 
     def _written(self, inode: Inode) -> None:
-        """Update the times of a file whose data changed."""
+        """Set mtime and ctime of a file whose data changed, and touch it."""
         inode.mtime_ns = inode.ctime_ns = time.time_ns()
         self._touch(inode)

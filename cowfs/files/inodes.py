@@ -1,7 +1,7 @@
-"""The inodes of one volume in memory: decoded, changed in place, put into the tree at the freeze.
+"""The inodes of one volume in memory: decoded on use, changed in place, flushed at the freeze.
 
-An inode that was changed is *dirty* and stays in memory until `flush`; clean ones are forgotten when
-there are too many. Inode numbers are never used twice.
+A changed inode is *dirty* and stays in memory until `flush`. Clean ones are evicted when there are
+more than CACHED_MAX. Inode numbers are never used twice.
 """
 
 import errno
@@ -14,26 +14,36 @@ from cowfs.storage.btree import Tree
 
 log = logging.getLogger(__name__)
 
-CACHED_MAX = 65536  # about 300 bytes each
+CACHED_MAX = 65536  # clean inodes, about 300 bytes each
 
 
 class Inodes:
-    """Args: tree of the volume; the next free inode number; how many inode items the tree holds."""
+    """The inodes of one volume.
+
+    Args:
+        tree: the tree of the volume.
+        next_ino: the next free inode number, from the root record.
+        count: inodes in the tree, from the root record.
+
+    Attributes:
+        dirty: the dirty inodes by number.
+    """
 
     def __init__(self, tree: Tree, next_ino: int, count: int) -> None:
         self._tree = tree
         self.next_ino = next_ino
-        self._next_is_free = False  # looked up in the tree, not only told by the root record
+        self._next_is_checked = False  # whether the tree was searched for numbers >= next_ino
         self.count = count
         self.dirty: dict[int, Inode] = {}
         self._clean: dict[int, Inode] = {}
-        self._fresh: set[int] = set()  # made since the last flush: not in the tree yet
+        self._fresh: set[int] = set()  # created since the last flush: not in the tree yet
 
     def get(self, ino: int) -> Inode:
-        """The inode; the same object until it is flushed and forgotten.
+        """The inode with that number. The same object each time, until it is evicted.
 
         Raises:
-            OSError: ESTALE, there is none.
+            OSError: ESTALE, there is no such inode.
+            CorruptError, DeviceError: its item is damaged or cannot be read.
         """
         inode = self.dirty.get(ino) or self._clean.get(ino) or self.find(ino)
         if inode is None:
@@ -41,7 +51,7 @@ class Inodes:
         return inode
 
     def find(self, ino: int) -> Inode | None:
-        """The same; None when there is none."""
+        """As `get`, but None when there is no such inode."""
         inode = self.dirty.get(ino) or self._clean.get(ino)
         if inode is not None:
             return inode
@@ -58,7 +68,7 @@ class Inodes:
         return inode
 
     def reach(self, inode: Inode) -> None:
-        """See to it that a change of the inode can be put into the tree, before it is made (C9).
+        """Reach the inode's item, so that a change of the inode cannot fail later (C9).
 
         Raises:
             CorruptError, DeviceError: its leaf cannot be read.
@@ -67,7 +77,7 @@ class Inodes:
             self._tree.reach(inode_key(inode.ino))
 
     def touch(self, inode: Inode) -> None:
-        """The inode, which was reached in this transaction, was changed."""
+        """Make an inode dirty. It must have been reached in this transaction."""
         inode.answer = None
         ino = inode.ino
         if ino not in self.dirty:
@@ -76,35 +86,40 @@ class Inodes:
             self._tree.store.admission.promise(0, 1)
 
     def reach_new(self) -> int:
-        """Reach the place of the inode that `create` makes next. Returns its number.
+        """Reach the place of the inode that `create` makes next.
+
+        Returns:
+            The number that it will have.
 
         Raises:
-            NoSpaceError: no number is left.
+            NoSpaceError: no inode number is left.
+            CorruptError, DeviceError: the place cannot be reached.
         """
         if self.next_ino > INO_MAX:
             raise NoSpaceError("no inode number is left")
         tree = self._tree
-        if not self._next_is_free:
-            self._require_free()
+        if not self._next_is_checked:
+            self._check_next()
         if tree.end_reached != tree.store.generation:
             tree.reach_end(inode_key(self.next_ino))
         return self.next_ino
 
-    def _require_free(self) -> None:
-        """Nothing in the tree has the next inode number, or a higher one, whatever a record said.
+    def _check_next(self) -> None:
+        """Raise `next_ino` above every inode number in the tree, if the root record was wrong.
 
         Raises:
-            NoSpaceError: none is left.
+            NoSpaceError: no inode number is left.
         """
-        self._next_is_free = True
+        self._next_is_checked = True
         try:
             last = self._tree.floor(b"\xff" * (KEY_BYTES + 1))
         except (CorruptError, DeviceError):
-            return  # what is lost there is not overwritten: see Tree.reach_end
+            return  # Tree.reach_end keeps a damaged last leaf, and adds a new one behind it
         found = 0 if last is None else int.from_bytes(last[0][:8].ljust(8, b"\0"), "big")
         if found >= self.next_ino:
             log.warning(
-                "the next inode number is said to be %d, but there is %d already; going on from there",
+                "the root record says that the next inode number is %d, but inode %d exists; "
+                "continuing after it; run cowfs check",
                 self.next_ino,
                 found,
             )
@@ -113,11 +128,15 @@ class Inodes:
             raise NoSpaceError("no inode number is left")
 
     def create(self, mode: int, uid: int, gid: int, rdev: int) -> Inode:
-        """A new inode with one link, dirty; `reach_new` came before."""
+        """Make a new inode with one link. It is dirty; `reach_new` must have been called before.
+
+        Args:
+            rdev: device number; of a directory, the inode number of its parent.
+        """
         ino = self.next_ino
         self.next_ino += 1
         now_ns = time.time_ns()
-        # One link, no bytes, no blocks. (By position: twice as fast, and this is in every create.)
+        # One link, no bytes, no blocks. By position, because that is twice as fast in every create.
         birth = self._tree.store.generation
         inode = Inode(ino, mode, 1, uid, gid, rdev, 0, 0, birth, now_ns, now_ns, now_ns, now_ns)
         self._fresh.add(ino)
@@ -126,14 +145,18 @@ class Inodes:
         return inode
 
     def remove(self, inode: Inode) -> None:
-        """The inode is gone; what belonged to it was removed by the caller."""
+        """Delete an inode and its item. The caller has removed all its other items.
+
+        Raises:
+            CorruptError: the tree has no item for it.
+        """
         ino = inode.ino
         if ino not in self._fresh and not self._tree.delete(inode_key(ino)):
             raise CorruptError(f"inode {ino}", ino, "missing from its tree")
         self.forget(inode)
 
     def forget(self, inode: Inode) -> None:
-        """The inode is gone, and its item, if it had one, with it."""
+        """Forget an inode whose item was deleted, or never was in the tree."""
         ino = inode.ino
         if self.dirty.pop(ino, None) is not None:
             self._tree.store.admission.promise(0, -1)
@@ -142,7 +165,7 @@ class Inodes:
         self.count = max(0, self.count - 1)  # the image may say any number
 
     def forget_answers(self) -> None:
-        """What was made of the inodes holds no more."""
+        """Discard the kernel answers cached in the inodes."""
         for inodes in (self.dirty, self._clean):
             for inode in inodes.values():
                 inode.answer = None

@@ -1,8 +1,8 @@
-"""Every item of a filesystem tree, as bytes: inodes, names, xattrs, symlinks, data.
+"""The items of a filesystem tree as bytes: inodes, names, xattrs, symlinks, data.
 
-A tree is keyed `(inode, type, offset)`, 17 big-endian bytes. FORMAT.md has a table for each value; a
-test holds the two together. Decoding checks every member: what is out of range is a `CorruptError`,
-whose block is the inode number where no block is known.
+The keys of the tree are `(inode, type, offset)`, 17 bytes, big-endian. FORMAT.md has a table for
+each value; a test compares the two. Decoding checks every field. A value out of range is a
+`CorruptError`; its `block` is the inode number where no block is known.
 """
 
 import stat
@@ -22,13 +22,13 @@ SYMLINK_BYTES_MAX = 4095
 FILE_SIZE_MAX = (1 << 63) - 1
 LINK_MAX = (1 << 32) - 1
 
-# --- key --------------------------------------------------------------------------------------------
+# --- key -----------------------------------------------------------------------------------------
 
 KEY = struct.Struct(">QBQ")
 KEY_BYTES = 17
 assert KEY.size == KEY_BYTES
 
-TYPE_ORPHAN = 0  # only under inode 0; offset is the orphan's inode number
+TYPE_ORPHAN = 0  # orphan mark: its inode is 0, its offset the orphan's inode number
 TYPE_INODE = 1
 TYPE_NAME = 2
 TYPE_XATTR = 3
@@ -51,7 +51,7 @@ def inode_key(ino: int) -> bytes:
     return KEY.pack(ino, TYPE_INODE, 0)
 
 
-# --- inode ------------------------------------------------------------------------------------------
+# --- inode --------------------------------------------------------------------------------------
 
 INODE = struct.Struct("<IIIIQQQQqqqqIHH")
 INODE_BYTES = 88
@@ -69,16 +69,22 @@ FILE_TYPES = frozenset(
 )
 
 
-INODE_INLINE = 1 << 0  # the data is an inline item; without it a file has extents or nothing
+INODE_INLINE = (
+    1 << 0
+)  # flag: the data is an inline item; without it a file has extents or only holes
 
 
 @dataclass(slots=True)
 class Inode:
-    """One file. FORMAT.md "Inode".
+    """One file of any type. FORMAT.md "Inode".
 
-    `size_bytes` of a directory is the sum of its names' lengths, and its `rdev` is the inode of its
-    parent (the root's own is itself); `data_blocks` counts the blocks of the extents; `xattr_count`
-    lets a file without xattrs answer without a search.
+    Attributes:
+        rdev: device number; of a directory, the inode number of its parent (the root is its own).
+        size_bytes: of a directory, the sum of the lengths of its names.
+        data_blocks: blocks of all its extents.
+        xattr_count: number of xattrs; zero saves the search for them.
+        answer: the kernel answer cached by the daemon, dropped when the inode is touched. Not
+            stored.
     """
 
     ino: int
@@ -96,7 +102,7 @@ class Inode:
     btime_ns: int
     flags: int = 0
     xattr_count: int = 0
-    answer: Any = None  # what the daemon last made of it, until the inode is touched; not stored
+    answer: Any = None
 
     def encode(self) -> bytes:
         return INODE.pack(
@@ -136,7 +142,7 @@ def decode_inode(ino: int, value: bytes) -> Inode:
     return inode
 
 
-# --- names ------------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------
 
 NAME_ENTRY = struct.Struct("<QBBB")  # inode, file type (mode >> 12), slot, length of the name
 NAME_ENTRY_BYTES = 11
@@ -149,7 +155,10 @@ _DOTS = (b".", b"..")
 
 
 class Name(NamedTuple):
-    """One directory entry. `slot` tells entries of one hash apart, for ever: it is in the cookie."""
+    """One directory entry. `type` is `mode >> 12`.
+
+    `slot` tells entries of one hash apart. It never changes, because it is a part of the cookie.
+    """
 
     name: bytes
     ino: int
@@ -158,12 +167,12 @@ class Name(NamedTuple):
 
 
 def name_hash(name: bytes, seed: int) -> int:
-    """A 63-bit hash with its low 4 bits zero (they take the slot); never below NAME_SLOTS."""
+    """A 63-bit hash, at least NAME_SLOTS. Its low 4 bits are zero: a cookie has the slot there."""
     return (xxh3_64_intdigest(name, seed) >> 1 & ~(NAME_SLOTS - 1)) or NAME_SLOTS
 
 
 def find_name(directory: int, value: bytes, name: bytes) -> Name | None:
-    """The entry of that name in a name item; checked like the others only when it is not alone."""
+    """The entry of that name in a name item, or None. A sole entry is checked less."""
     if value[NAME_ENTRY_BYTES:] == name and value[NAME_ENTRY_BYTES - 1] == len(name):
         ino, type_, slot, _ = NAME_ENTRY.unpack_from(value)
         if type_ in _NAME_TYPES and 0 < ino <= INO_MAX:
@@ -180,9 +189,13 @@ def encode_names(names: list[Name]) -> bytes:
 
 
 def decode_names(directory: int, value: bytes) -> list[Name]:
-    """The entries of one name item, in slot order; none repeats, each could be a file's name."""
+    """The entries of one name item, in slot order. Every name is valid, every slot unique.
+
+    Raises:
+        CorruptError: the item is damaged; its block is the directory's inode number.
+    """
     if len(value) > NAME_ENTRY_BYTES == len(value) - value[NAME_ENTRY_BYTES - 1]:
-        name = value[NAME_ENTRY_BYTES:]  # alone, as nearly always
+        name = value[NAME_ENTRY_BYTES:]  # nearly always: the only entry
         ino, type_, slot, _ = NAME_ENTRY.unpack_from(value)
         if (
             b"/" not in name
@@ -218,10 +231,11 @@ def decode_names(directory: int, value: bytes) -> list[Name]:
     return names
 
 
-# --- xattrs -----------------------------------------------------------------------------------------
+# --- xattrs -------------------------------------------------------------------------------------
 
-# An attribute is one or more items at offsets hash + chunk; the first carries the name. Hashes leave
-# the low 8 bits to the chunk; names of equal hash take the next free hash of XATTR_PROBES.
+# An attribute is one or more items, at offset hash + chunk index; the first one has the name. The
+# low 8 bits of a hash are zero, for the chunk index. On a collision a name takes the next free
+# hash, trying XATTR_PROBES in all.
 XATTR_HEADER = struct.Struct("<IB")  # length of the whole value, length of the name
 XATTR_CHUNK_BYTES = 2048
 XATTR_CHUNKS = 256
@@ -242,7 +256,11 @@ def encode_xattr(name: bytes, value: bytes) -> list[bytes]:
 
 
 def decode_xattr_first(ino: int, value: bytes) -> tuple[bytes, int, bytes]:
-    """The name, the length of the whole value, and the first part of the value."""
+    """Decode the first item of an attribute.
+
+    Returns:
+        The name, the length of the whole value, and the first chunk of the value.
+    """
     if len(value) < XATTR_HEADER.size:
         raise CorruptError(f"xattr of inode {ino}", ino, "cut short", len(value))
     size, name_length = XATTR_HEADER.unpack_from(value)
@@ -255,7 +273,7 @@ def decode_xattr_first(ino: int, value: bytes) -> tuple[bytes, int, bytes]:
     return name, size, part
 
 
-# --- data -------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------
 
 INLINE_BYTES_MAX = 2048  # larger files have extents
 EXTENT_BLOCKS_MAX = 256  # 1 MiB: the checksums of an extent are 2 KiB of its item
@@ -266,10 +284,15 @@ FILE_BLOCK_MAX = FILE_SIZE_MAX // BLOCK_SIZE_BYTES
 
 
 class Extent(NamedTuple):
-    """A run of blocks that holds consecutive blocks of a file; its key's offset is the first of them.
+    """A run of blocks that holds consecutive blocks of a file.
 
-    `checksums` is DATA_CHECKSUM_BYTES for each block. Uncompressed, so `count` blocks are stored and
+    The offset in its key is the index of the first of these in the file. Nothing is compressed, so
     any part of an extent is an extent.
+
+    Attributes:
+        block, count: the run in the image.
+        birth: generation of the commit that wrote it.
+        checksums: DATA_CHECKSUM_BYTES for each block, concatenated.
     """
 
     block: int
@@ -281,7 +304,7 @@ class Extent(NamedTuple):
         return EXTENT.pack(self.block, self.count, self.birth, 0, 0, 0, 0) + self.checksums
 
     def part(self, first: int, count: int) -> "Extent":
-        """The extent of `count` blocks from the `first` of this one."""
+        """The extent of `count` blocks of this one, from its block number `first` (0-based)."""
         return Extent(
             self.block + first,
             count,
@@ -291,7 +314,7 @@ class Extent(NamedTuple):
 
 
 def decode_extent(ino: int, value: bytes) -> Extent:
-    """The extent in `value`; whether it lies inside the image is for the reader to check."""
+    """Decode an extent. The caller checks that it lies inside the image."""
     if len(value) < EXTENT_BYTES:
         raise CorruptError(f"extent of inode {ino}", ino, "cut short", len(value))
     block, count, birth, algorithm, reserved, stored, skipped = EXTENT.unpack_from(value)
@@ -305,10 +328,10 @@ def decode_extent(ino: int, value: bytes) -> Extent:
 
 
 def references(keys: list[bytes], values: list[bytes]) -> list[tuple[int, int]]:
-    """The runs of data blocks (first, count) that a leaf's items point at, one per extent (I1).
+    """The data runs (first, count) that the items of a leaf point at, one per extent (I1).
 
     Raises:
-        CorruptError: an extent has an impossible length.
+        CorruptError: the length of an extent is out of range.
     """
     runs = [
         EXTENT.unpack_from(value)[:2]

@@ -1,6 +1,6 @@
-"""Directories: names to inode numbers, keyed by a seeded hash of the name.
+"""Directory entries: names mapped to inode numbers, keyed by a seeded hash of the name.
 
-The hash and the entry's slot make the readdir cookie, which stays valid while other names come and go.
+The hash and the entry's slot form the readdir cookie. It stays valid while other names come and go.
 """
 
 import errno
@@ -29,34 +29,40 @@ log = logging.getLogger(__name__)
 
 
 class Names:
-    """The names of all directories of one tree."""
+    """The names of all directories of one tree.
+
+    Args:
+        tree: the tree.
+        seed: seed of the name hashes.
+    """
 
     def __init__(self, tree: Tree, seed: int) -> None:
         self._tree = tree
         self._seed = seed
-        # The name looked for last, its item's key and value: a name is nearly always looked up by the
-        # kernel right before it is made or removed.
+        # The last name searched for, with the key and value of its item. The kernel nearly always
+        # looks a name up right before it is made or removed.
         self._last: tuple[int, bytes] | None = None
         self._last_item = b""
         self._last_value: bytes | None = None
 
     def _item(self, directory: int, name: bytes) -> bytes | None:
-        """The value of the item where the name belongs; its key is in `_last_item`."""
+        """The value of the item for the name's hash, or None. Sets `_last_item` to its key."""
         wanted = (directory, name)
         if wanted == self._last:
             return self._last_value
         item = key(directory, TYPE_NAME, name_hash(name, self._seed))
-        self._last = None  # nothing is remembered of a search that fails
+        self._last = None  # in case the search raises
         value: bytes | None = self._tree.get(item)
         self._last, self._last_item, self._last_value = wanted, item, value
         return value
 
     def find(self, directory: int, name: bytes) -> Name | None:
+        """The entry of a name in a directory, or None."""
         value = self._item(directory, name)
         return None if value is None else find_name(directory, value, name)
 
     def add(self, directory: int, name: bytes, ino: int, type_: int) -> None:
-        """Add a name whose place `reach_new` reached."""
+        """Add a name that `reach_new` prepared."""
         value = self._item(directory, name)
         item, self._last = self._last_item, None
         if value is None:
@@ -69,11 +75,13 @@ class Names:
         self._tree.put(item, encode_names(sorted(names, key=lambda entry: entry.slot)))
 
     def reach_new(self, directory: int, name: bytes) -> None:
-        """Reach the place of a name that is to be added.
+        """Reach what `add` changes.
 
         Raises:
-            OSError: EEXIST, it is there.
-            NoSpaceError: sixteen names of one hash, which only their author can bring about.
+            OSError: EEXIST, the name exists.
+            NoSpaceError: the directory has NAME_SLOTS names of this hash. That does not happen by
+                chance; somebody chose those names.
+            CorruptError, DeviceError: the item cannot be read, or is damaged.
         """
         value = self._item(directory, name)
         if value is not None:
@@ -85,12 +93,12 @@ class Names:
         self._tree.reach(self._last_item)
 
     def reach(self, directory: int, name: bytes) -> None:
-        """See to it that a change of the name cannot fail. Raises CorruptError, DeviceError."""
+        """Reach what `change` and `remove` change. Raises CorruptError, DeviceError."""
         self._item(directory, name)
         self._tree.reach(self._last_item)
 
     def change(self, directory: int, name: bytes, ino: int, type_: int) -> None:
-        """Let an existing name mean another inode; its cookie stays."""
+        """Point an existing name at another inode. Its cookie stays."""
         names = decode_names(directory, self._item(directory, name) or b"")
         item, self._last = self._last_item, None
         self._tree.put(
@@ -104,23 +112,24 @@ class Names:
         )
 
     def remove(self, directory: int, name: bytes) -> None:
-        """Remove a name that is there."""
+        """Remove an existing name."""
         value = self._item(directory, name) or b""
         item, self._last = self._last_item, None
         if len(value) == NAME_ENTRY_BYTES + len(name) and value.endswith(name):
-            self._tree.delete(item)  # alone in its item, as nearly always
+            self._tree.delete(item)  # nearly always: the only name of its hash
             return
         names = [entry for entry in decode_names(directory, value) if entry.name != name]
         self._tree.put(item, encode_names(names))
 
     def is_empty(self, directory: int) -> bool:
+        """Whether a directory has no entries."""
         start, stop = key(directory, TYPE_NAME, 0), key(directory, TYPE_NAME + 1, 0)
         return next(self._tree.leaf_slices(start, stop), None) is None
 
     def listing(self, directory: int, after: int) -> Iterator[tuple[int, Name]]:
-        """(cookie, entry) of each name whose cookie is above `after`; 0 begins at the start.
+        """(cookie, entry) of each name with a cookie above `after`, in cookie order.
 
-        An item that is damaged is logged and left out: the other names are still shown.
+        A damaged item is logged and skipped, so that the other names are still shown.
         """
         start = key(directory, TYPE_NAME, after & ~COOKIE_MASK)
         stop = key(directory, TYPE_NAME + 1, 0)
@@ -130,7 +139,7 @@ class Names:
                     base = split_key(keys[at])[2]
                     names = decode_names(directory, values[at])
                 except CorruptError as error:
-                    log.error("%s; it is left out of the listing, run cowfs check", error)
+                    log.error("%s; the listing leaves its names out; run cowfs check", error)
                     continue
                 for entry in names:
                     cookie = base | entry.slot

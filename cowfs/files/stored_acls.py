@@ -1,8 +1,8 @@
 """The ACLs of inodes: stored as xattrs of two reserved names, in step with the mode.
 
-An access ACL is stored only if it says more than the mode, and its entries for owner, other, and mask
-or group are then the mode's bits. The caller admits, reaches and touches the inode. A stored value is
-not trusted: what acl.py refuses is a CorruptError.
+An access ACL is stored only if it says more than the mode. Then its entries for owner, other, and
+mask or group equal the bits of the mode. The caller admits, reaches and touches the inode. Stored
+values are not trusted: a value that acl.py refuses is a CorruptError.
 """
 
 import errno
@@ -21,18 +21,19 @@ class StoredAcls:
         self._xattrs = xattrs
 
     def check(self, inode: Inode, name: bytes, value: bytes) -> None:
-        """Raise CorruptError unless a value from the image is an ACL."""
+        """Raise CorruptError unless a value from the image is a valid ACL."""
         _decode(inode, name, value)
 
     def reach_set(self, inode: Inode, name: bytes, value: bytes) -> tuple[int, bytes | None]:
-        """Prepare the storing of an ACL.
+        """Reach what `set` changes.
 
         Returns:
-            The mode that the inode must be given, and what `set` stores: None if the mode says it all.
+            The new mode of the inode, and the argument for `set`: None if the mode says as much.
 
         Raises:
-            OSError: EINVAL it is malformed, E2BIG; EOPNOTSUPP for a symlink; EACCES a default ACL for
-                what is no directory. ENOSPC as any xattr.
+            OSError: EINVAL, the ACL is malformed; E2BIG; EOPNOTSUPP for a symlink; EACCES for a
+                default ACL of a file that is not a directory; ENOSPC as for any xattr.
+            CorruptError, DeviceError: an item cannot be read.
         """
         if stat.S_ISLNK(inode.mode):
             raise posix_error(errno.EOPNOTSUPP)
@@ -56,17 +57,20 @@ class StoredAcls:
         return mode, encoded
 
     def set(self, inode: Inode, name: bytes, encoded: bytes | None) -> None:
-        """Store what `reach_set` prepared, or remove the ACL there is."""
+        """Store the ACL that `reach_set` prepared; None removes the one that is stored."""
         if encoded is None:
             self._xattrs.remove(inode, name)
         else:
             self._xattrs.set(inode, name, encoded)
 
     def reach_mode(self, inode: Inode, mode: int) -> bytes | None:
-        """Prepare a change of the mode.
+        """Reach what a change of the mode changes in the access ACL.
 
         Returns:
-            The access ACL that goes with it, for `put_access`; None if nothing is to be stored.
+            The access ACL to match the new mode, for `put_access`; None if nothing is to be stored.
+
+        Raises:
+            CorruptError, DeviceError: the stored ACL is damaged or cannot be read.
         """
         if not inode.xattr_count:
             return None
@@ -80,25 +84,29 @@ class StoredAcls:
         return changed
 
     def put_access(self, inode: Inode, value: bytes | None) -> None:
-        """Store the access ACL that goes with a new mode."""
+        """Store an access ACL; None stores nothing."""
         if value is not None:
             self._xattrs.set(inode, acl.ACCESS_NAME, value)
 
     def default(self, directory: Inode) -> bytes | None:
-        """The default ACL of a directory."""
+        """The stored default ACL of a directory, not decoded; None if it has none."""
         if not directory.xattr_count:
             return None
         return self._xattrs.get(directory, acl.DEFAULT_NAME)
 
     def inherit(self, directory: Inode, default: bytes, mode: int) -> acl.Inherited:
-        """What a new file gets from the default ACL of its directory."""
+        """The mode and access ACL that a new file gets from its directory's default ACL.
+
+        Raises:
+            CorruptError: the default ACL is malformed.
+        """
         try:
             return acl.inherit(default, mode)
         except ValueError as error:
             raise _corrupt(directory, acl.DEFAULT_NAME, error) from None
 
     def put_inherited(self, inode: Inode, access: bytes | None, default: bytes) -> None:
-        """Give a new inode its ACLs."""
+        """Store the inherited ACLs of a new inode; a directory gets the default ACL too."""
         self.put_access(inode, access)
         if stat.S_ISDIR(inode.mode):
             self._xattrs.set(inode, acl.DEFAULT_NAME, default)

@@ -1,6 +1,6 @@
-"""Extended attributes: names to values of up to 64 KiB, in chunks.
+"""Extended attributes: names mapped to values of up to 64 KiB, stored in chunks.
 
-Whether a namespace is allowed to whom is the daemon's business; here a name is bytes.
+A name is plain bytes here. The daemon decides which namespaces exist and who may use them.
 """
 
 import errno
@@ -26,13 +26,23 @@ NAME_BYTES_MAX = 255
 
 
 class Xattrs:
-    """The extended attributes of all inodes of one tree. The caller touches the inode."""
+    """The extended attributes of all inodes of one tree. The caller touches the inode.
+
+    Args:
+        tree: the tree.
+        seed: seed of the name hashes.
+    """
 
     def __init__(self, tree: Tree, seed: int) -> None:
         self._tree = tree
         self._seed = seed
 
     def get(self, inode: Inode, name: bytes) -> bytes | None:
+        """The value of an attribute; None if the inode has none of that name.
+
+        Raises:
+            CorruptError, DeviceError: a chunk is missing or damaged, or cannot be read.
+        """
         found = self._find(inode, name)[0] if inode.xattr_count else None
         if found is None:
             return None
@@ -50,8 +60,9 @@ class Xattrs:
         """Reach what `set` changes.
 
         Raises:
-            OSError: ERANGE, E2BIG; ENOSPC, there are too many attributes.
-            CorruptError, DeviceError: it cannot be read.
+            OSError: ERANGE, the name is empty or too long; E2BIG, the value is too long; ENOSPC,
+                the inode has too many attributes, or too many of this hash.
+            CorruptError, DeviceError: an item cannot be read.
         """
         if not 0 < len(name) <= NAME_BYTES_MAX:
             raise posix_error(errno.ERANGE)
@@ -63,7 +74,7 @@ class Xattrs:
         self._reach(inode, free if found is None else found)  # type: ignore[arg-type]
 
     def set(self, inode: Inode, name: bytes, value: bytes) -> None:
-        """Give an attribute a value; `reach_set` came before, or the inode is new."""
+        """Set an attribute. `reach_set` prepared it, or the inode is new."""
         found, free = self._find(inode, name) if inode.xattr_count else (None, self._hash(name))
         if found is not None:
             self._clear(inode, found)
@@ -75,10 +86,10 @@ class Xattrs:
             self._tree.put(self._key(inode, found + chunk), part)
 
     def reach_remove(self, inode: Inode, name: bytes) -> bool:
-        """Reach what `remove` changes. Returns whether the attribute is there.
+        """Reach what `remove` changes. Returns whether the attribute exists.
 
         Raises:
-            CorruptError, DeviceError: it cannot be read (C9).
+            CorruptError, DeviceError: an item cannot be read (C9).
         """
         found = self._find(inode, name)[0] if inode.xattr_count else None
         if found is None:
@@ -87,7 +98,7 @@ class Xattrs:
         return True
 
     def remove(self, inode: Inode, name: bytes) -> bool:
-        """Remove an attribute that `reach_remove` reached. Returns whether it was there."""
+        """Remove an attribute that `reach_remove` prepared. Returns whether it existed."""
         found = self._find(inode, name)[0] if inode.xattr_count else None
         if found is None:
             return False
@@ -96,6 +107,7 @@ class Xattrs:
         return True
 
     def names(self, inode: Inode) -> list[bytes]:
+        """The names of all attributes of an inode, in the order of their hashes."""
         if not inode.xattr_count:
             return []
         items = self._tree.items(self._key(inode, 0), key(inode.ino, TYPE_XATTR + 1, 0))
@@ -106,6 +118,7 @@ class Xattrs:
         ]
 
     def remove_all(self, inode: Inode) -> None:
+        """Remove all attributes of an inode that is gone; their leaves were reached."""
         start, stop = self._key(inode, 0), key(inode.ino, TYPE_XATTR + 1, 0)
         while inode.xattr_count and self._tree.pop_range(start, stop):
             pass
@@ -118,7 +131,7 @@ class Xattrs:
         return key(inode.ino, TYPE_XATTR, offset)
 
     def _find(self, inode: Inode, name: bytes) -> tuple[int | None, int | None]:
-        """The offset of the attribute, or None; and the first free offset for one of this name."""
+        """The offset of the attribute, or None; and the first free offset for its name, or None."""
         first = self._hash(name)
         free: int | None = None
         for offset in range(first, first + XATTR_PROBES * XATTR_CHUNKS, XATTR_CHUNKS):
@@ -130,11 +143,11 @@ class Xattrs:
         return None, free
 
     def _reach(self, inode: Inode, offset: int) -> None:
-        """See to it that the chunks of an attribute are changed all or none."""
+        """Reach all chunks of an attribute, so that changing them cannot fail halfway."""
         last = self._key(inode, offset + XATTR_CHUNKS - 1)
         self._tree.reach_range(self._key(inode, offset), last)
         for _ in self._tree.leaf_slices(self._key(inode, offset), last):
-            pass  # leaves that do not follow one on the other must refuse it, not end it halfway
+            pass  # raises here, not halfway through the change, if the leaves are damaged
 
     def _clear(self, inode: Inode, offset: int) -> None:
         start, stop = self._key(inode, offset), self._key(inode, offset + XATTR_CHUNKS)

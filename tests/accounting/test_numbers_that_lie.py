@@ -96,7 +96,7 @@ def test_next_ino_that_is_too_low_costs_no_file(
 
     with caplog.at_level(logging.WARNING):
         change(image, use, _make("made"), _roll_back("two"), use, _make("last"))
-    assert "next inode number is said to be" in caplog.text
+    assert "says that the next inode number is" in caplog.text
     after = files_of(image, *NAMES, "made", "last")
     assert {name: after[name] for name in NAMES} == before
     for name, grew_from in (("made", {}), ("last", before["two"])):
