@@ -1,10 +1,12 @@
 # shellcheck shell=bash
-# Makes a checkout ready to run, on a fresh Debian 12 as on a machine where everything is there.
+# Makes a checkout ready to run, on a fresh Debian 12 or where some or all of it is installed.
 #
 # Sourced by the other scripts, which then call `setup_checkout run` or `setup_checkout test`.
-# Promises: afterwards $COWFS_ROOT is the checkout and the commands of its .venv come first in PATH;
-# a second call changes nothing and needs neither network nor root; what cannot be installed is named
-# together with the exact command that installs it, and the script ends with status 1.
+# Promises:
+# - Afterwards $COWFS_ROOT is the checkout, and the commands of its .venv come first in PATH.
+# - A second call changes nothing, and needs neither network nor root.
+# - If something cannot be installed, the script prints its name and the exact command that installs
+#   it, and exits with status 1.
 
 COWFS_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 
@@ -17,7 +19,7 @@ setup_fail() {
 
 # ---------------------------------------------------------------- what is on the machine
 
-# Prints the first interpreter in PATH that is new enough.
+# Prints the first Python in PATH that is new enough.
 find_python() {
     local name
     for name in python3 python3.11 python3.12 python3.13 python3.14; do
@@ -29,15 +31,15 @@ find_python() {
     return 1
 }
 
-# True if a program that uses Python's C interface compiles: needs gcc, libc's headers and Python.h.
-# Every Python brings headers of its own, so the interpreter itself is asked where they are.
+# True if a program with Python.h compiles: that needs gcc, and the headers of libc and Python.
+# Each Python has its own headers, and tells where they are.
 python_headers_compile() {
     local python="$1" include
     include="$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')" || return 1
     printf '#include <Python.h>\n' | gcc -fsyntax-only -I "$include" -x c - 2>/dev/null
 }
 
-# Prints the Debian packages that are missing, one a line. $1: run or test; $2: the Python, or nothing.
+# Prints the missing Debian packages, one per line. $1: run or test. $2: the Python, or nothing.
 missing_packages() {
     local purpose="$1" python="$2" command_name package
 
@@ -46,7 +48,7 @@ missing_packages() {
     else
         "$python" -c 'import ensurepip, venv' 2>/dev/null || debian_python_package "$python" venv
         if ! python_headers_compile "$python"; then
-            # Without gcc nothing compiles, so the headers may be there: naming them again is harmless.
+            # Without gcc nothing compiles: the headers may exist, and are named all the same.
             printf '%s\n' libc6-dev
             debian_python_package "$python" dev
         fi
@@ -62,14 +64,14 @@ missing_packages() {
     if [ "$purpose" = test ] && [ ! -f /usr/share/bash-completion/bash_completion ]; then
         printf '%s\n' bash-completion
     fi
-    # Debian keeps the programs of the server out of PATH.
+    # Debian installs the programs of the PostgreSQL server outside PATH.
     if [ "$purpose" = test ] && ! compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null \
         && ! command -v initdb >/dev/null; then
         printf '%s\n' postgresql
     fi
 }
 
-# Prints "command package" for each program that is called, one pair a line.
+# Prints "command package" for each program that is called, one pair per line.
 needed_commands() {
     printf '%s\n' 'fusermount3 fuse3' 'findmnt util-linux' 'tar tar' 'diff diffutils'
     if [ "$1" = test ]; then
@@ -81,8 +83,8 @@ needed_commands() {
     fi
 }
 
-# Prints Debian's package of the part $2 (venv, dev) of the Python $1. Nothing for a Python that
-# does not come from Debian: then no package can help, and require_python_parts says so.
+# Prints the Debian package with the part $2 (venv or dev) of the Python $1. Prints nothing for a
+# Python that is not from Debian: no package can help then, and require_python_parts reports that.
 debian_python_package() {
     case "$(readlink -f -- "$1")" in
         /usr/bin/python3.*) printf '%s\n' "$(basename -- "$(readlink -f -- "$1")")-$2" ;;
@@ -100,8 +102,8 @@ as_root() {
     fi
 }
 
-# The tests need PostgreSQL's programs. Debian's package would also make a database and start a server:
-# it does not if this file says so before. Settings that are there stay.
+# The tests need only the programs of PostgreSQL. This setting keeps Debian's package from creating
+# a database and starting a server. An existing settings file is left alone.
 refuse_database_cluster() {
     local settings=/etc/postgresql-common/createcluster.conf
     [ ! -e "$settings" ] || return 0
@@ -115,19 +117,20 @@ install_packages() {
         setup_fail "these Debian packages, or what your system calls them, are missing: $*"
     fi
     if [ "$(id -u)" -ne 0 ] && ! sudo -n true 2>/dev/null; then
-        setup_fail "packages are missing and root is needed to install them; run: sudo $line"
+        setup_fail "packages are missing, and only root can install them; run: sudo $line"
     fi
     setup_say "installing $*"
     as_root env DEBIAN_FRONTEND=noninteractive apt-get update -q >&2 \
-        || setup_fail "apt-get update failed; when it works again, run: $line"
+        || setup_fail "apt-get update failed; once it works, run: $line"
     if [[ " $* " = *' postgresql '* ]]; then
-        refuse_database_cluster || setup_fail 'could not write the settings of PostgreSQL'
+        refuse_database_cluster \
+            || setup_fail 'cannot write /etc/postgresql-common/createcluster.conf; try as root'
     fi
     # shellcheck disable=SC2086  # the line is a list of words
     as_root env DEBIAN_FRONTEND=noninteractive $line >&2 || setup_fail "this failed: $line"
 }
 
-# Ends the script when the Python found still lacks what no package can add to it.
+# Ends the script if the Python still lacks a part that no package can add.
 require_python_parts() {
     local python="$1"
     "$python" -c 'import ensurepip, venv' 2>/dev/null \
@@ -139,13 +142,13 @@ require_python_parts() {
 
 # ---------------------------------------------------------------- the virtual environment
 
-# Prints what .venv must have been made from to be of use: pyproject.toml, compiled sources, the place.
+# Prints a checksum of what .venv is made from: pyproject.toml, compiled sources, checkout path.
 setup_fingerprint() {
     { cat -- "$COWFS_ROOT/pyproject.toml" "$COWFS_ROOT"/cowfs/daemon/*.pyx; printf '%s\n' "$COWFS_ROOT"; } \
         | sha256sum | cut -d' ' -f1
 }
 
-# True if .venv is of this pyproject.toml, in this place, and has what $1 (run or test) needs.
+# True if .venv matches the present fingerprint and has what $1 (run or test) needs.
 environment_is_ready() {
     local stamp="$COWFS_ROOT/.venv/cowfs-setup-stamp" fingerprint
     fingerprint="$(setup_fingerprint)"
@@ -160,7 +163,7 @@ make_environment() {
     local purpose="$1" python="$2" venv="$COWFS_ROOT/.venv" requirement="$COWFS_ROOT"
     [ "$purpose" = test ] && requirement="${COWFS_ROOT}[dev]"
 
-    # An environment that was moved, or whose Python is gone, cannot be mended.
+    # An environment that was moved, or whose Python is gone, must be made from scratch.
     if ! "$venv/bin/python" -c "import sys; sys.exit(sys.prefix != '$venv')" 2>/dev/null \
         || ! "$venv/bin/pip" --version >/dev/null 2>&1; then
         setup_say "making .venv with $("$python" --version)"
@@ -173,7 +176,7 @@ make_environment() {
     printf '%s\n' "$(setup_fingerprint) $purpose" >"$venv/cowfs-setup-stamp"
 }
 
-# Sets up for `run` or for `test` (the only argument), or ends the script with status 1 and a reason.
+# Sets up for $1, `run` or `test`, or ends the script with status 1 and a reason.
 setup_checkout() {
     local purpose="$1" python packages lock
     python="$(find_python || true)"
@@ -187,8 +190,8 @@ setup_checkout() {
     require_python_parts "$python"
 
     if ! environment_is_ready "$purpose"; then
-        # Two scripts may be started at once: the second waits, then finds the work done. The lock is
-        # let go before returning, so that nothing started later inherits it.
+        # If two scripts run at once, the second waits here, then finds the work done. The lock is
+        # released before returning, so that no program started later inherits it.
         exec {lock}>"$COWFS_ROOT/.venv.lock"
         flock "$lock"
         environment_is_ready "$purpose" || make_environment "$purpose" "$python"

@@ -1,9 +1,9 @@
 """Figures of cowdu at scale, and of Btrfs's own tools on the same history.
 
-The history is made through a mount, by the same calls on both: many files, then many snapshots, with
-a few files written anew before each. Then: the list of all snapshots with every column, cold and warm;
-a question about a set; what the mount's clients notice while cowdu reads everything, at the lowest
-priority.
+The history is made through a mount, by the same calls on both: many files, then many snapshots,
+with a few files rewritten before each. Then three things are measured: the list of all snapshots
+with all columns, cold and warm; a question about a set of snapshots; and how much slower the mount
+is for its clients while cowdu reads everything at the lowest priority.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from benchlib.targets import Btrfs, Cowfs, Target, TargetError, drop_caches, run
 
 FILES_PER_DIRECTORY = 100
 SIZES = (500, 1500, 3000, 8000, 20_000)
-CHANGES = 20  # files written anew before each snapshot
+CHANGES = 20  # files rewritten before each snapshot
 SECONDS_MAX = 1800.0
-DU_SNAPSHOTS = 3  # btrfs filesystem du reads every file of each
+DU_SNAPSHOTS = 3  # snapshots for btrfs filesystem du, which reads every file of each
 LOAD_ROUNDS, LOAD_SECONDS = 5, 3.0
 Say = Callable[[str], None]
 TakeSnapshot = Callable[[str], object]
@@ -34,7 +34,7 @@ TakeSnapshot = Callable[[str], object]
 def make_history(
     directory: Path, file_count: int, snapshot_count: int, take: TakeSnapshot
 ) -> list[str]:
-    """The same files, changes and snapshots each time. Gives the names of the snapshots."""
+    """Make files, changes and snapshots, the same each time. Returns the names of the snapshots."""
     chance = random.Random(1)
     paths = []
     for number in range(file_count):
@@ -47,7 +47,7 @@ def make_history(
     for number in range(snapshot_count):
         near = chance.randrange(file_count)
         for change in range(CHANGES):
-            # Half of the changes are near each other, as the work of a day is.
+            # Half of the changes are near each other, like the work of one day.
             offset = (
                 int(chance.expovariate(1 / 200)) if change % 2 else chance.randrange(file_count)
             )
@@ -59,7 +59,7 @@ def make_history(
 
 
 def accounting_figures(work: Path, quick: bool, say: Say) -> tuple[dict[str, float], list[str]]:
-    """Every figure that could be taken, and a line for each target that could not."""
+    """All figures that could be measured, and a line for each target that failed."""
     files, snapshots = (10_000, 100) if quick else (100_000, 1000)
     figures: dict[str, float] = {}
     failures = []
@@ -82,7 +82,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start_s
 
 
-# --- cowfs --------------------------------------------------------------------------------------------
+# --- cowfs ----------------------------------------------------------------------------------------
 
 
 def _cowfs(work: Path, file_count: int, snapshot_count: int, say: Say) -> dict[str, float]:
@@ -106,7 +106,8 @@ def _cowfs(work: Path, file_count: int, snapshot_count: int, say: Say) -> dict[s
         target.set_up()
 
         def take(name: str) -> None:
-            with connect(place) as filesystem:  # the daemon does not wait for long
+            # One connection per snapshot: the daemon closes a quiet one.
+            with connect(place) as filesystem:
                 filesystem.create_snapshot(name)
 
         names = make_history(place, file_count, snapshot_count, take)
@@ -143,7 +144,7 @@ def _cowfs(work: Path, file_count: int, snapshot_count: int, say: Say) -> dict[s
 
 
 def _what_if_ms(place: Path, count: int) -> float:
-    """A set of so many snapshots, when the owner sets are at hand as in `cowdu top` and the page."""
+    """Time to measure `count` snapshots with the owner sets in memory, as in `cowdu top`."""
     from cowfs_tools.cowdu.looking import look
 
     with look(str(place)) as found:
@@ -156,10 +157,10 @@ def _what_if_ms(place: Path, count: int) -> float:
 
 
 def _load_ratios(place: Path, program: Path, forget: Callable[[], None]) -> dict[str, float]:
-    """Latency of a busy client while cowdu reads everything, over that without it, in turns.
+    """Ratios of a client's latency while cowdu reads everything to that without cowdu, in turns.
 
-    On a virtual machine a second processor that sleeps costs more than one that is busy, so beside
-    nothing there is also a process that only counts, at the priority of cowdu.
+    On a virtual machine a sleeping second processor costs more than a busy one. So besides an idle
+    machine the peer is also a process that only counts, at the priority of cowdu.
     """
     cowdu = (
         "import shutil, subprocess, sys\n"
@@ -194,7 +195,7 @@ def _at(values: list[float], share: float) -> float:
 
 
 def _load(place: Path) -> list[float]:
-    """Seconds of each of many small jobs: make, write, read, look at and remove a file."""
+    """Seconds of each of many small jobs: create, write, read, stat and remove a file."""
     times = []
     stop_s = time.monotonic() + LOAD_SECONDS
     directory = place / "load"
@@ -213,7 +214,7 @@ def _load(place: Path) -> list[float]:
     return times
 
 
-# --- Btrfs --------------------------------------------------------------------------------------------
+# --- Btrfs ----------------------------------------------------------------------------------------
 
 
 def _btrfs(work: Path, file_count: int, snapshot_count: int, say: Say) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""A filesystem that stores nothing: the most that the binding can give, as a peer of cowfs.
+"""A filesystem that stores nothing: the upper limit that pyfuse3 allows, as a peer of cowfs.
 
-Names, attributes and lookup counts are real and in memory; data is discarded and reads as zeros.
-The kernel is told everything that lets it stop asking: long timeouts, negative entries, FLUSH and
-(unless asked otherwise) extended attributes answered ENOSYS.
+Names, attributes and lookup counts are real, in memory. Data is discarded and reads as zeros.
+The answers keep the kernel from asking again: long timeouts, negative entries, and ENOSYS for FLUSH
+and (without --xattrs) for extended attributes.
 
     nullfs.py MOUNTPOINT [--loop burst|stock] [--xattrs]
 
@@ -69,8 +69,8 @@ class NullFilesystem(pyfuse3.Operations):
     """The request handlers. None of them awaits anything.
 
     Args:
-        xattrs: answer GETXATTR ("there is none") in place of switching it off. The kernel then
-            asks before each write, as it does for a filesystem that has extended attributes.
+        xattrs: answer GETXATTR with "no such attribute", not ENOSYS. The kernel then asks before
+            each write, as it does for a filesystem with extended attributes.
     """
 
     supports_dot_lookup = False

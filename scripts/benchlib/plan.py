@@ -1,7 +1,7 @@
-"""What is measured, in which order, and the loop over targets and runs.
+"""The workloads in their order, and the loop over runs and targets.
 
-Promises: a target that is missing or fails is a row with its reason, and the others go on; every
-target is torn down before the next one starts, whatever happened.
+Promises: a target that is missing or fails becomes a result with the reason, and the others are
+still measured. Every target is torn down before the next one starts, also after errors.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Workload:
     """One row of the table.
 
     Args:
-        name: how it is asked for and shown.
+        name: of the row and on the command line.
         unit: of the rate: operations per second, or MiB/s (an operation is then 1 MiB).
         step: the function of `benchlib.workloads` that is timed.
         needs: workloads that must have run before on the same mount.
-        prepare: steps that run before, not timed.
-        before: WARM: nothing; FORGOTTEN: the kernel forgets names and pages, the daemon stays;
-            COLD: remounted as well, so the daemon has forgotten too.
-        synced: time until durable is counted separately.
+        prepare: steps that run before and are not timed.
+        before: WARM: no cache is dropped; FORGOTTEN: the kernel's caches are dropped, the daemon's
+            stay; COLD: the filesystem is remounted too, so the daemon's caches are empty as well.
+        synced: also give a rate that includes the sync afterwards.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Workload:
     synced: bool = False
 
 
-# In the order in which they run: each leaves behind what the next one needs.
+# In running order: each leaves what the next ones need.
 WORKLOADS: tuple[Workload, ...] = (
     Workload("create", "files/s", "create", prepare=("make_tree",), synced=True),
     Workload("stat", "files/s", "stat_files", needs=("create",), before=FORGOTTEN),
@@ -73,7 +73,7 @@ WORKLOADS: tuple[Workload, ...] = (
 
 @dataclass(slots=True)
 class Result:
-    """What one workload gave on one target, one entry a run."""
+    """The measurements of one workload on one target, one entry per run."""
 
     rates: list[float] = field(default_factory=list)
     synced_rates: list[float] = field(default_factory=list)
@@ -85,7 +85,7 @@ Results = dict[str, dict[str, Result]]  # target, workload (or "" for the target
 
 
 def parameters(quick: bool) -> dict[str, int]:
-    """How much is done: the full size, or a tenth of it."""
+    """The sizes of the workloads: full, or about a tenth."""
     mebibyte = 1 << 20
     return {
         "files": 1000 if quick else 5000,
@@ -102,7 +102,7 @@ def run_client(step: str, directory: Path, sizes: dict[str, int]) -> tuple[float
     """Run one step in a child process.
 
     Raises:
-        TargetError: the step failed; the message is the last line of what it said.
+        TargetError: the step failed; the message is the last line that it printed.
     """
     script = Path(__file__).with_name("workloads.py")
     process = subprocess.Popen(
@@ -115,7 +115,7 @@ def run_client(step: str, directory: Path, sizes: dict[str, int]) -> tuple[float
     try:
         output, errors = process.communicate(timeout=COMMAND_SECONDS_MAX)
     except subprocess.TimeoutExpired:
-        raise TargetError(f"{step}: no end after {COMMAND_SECONDS_MAX} s") from None
+        raise TargetError(f"{step}: not finished after {COMMAND_SECONDS_MAX} s") from None
     finally:
         if process.poll() is None:
             process.kill()
@@ -128,7 +128,7 @@ def run_client(step: str, directory: Path, sizes: dict[str, int]) -> tuple[float
 
 
 def with_needs(names: Iterable[str]) -> list[Workload]:
-    """The workloads of these names and those that they need, in running order."""
+    """The workloads with these names and those that they need, in running order."""
     wanted: set[str] = set()
 
     def want(name: str) -> None:
@@ -145,7 +145,7 @@ def with_needs(names: Iterable[str]) -> list[Workload]:
 
 def _measure(target: Target, workload: Workload, sizes: dict[str, int], result: Result) -> None:
     if workload.before == COLD and not target.remountable:
-        result.failure = "-"  # nothing is left of it after a remount
+        result.failure = "-"  # the target keeps no files over a remount
         return
     for step in workload.prepare:
         run_client(step, target.mountpoint, sizes)
@@ -177,7 +177,8 @@ def measure_all(
 ) -> Results:
     """Measure every workload on every target, `runs` times, each time on a fresh filesystem.
 
-    The targets take turns within a run, so a machine that slows down does so for all of them.
+    Each run measures all targets one after the other, so a machine that slows down affects them
+    all.
     """
     sizes = parameters(quick)
     size_bytes = 3 * sizes["sequential_bytes"] + 4 * sizes["random_bytes"] + (1 << 30)
@@ -200,7 +201,7 @@ def measure_all(
                     result = own[workload.name]
                     if failed.intersection(workload.needs):
                         failed.add(workload.name)
-                        result.failure = result.failure or "what it needs failed"
+                        result.failure = result.failure or "a workload that it needs failed"
                         continue
                     try:
                         _measure(target, workload, sizes, result)

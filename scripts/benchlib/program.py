@@ -1,8 +1,8 @@
-"""Measures cowfs beside its peers, on the same disk, in one run, and prints the ratios.
+"""Measures cowfs and its peers on the same disk in one run, and prints the ratios.
 
-Needs root (mounts, loop devices, dropping caches). What is missing or fails is shown as such and
-the rest goes on. Whatever ends it, also Ctrl-C or SIGTERM, leaves no mount, loop device, pool or
-daemon behind.
+It needs root for mounts, loop devices and dropping caches. A target that is missing or fails is
+shown as failed, and the others are still measured. It leaves no mount, loop device, pool or daemon
+behind, also after Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ DEFAULT_TARGETS = "cowfs,null,null-stock,zfs-fuse,ext4,btrfs"
 
 
 def names_of(text: str, known: list[str], what: str) -> list[str]:
+    """The names in a comma-separated text. Exits with a message if one is not known."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
@@ -38,21 +39,25 @@ def names_of(text: str, known: list[str], what: str) -> list[str]:
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    # A second one must not cut the cleaning up short.
+    # A second signal must not interrupt the clean-up.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main(checkout: Path) -> int:
-    """Measure as the command line asks; images go below `checkout` unless it says where."""
+    """Measure as the command line asks. Returns the exit status.
+
+    Args:
+        checkout: images go to `.bench` in it, unless --dir is given.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     known_workloads = [workload.name for workload in WORKLOADS]
     parser.add_argument("--targets", default=DEFAULT_TARGETS, help=f"of {', '.join(TARGETS)}")
     parser.add_argument(
         "--workloads",
         default=",".join(known_workloads),
-        help=f"of {', '.join(known_workloads)}; what these need runs too",
+        help=f"of {', '.join(known_workloads)}; workloads that these need run too",
     )
     parser.add_argument("--runs", type=int, default=1, help="each on fresh filesystems")
     parser.add_argument("--quick", action="store_true", help="about a tenth of the work")
@@ -67,9 +72,9 @@ def main(checkout: Path) -> int:
         const=2000,
         default=0,
         metavar="N",
-        help="waits of a client beside lists, edits and the drop queue at N snapshots (2000)",
+        help="how long a client waits during lists, edits and drops at N snapshots (2000)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to FILE")
     parser.add_argument("--dir", type=Path, help="where images go (default: .bench here)")
     arguments = parser.parse_args()
     targets = names_of(arguments.targets, list(TARGETS), "target")
@@ -105,7 +110,7 @@ def main(checkout: Path) -> int:
         say("interrupted; everything is unmounted")
         return 130
     finally:
-        # Only what is empty by now: a mount that could not be taken away keeps its directory.
+        # Remove only directories without a mount: one that could not be unmounted stays.
         for left in work.iterdir():
             if not any(os.path.ismount(path) for path in left.iterdir()):
                 shutil.rmtree(left, ignore_errors=True)
@@ -114,7 +119,7 @@ def main(checkout: Path) -> int:
             if parent_is_new:
                 parent.rmdir()
         except OSError as error:
-            say(f"left behind: {error.filename}")
+            say(f"could not remove {error.filename}; look for a mount in it")
 
     ratios = report.ratios(results)
     report.print_rates(console, results, workloads)

@@ -1,4 +1,4 @@
-"""The results as tables, and the ratios that the project is steered by."""
+"""Prints the results as tables, and the ratios that are the goals of the project."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def print_rates(console: Console, results: Results, workloads: list[Workload]) -
 
 
 def ratios(results: Results) -> dict[str, float]:
-    """The ratios whose two sides were both measured, by name."""
+    """By name, the ratios of which both sides were measured."""
     found = {}
     for dividend, divisor, workload in RATIOS:
         above = results.get(dividend, {}).get(workload)
@@ -79,7 +79,7 @@ def ratios(results: Results) -> dict[str, float]:
 
 
 def print_figures(console: Console, title: str, figures: dict[str, float]) -> None:
-    """Print named numbers, one a line."""
+    """Print named numbers, one per line."""
     if not figures:
         return
     table = Table(show_header=False)

@@ -33,11 +33,11 @@ def _touch(target: Cowfs, number: int) -> None:
 
 
 def snapshot_figures(work: Path, file_count: int, say: Say) -> dict[str, float]:
-    """Time of `cowfs snapshot create` with so many files, also in commits' worth.
+    """Time of `cowfs snapshot create` with that many files, also as a multiple of one commit.
 
-    One commit is `cowfs sync` after touching one file. Both are whole commands, start included;
-    the command's own start (`cowfs sync` with nothing to do) is given too, and taken off both
-    sides of the ratio.
+    A commit is measured as `cowfs sync` after a change of one file. Both times are of whole
+    commands. The start of a command is measured too (`cowfs sync` with nothing to do), and
+    subtracted from both sides of the ratio.
     """
     say(f"cowfs: snapshots of {file_count:,} files")
     target = Cowfs(work / f"snapshots-{file_count}", 4 << 30)
@@ -97,7 +97,7 @@ def large_image_figures(work: Path, size_bytes: int, label: str, say: Say) -> di
 
 
 def cowdu_figures(work: Path, file_count: int, snapshot_count: int, say: Say) -> dict[str, float]:
-    """Time of `cowdu` for one of many snapshots, on the mount, first and later."""
+    """Time of `cowdu` for one of many snapshots of a mount: the first time, and later ones."""
     say(f"cowfs: cowdu, {snapshot_count} snapshots of {file_count:,} files")
     target = Cowfs(work / "cowdu", 4 << 30)
     program = Path(sys.executable).parent / "cowdu"
@@ -118,7 +118,7 @@ def cowdu_figures(work: Path, file_count: int, snapshot_count: int, say: Say) ->
 
 
 def all_figures(work: Path, quick: bool, say: Say) -> tuple[dict[str, float], list[str]]:
-    """Every figure that could be taken, and a line for each that could not."""
+    """All figures that could be measured, and a line for each failure."""
     many = 10_000 if quick else 100_000
     parts: list[Callable[[], dict[str, float]]] = [
         lambda: snapshot_figures(work, 1000, say),

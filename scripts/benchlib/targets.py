@@ -1,8 +1,9 @@
-"""The filesystems that are measured: how each is made, mounted, made cold, and taken away again.
+"""The filesystems that are measured: how to make, mount, remount and remove each.
 
-Promises: `tear_down` may be called at any time, also after half a `set_up`, and leaves no mount,
-loop device, pool or daemon of this run behind. It ends only processes that this run started.
-Every target of a run keeps its image in the same work directory, so on the same disk.
+Promises: `tear_down` may be called at any time, also after a `set_up` that failed halfway. It
+leaves no mount, loop device, pool or daemon of this run behind, and ends only processes that this
+run started. All targets of a run have their images in the same work directory, and so on the same
+disk.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ DAEMON_END_SECONDS_MAX = 30
 
 
 class TargetError(Exception):
-    """The target is not there or does not work; the message says why, in one line."""
+    """The target is not installed or does not work. The message says why, in one line."""
 
 
 def run(*command: str | Path, seconds_max: float = COMMAND_SECONDS_MAX) -> str:
-    """Run a command and give its output.
+    """Run a command, and return its output.
 
     Raises:
-        TargetError: it is not installed, failed, or took too long.
+        TargetError: the command is not installed, failed, or took too long.
     """
     words = [str(word) for word in command]
     try:
@@ -37,7 +38,7 @@ def run(*command: str | Path, seconds_max: float = COMMAND_SECONDS_MAX) -> str:
     except FileNotFoundError:
         raise TargetError(f"{words[0]}: not installed") from None
     except subprocess.TimeoutExpired:
-        raise TargetError(f"{' '.join(words)}: no end after {seconds_max:.0f} s") from None
+        raise TargetError(f"{' '.join(words)}: not finished after {seconds_max:.0f} s") from None
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         raise TargetError(f"{Path(words[0]).name} {words[1]}: {lines[-1]}")
@@ -45,21 +46,25 @@ def run(*command: str | Path, seconds_max: float = COMMAND_SECONDS_MAX) -> str:
 
 
 def is_mounted(path: Path) -> bool:
-    """Tell whether something is mounted at `path`; does not touch it, so it cannot hang."""
+    """Whether something is mounted at `path`. Does not access the mount, so it cannot hang."""
     wanted = str(path).replace(" ", "\\040")
     with open("/proc/self/mounts") as mounts:
         return any(line.split(" ")[1] == wanted for line in mounts)
 
 
 def drop_caches(what: int) -> None:
-    """Make the kernel forget: 1 pages, 2 names and inodes, 3 both. Then let daemons take it in."""
+    """Drop the kernel's caches, then give daemons time to process the FORGET requests.
+
+    Args:
+        what: 1 pages, 2 names and inodes, 3 both.
+    """
     run("sync")
     Path("/proc/sys/vm/drop_caches").write_text(str(what))
     time.sleep(0.3)
 
 
 def cpu_seconds(process_id: int) -> float:
-    """CPU time of a process so far, user and system."""
+    """CPU time of a process so far, user and system together."""
     fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -72,7 +77,7 @@ def resident_bytes(process_id: int) -> int:
 
 
 def end_process(process: subprocess.Popen[bytes]) -> None:
-    """End a process that this run started: gently, then not."""
+    """End a process that this run started: with SIGTERM, and SIGKILL if that takes too long."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -83,15 +88,15 @@ def end_process(process: subprocess.Popen[bytes]) -> None:
 
 
 class Target:
-    """One filesystem. `set_up` once, then any of the others, `tear_down` at the end.
+    """One filesystem. Call `set_up` first, then any other method, and `tear_down` at the end.
 
     Args:
         work: an empty directory for the image and the mount point.
-        size_bytes: how large the filesystem is to be.
+        size_bytes: size of the filesystem.
     """
 
     name = ""
-    remountable = True  # what was written is still there after `remount`
+    remountable = True  # whether files are still there after `remount`
 
     def __init__(self, work: Path, size_bytes: int) -> None:
         self.work = work
@@ -105,7 +110,7 @@ class Target:
         self.mount()
 
     def tear_down(self) -> None:
-        """Take everything away. A signal that asks to stop waits until that is done."""
+        """Unmount, end and remove everything. SIGINT and SIGTERM are blocked until that is done."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             self._take_away()
@@ -136,16 +141,16 @@ class Target:
         run("umount", self.mountpoint)
 
     def destroy(self) -> None:
-        """Unmount, if mounted, and end what was started."""
+        """Unmount if mounted, and end the processes that were started."""
         if is_mounted(self.mountpoint):
             self.unmount()
 
     def sync(self) -> None:
-        """Make everything durable that was written."""
+        """Make all writes durable."""
         run("sync", "-f", self.mountpoint)
 
     def daemon(self) -> int | None:
-        """The process that serves the mount; None if that is the kernel."""
+        """The pid of the process that serves the mount; None if the kernel does."""
         return None
 
     def make_image(self) -> None:
@@ -154,7 +159,7 @@ class Target:
 
 
 class KernelTarget(Target):
-    """A filesystem of the kernel, on a loop device that goes when it is unmounted."""
+    """A filesystem of the kernel, on a loop device that the unmount removes."""
 
     def make(self) -> None:
         self.make_image()
@@ -173,7 +178,7 @@ class Btrfs(KernelTarget):
 
 
 class Null(Target):
-    """The null filesystem on the burst loop: what the binding itself can give."""
+    """The null filesystem on the burst loop: the upper limit that pyfuse3 allows."""
 
     name = "null"
     remountable = False
@@ -205,28 +210,28 @@ class Null(Target):
             self._process = None
 
     def sync(self) -> None:
-        """Nothing is kept, so nothing can be made durable."""
+        """Nothing is stored, so nothing needs to be made durable."""
 
     def daemon(self) -> int | None:
         return None if self._process is None else self._process.pid
 
 
 class NullXattrs(Null):
-    """The same, with extended attributes: the kernel asks for one before each write."""
+    """As Null, with extended attributes: the kernel asks for one before each write."""
 
     name = "null-xattrs"
     xattrs = True
 
 
 class NullStock(Null):
-    """The same on pyfuse3's own session loop."""
+    """As Null, on pyfuse3's own loop."""
 
     name = "null-stock"
     loop = "stock"
 
 
 class ZfsFuse(Target):
-    """zfs-fuse, pool on a file. Its control socket has one place: there can be one daemon only."""
+    """zfs-fuse with a pool in a file. Its socket has a fixed path: only one daemon can run."""
 
     name = "zfs-fuse"
     pool = "cowfsbench"
@@ -237,7 +242,9 @@ class ZfsFuse(Target):
         if program is None:
             raise TargetError("zfs-fuse: not installed")
         if _runs("zfs-fuse"):
-            raise TargetError("another zfs-fuse is running, and it would get the commands")
+            raise TargetError(
+                "another zfs-fuse is running and would get the commands; stop it first"
+            )
         self.make_image()
         with open(self.work / "daemon.log", "wb") as log:
             self._process = subprocess.Popen(
@@ -274,7 +281,7 @@ class ZfsFuse(Target):
             self._process = None
 
     def sync(self) -> None:
-        # syncfs does not reach a FUSE daemon; an fsync of one file commits its transaction group.
+        # syncfs(2) does not reach a FUSE daemon. fsync of one file commits its transaction group.
         with open(self.mountpoint / ".bench-sync", "wb") as file:
             file.write(b"x")
             file.flush()
@@ -285,12 +292,12 @@ class ZfsFuse(Target):
 
 
 class Cowfs(Target):
-    """cowfs through its commands, as a user runs it. `daemon` is found by the image it has open."""
+    """cowfs, by its commands. Its daemon is the process that has the image open."""
 
     name = "cowfs"
 
     def command(self, *words: str | Path) -> str:
-        """Run a cowfs command and give its output."""
+        """Run a cowfs command, and return its output."""
         program = Path(sys.executable).parent / "cowfs"
         if not program.exists():
             raise TargetError("cowfs: not installed beside this Python")
@@ -310,7 +317,7 @@ class Cowfs(Target):
         end_s = time.monotonic() + DAEMON_END_SECONDS_MAX
         while process_id is not None and Path(f"/proc/{process_id}").exists():
             if time.monotonic() > end_s:
-                raise TargetError(f"cowfs umount returned, but daemon {process_id} runs on")
+                raise TargetError(f"cowfs umount returned, but daemon {process_id} still runs")
             time.sleep(0.01)
 
     def destroy(self) -> None:
@@ -318,7 +325,7 @@ class Cowfs(Target):
         try:
             super().destroy()
         finally:
-            # The image is this run's own, so whoever has it open is the daemon it started.
+            # The image belongs to this run, so the process that has it open is our daemon.
             if process_id is not None and self.daemon() == process_id:
                 os.kill(process_id, signal.SIGKILL)
 
@@ -332,7 +339,7 @@ class Cowfs(Target):
                 if any(os.readlink(handle) == image for handle in (process / "fd").iterdir()):
                     return int(process.name)
             except OSError:
-                continue  # ended meanwhile, or not ours to look at
+                continue  # the process ended, or may not be examined
         return None
 
 
@@ -342,7 +349,7 @@ def _runs(name: str) -> bool:
             if path.read_text().strip() == name:
                 return True
         except OSError:
-            continue  # ended meanwhile
+            continue  # the process ended
     return False
 
 

@@ -1,8 +1,8 @@
-"""How long the clients of a mount with thousands of snapshots wait while commands and lists go on.
+"""How long a client of a mount with thousands of snapshots waits while commands run.
 
-The image is made by the library, one commit for each snapshot, with a few files written anew before it.
-Then a client makes, writes and looks at a small file every millisecond, and beside it runs one thing
-after the other; each row has the longest time and the 99th of 100 that the client took in it.
+The library makes the image: one commit for each snapshot, with a few files rewritten before each.
+Then a client creates, writes and stats a small file every millisecond, while one command after the
+other runs. For each command the figures are the client's longest time and its 99th percentile.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from benchlib.targets import Cowfs, run
 FILES, CHANGES = 200, 4
 INTERVAL_S = 0.001
 QUEUE_SECONDS_MAX = 600.0
-BEFORE_S = 0.3  # that the client runs before what it runs beside
+BEFORE_S = 0.3  # how long the client runs before the command starts
 Say = Callable[[str], None]
 
 
 def make_snapshots(image: Path, count: int) -> None:
-    """Fill a new image with so many snapshots, named s00000 and on."""
+    """Fill a new image with `count` snapshots, named s00000, s00001 and so on."""
     from cowfs.history.edits import CreateSnapshot
     from cowfs.history.images import open_filesystem
     from cowfs.storage.device import FileDevice
 
     device = FileDevice(image, writable=True)
-    device.flush = lambda: None  # type: ignore[method-assign]  # nothing is lost that matters
+    device.flush = lambda: None  # type: ignore[method-assign]  # a crash may lose this image
     filesystem = open_filesystem(device, writable=True)
     live = filesystem.live
     inos = [live.create(1, b"f%d" % n, 0o100644, 0, 0).ino for n in range(FILES)]
@@ -59,7 +59,7 @@ def _client(directory: str, stop: Event, answers: Any) -> None:
 
 
 def _beside(mount: Path, call: Callable[[], object]) -> tuple[float, list[float]]:
-    """Seconds that the call took, and those of each thing that the client did meanwhile."""
+    """Seconds of the call, and seconds of each job that the client did meanwhile, ascending."""
     stop = multiprocessing.Event()
     answers, there = multiprocessing.Pipe(duplex=False)
     client = multiprocessing.Process(
@@ -80,7 +80,7 @@ def _beside(mount: Path, call: Callable[[], object]) -> tuple[float, list[float]
 
 
 def wait_figures(work: Path, count: int, say: Say) -> dict[str, float]:
-    """Seconds of each thing, and milliseconds that the client beside it waited."""
+    """Seconds of each command, and milliseconds that the client waited meanwhile."""
     target = Cowfs(work / "waits", 16 << 30)
     mount = target.mountpoint
     half = count // 2

@@ -2,9 +2,9 @@
 
     workloads.py STEP DIRECTORY PARAMETERS     (PARAMETERS is JSON)
 
-runs one step and prints {"seconds": ..., "operations": ...} as JSON. Only the standard library,
-started with `python -S -E`, and only the loop over the system calls is timed: names and offsets
-are made before. Every step is deterministic, so that each target sees the same calls.
+runs one step and prints {"seconds": ..., "operations": ...} as JSON. It is started with `python -S
+-E` and uses only the standard library. Names and offsets are made first; only the loop over the
+system calls is timed. Every step is deterministic, so that all targets get the same calls.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def stat_files(directory: str, parameters: Parameters) -> Timing:
 
 
 def find(directory: str, parameters: Parameters) -> Timing:
-    """Walk the tree and look at each entry, as find(1) does."""
+    """Walk the tree and stat each entry, as find(1) does."""
     seen = 0
     start_s = time.perf_counter()
     waiting = [f"{directory}/tree"]
@@ -119,7 +119,7 @@ def create_fsync(directory: str, parameters: Parameters) -> Timing:
 
 
 def _write_file(path: str, size_bytes: int) -> float:
-    # Slices of one random buffer: neither compressible nor the same piece twice.
+    # Slices of one random buffer: they cannot be compressed, and no two are the same.
     noise = memoryview(random.Random(3).randbytes(2 * PIECE_BYTES))
     handle = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o644)
     start_s = time.perf_counter()
@@ -154,7 +154,7 @@ def seq_read(directory: str, parameters: Parameters) -> Timing:
 
 
 def make_random(directory: str, parameters: Parameters) -> Timing:
-    """Make the file that the random workloads use; also takes the sequential one away."""
+    """Make the file for the random workloads, and remove the sequential one."""
     if os.path.exists(f"{directory}/sequential"):
         os.unlink(f"{directory}/sequential")
     size_bytes = parameters["random_bytes"]
