@@ -110,7 +110,7 @@ def _umount(arguments: list[str]) -> None:
     if "-v" in names:
         print(printable(f"unmounting {places[0]}"))
     if names & {"-f", "-l"}:  # the user does not want to wait
-        from cowfs.daemon.mount import unmount
+        from cowfs.daemon.mount_point import unmount
 
         unmount(places[0], lazy="-l" in names, force="-f" in names)
         return
@@ -131,7 +131,7 @@ def _umount(arguments: list[str]) -> None:
         # in spite of that.
         if find_mount(places[0]) is None:
             raise
-        from cowfs.daemon.mount import unmount
+        from cowfs.daemon.mount_point import unmount
 
         unmount(places[0])
         warn(UMOUNT_HELPER, f"{error}; unmounted without waiting for the last commit")

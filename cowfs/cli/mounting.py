@@ -161,7 +161,7 @@ def end_mount(program: str, directory: str, *, elsewhere: bool = False) -> "Moun
     """
     from cowfs.daemon import places
     from cowfs.daemon.finding import UnreachableError, connect_mount
-    from cowfs.daemon.mount import unmount
+    from cowfs.daemon.mount_point import unmount
     from cowfs.daemon.processes import busy, users
 
     mount = places.find_mount(directory)
