@@ -1,9 +1,12 @@
-"""When commits happen: on a timer, on fsync (shared by all who wait), on edits, and when memory fills;
-and two that change nothing, after much came free, so that the host gets it back.
+"""When commits happen: on a timer, on fsync (shared by all who wait), for edits, when memory fills.
 
-Freezing and finishing are synchronous calls between requests; only the writing of a large or shared
-commit runs in a thread, while requests go on. Keeps C2 (sync returns after a commit that was frozen
-after it was asked), C5 (the timer), C6 (edits) and C8 (a failed commit answers every waiter with EIO).
+Blocks that a commit frees can be discarded only after two more commits. So an idle mount makes
+those too, although they change nothing.
+
+Freezing and finishing a commit are synchronous calls between requests. Writing a large or shared
+commit runs in a thread, while requests go on. Keeps C2 (`sync` returns after a commit that was
+frozen after the call), C5 (the timer), C6 (edits) and C8 (if a commit fails, every waiter gets
+EIO).
 """
 
 import logging
@@ -24,30 +27,40 @@ from cowfs.storage.format import BLOCK_SIZE_BYTES
 
 log = logging.getLogger(__name__)
 
-# A commit of at most this much, with one waiter, is written where it is: a thread's hand-over costs
-# more than it gives.
+# A commit of at most this size, with one waiter, is written in the loop: a thread would cost more
+# time than it saves.
 INLINE_BLOCKS_MAX = 256
 INLINE_NODES_MAX = 64
-# Memory that dirty nodes and inodes may take before a commit is due. With many names that go to places
-# all over a large directory, each change dirties a node: more of them, where memory is given for a
-# cache that holds the directory, makes each node's two copies serve more changes.
+# A commit is due above one dirty node for each CACHE_BYTES_PER_DIRTY_NODE of the node cache. When
+# names are added all over a large directory, each one dirties another node. If the cache is large
+# enough for the directory, later commits make each written node (two copies) serve more changes.
 CACHE_BYTES_PER_DIRTY_NODE = 64 << 10
-DIRTY_ITEMS_MAX = 32768
-DROP_WORK = 16  # of the drop queue, between two requests: about 1 ms; opening a file is several
+DIRTY_ITEMS_MAX = 32768  # dirty inodes before a commit is due
+# Work units of the drop queue between two requests, about 1 ms; opening a file takes several.
+DROP_WORK = 16
 
 
 @dataclass(slots=True, eq=False)
 class _Batch:
-    """All who wait for the next freeze, and the edit to make in it.
+    """One commit to come: those who wait for it, and the edit that it makes.
 
-    `is_forced`: to be written though nothing changed.
+    Attributes:
+        edit: None for a commit without one.
+        frozen: called right after the freeze that makes the edit.
+        result: the records that the edit returns.
+        refusal: why the edit cannot be made; the commit is made without it.
+        mark_clean: commit even if nothing changed, so that the image is marked clean (True) or not
+            clean (False). None: mark it not clean if there is something to commit.
+        is_forced: commit even if nothing changed.
+        done: set at the end, also after an error.
+        error: the commit failed.
     """
 
     edit: Edit | None = None
-    frozen: Callable[[], None] | None = None  # to call when the edit is made, before anything else
+    frozen: Callable[[], None] | None = None
     result: list[RootRecord] = field(default_factory=list)
-    refusal: CowfsError | None = None  # why the edit cannot be made; the commit goes on without it
-    mark_clean: bool | None = None  # commit even if nothing changed, so that the mark is right
+    refusal: CowfsError | None = None
+    mark_clean: bool | None = None
     is_forced: bool = False
     waiters: int = 0
     done: trio.Event = field(default_factory=trio.Event)
@@ -59,8 +72,14 @@ class Committer:
 
     Args:
         filesystem: open for writing.
-        interval_s: between commits of a filesystem that changes.
-        dirty_bytes_max: of file data in memory; writers wait beyond it.
+        interval_s: time between commits while the filesystem changes.
+        dirty_bytes_max: file data in memory above which writers wait.
+
+    Attributes:
+        before_timed: awaited before each commit on the timer, to fetch what the kernel's write-back
+            cache holds (C5). None if there is no such cache.
+        paused: the mount was remounted read-only.
+        commit_count, written_bytes: totals since the mount, for `cowfs info`.
     """
 
     def __init__(self, filesystem: Filesystem, interval_s: float, dirty_bytes_max: int) -> None:
@@ -71,21 +90,20 @@ class Committer:
         self._dirty_nodes_max = filesystem.store.cache.limit_bytes // CACHE_BYTES_PER_DIRTY_NODE
         self._next = _Batch()
         self._writing: trio.Event | None = None  # set when the commit in flight is finished
-        self._due = trio.Event()
-        self._drops_wanted = trio.Event()
-        # Awaited before a commit on the timer: fetches what the kernel holds back (C5).
+        self._due = trio.Event()  # set to commit before the timer ends
+        self._drops_wanted = trio.Event()  # set when the drop queue has work
         self.before_timed: Callable[[], Awaitable[None]] | None = None
-        self.resting = False  # the mount is read-only for the time being
+        self.paused = False
         self.commit_count = 0
         self.written_bytes = 0
 
-    # --- asking -------------------------------------------------------------------------------------
+    # --- asking -----------------------------------------------------------------------------------
 
     async def sync(self) -> None:
-        """Everything that completed before the call is durable when it returns.
+        """Make everything durable that was completed before the call.
 
         Raises:
-            DeviceError: it is not, and never will be (C8).
+            DeviceError: a commit failed; nothing will be written any more (C8).
         """
         filesystem = self.filesystem
         store = filesystem.store
@@ -97,14 +115,14 @@ class Committer:
         batch.waiters += 1
         await self._join(batch)
 
-    async def rest(self) -> None:
-        """Commit, mark the image clean, and write nothing more until `wake`."""
-        self.resting = True
+    async def pause(self) -> None:
+        """Commit, mark the image clean, and write nothing more until `resume`."""
+        self.paused = True
         await self._mark(True)
 
-    async def wake(self) -> None:
-        """The image can be written again, and is marked so."""
-        self.resting = False
+    async def resume(self) -> None:
+        """Allow writing again, and mark the image not clean."""
+        self.paused = False
         await self._mark(False)
         self.kick_drops()
 
@@ -116,13 +134,14 @@ class Committer:
         await self._join(batch)
 
     async def apply(self, edit: Edit, frozen: Callable[[], None] | None = None) -> list[RootRecord]:
-        """Make an edit durable.
+        """Make an edit and commit it.
 
         Args:
-            frozen: called in the same turn as the freeze that makes the edit; must not fail.
+            frozen: called right after the freeze that makes the edit, before any request is
+                handled. Must not fail.
 
         Returns:
-            The records of its answer.
+            The records that the edit returns.
 
         Raises:
             CowfsError: the edit cannot be made, or the commit failed (C8).
@@ -139,13 +158,13 @@ class Committer:
         return batch.result
 
     async def trim(self, show: ShowSweep | None = None) -> Sweep:
-        """Discard all free blocks, with what waits for nothing but the next commits to be free.
+        """Discard all free blocks, including those that only the next commits would free.
 
         Args:
-            show: called now and then, with how far it is.
+            show: called from time to time with the progress.
 
         Returns:
-            What was done, for its numbers.
+            The finished sweep, for its numbers.
 
         Raises:
             DeviceError: a commit failed (C8), or a page of the space map cannot be read.
@@ -157,7 +176,7 @@ class Committer:
         return sweep
 
     async def _follow_up(self) -> None:
-        """Commit, though nothing changed, until no more comes free by that."""
+        """Commit, even if nothing changed, while much is pending that only a commit would free."""
         for _ in range(self.filesystem.store.admission.limits.retained_generations):
             if not self.filesystem.follow_up_due:
                 return
@@ -167,7 +186,7 @@ class Committer:
             await self._join(batch)
 
     def kick_if_due(self) -> None:
-        """Start a commit soon if a lot is in memory."""
+        """Start a commit soon if there is much dirty data, or many dirty nodes or inodes."""
         store = self.filesystem.store
         admission = store.admission
         if (
@@ -179,23 +198,23 @@ class Committer:
 
     @property
     def over_limit(self) -> bool:
-        """Whether a writer should wait."""
+        """Whether there is so much dirty data that writers must wait."""
         store = self.filesystem.store
         return store.admission.promised_blocks + store.queued_blocks > self._dirty_blocks_max
 
     async def throttle(self) -> None:
-        """Wait until there is room in memory for more dirty data."""
+        """Commit until the dirty data is below its limit."""
         while self.over_limit and self.filesystem.store.failed is None:
             await self.sync()
 
     def kick_drops(self) -> None:
-        """There is work in the drop queue."""
+        """Start working on the drop queue, if it has work."""
         self._drops_wanted.set()
 
-    # --- working ------------------------------------------------------------------------------------
+    # --- working ----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Commit on the timer and when due, and work off the drop queue. Ends by cancellation."""
+        """Commit on the timer and when due, run the drop queue, discard. Runs until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._run_timer)
             nursery.start_soon(self._run_drops)
@@ -206,7 +225,7 @@ class Committer:
             with trio.move_on_after(self._interval_s) as waiting:
                 await self._due.wait()
             self._due = trio.Event()
-            if self.resting:
+            if self.paused:
                 continue
             try:
                 if waiting.cancelled_caught and self.before_timed is not None:
@@ -216,20 +235,20 @@ class Committer:
                 if is_idle and self.filesystem.discard:
                     await self._follow_up()
             except CowfsError as error:
-                log.debug("commit on the timer failed: %s", error)  # the store has logged it
+                log.debug("the commit on the timer failed: %s", error)  # the store has logged it
                 await trio.sleep(self._interval_s)
 
     async def _run_drops(self) -> None:
         filesystem = self.filesystem
         while True:
-            is_asleep = self.resting or filesystem.store.failed is not None
-            if filesystem.drops.working and not is_asleep:
+            may_write = not self.paused and filesystem.store.failed is None
+            if filesystem.drops.working and may_write:
                 try:
                     filesystem.drops.step(DROP_WORK)
                     if filesystem.store.map.dirty_groups > 512 or not filesystem.drops.working:
                         await self.sync()
                 except CowfsError as error:
-                    log.error("the drop queue waits: %s", error)
+                    log.error("cannot free the space of deleted snapshots now: %s", error)
                     await trio.sleep(self._interval_s)
                 await trio.sleep(0)
             else:
@@ -238,19 +257,30 @@ class Committer:
                     await self._drops_wanted.wait()
 
     async def wait_drops(self) -> None:
-        """Until the drop queue is empty and that is durable."""
+        """Return when the drop queue is empty and that is durable.
+
+        Raises:
+            ReadOnlyError: the mount was remounted read-only meanwhile.
+            DeviceError: a commit failed (C8).
+        """
         self.kick_drops()
         while self.filesystem.drops.working and self.filesystem.store.failed is None:
-            if self.resting:
-                raise ReadOnlyError("the mount became read-only; the rest is freed when it is not")
+            if self.paused:
+                raise ReadOnlyError(
+                    "the mount became read-only; the rest is freed after mount -o remount,rw"
+                )
             await trio.sleep(0.01)
         await self.sync()
 
     async def _join(self, batch: _Batch) -> None:
-        """Wait for the batch; the first of its waiters does the work."""
+        """Wait for the commit of a batch. The first waiter makes it.
+
+        Raises:
+            CowfsError: the commit failed.
+        """
         if batch.waiters == 1:
             with trio.CancelScope(shield=True):
-                await trio.lowlevel.checkpoint()  # who asks in the same burst joins
+                await trio.lowlevel.checkpoint()  # requests of the same burst may join the batch
                 while self._writing is not None:
                     await self._writing.wait()
                 self._next = _Batch()
@@ -285,7 +315,7 @@ class Committer:
         except CowfsError as error:
             batch.error = filesystem.store.failed or error
         except Exception as error:
-            # A fault of our own, somewhere in the middle: what is in memory may be anything by now.
+            # Our bug, in the middle of a commit: the state in memory may be inconsistent now.
             log.error("unexpected error in a commit", exc_info=error)
             if filesystem.store.failed is None:
                 filesystem.store.fail(DeviceError(f"internal error: {error!r}"))
@@ -322,7 +352,8 @@ class Committer:
 
 
 def _is_small(commit: Commit) -> bool:
+    """Whether a commit is fast to write, so that the loop can do it."""
     if commit.discard is not None:
-        return False  # it may have to wait for that
+        return False  # the write may have to wait until the discard stops
     blocks = sum(len(buffers) for _, buffers in commit.data)
     return blocks <= INLINE_BLOCKS_MAX and len(commit.nodes) <= INLINE_NODES_MAX

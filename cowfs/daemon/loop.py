@@ -1,26 +1,26 @@
-"""The burst loop: pyfuse3 keeps reading while requests are queued, with trio as the event loop.
+"""The burst loop: a worker of pyfuse3 reads request after request as long as the kernel has any.
 
 Promises:
-- While the kernel has requests queued, a worker reads one after the other without passing through
-  the scheduler. After `BURST_REQUESTS_MAX` requests or `BURST_DURATION_NS_MAX`, whichever comes
-  first, every other task, timer and descriptor gets a turn (a real checkpoint).
+- While the kernel has requests queued, a worker reads them one after the other without passing
+  through trio's scheduler. After `BURST_REQUESTS_MAX` requests or `BURST_DURATION_NS_MAX`,
+  whichever comes first, a real checkpoint gives every other task, timer and descriptor a turn.
 - As soon as a handler really suspends, another worker may read: handlers that wait overlap.
-- A client that comes back within microseconds is waited for awake (see `SPIN_DURATION_NS_MAX`);
-  with nothing to do the loop sleeps in epoll and uses no CPU.
+- The loop spins briefly for a client whose next request comes within microseconds (see
+  `SPIN_DURATION_NS_MAX`). An idle loop sleeps in epoll and uses no CPU.
 - It stays plain trio. A cancelled worker ends at its next turn, `pyfuse3.terminate` ends all of
   them.
 
-How: pyfuse3 looks the name `trio` up in its own module at every use, and `pyfuse3.asyncio` uses
-that seam to put another event loop there. `install_burst_loop` puts an object there that answers
+How: pyfuse3 looks the name `trio` up in its own module at every use. `pyfuse3.asyncio` uses that to
+replace the event loop, and so does `install_burst_loop`. It puts an object there that implements
 `open_nursery`, `Lock` and `lowlevel.wait_readable` itself while a session runs, and passes
-everything else to trio. pyfuse3 takes the lock, waits for the descriptor, gives the lock back,
-reads one request and awaits its handler, and has no suspension point between the wait and the
-read, so a request seen by poll is read by the worker that saw it.
+everything else to trio. A worker of pyfuse3 takes the lock, waits for the descriptor, releases the
+lock, reads one request and awaits its handler. Between the wait and the read it has no suspension
+point, so a request that poll has seen is read by the worker that saw it.
 
-One thing can come between: a client that is killed takes its request back. The read, which
-libfuse does blocking and pyfuse3 with the GIL held, would then stop the whole process, timers and
-threads included, until some other request comes. pyfuse3's own loop has this fault too. Here an
-alarm signal interrupts such a read (`_ReadAlarm`), which pyfuse3 takes for "wait again".
+There is one exception: the kernel withdraws the request of a client that is killed. The read is
+blocking and pyfuse3 holds the GIL, so the whole process would stop, timers and threads included,
+until another request comes. pyfuse3's own loop has this fault too. Here an alarm signal interrupts
+such a read (`_ReadAlarm`), and pyfuse3 then waits again.
 """
 
 from __future__ import annotations
@@ -39,37 +39,37 @@ from trio.lowlevel import ParkingLot, Task, enable_ki_protection
 
 from cowfs.daemon.fuse import pyfuse3
 
-# One turn costs a checkpoint (4 us) and an epoll call: lost in the noise over 64 requests of 12 us.
-# And 64 cheap requests keep a timer waiting for less than 1 ms.
+# A turn costs a checkpoint (4 us) and an epoll call: within noise over 64 requests of 12 us each.
+# 64 cheap requests delay a timer by less than 1 ms.
 BURST_REQUESTS_MAX = 64
 
-# Bounds the wait of timers where requests are not cheap (a write of 1 MiB takes about 300 us).
+# Bounds the delay of timers where requests are not cheap (a write of 1 MiB takes about 300 us).
 BURST_DURATION_NS_MAX = 2_000_000
 
-# Before it sleeps, the reader polls for this long, if the last sleep was short: a client that
-# makes one call after the other has its next request here within 20 us, while a sleep and a
-# wake-up cost both sides 30 us. One client on its own CPU: 14,000 -> 46,000 lookups/s, and *less*
-# CPU per request (46 -> 13 us). 100 us measured the same.
+# If its last sleep was short, the reader polls for this long before it sleeps again. A client that
+# makes one call after the other sends its next request within 20 us, while a sleep and a wake-up
+# cost both sides 30 us. Measured with one client on its own CPU: 14,000 -> 46,000 lookups/s, and
+# *less* CPU per request (46 -> 13 us). 100 us measured the same.
 SPIN_DURATION_NS_MAX = 50_000
 SHORT_SLEEP_NS_MAX = 200_000
 
-# Each spin in vain doubles the number of short sleeps before the next try, up to this; a spin that
-# meets a request sets it back to one. So a client that the spin keeps from its CPU, or that
-# thinks for longer, pays 50 us once in a thousand requests, and an idle loop never spins.
+# Each spin without a request doubles the number of short sleeps before the next spin, up to this
+# limit; a spin that sees a request resets the number to one. So a client that needs the CPU of the
+# spinning reader, or is slower, loses 50 us once in a thousand requests. An idle loop never spins.
 SHORT_SLEEPS_NEEDED_MAX = 1024
 
-# How long the process may stand still when a client took its request back. Fifty signals a second
-# while busy measured as 0.5 % of a CPU, within noise.
+# How long the process may be blocked by a withdrawn request. Fifty signals a second while busy
+# measured as 0.5 % of a CPU, within noise.
 READ_ALARM_INTERVAL_S = 0.020
 
 
 class _ReadAlarm:
-    """Interrupts a read that blocks: SIGALRM every `READ_ALARM_INTERVAL_S` while there is work.
+    """Interrupts a blocked read: SIGALRM every `READ_ALARM_INTERVAL_S` while the loop is busy.
 
-    Started when the reader wakes up. It goes off at most once while the reader sleeps, sees that
-    there is nothing to interrupt, and stops: an idle loop gets no signals, a busy one makes no
-    system calls for this. Python's handlers do not restart system calls, so the read ends in EINTR.
-    Only in the main thread; elsewhere Python gives no signals and the reads stay unguarded.
+    The timer starts when the reader wakes up. At its first signal while the reader sleeps it stops
+    itself. So an idle loop gets no signals, and a busy one makes no system calls for the timer.
+    Signal handlers of Python do not restart system calls, so the read ends with EINTR. Python runs
+    them in the main thread only; in another thread reads are not guarded.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class _ReadAlarm:
         if threading.current_thread() is threading.main_thread():
             self._handler_before = signal.signal(signal.SIGALRM, self._ring)
         else:
-            self._running = True  # nothing to start
+            self._running = True  # so that `start` does nothing
 
     def uninstall(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -102,11 +102,10 @@ class _ReadAlarm:
 
 
 class _BurstSession(trio.abc.Instrument):
-    """Who reads, and how long the burst has lasted; also the lock of the workers.
+    """The lock of the workers, the wait for requests, and the limits of a burst.
 
-    As an instrument it is told when a task's step ends. That is the moment at which a handler
-    has really suspended (or the reader has), and so the only moment at which a worker that waits
-    for its turn to read needs to be woken.
+    As an instrument it learns when the step of a task ends: a handler, or the reader, has really
+    suspended. Only then does a worker that waits for the lock have to be woken.
     """
 
     def __init__(self) -> None:
@@ -130,21 +129,21 @@ class _BurstSession(trio.abc.Instrument):
     # Hooks of trio.
 
     def after_task_step(self, task: Task) -> None:
-        """Start a new burst, and pass the right to read on if nobody uses it."""
+        """Start a new burst, and wake a worker if the lock is free."""
         self._burst_requests = 0
         if not self._locked and not self._woken and self._lot:
             self._woken = True
             self._lot.unpark(count=1)
 
     def task_spawned(self, task: Task) -> None:
-        """Give a new task its first step soon.
+        """End the burst soon, so that a new task gets its first step.
 
-        A worker that starts another would otherwise see it still missing at the next request and
+        Otherwise a worker that starts another one would not see it run by the next request, and
         start one more each time.
         """
         self._turn_due = True
 
-    # The lock of the workers. No hand-over: whoever runs and finds it free takes it.
+    # The lock of the workers. It is not handed over: the first worker that finds it free takes it.
 
     @enable_ki_protection
     async def __aenter__(self) -> None:
@@ -166,10 +165,10 @@ class _BurstSession(trio.abc.Instrument):
 
     @enable_ki_protection
     async def wait_readable(self, descriptor: int) -> None:
-        """Return when a request is queued at `descriptor`, at once if the burst allows it.
+        """Return when a request is queued at `descriptor`. Within a burst this may not suspend.
 
         Raises:
-            trio.ClosedResourceError: the session was told to end.
+            trio.ClosedResourceError: the session is ending.
         """
         if self._turn_due or (
             self._burst_requests
@@ -179,7 +178,7 @@ class _BurstSession(trio.abc.Instrument):
             self._turn_due = False
             await trio.lowlevel.checkpoint()
             if self._closings != closings:
-                # notify_closing found nobody waiting and cannot come again.
+                # notify_closing came during the checkpoint, with nobody waiting, and comes only once.
                 raise trio.ClosedResourceError("the session is ending")
         if not self._burst_requests:
             self._burst_end_ns = monotonic_ns() + BURST_DURATION_NS_MAX
@@ -187,7 +186,7 @@ class _BurstSession(trio.abc.Instrument):
             self._poller = select.poll()
             self._poller.register(descriptor, select.POLLIN)
             self._descriptor = descriptor
-        # Any event (readable, hung up, failed) is for the read to find out.
+        # Return at any event (readable, hung up, error): the read then reports which.
         if not self._poller.poll(0) and not self._spin():
             await self._sleep(descriptor)
         self._burst_requests += 1
@@ -208,7 +207,7 @@ class _BurstSession(trio.abc.Instrument):
             self._short_sleeps = 0
 
     def _spin(self) -> bool:
-        """Poll for a moment, if that promises something, and tell whether a request came."""
+        """Poll for SPIN_DURATION_NS_MAX if enough sleeps were short. Whether a request came."""
         if self._short_sleeps < self._short_sleeps_needed:
             return False
         end_ns = monotonic_ns() + SPIN_DURATION_NS_MAX
@@ -221,12 +220,12 @@ class _BurstSession(trio.abc.Instrument):
         return False
 
     def note_closing(self) -> None:
-        """Remember that the session ends, for a worker that is in its checkpoint just now."""
+        """Remember that the session ends, for a worker that is in its checkpoint now."""
         self._closings += 1
 
 
 class _BurstLowlevel:
-    """Stands for `trio.lowlevel`."""
+    """Stands in for `trio.lowlevel` in pyfuse3."""
 
     def __init__(self, session: _BurstSession) -> None:
         self._session = session
@@ -241,7 +240,7 @@ class _BurstLowlevel:
 
 
 class _BurstLoop:
-    """Stands for `trio` in pyfuse3. Outside of a running session it is nothing but trio."""
+    """Stands in for `trio` in pyfuse3. While no session runs it only passes everything to trio."""
 
     def __init__(self) -> None:
         self._session = _BurstSession()
@@ -256,7 +255,7 @@ class _BurstLoop:
 
     @asynccontextmanager
     async def open_nursery(self) -> AsyncGenerator[trio.Nursery, None]:
-        """A nursery of trio's with the burst session around it; pyfuse3 opens one, in main()."""
+        """A nursery of trio with the burst session around it. pyfuse3 opens one, in main()."""
         self._session.reset()
         self._session.alarm.install()
         trio.lowlevel.add_instrument(self._session)
@@ -273,17 +272,17 @@ class _BurstLoop:
 
 
 def install_burst_loop() -> None:
-    """Let the next `pyfuse3.main` read in bursts.
+    """Make the next `pyfuse3.main` use the burst loop.
 
-    Call it before `pyfuse3.main` starts; a second call changes nothing. Call `pyfuse3.main` in
-    the main thread, and leave SIGALRM and the real-time interval timer to it.
+    Call it before `pyfuse3.main` starts; a second call changes nothing. Call `pyfuse3.main` in the
+    main thread. SIGALRM and the real-time interval timer belong to the loop while it runs.
     """
     if not isinstance(_current(), _BurstLoop):
         setattr(pyfuse3, "trio", _BurstLoop())  # noqa: B010 - not in the stubs of pyfuse3
 
 
 def uninstall_burst_loop() -> None:
-    """Give pyfuse3 its own session loop back. Not while `pyfuse3.main` runs."""
+    """Restore pyfuse3's own loop. Do not call it while `pyfuse3.main` runs."""
     setattr(pyfuse3, "trio", trio)  # noqa: B010 - not in the stubs of pyfuse3
 
 

@@ -1,15 +1,15 @@
-"""Node ids, what the kernel knows of them, and what it is told: the state of one mount.
+"""The state of one mount that all handlers share: node ids, attributes, lookup counts, orphans.
 
-A node id given to the kernel is (root id, inode): unique over the live volume and all snapshots; node
-1 is the root directory of the live volume, whichever root that is after a rollback. Old ids keep
-naming the tree they were given for.
+A node id for the kernel is (root id, inode number): unique over the live volume and all snapshots.
+Node 1 is the root directory of the live volume, also after a rollback gave that another root id. An
+old node id keeps naming the tree for which it was given out.
 
-The number that programs see (st_ino, d_ino) is the node id for files of snapshots, and the plain
-inode number for live ones. So du, find, tar and rsync never take two files for one, a file keeps its
-number over a rollback, and 32-bit programs can read directories.
+Programs see another number (st_ino, d_ino): for files of snapshots the node id, for live files the
+plain inode number. So du, find, tar and rsync never confuse two files, a file keeps its number over
+a rollback, and 32-bit programs can read directories.
 
-Nobody else changes the tree, so the kernel may cache names and attributes for long; rollback
-invalidates them.
+Only this daemon changes the tree. So the kernel may cache names and attributes for long, and a
+rollback invalidates them.
 """
 
 import errno
@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 
 INO_BITS = 40
 ROOT_NODE = 1  # FUSE_ROOT_ID
-SNAPSHOTS_NODE = 2  # the directory .snapshots; inode 2 of root 0, which is no root's id
+SNAPSHOTS_NODE = 2  # the directory .snapshots: inode 2 of root 0, and no root has the id 0
 SNAPSHOTS_NAME = b".snapshots"
-# What programs see as the number of .snapshots: 32 bits, until a file has that number.
+# The number of .snapshots that programs see fits in 32 bits until a file may have that number.
 SNAPSHOTS_NUMBER, SNAPSHOTS_NUMBER_LATER = (1 << 32) - 1, 1 << 63
 TIMEOUT_S = 86400.0
 
@@ -49,6 +49,11 @@ class Nodes:
         filesystem: open.
         committer: its commits; None when the mount is read-only.
         options: of the mount.
+
+    Attributes:
+        live: the live volume.
+        lookups: lookup counts of its inodes.
+        writers: number of handles open for writing, by node id.
     """
 
     def __init__(
@@ -59,10 +64,11 @@ class Nodes:
         self._snapshots_served = options.snapshots != "disabled"
         self._access_times = options.access_times
         self._strict_times = options.access_times and options.strict_access_times
-        self.lookups = Lookups()  # of the live volume's inodes
-        self._old_lookups = self.lookups  # before the last rollback, of the nodes from `_old_base`
-        self.writers: dict[int, int] = {}  # handles open for writing, by node id
-        self._reclaims: list[int] = []  # orphans too large for one turn
+        self.lookups = Lookups()
+        # Of the volume that was live before the last rollback; its nodes start at `_old_base`.
+        self._old_lookups = self.lookups
+        self.writers: dict[int, int] = {}
+        self._reclaims: list[int] = []  # orphans that are reclaimed in steps
         self._set_live()
         self._old_base = self._live_base
         self._uid, self._gid = os.getuid(), os.getgid()
@@ -82,10 +88,10 @@ class Nodes:
             odd_number=SNAPSHOTS_NUMBER if is_free else SNAPSHOTS_NUMBER_LATER,
         )
 
-    # --- node ids -----------------------------------------------------------------------------------
+    # --- node ids ---------------------------------------------------------------------------------
 
     def resolve(self, node: int) -> tuple[Volume, int]:
-        """The volume and inode number of a node id. Raises OSError ESTALE for one that is gone."""
+        """The volume and inode number of a node id. Raises OSError ESTALE if its root is gone."""
         ino = node - self._live_base
         if 0 < ino <= INO_MAX:
             return self.live, ino
@@ -97,6 +103,12 @@ class Nodes:
         return volume, node & INO_MAX
 
     def resolve_for_change(self, node: int) -> tuple[Volume, int]:
+        """As `resolve`, for the live volume only.
+
+        Raises:
+            OSError: EROFS for a node of a snapshot; ESTALE for one of a volume that a rollback
+                replaced.
+        """
         volume, ino = self.resolve(node)
         if volume is not self.live:
             stale = volume.tree.owner << INO_BITS | ino
@@ -104,15 +116,16 @@ class Nodes:
         return volume, ino
 
     def _was_live(self, node: int) -> bool:
-        """Whether the id names what was the live volume before a rollback."""
+        """Whether a node is of a volume that was live before a rollback."""
         record = self.filesystem.catalog.root(node >> INO_BITS)
         return record is None or record.automatic
 
     def attributes(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
+        """The kernel answer for an inode, cached in the inode until it is touched: read only."""
         entry: pyfuse3.EntryAttributes | None = inode.answer
         if entry is not None:
             return entry
-        entry = pyfuse3.EntryAttributes()  # with the type and the block size of a regular file
+        entry = pyfuse3.EntryAttributes()  # its defaults are those of a regular file
         ino, mode = inode.ino, inode.mode
         file_type = mode & 0o170000
         if volume is self.live:
@@ -120,7 +133,7 @@ class Nodes:
         else:
             entry.st_ino = volume.tree.owner << INO_BITS | ino
             if file_type == stat.S_IFREG:
-                mode &= ~SET_ID  # what was fixed since must not come back
+                mode &= ~SET_ID  # a program with a hole that was fixed since must not run set-id
         entry.entry_timeout = TIMEOUT_S
         entry.attr_timeout = TIMEOUT_S
         entry.st_mode = mode
@@ -142,30 +155,32 @@ class Nodes:
         return entry
 
     def found(self, volume: Volume, inode: Inode) -> pyfuse3.EntryAttributes:
-        """The answer of a lookup: the kernel holds one more reference to the inode."""
+        """`attributes` for the answer of a lookup, which adds one to the lookup count."""
         if volume is self.live:
             self.lookups.add(inode.ino)
         return self.attributes(volume, inode)
 
     def accessed(self, volume: Volume, inode: Inode) -> None:
-        """A file was read."""
-        if self._access_times and not self._rests:
+        """Update atime after a read, if the mount options ask for it."""
+        if self._access_times and not self._is_paused:
             volume.accessed(inode, strict=self._strict_times)
 
     def changed(self) -> None:
+        """Start a commit if one is due. Called after every change."""
         if self.committer is not None:
             self.committer.kick_if_due()
 
-    # --- the directory .snapshots -------------------------------------------------------------------
+    # --- the directory .snapshots -----------------------------------------------------------------
 
     def is_snapshots_parent(self, node: int) -> bool:
         return node == ROOT_NODE and self._snapshots_served
 
     def is_snapshot_root(self, volume: Volume, ino: int) -> bool:
-        """Whether it is a directory of .snapshots."""
+        """Whether an inode is the root directory of a snapshot."""
         return ino == ROOT_INO and volume is not self.live
 
     def snapshots_attributes(self) -> pyfuse3.EntryAttributes:
+        """The kernel answer for the directory .snapshots."""
         self._show_numbers()
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = pyfuse3.InodeT(SNAPSHOTS_NODE)
@@ -178,20 +193,21 @@ class Nodes:
         return entry
 
     def refuse_reserved(self, parent: int, name: bytes) -> None:
+        """Raise EROFS for a new name inside .snapshots, EEXIST for the name .snapshots itself."""
         if parent == SNAPSHOTS_NODE:
             raise posix_error(errno.EROFS)
         if name == SNAPSHOTS_NAME and self.is_snapshots_parent(parent):
             raise posix_error(errno.EEXIST)
 
-    # --- orphans --------------------------------------------------------------------------------------
+    # --- orphans ----------------------------------------------------------------------------------
 
     @property
-    def _rests(self) -> bool:
-        """Whether the mount is read-only for the time being."""
-        return self.committer is not None and self.committer.resting
+    def _is_paused(self) -> bool:
+        """Whether the mount was remounted read-only: nothing may be written until it is undone."""
+        return self.committer is not None and self.committer.paused
 
     def forget(self, node: int, count: int) -> None:
-        """The kernel dropped `count` references to a node; the last one of an orphan reclaims it."""
+        """Lower the lookup count of a node by `count`. An orphan with count 0 is reclaimed."""
         ino = node - self._live_base
         if not 0 < ino <= INO_MAX:
             self._old_lookups.drop(node - self._old_base, count)
@@ -199,16 +215,16 @@ class Nodes:
             self.reclaim(ino)
 
     def reclaim(self, ino: int) -> None:
-        """Free what an orphan holds; a large one bit by bit, between requests (`reclaim_some`)."""
+        """Remove an orphan, or begin to: `reclaim_some` continues with a large one."""
         try:
             if not self.live.reclaim(ino):
                 self._reclaims.append(ino)
         except CowfsError as error:
-            log.warning("inode %d keeps its space until the next mount: %s", ino, error)
+            log.warning("deleted inode %d keeps its space until the next mount: %s", ino, error)
 
     def reclaim_some(self) -> bool:
-        """Go on giving back large files that were deleted. Returns whether there is more."""
-        if self._rests:
+        """Do one step of removing large deleted files. Returns whether more is left."""
+        if self._is_paused:
             return False
         if self._reclaims:
             ino = self._reclaims.pop()
@@ -217,15 +233,15 @@ class Nodes:
         return bool(self._reclaims)
 
     def lost_name(self, inode: Inode | None) -> None:
-        """An inode may have lost its last name: reclaim it unless the kernel still knows it."""
+        """Reclaim an inode that has lost its last name, unless the kernel still knows it."""
         if inode is not None and not inode.nlink and inode.ino not in self.lookups:
             self.reclaim(inode.ino)
         self.changed()
 
-    # --- rollback -----------------------------------------------------------------------------------
+    # --- rollback ---------------------------------------------------------------------------------
 
     def writer_inos(self) -> list[int]:
-        """Inode numbers of the live volume that are open for writing."""
+        """Inode numbers of the files of the live volume that are open for writing."""
         return [
             node - self._live_base if node != ROOT_NODE else ROOT_INO
             for node in self.writers
@@ -233,23 +249,27 @@ class Nodes:
         ]
 
     def switch(self) -> "Stale":
-        """The live volume was replaced. Returns what the kernel is to forget. Cannot fail."""
+        """Switch to the new live volume of the filesystem, after a rollback. Cannot fail.
+
+        Returns:
+            What the kernel must forget.
+        """
         old = self.live
         old.inodes.forget_answers()
         self._old_lookups, self._old_base = self.lookups, self._live_base
         self.lookups = Lookups()
         self._set_live()
-        self._reclaims = list(self.live.orphans)  # open then, in a time that is not now
+        self._reclaims = list(self.live.orphans)  # they were open when the snapshot was taken
         return Stale((old, self.live), self._old_base, self._old_lookups)
 
 
 class Stale(NamedTuple):
-    """What a rollback leaves behind in the kernel.
+    """What the kernel has cached when a rollback replaces the live volume.
 
     Attributes:
-        volumes: the live one before and after; the kernel may know names of either's root directory.
-        base: node id of inode 0 of what was the live volume.
-        lookups: the inodes of that volume which the kernel knows.
+        volumes: the old and the new live volume; names of either root directory may be cached.
+        base: node id of inode 0 of the old live volume.
+        lookups: lookup counts of the old live volume.
     """
 
     volumes: tuple[Volume, Volume]
@@ -258,20 +278,21 @@ class Stale(NamedTuple):
 
 
 def invalidate(stale: Stale, names: list[bytes]) -> None:
-    """Let the kernel forget the tree that was live. Call it from a thread.
+    """Make the kernel forget the old live volume. Call it from a thread, so that the loop runs.
 
     Args:
-        names: of the root directory, before and after.
+        stale: from `Nodes.switch`.
+        names: all names in the root directories of both volumes.
     """
     for name in names:
         try:
             pyfuse3.invalidate_entry(pyfuse3.InodeT(ROOT_NODE), pyfuse3.FileNameT(name))
         except OSError as error:
-            if error.errno != errno.ENOENT:  # the kernel did not know it
+            if error.errno != errno.ENOENT:  # the kernel did not have it cached
                 log.warning("cannot invalidate %r: %s", name, error)
     pyfuse3.invalidate_inode(pyfuse3.InodeT(ROOT_NODE))
-    # What is left is open, or somebody's working directory. It is a file of a snapshot now, and must
-    # not show the number of the live one.
+    # Inodes that the kernel still knows are open, or are working directories. They belong to a
+    # snapshot now, so the kernel must not go on showing the number of the live file.
     for ino in stale.lookups.inos():
         try:
             pyfuse3.invalidate_inode(pyfuse3.InodeT(stale.base | ino), attr_only=True)

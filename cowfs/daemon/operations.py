@@ -1,7 +1,7 @@
-"""The FUSE operations: kernel requests in, calls on volumes, answers out.
+"""The FUSE operations: each handler turns a kernel request into calls on a volume, and answers it.
 
-Handlers that need not wait await nothing; what they raise answers.py makes an errno. What they share,
-node ids and attributes, is in nodes.py.
+A handler that need not wait awaits nothing. answers.py turns exceptions into errnos. Node ids and
+attributes, which the handlers share, are in nodes.py.
 """
 
 import copy
@@ -46,33 +46,36 @@ from cowfs.storage.format import BLOCK_SIZE_BYTES
 
 log = logging.getLogger(__name__)
 
-UNNAMED = b"/"  # what the kernel calls a file of O_TMPFILE, and no file can be called
-WRITER_BIT = 1 << 63  # in a file handle, beside the node id: it was opened for writing
+UNNAMED = b"/"  # the name in the request of O_TMPFILE; no file can have it
+# A file handle is the node id, with this bit set if it is open for writing.
+WRITER_BIT = 1 << 63
 HANDLE_NODE = WRITER_BIT - 1
-# Handles of directories are their node ids; those of 32-bit programs begin here, far from any node
-# that is opened with WRITER_BIT.
+# A directory handle is the node id. Directories opened by 32-bit programs have handles from here
+# upwards, which no node id with WRITER_BIT reaches.
 NARROW_HANDLES = WRITER_BIT | 1 << 62
 COOKIE_DOT, COOKIE_DOT_DOT, COOKIE_SNAPSHOTS = 1, 2, 3
-# Snapshots in one answer: the root directory of each may have to be read, 0.2 ms, and kernels ask for
-# a thousand at once.
+# Snapshots in one readdir answer. Reading the root directory of each may take 0.2 ms, and the
+# kernel has room for a thousand.
 SNAPSHOTS_LISTED_MAX = 8
 Reply = Callable[[Any, bytes, Any, int], bool]  # as pyfuse3.readdir_reply
 XATTR_NAMESPACES = (b"user.", b"trusted.", b"security.")
 
 
 class Operations(pyfuse3.Operations):
-    """The handlers of one mount.
+    """The handlers of one mount. pyfuse3 and the module `_session` call them.
 
     Args:
         filesystem: open.
-        committer: of its commits; None when the mount is read-only.
+        committer: its commits; None when the mount is read-only.
         options: of the mount.
 
     Attributes:
-        nodes: node ids and what the kernel knows of them.
+        nodes: node ids, and which inodes the kernel knows.
+        writeback: the kernel's write-back cache; None if it is off.
     """
 
-    supports_dot_lookup = True  # read by pyfuse3 at the mount, as the next two
+    # pyfuse3 reads this, enable_acl and enable_writeback_cache when it mounts.
+    supports_dot_lookup = True
 
     def __init__(
         self, filesystem: Filesystem, committer: Committer | None, options: MountOptions
@@ -101,7 +104,7 @@ class Operations(pyfuse3.Operations):
         self._absent.entry_timeout = TIMEOUT_S
         self._narrow = NarrowListings(NARROW_HANDLES, pyfuse3.readdir_reply)
 
-    # --- names --------------------------------------------------------------------------------------
+    # --- names ------------------------------------------------------------------------------------
 
     @answers
     def lookup(self, parent: int, name: bytes, ctx: object) -> pyfuse3.EntryAttributes:
@@ -111,7 +114,7 @@ class Operations(pyfuse3.Operations):
         if name == SNAPSHOTS_NAME and self.nodes.is_snapshots_parent(parent):
             return self.nodes.snapshots_attributes()
         inode: Inode | None
-        if name == b".":  # of a file too: so the kernel finds again what a file handle names
+        if name == b".":  # also of a file: so the kernel resolves a file handle (NFS)
             inode = volume.get(ino)
         elif name == b"..":
             if self.nodes.is_snapshot_root(volume, ino):
@@ -135,7 +138,7 @@ class Operations(pyfuse3.Operations):
         if volume is None:
             raise posix_error(errno.ENOENT)
         entry = copy.copy(self._attributes(volume, volume.get(ROOT_INO)))
-        entry.entry_timeout = 0  # snapshots come and go by commands, not by requests
+        entry.entry_timeout = 0  # commands make and delete snapshots behind the kernel's back
         return entry
 
     @waits
@@ -173,7 +176,7 @@ class Operations(pyfuse3.Operations):
         ctx: pyfuse3.RequestContext,
         rdev: int = 0,
     ) -> Inode:
-        # Otherwise the kernel has taken it from the mode already, also below a default ACL.
+        # Else the kernel has applied the umask to the mode already, also below a default ACL.
         umask = ctx.umask if umask_is_ours() else 0
         inherits, uid, gid = self.enable_acl, ctx.uid, ctx.gid
         if name == UNNAMED:
@@ -211,7 +214,7 @@ class Operations(pyfuse3.Operations):
     @answers
     def rmdir(self, parent: int, name: bytes, ctx: object) -> None:
         if parent == SNAPSHOTS_NODE:
-            raise posix_error(errno.EROFS)  # deleting a snapshot is a command's business
+            raise posix_error(errno.EROFS)  # only `cowfs snapshot delete` deletes snapshots
         if name == SNAPSHOTS_NAME and self.nodes.is_snapshots_parent(parent):
             raise posix_error(errno.EBUSY)
         volume, directory = self._resolve_for_change(parent)
@@ -239,7 +242,7 @@ class Operations(pyfuse3.Operations):
         )
         self._lost_name(lost)
 
-    # --- attributes ---------------------------------------------------------------------------------
+    # --- attributes -------------------------------------------------------------------------------
 
     @answers
     def getattr(self, node: int, ctx: object) -> pyfuse3.EntryAttributes:
@@ -304,10 +307,10 @@ class Operations(pyfuse3.Operations):
         answer.f_namemax = NAME_BYTES_MAX
         return answer
 
-    # --- xattrs -------------------------------------------------------------------------------------
+    # --- xattrs -----------------------------------------------------------------------------------
 
     def _check_namespace(self, name: bytes) -> None:
-        """Refuse what no filesystem of the kernel has; who may do what in the others, it decides."""
+        """Refuse namespaces that the kernel's own filesystems lack. The kernel checks rights."""
         if not self._xattrs:
             raise posix_error(errno.ENOSYS)
         if name.startswith(XATTR_NAMESPACES):
@@ -322,7 +325,8 @@ class Operations(pyfuse3.Operations):
         if node == SNAPSHOTS_NODE:
             raise posix_error(errno.ENODATA)
         volume, ino = self._resolve(node)
-        if not volume.get(ino).xattr_count:  # without our module the kernel asks before every write
+        # A shortcut: without the module `_session` the kernel asks before every write.
+        if not volume.get(ino).xattr_count:
             raise pyfuse3.FUSEError(errno.ENODATA)
         return volume.getxattr(ino, name)
 
@@ -334,7 +338,7 @@ class Operations(pyfuse3.Operations):
             return iter(())
         volume, ino = self._resolve(node)
         names = volume.listxattr(ino)
-        if ctx.uid:  # as ext4 hides them; the kernel refuses to read them
+        if ctx.uid:  # ext4 hides these too; the kernel refuses to read them
             names = [name for name in names if not name.startswith(b"trusted.")]
         if not self.enable_acl:
             names = [name for name in names if name not in ACL_NAMES]
@@ -362,7 +366,7 @@ class Operations(pyfuse3.Operations):
         volume.removexattr(ino, name)
         self._changed()
 
-    # --- files --------------------------------------------------------------------------------------
+    # --- files ------------------------------------------------------------------------------------
 
     @answers
     def open(self, node: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
@@ -382,7 +386,7 @@ class Operations(pyfuse3.Operations):
         else:
             volume, ino = self._resolve(node)
             volume.get(ino)
-        # Without its pages the kernel sends us the first read of each place after each open.
+        # Without keep_cache the kernel drops the file's pages at each open, and reads them again.
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(handle), keep_cache=self._keep_cache)
 
     @answers
@@ -416,14 +420,14 @@ class Operations(pyfuse3.Operations):
         try:
             return await trio.to_thread.run_sync(functools.partial(reading.fetch, wait=True))
         except CorruptError:
-            # The blocks may have been given back and written anew while the thread waited; what the
-            # tree says now cannot be.
+            # While the thread waited, the blocks may have been freed and reused. Read once more,
+            # from where the tree has the data now; those blocks cannot be reused during this call.
             return volume.reading(ino, offset, size).fetch(wait=True)
 
     @waits
     async def write(self, handle: int, offset: int, data: bytes) -> int:
         volume, ino = self._resolve_for_change(handle & HANDLE_NODE)
-        # With its write-back cache the kernel keeps the times too, and sends them by setattr.
+        # With the write-back cache on, the kernel also keeps the times and sends them with setattr.
         inode = volume.write(ino, offset, data, keep_times=self.writeback is not None)
         if (inode.mode & SET_ID or inode.xattr_count) and write_kills_privileges():
             bits = SET_ID if inode.mode & stat.S_IXGRP else stat.S_ISUID
@@ -437,7 +441,7 @@ class Operations(pyfuse3.Operations):
 
     @answers
     def flush(self, handle: int) -> None:
-        raise posix_error(errno.ENOSYS)  # nothing to do at close(): the kernel need not ask again
+        raise posix_error(errno.ENOSYS)  # close() needs no work: the kernel then stops asking
 
     @answers
     def release(self, handle: int) -> None:
@@ -452,7 +456,7 @@ class Operations(pyfuse3.Operations):
         if self.committer is not None:
             await self.committer.sync()
 
-    # --- what pyfuse3 does not know (fuse.session) --------------------------------------------------
+    # --- operations that pyfuse3 lacks, called by fuse.session ------------------------------------
 
     @answers_now
     def fallocate(self, node: int, mode: int, offset: int, length: int) -> int:
@@ -463,9 +467,9 @@ class Operations(pyfuse3.Operations):
 
     @answers_now
     def lseek(self, node: int, offset: int, whence: int) -> int:
-        if (
-            self.writeback is not None
-        ):  # the kernel asks without sending its pages; it has an answer
+        # The kernel would ask before it has sent its dirty pages. After ENOSYS it answers by
+        # itself.
+        if self.writeback is not None:
             raise posix_error(errno.ENOSYS)
         volume, ino = self._resolve(node)
         return volume.seek(ino, offset, whence)
@@ -481,13 +485,13 @@ class Operations(pyfuse3.Operations):
         return shared
 
     def birth_ns(self, node: int) -> int | None:
-        """When a file was made, whose attributes were just given; None for .snapshots."""
+        """The birth time of a node in nanoseconds; None for .snapshots."""
         if node == SNAPSHOTS_NODE:
             return None
         volume, ino = self._resolve(node)
         return volume.get(ino).btime_ns
 
-    # --- directories --------------------------------------------------------------------------------
+    # --- directories ------------------------------------------------------------------------------
 
     @answers
     def opendir(self, node: int, ctx: pyfuse3.RequestContext) -> int:
@@ -541,7 +545,9 @@ class Operations(pyfuse3.Operations):
             try:
                 found = get(entry.ino)
             except OSError as error:
-                log.error("name %r in inode %d cannot be shown: %s", entry.name, ino, error)
+                log.error(
+                    "name %r in directory %d is left out of the listing: %s", entry.name, ino, error
+                )
                 continue
             if not reply(token, entry.name, found.answer or attributes(volume, found), cookie):
                 return
@@ -556,7 +562,7 @@ class Operations(pyfuse3.Operations):
             if inode.nlink:
                 parent = volume.get(inode.rdev)
         except OSError as error:
-            log.error("the parent of directory %d cannot be shown: %s", inode.ino, error)
+            log.error("the parent of directory %d is listed as itself: %s", inode.ino, error)
         return self._attributes(volume, parent)
 
     def _list_snapshots(self, start_id: int, token: pyfuse3.ReaddirToken, reply: Reply) -> None:
@@ -575,7 +581,7 @@ class Operations(pyfuse3.Operations):
             try:
                 entry = copy.copy(self._attributes(volume, volume.get(ROOT_INO)))
             except OSError as error:
-                log.error("snapshot %s cannot be shown: %s", record.name, error)
+                log.error("snapshot %s is left out of .snapshots: %s", record.name, error)
                 continue
             entry.entry_timeout = 0
             cookie = record.root_id + COOKIE_SNAPSHOTS
@@ -583,7 +589,7 @@ class Operations(pyfuse3.Operations):
                 return
             shown += 1
             if shown == SNAPSHOTS_LISTED_MAX:
-                return  # the kernel asks for what is behind it
+                return  # the kernel then asks for the rest
 
     @answers
     def releasedir(self, handle: int) -> None:

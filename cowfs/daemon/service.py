@@ -1,7 +1,8 @@
-"""What the daemon does for commands: each request of the control socket, on the mounted filesystem.
+"""The requests of the control socket, carried out on the mounted filesystem.
 
-Edits go through the committer, so they are durable when the answer leaves (C6). Rollback refuses while
-files are open for writing, and lets the kernel forget the old tree before it answers.
+Edits go through the committer, so they are durable before the answer is sent (C6). A rollback is
+refused while files are open for writing. Before it is answered, the kernel has forgotten the old
+live volume.
 """
 
 import contextlib
@@ -54,20 +55,26 @@ log = logging.getLogger(__name__)
 
 ProgressCall = Callable[[messages.Progress], Awaitable[None]]
 Report = TypeVar("Report")
-SLICE_REPORTS = 128  # made between two requests: about 1 ms
+SLICE_REPORTS = 128  # reports made between two checkpoints: about 1 ms
 NAMED_MAX = 5  # open files named in a refusal
-NAMES_AT_ONCE = 1000  # of a root directory: about a millisecond
-# The kernel ends the session at once when nobody else has the mount.
+NAMES_AT_ONCE = 1000  # names of a root directory read between two checkpoints: about 1 ms
+# After an unmount the session normally ends at once. If it does not, look this often who has the
+# mount.
 UNMOUNTED_WAIT_S = 1.0
 UNMOUNTED_LOOKS = 5
 
 
 class MountService:
-    """The service of one mount (server.Service).
+    """The service of one mount. Implements server.Service.
 
     Args:
         committer: None when the mount is read-only.
-        unmount: ends the mount from outside, as the user would.
+        unmount: unmounts a directory from outside, as the user would.
+
+    Attributes:
+        ended: set when the session has ended.
+        device: of the mount, in the form of mountinfo; empty until the mount answers.
+        remounts: None until the mount answers.
     """
 
     def __init__(
@@ -85,10 +92,10 @@ class MountService:
         self._unmount = unmount
         self._mountpoint = os.path.realpath(options.mountpoint)
         self.ended = trio.Event()
-        self.device = ""  # of the mount, as mountinfo has it; known once it answers
-        self.remounts: Remounts | None = None  # when the mount answers
+        self.device = ""
+        self.remounts: Remounts | None = None
 
-    # --- pins ---------------------------------------------------------------------------------------
+    # --- pins -------------------------------------------------------------------------------------
 
     def pin(self) -> server.Pin:
         store = self._filesystem.store
@@ -102,7 +109,7 @@ class MountService:
     def holds(self, pin: server.Pin) -> bool:
         return pin in self._filesystem.store.pins
 
-    # --- requests -----------------------------------------------------------------------------------
+    # --- requests ---------------------------------------------------------------------------------
 
     async def handle(self, request: messages.Request, progress: ProgressCall) -> messages.Reply:
         filesystem = self._filesystem
@@ -111,7 +118,7 @@ class MountService:
                 return await self._edit(request)
             case Info():
                 return InfoReply(self._info())
-            # The others as `answer` does it, but long lists in slices.
+            # These as history.requests.answer does, but long lists are made in slices.
             case Space():
                 await self._fetch_written()
                 return SpaceReply(reports.space_report(filesystem, await self._drops()))
@@ -142,7 +149,11 @@ class MountService:
                 raise CowfsError(f"the daemon does not know the request {type(request).__name__}")
 
     async def _stop(self) -> None:
-        """Unmount, and return when nobody has the mount any more."""
+        """Unmount, and return when nothing uses the mount any more.
+
+        Raises:
+            StillMountedError: it is unmounted, but somebody still uses it.
+        """
         writeback = self._operations.writeback
         async with writeback.lock if writeback is not None else contextlib.nullcontext():
             await trio.to_thread.run_sync(self._unmount, self._mountpoint)
@@ -168,32 +179,32 @@ class MountService:
         return still_mounted(self.device, self._mountpoint, image, os.getpid(), is_safe=True)
 
     async def _fetch_written(self) -> None:
-        """What the kernel still holds of what was written belongs to what comes next (C6)."""
+        """Fetch what the kernel's write-back cache holds, so that the next commit has it (C6)."""
         if self._operations.writeback is not None:
             await self._operations.writeback.fetch()
 
     async def follow_remount(self, read_only: bool) -> None:
-        """The kernel takes the mount for read-only now, or for writable."""
+        """Pause or resume writing, after a remount."""
         if self._committer is None:
             if not read_only:
                 log.warning(
-                    "%s was mounted read-only, so nothing can be written there; unmount it, and "
+                    "%s was mounted read-only, and remount,rw cannot change that; unmount it, and "
                     "mount it again",
                     self._mountpoint,
                 )
         elif read_only:
             await self._fetch_written()
-            await self._committer.rest()
+            await self._committer.pause()
             log.info("%s is read-only until it is remounted", self._mountpoint)
         else:
-            await self._committer.wake()
+            await self._committer.resume()
             log.info("%s can be written again", self._mountpoint)
 
     def _repair(self, copy: messages.RepairCopy) -> bool:
         try:
             checksum = bytes.fromhex(copy.checksum)
         except ValueError:
-            raise UsageError("a repair was asked for with a checksum that is none") from None
+            raise UsageError("the repair request has a malformed checksum") from None
         return self._filesystem.store.offer_repair(
             copy.kind, copy.bad_block, copy.good_block, copy.birth, checksum
         )
@@ -206,7 +217,7 @@ class MountService:
         }
         settings["device"] = self.device
         if self._committer is not None:
-            settings["read_only"] = self._committer.resting
+            settings["read_only"] = self._committer.paused
             settings["commits"] = self._committer.commit_count
             settings["commit_bytes"] = self._committer.written_bytes
         return reports.info_report(
@@ -218,9 +229,10 @@ class MountService:
         )
 
     def _writer(self) -> Committer:
+        """The committer. Raises ReadOnlyError if the mount may not write."""
         if self._committer is None:
             raise ReadOnlyError(f"{self._mountpoint} is mounted read-only")
-        if self._committer.resting:
+        if self._committer.paused:
             raise ReadOnlyError(
                 f"{self._mountpoint} was remounted read-only; mount -o remount,rw makes it writable"
             )
@@ -233,7 +245,7 @@ class MountService:
         return await sliced(reports.each_drop(self._filesystem))
 
     async def _edit(self, edit: Edit) -> SnapshotsReply:
-        """Make an edit; where it replaces the live volume, the kernel forgets the old tree."""
+        """Make an edit durable, and answer with the snapshots that it returns."""
         committer = self._writer()
         if edit.replaces_live or isinstance(edit, CreateSnapshot):
             await self._fetch_written()
@@ -275,6 +287,11 @@ class MountService:
             )
 
     async def _replace_live(self, committer: Committer, edit: Rollback | Undo) -> SnapshotsReply:
+        """Make an edit that replaces the live volume, and make the kernel forget the old one.
+
+        Raises:
+            BusyError: files are open for writing, and the edit is not forced.
+        """
         writers = self._operations.nodes.writer_inos()
         if writers and not edit.force:
             named = await trio.to_thread.run_sync(open_for_writing, self._mountpoint)
@@ -282,11 +299,11 @@ class MountService:
             more = len(writers) - len(shown)
             rest = f" and {more} more" if more > 0 else ""
             raise BusyError(
-                f"files are open for writing: {', '.join(shown)}{rest}; close them, or use --force "
-                "and they get errors"
+                f"files are open for writing: {', '.join(shown)}{rest}; close them, or use --force: "
+                "then writes to them fail"
             )
         stale: list[Stale] = []
-        # The switch is in the turn of the freeze: no request meets one without the other.
+        # The switch comes right after the freeze, so no request sees one without the other.
         records = await committer.apply(edit, lambda: stale.append(self._operations.nodes.switch()))
         names: set[bytes] = set()
         for volume in stale[0].volumes:
@@ -296,9 +313,9 @@ class MountService:
 
 
 async def _add_root_names(volume: Volume, names: set[bytes]) -> None:
-    """The names in a root directory, read in slices: others are served between them.
+    """Add the names in a volume's root directory to `names`, with checkpoints for other requests.
 
-    What is damaged is left out: nothing of it can be looked up either.
+    Names in damaged leaves are left out: the kernel could not have looked them up either.
     """
     after = 0
     try:
@@ -307,11 +324,11 @@ async def _add_root_names(volume: Volume, names: set[bytes]) -> None:
             after = part[-1][0]
             await trio.lowlevel.checkpoint()
     except (CorruptError, DeviceError) as error:
-        log.error("names in a root directory cannot be read: %s; run cowfs check", error)
+        log.error("cannot read all names of a root directory: %s; run cowfs check", error)
 
 
 async def sliced(each: Iterable[Report]) -> tuple[Report, ...]:
-    """All of a list that may be long, made in slices with the other requests between."""
+    """All items of an iterable, with checkpoints in between so that other requests are served."""
     made = []
     for report in each:
         made.append(report)

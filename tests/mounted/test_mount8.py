@@ -192,7 +192,7 @@ def info_of(run: Machine, place: Path) -> dict[str, Any]:
     return found
 
 
-def require_resting(run: Machine, place: Path) -> None:
+def require_paused(run: Machine, place: Path) -> None:
     """Nothing is written to the image, whatever is read, and edits are refused in words."""
     info = info_of(run, place)
     assert info["clean"] is True
@@ -248,7 +248,7 @@ def test_remount_makes_read_only_and_writable_again(
             assert "busy" in done.stderr
             user.stdin.close()
         require_writing(run, place)
-        for wanted, require in (("ro", require_resting), ("rw", require_writing)):
+        for wanted, require in (("ro", require_paused), ("rw", require_writing)):
             for _ in range(2):  # again it changes nothing
                 run.succeed("mount", *words, "-o", f"remount,{wanted}", place)
             assert options_of(run, place) >= {wanted, "nosuid", "nodev", "noexec"}
