@@ -1,7 +1,7 @@
-"""A command's end of the control socket: one call for each request.
+"""The client side of the control socket: one method per request.
 
-Made of plain blocking calls, so that commands start without an event loop. A client checks who serves,
-as the server checks who asks.
+It uses plain blocking calls, so that commands start without an event loop. The client checks which
+user serves, and the server checks which user asks.
 """
 
 from __future__ import annotations
@@ -51,10 +51,9 @@ from cowfs.errors import ImageError, MountError, UsageError
 from cowfs.history.reports import InfoReport, TrimReport
 from cowfs.history.requests import Info, InfoReply
 
-ANSWER_BYTES_MAX = 256 << 20  # of all frames of one answer: 200,000 snapshots
-SILENCE_S_MAX = (
-    120.0  # without a frame, then the client gives up: the daemon's loop never stops so long
-)
+ANSWER_BYTES_MAX = 256 << 20  # all frames of one answer: 200,000 snapshots
+# The client gives up after this time without a frame. The daemon's loop never stops for so long.
+SILENCE_S_MAX = 120.0
 QUEUE_RETRY_S = 0.02
 
 ReplyType = TypeVar("ReplyType")
@@ -64,15 +63,17 @@ ShowProgress = Callable[[Progress], None]
 class Client:
     """A connection to a daemon. One request at a time; close it, or use it in `with`.
 
-    `daemon_pid` is 0 for a daemon of another PID namespace; `daemon` is what messages call it.
-
     Args:
         socket_path: from `places.find_sockets`.
-        silence_s_max: how long to wait for a sign of life.
+        silence_s_max: how long to wait for a frame before giving up.
+
+    Attributes:
+        daemon_pid: 0 if the daemon is in another PID namespace.
+        daemon: the daemon's name in messages.
 
     Raises:
         ConnectionRefusedError, FileNotFoundError: nobody serves there.
-        MountError: it cannot be trusted, or does not answer.
+        MountError: the server cannot be trusted, or does not accept connections.
     """
 
     def __init__(self, socket_path: Path, *, silence_s_max: float = SILENCE_S_MAX) -> None:
@@ -107,7 +108,7 @@ class Client:
         self._socket.close()
 
     def _connect(self, address: str, wait_s: float) -> None:
-        """Connect, also while the daemon's queue of connections is full: that is EAGAIN at once."""
+        """Connect, trying again while the daemon's queue is full, which is EAGAIN at once."""
         deadline_s = time.monotonic() + wait_s
         while True:
             try:
@@ -119,7 +120,7 @@ class Client:
                 time.sleep(QUEUE_RETRY_S)
 
     def serves_image(self, image: str) -> bool:
-        """Whether the path leads to the image that the daemon has: it may have been moved."""
+        """Whether a path still leads to the daemon's image, which may have been moved."""
         try:
             return places.socket_name(image) == self._path.name
         except ImageError:
@@ -135,26 +136,34 @@ class Client:
         self.ask(WaitDrops(), Done, progress)
 
     def sync(self) -> int:
-        """Returns the newest durable generation."""
+        """Make everything durable. Returns the newest durable generation."""
         return self.ask(Sync(), Done).generation
 
     def follow_remount(self) -> int:
-        """Have the daemon see a remount, and follow it. Returns the newest durable generation."""
+        """Make the daemon follow a remount now. Returns the newest durable generation."""
         return self.ask(FollowRemount(), Done).generation
 
     def trim(self, progress: ShowProgress | None = None) -> TrimReport:
+        """Give all free blocks back to the host."""
         return self.ask(Trim(), TrimReply, progress).trim
 
     def pin(self) -> tuple[int, bool]:
-        """The generation kept whole until this client is closed, and whether it (still) is."""
+        """Pin a generation until this client is closed, or ask about the pin.
+
+        Returns:
+            The generation, and whether it is (still) kept.
+        """
         reply = self.ask(PinGeneration(), PinReply)
         return reply.generation, reply.holds
 
     def repair(self, copy: RepairCopy) -> bool:
-        """Have a bad copy written again. Whether the daemon saw what we saw.
+        """Ask the daemon to rewrite a bad copy with its next commit.
+
+        Returns:
+            Whether the daemon accepts: it found the same damage.
 
         Raises:
-            ReadOnlyError: nothing is written there.
+            ReadOnlyError: the mount is read-only.
         """
         return self.ask(copy, RepairReply).accepted
 
@@ -163,7 +172,7 @@ class Client:
 
         Raises:
             BusyError: files are open.
-            ConnectionAbortedError: the daemon ended without telling.
+            ConnectionAbortedError: the daemon ended before it answered.
         """
         try:
             self.ask(Stop(), Done)
@@ -178,11 +187,15 @@ class Client:
         expected: type[ReplyType],
         progress: ShowProgress | None = None,
     ) -> ReplyType:
-        """The answer to a request, of the kind that is expected.
+        """Send a request, and return its reply.
+
+        Args:
+            expected: the type of the reply.
+            progress: called with each progress report.
 
         Raises:
-            CowfsError: what the daemon says is wrong.
-            MountError: it does not answer, or not in a way that can be read.
+            CowfsError: the error that the daemon reports.
+            MountError: the daemon does not answer, or its answer cannot be decoded.
         """
         try:
             self._send(request)
@@ -200,7 +213,9 @@ class Client:
         except (msgspec.MsgspecError, RecursionError) as error:
             raise MountError(f"the daemon's answer cannot be read: {error}") from None
         if not isinstance(reply, expected):
-            raise MountError(f"the daemon answered with {type(reply).__name__}")
+            raise MountError(
+                f"the daemon answered with {type(reply).__name__}, not {expected.__name__}"
+            )
         return reply
 
     def _send(self, request: Request) -> None:
@@ -212,9 +227,10 @@ class Client:
         try:
             self._socket.sendall(whole)
         except (BrokenPipeError, ConnectionResetError):
-            pass  # it may have said why before it closed
+            pass  # its reason may have arrived before it closed
 
     def _receive(self, progress: ShowProgress | None) -> bytes:
+        """Receive frames until the reply is complete, or raise the error that comes instead."""
         parts: list[bytes] = []
         total = 0
         while True:

@@ -1,10 +1,11 @@
-"""From an image or a mount to its daemon: the control socket, wherever it is, or who lives without one.
+"""Find the daemon of an image or of a mount, and connect to its control socket.
 
 Promises:
-- A daemon is gone only if its mount says so (ENOTCONN) or nobody has its image locked; that there is
-  no socket proves nothing. A daemon makes a lost socket again within a second, so that is waited for.
-- The daemon of a mount is the one that serves its device. The path of the image is only the short
-  way to it: the image may have been moved, replaced or removed.
+- A daemon counts as gone only if its mount answers ENOTCONN, or if nobody has its image locked. A
+  missing socket proves nothing: a daemon makes a lost socket again within a second, and this waits
+  for it.
+- The daemon of a mount is the one that serves the mount's device. The image path is only a short
+  cut: the image may have been moved, replaced or removed.
 """
 
 import contextlib
@@ -22,28 +23,33 @@ from cowfs.storage.device import find_lock_holder, is_locked
 
 SOCKET_WAIT_S = 3.0
 LOOK_INTERVAL_S = 0.1
-LOOK_SILENCE_S_MAX = 2.0  # of daemons that are only asked what they serve
+LOOK_SILENCE_S_MAX = 2.0  # for the answer of a daemon that is only asked what it serves
 
 
 class UnreachableError(LockedError):
-    """A daemon lives and no socket leads to it. `pid` is 0 where it cannot be told."""
+    """A daemon is alive but has no socket that can be found.
+
+    Args:
+        what: the image or mount point, for the message.
+        pid: of the daemon, 0 if unknown.
+    """
 
     def __init__(self, what: str, pid: int) -> None:
         who = named(pid) if pid else "a process that cannot be seen"
         super().__init__(
             f"{what} is in use by {who}, whose control socket cannot be found; try again, or end "
-            "that process by SIGTERM: it commits, then unmounts"
+            "that process with SIGTERM: it commits, then unmounts"
         )
         self.pid = pid
 
 
 def connect(image: str) -> Client | None:
-    """A connection to the daemon of an image; None when it has none.
+    """Connect to the daemon of an image. None if the image has no daemon.
 
     Raises:
         ImageMissingError: there is no such file.
-        UnreachableError: it has one, and no socket.
-        MountError: who serves there cannot be trusted, or does not answer.
+        UnreachableError: a daemon is alive, but its socket cannot be found.
+        MountError: the server at the socket cannot be trusted, or does not answer.
     """
     client = _first(places.find_sockets(image))
     if client is not None:
@@ -59,11 +65,11 @@ def connect(image: str) -> Client | None:
 
 
 def connect_mount(mount: places.Mount) -> Client | None:
-    """A connection to the daemon of a mount; None when it is gone.
+    """Connect to the daemon of a mount. None if the daemon is gone.
 
     Raises:
-        UnreachableError: it lives and has no socket.
-        MountError: it is not ours.
+        UnreachableError: the daemon is alive, but its socket cannot be found.
+        MountError: the mount belongs to another user.
     """
     if os.geteuid() not in (mount.user_id, 0):
         raise MountError(
@@ -83,17 +89,18 @@ def connect_mount(mount: places.Mount) -> Client | None:
 
 
 def serves(client: Client, mount: places.Mount) -> bool:
-    """Whether a daemon is that of a mount."""
+    """Whether a client is connected to the daemon of a mount."""
     info = client.info()
     device = (info.daemon_settings or {}).get("device")
     if device:
         return device == mount.device
-    return info.mount_point == escaped_path(mount.mount_point)  # it is just starting
+    return info.mount_point == escaped_path(mount.mount_point)  # the mount is still starting
 
 
 def _wait_for(
     look: Callable[[], Client | None], is_gone: Callable[[], bool], what: str, pid: int
 ) -> Client | None:
+    """Call `look` until it finds a client or the daemon `is_gone`, for SOCKET_WAIT_S at most."""
     deadline_s = time.monotonic() + SOCKET_WAIT_S
     while True:
         client = look()
@@ -107,10 +114,10 @@ def _wait_for(
 
 
 def _living(image: str) -> int | None:
-    """The pid of the daemon that has an image, 0 if that cannot be told; None if there is no daemon.
+    """The pid of the daemon that has an image locked, 0 if unknown; None if there is no daemon.
 
-    A command that works on the image has it locked too, and serves no mount. The daemon of another
-    user has sockets that are not for us.
+    A command that works on the image locks it too, but serves no mount. The sockets of another
+    user's daemon are closed to us.
     """
     if not is_locked(image):
         return None
@@ -127,7 +134,11 @@ def _living(image: str) -> int | None:
 
 
 def _of_mount(mount: places.Mount, pid: int | None) -> Client | None:
-    """The daemon of a mount by the sockets that are there now."""
+    """Connect to the daemon of a mount, if one of the sockets that exist now leads to it.
+
+    Args:
+        pid: of the daemon; None or 0 if unknown.
+    """
     paths: list[Path] = []
     with contextlib.suppress(ImageError):  # moved or removed
         paths += places.find_sockets(mount.image)
@@ -140,7 +151,7 @@ def _of_mount(mount: places.Mount, pid: int | None) -> Client | None:
                 return client
             client.close()
     for path in places.sockets_of_users({os.geteuid(), mount.user_id}):
-        # Of other images, which may be stopped or not to be trusted: none of it matters here.
+        # These are daemons of other images too. One that is stopped or not trusted does not matter.
         with contextlib.suppress(CowfsError, OSError):
             with Client(path, silence_s_max=LOOK_SILENCE_S_MAX) as client:
                 is_found = serves(client, mount)
@@ -150,14 +161,15 @@ def _of_mount(mount: places.Mount, pid: int | None) -> Client | None:
 
 
 def _of_process(pid: int, image: str) -> list[Path]:
+    """Sockets of a daemon that may be in another mount namespace; none if `pid` is 0."""
     return places.sockets_of_process(pid, places.socket_name(image)) if pid else []
 
 
 def _first(paths: Iterable[Path]) -> Client | None:
-    """The first daemon that answers."""
+    """Connect to the first of these sockets that a daemon serves."""
     for path in paths:
         try:
             return Client(path)
         except (ConnectionRefusedError, FileNotFoundError):
-            continue  # left behind by a daemon that is gone
+            continue  # a stale socket
     return None

@@ -1,13 +1,13 @@
 """The messages of the control socket, and the frames that carry them.
 
 Promises:
-- A frame is 4 bytes of length, 1 byte of kind, and JSON, FRAME_BYTES_MAX at the most; longer
-  requests and answers come in several frames. A request carries PROTOCOL_VERSION; another is
-  refused in words.
-- An error of the service arrives as the same kind of `CowfsError`, with its words, errno and exit
+- A frame is 4 bytes of length, 1 byte of kind, and JSON. A frame has at most FRAME_BYTES_MAX bytes;
+  longer requests and answers take several frames. A request has PROTOCOL_VERSION; a request of
+  another version is refused with a message.
+- An error of the service arrives as the same kind of `CowfsError`, with its message, errno and exit
   code.
 
-Who sends them: client.py; who answers: server.py.
+client.py sends requests, server.py answers them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from cowfs.history.requests import AnyQuery
 
 PROTOCOL_VERSION = 2
 FRAME_BYTES_MAX = 64 << 10
-REQUEST_BYTES_MAX = 16 << 20  # of all frames of one request: 60,000 names of snapshots
-HEADER = struct.Struct(">IB")
+REQUEST_BYTES_MAX = 16 << 20  # all frames of one request: 60,000 names of snapshots
+HEADER = struct.Struct(">IB")  # length of kind and payload, kind
 
-# Kinds of frames.
+# Kinds of frames. PART is followed by more of the same message. LIFE says that the daemon still
+# works.
 REQUEST, PROGRESS, PART, RESULT, ERROR, LIFE = b"QPCREL"
 
 
@@ -49,28 +50,28 @@ class Sync(_Message, tag="sync", frozen=True, kw_only=True):
 
 
 class FollowRemount(_Message, tag="follow_remount", frozen=True, kw_only=True):
-    """The kernel was told `remount,ro` or `remount,rw`: follow. Answered by Done when it is so."""
+    """Follow a `remount,ro` or `remount,rw` now. Answered by Done when that has happened."""
 
 
 class Trim(_Message, tag="trim", frozen=True, kw_only=True):
-    """Give all free blocks back to the host. Answered by TrimReply, with Progress until then."""
+    """Give all free blocks back to the host. Answered by TrimReply, with Progress before."""
 
 
 class Stop(_Message, tag="stop", frozen=True, kw_only=True):
-    """Unmount. Answered by Done when the last commit is durable; BusyError when files are open."""
+    """Unmount. Answered by Done when the last commit is durable, or BusyError if files are open."""
 
 
 class PinGeneration(_Message, tag="pin", frozen=True, kw_only=True):
-    """Keep the newest durable generation whole, until the connection ends. Answered by PinReply.
+    """Keep the newest durable generation readable until the connection ends. Answered by PinReply.
 
-    Sent again on the same connection it tells whether the pin still holds.
+    Sent again on the same connection, it asks whether the pin still holds.
     """
 
 
 class RepairCopy(_Message, tag="repair-copy", frozen=True, kw_only=True):
-    """A bad copy of a node, a page of the space map or a slot of the ring; its other copy is good.
+    """Rewrite the bad copy of a node, a space map page or a slot of the ring from its good copy.
 
-    `checksum` in hex and `birth` are those of the pointer at it. Answered by RepairReply.
+    `checksum` (in hex) and `birth` are those of the pointer at it. Answered by RepairReply.
     """
 
     kind: str
@@ -86,7 +87,7 @@ Request = (
 
 
 class Progress(Struct, frozen=True, kw_only=True):
-    """How far a long request is."""
+    """The progress of a long request."""
 
     what: str
     done_bytes: int
@@ -94,22 +95,26 @@ class Progress(Struct, frozen=True, kw_only=True):
 
 
 class PinReply(_Message, tag="pin", frozen=True, kw_only=True):
+    """The pinned generation. `holds` is False if the filesystem became full and dropped the pin."""
+
     generation: int
     holds: bool = True
 
 
 class RepairReply(_Message, tag="repair", frozen=True, kw_only=True):
-    """Whether the daemon saw the same, and writes the copy again with its next commit."""
+    """Whether the daemon found the same damage and rewrites the copy with its next commit."""
 
     accepted: bool
 
 
 class TrimReply(_Message, tag="trim", frozen=True, kw_only=True):
+    """What a trim gave back."""
+
     trim: TrimReport
 
 
 class Done(_Message, tag="done", frozen=True, kw_only=True):
-    """`generation`: the newest durable one."""
+    """The request was carried out. `generation` is the newest durable one."""
 
     generation: int
 
@@ -118,14 +123,14 @@ Reply = requests.Reply | PinReply | RepairReply | TrimReply | Done
 
 
 class Envelope(Struct, frozen=True, kw_only=True):
-    """A request as it travels: `request` is decoded once the version is known to be ours."""
+    """A request with its protocol version. `request` is decoded only if the version is ours."""
 
     version: int
     request: msgspec.Raw
 
 
 class ErrorMessage(Struct, frozen=True, kw_only=True):
-    """A `CowfsError` as it travels. `kind`: the name of its class."""
+    """A `CowfsError` as it is sent. `kind` is the name of its class."""
 
     kind: str
     message: str
@@ -142,7 +147,7 @@ def _error_kinds() -> dict[str, type[CowfsError]]:
 
 
 def message_of(error: CowfsError) -> ErrorMessage:
-    """An error, to be sent."""
+    """The message for an error."""
     kinds = _error_kinds()
     kind = next(base.__name__ for base in type(error).__mro__ if base.__name__ in kinds)
     return ErrorMessage(
@@ -154,9 +159,9 @@ def message_of(error: CowfsError) -> ErrorMessage:
 
 
 def error_of(message: ErrorMessage) -> CowfsError:
-    """An error that was sent, to be raised."""
+    """The error of a message, to be raised."""
     kind = _error_kinds().get(message.kind, CowfsError)
-    error = kind.__new__(kind)  # not every kind is made from its words alone
+    error = kind.__new__(kind)  # some kinds need more than a message for __init__
     CowfsError.__init__(error, message.message)
     error.errno = message.errno
     error.exit_code = message.exit_code
@@ -170,7 +175,7 @@ def encode_request(request: Request) -> bytes:
     """A request as JSON.
 
     Raises:
-        UsageError: a name or a description in it is no text, so no image can have it.
+        UsageError: a snapshot name or a description is not valid UTF-8, so no image can have it.
     """
     try:
         return msgspec.json.encode(request)
@@ -181,12 +186,12 @@ def encode_request(request: Request) -> bytes:
 
 
 def frame(kind: int, payload: bytes | memoryview) -> bytes:
-    """One frame; the payload is at most FRAME_BYTES_MAX - 1 bytes."""
+    """One frame. The payload has at most FRAME_BYTES_MAX - 1 bytes."""
     return HEADER.pack(1 + len(payload), kind) + payload
 
 
 def frames(last_kind: int, payload: bytes) -> Iterator[bytes]:
-    """A request or an answer as frames of at most FRAME_BYTES_MAX; all but the last are parts."""
+    """Split a request or an answer into frames. The last has `last_kind`, the others are PART."""
     view = memoryview(payload)
     step = FRAME_BYTES_MAX - HEADER.size
     while len(view) > step:

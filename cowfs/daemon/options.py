@@ -1,7 +1,7 @@
-"""Mount options: what can be set, and how `-o name,name=value` is read.
+"""Mount options: their values and defaults, and the parsing of `-o name,name=value`.
 
-Words that mount(8) and fstab(5) give to every filesystem are accepted and ignored where they change
-nothing here; a word that nobody knows is refused by name, never silently dropped.
+Options that mount(8) and fstab(5) give to every filesystem are accepted and ignored where they
+change nothing here. An unknown option is refused by name, never silently dropped.
 """
 
 import math
@@ -25,7 +25,8 @@ CACHE_BYTES_DEFAULT_MIN = 128 * MIB
 CACHE_BYTES_DEFAULT_MAX = 1024 * MIB
 DIRTY_BYTES_MIN = 4 * MIB
 
-# Said by mount(8), fstab(5) or libfuse; true already, or none of a filesystem's business.
+# Options of mount(8), fstab(5) or libfuse that are ignored: they are always so here, or are for
+# others.
 _TOLERATED = frozenset(
     {
         "defaults",
@@ -59,34 +60,35 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 
 
 def default_cache_bytes() -> int:
-    """A sixteenth of the machine's memory, within bounds: what a large directory needs to stay fast."""
+    """A sixteenth of the machine's memory, within bounds: enough to keep a large directory fast."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return max(CACHE_BYTES_DEFAULT_MIN, min(memory // 16, CACHE_BYTES_DEFAULT_MAX))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MountOptions:
-    """Everything that a mount is told.
+    """All settings of a mount.
 
     Attributes:
         image: path of the image file or block device.
         mountpoint: an empty directory.
         foreground: stay in the foreground, log to the terminal.
         read_only: never write to the image.
-        allow_other: other users may look too (permissions always hold).
-        commit_interval_s: how much a crash may lose at the most (C5).
+        allow_other: let other users access the mount. Permissions are always checked.
+        commit_interval_s: longest time of changes that a crash may lose (C5).
         snapshots: how `.snapshots` appears at the root of the mount.
-        cache_bytes: bound of the node cache.
-        dirty_bytes_max: data in memory that waits for a commit.
-        discard: tell the host what the image no longer needs.
-        suid, dev, executable: what mount(8) calls suid, dev and exec.
-        generation: an older generation to look at, read-only.
-        snapshot: the snapshot whose tree is mounted, read-only; None for the live volume.
-        xattrs: extended attributes are stored.
-        acls: POSIX ACLs hold; they are xattrs, so without those they do not.
-        access_times: kept as relatime does; False is noatime.
-        strict_access_times: kept at every read that reaches the daemon, not as relatime does.
-        writeback: the kernel may keep written data for a while before it comes to us.
+        cache_bytes: limit of the node cache.
+        dirty_bytes_max: limit of data in memory that waits for a commit.
+        discard: give freed blocks back to the host.
+        log: where the daemon logs.
+        suid, dev, executable: the options suid, dev and exec of mount(8).
+        generation: an older generation to mount read-only; None for the newest.
+        snapshot: a snapshot to mount read-only; None for the live volume.
+        xattrs: support extended attributes.
+        acls: support POSIX ACLs. They are xattrs, so they need `xattrs`.
+        access_times: update atime by the rules of relatime; False is noatime.
+        strict_access_times: update atime at every read that reaches the daemon (strictatime).
+        writeback: let the kernel keep written data for a while before it sends it to the daemon.
     """
 
     image: str
@@ -112,8 +114,8 @@ class MountOptions:
     writeback: bool = False
 
 
-# Words without a value, and the fields that each sets. mount(8) keeps `suid` and `dev` to itself, which
-# are its defaults: `setuid` and `devices` say the same and reach its helper.
+# Options without a value, and the fields that each sets. mount(8) does not pass its defaults `suid`
+# and `dev` to its helper; `setuid` and `devices` mean the same and are passed.
 _SWITCHES: dict[str, dict[str, bool]] = {
     "noatime": {"access_times": False, "strict_access_times": False},
     "relatime": {"access_times": True, "strict_access_times": False},
@@ -146,22 +148,22 @@ _SWITCHES: dict[str, dict[str, bool]] = {
 
 
 def parse_options(text: str, options: MountOptions, *, sloppy: bool = False) -> MountOptions:
-    """The options with those of a `-o` text applied; the last of two that contradict wins.
+    """Apply the text of `-o` to options. If two options of the text contradict, the last one wins.
 
     Args:
         text: `name,name=value,...`; empty words are skipped.
-        options: what to start from.
-        sloppy: skip unknown words, as mount(8) asks with -s.
+        options: the options to start from.
+        sloppy: skip unknown options, as -s of mount(8) asks.
 
     Raises:
-        UsageError: naming the word that is unknown or has an impossible value.
+        UsageError: an option is unknown or has an impossible value; the message names it.
     """
     settings: dict[str, Any] = {}
     words = [word for word in (word.strip() for word in text.split(",")) if word]
     if "remount" in words:
         raise UsageError(
-            "remount is for mount(8): mount -o remount,ro DIR; for other options unmount it, "
-            "and mount it again"
+            "remount works only with mount(8): mount -o remount,ro DIR; for other options "
+            "unmount it, and mount it again"
         )
     for word in words:
         name, separator, value = word.partition("=")
@@ -187,7 +189,7 @@ def parse_options(text: str, options: MountOptions, *, sloppy: bool = False) -> 
 
 
 def option_words() -> list[str]:
-    """Every mount option of cowfs's own, as it is written: `ro`, `commit=`, `log=stderr`."""
+    """All mount options of cowfs itself, as they are written: `ro`, `commit=`, `log=stderr`."""
     words = list(_SWITCHES)
     for name in _VALUES:
         words += [f"{name}={choice}" for choice in _CHOICES.get(name, ("",))]
@@ -195,10 +197,13 @@ def option_words() -> list[str]:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size as people write it: 4G, 4GiB, 512M, 1.5 t, 4096. Units are powers of 1024.
+    """Parse a size as people write it: 4G, 4GiB, 512M, 1.5 t, 4096. Units are powers of 1024.
+
+    Returns:
+        Bytes.
 
     Raises:
-        UsageError: not a size.
+        UsageError: the text is not a size.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
@@ -241,7 +246,7 @@ def _choice(name: str, value: str) -> str:
 
 def _generation(name: str, value: str) -> int:
     if not re.fullmatch(r"[0-9]{1,19}", value) or not int(value):
-        raise UsageError(f"mount option {name}={value} is not the number of a generation")
+        raise UsageError(f"mount option {name}={value} is not a generation number")
     return int(value)
 
 
@@ -253,7 +258,7 @@ def _name(name: str, value: str) -> str:
 
 _CHOICES = {"snapshots": ("hidden", "visible", "disabled"), "log": ("stderr", "journald")}
 
-# Options with a value: the field, and what reads the value.
+# Options with a value: the field that each sets, and the function that parses the value.
 _VALUES: dict[str, tuple[str, Callable[[str, str], Any]]] = {
     "commit": ("commit_interval_s", _seconds),
     "commit_interval": ("commit_interval_s", _seconds),

@@ -1,9 +1,9 @@
-"""Where things are: the cowfs mounts of this machine, and the control socket of an image's daemon.
+"""Where to find the cowfs mounts of this machine, and the control socket of an image's daemon.
 
-A socket lies in `<runtime directory>/cowfs/`, named after the image's device and inode, so a
-command finds it from the image path, whatever name it is reached by, and from the mount point:
-its source in /proc/self/mountinfo is the image path. The directory is 0700 and belongs to the user
-whose daemon it is; both ends check that, through a descriptor that keeps naming what they checked.
+A socket is in `<runtime directory>/cowfs/` and named after the device and inode of the image. So a
+command finds it from any path of the image, and from the mount point, whose source in
+/proc/self/mountinfo is an image path. The directory is 0700 and belongs to the user of the daemon.
+Both ends check that, and go on with the descriptor that they checked.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from cowfs.storage.device import is_locked
 
 MOUNT_TYPE = "fuse.cowfs"
 MOUNTINFO = "/proc/self/mountinfo"
-ANSWER_S_MAX = 3.0  # for a mount that is asked whether it lives
+ANSWER_S_MAX = 3.0  # for the answer of a mount to statvfs(2)
 
 _UNANSWERED = 255  # an exit status that is no errno
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
@@ -36,9 +36,13 @@ _GROUP_ID = re.compile(r"(?:^|,)group_id=(\d+)(?:,|$)")
 
 
 class MountEntry(NamedTuple):
-    """One line of mountinfo, of any filesystem. `device` is `major:minor`, `root` what of it is shown.
+    """One line of mountinfo, of any filesystem.
 
-    `peers` is the group whose mounts and unmounts below it are shared, `master` the one it follows.
+    Attributes:
+        device: `major:minor`.
+        root: the directory of the filesystem that is mounted.
+        peers: number of the peer group, which shares mounts and unmounts below; None without one.
+        master: number of the peer group that this mount follows; None without one.
     """
 
     mount_id: int
@@ -55,7 +59,13 @@ class MountEntry(NamedTuple):
 
 
 class Mount(NamedTuple):
-    """A cowfs mount. `image` is its source, `user_id` who mounted it; all mounts of it: `device`."""
+    """A cowfs mount.
+
+    Attributes:
+        image: the mount source, which is the image path at the time of the mount.
+        user_id, group_id: of the user who mounted it.
+        device: `major:minor`, the same for all bind mounts of it.
+    """
 
     mount_point: str
     image: str
@@ -66,7 +76,7 @@ class Mount(NamedTuple):
 
 
 def parse_table(text: bytes) -> list[MountEntry]:
-    """A mountinfo table, in its order. Lines not understood are skipped.
+    """Parse a mountinfo table, in its order. Malformed lines are skipped.
 
     Source: proc(5): id parent major:minor root mount-point options tags... - type source options;
     space, tab, newline and backslash are octal escapes.
@@ -135,41 +145,45 @@ def mount_table(pid: str = "self") -> list[MountEntry]:
     """All mounts that a process sees.
 
     Raises:
-        OSError: it ended, or is not ours to see.
+        OSError: the process ended, or may not be examined.
     """
     with open(f"/proc/{pid}/mountinfo", "rb") as table:
         return parse_table(table.read())
 
 
 def mount_at(directory: str) -> MountEntry | None:
-    """What is mounted exactly there, the newest where several are stacked."""
+    """The mount exactly at a directory, the newest where several are stacked; None without one."""
     found = [entry for entry in mount_table() if entry.mount_point == directory]
     return found[-1] if found else None
 
 
 def cover(mount: Mount) -> MountEntry | None:
-    """Another filesystem that is mounted on top of a mount, at the same place."""
+    """Another filesystem that is mounted over a mount, at the same directory; None without one."""
     top = mount_at(mount.mount_point)
     return top if top is not None and top.device != mount.device else None
 
 
 def is_dead(mount: Mount) -> bool:
-    """Whether nobody serves a mount any more: it says so itself, or nobody has its image.
+    """Whether a mount has no daemon any more: its errno shows it, or its image is not locked.
 
-    The lock of the image is asked where the mount does not answer in time (its daemon may be stopped)
-    and where it answers only the user who mounted it.
+    The lock of the image decides if the mount does not answer in time (its daemon may be stopped)
+    or answers only the user who mounted it.
     """
-    answer = _asked(mount)
+    answer = _ask(mount)
     if answer is None:
         return is_locked(mount.image) is False
-    # The second while the kernel still ends the connection of a daemon that was just killed.
+    # ECONNABORTED: the kernel is still ending the connection of a daemon that was just killed.
     return answer in (errno.ENOTCONN, errno.ECONNABORTED)
 
 
-def _asked(mount: Mount) -> int | None:
-    """What statvfs(2) says of a mount, as its user if we may: 0 or an errno; None if nothing.
+def _ask(mount: Mount) -> int | None:
+    """Call statvfs(2) on a mount, as its user if possible.
 
-    It asks the daemon, which stat(2) need not. In a process of its own, which can be ended.
+    Unlike stat(2), statvfs(2) always asks the daemon. The call is made in a child process, which
+    can be killed if it hangs.
+
+    Returns:
+        0 or an errno; None if there was no answer in time, or none for this user.
     """
     child = os.fork()
     if not child:
@@ -178,7 +192,7 @@ def _asked(mount: Mount) -> int | None:
             if os.geteuid() == 0:
                 os.setresgid(mount.group_id, mount.group_id, mount.group_id)
                 os.setresuid(mount.user_id, mount.user_id, mount.user_id)
-            # What the kernel says by itself to users who may not ask has no blocks.
+            # Users who may not access the mount get an answer of the kernel, with no blocks.
             answer = 0 if os.statvfs(mount.mount_point).f_blocks else _UNANSWERED
         except OSError as error:
             answer = min(error.errno or _UNANSWERED, _UNANSWERED)
@@ -197,20 +211,20 @@ def _asked(mount: Mount) -> int | None:
 
 
 def bind_mounts(mount_point: str) -> list[str]:
-    """Where directories below the root of a mount are mounted once more, as this process sees it."""
+    """Mount points where directories below the root of a mount are mounted, in this namespace."""
     table = mount_table()
     devices = {entry.device for entry in table if entry.mount_point == mount_point}
     return [entry.mount_point for entry in table if entry.device in devices and entry.root != "/"]
 
 
 def find_mount(path: str | os.PathLike[str], *, inside: bool = False) -> Mount | None:
-    """The cowfs mount at a path, the newest where several are stacked; None where there is none.
+    """The cowfs mount at a path, the newest where several are stacked; None without one.
 
-    Asks nothing of the mount itself, which may be dead or stopped, unless `path` lies inside.
+    Does not access the mount itself, which may be dead or stopped, unless `path` is inside it.
 
     Args:
         path: of the mount point.
-        inside: also of anything below it.
+        inside: accept also a path below the mount point.
     """
     table = {mount.mount_point: mount for mount in mounts()}
     if not table:
@@ -235,7 +249,7 @@ def socket_name(image: str | os.PathLike[str]) -> str:
 
     Raises:
         ImageMissingError: there is no such file.
-        ImageError: it cannot be looked at.
+        ImageError: stat(2) of the image failed.
     """
     try:
         status = os.stat(image)
@@ -246,16 +260,16 @@ def socket_name(image: str | os.PathLike[str]) -> str:
     except OSError as error:
         raise ImageError(f"cannot open {os.fspath(image)}: {error.strerror}") from None
     if stat.S_ISBLK(status.st_mode):
-        return f"block-{status.st_rdev}.sock"  # the same device may have many nodes
+        return f"block-{status.st_rdev}.sock"  # a block device may have several device files
     return f"{status.st_dev}-{status.st_ino}.sock"
 
 
 def runtime_directories(user_id: int) -> list[Path]:
-    """Where the sockets of a user's daemons may be, the best place first."""
+    """The directories where sockets of a user's daemons may be, the best one first."""
     if user_id == 0:
         return [Path("/run/cowfs")]
     found = []
-    # Not by platformdirs: it would be a third of the time that a short command takes.
+    # Not with platformdirs: its import would take a third of the time of a short command.
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if user_id == os.geteuid() and runtime.startswith("/"):
         found.append(Path(runtime) / "cowfs")
@@ -265,12 +279,13 @@ def runtime_directories(user_id: int) -> list[Path]:
 
 
 def find_sockets(image: str | os.PathLike[str]) -> list[Path]:
-    """Sockets of that image's name where its daemon may serve, whoever answers there.
+    """Sockets where the daemon of an image may serve. Who really serves there is not checked.
 
-    Our own places; for root also those of the image's owner and of the users who mounted it.
+    The search covers our own directories; for root also those of the image's owner and of the users
+    who mounted it.
 
     Raises:
-        ImageMissingError, ImageError: of the image.
+        ImageMissingError, ImageError: as `socket_name`.
     """
     name = socket_name(image)
     users = {os.geteuid()}
@@ -283,7 +298,7 @@ def find_sockets(image: str | os.PathLike[str]) -> list[Path]:
 
 
 def sockets_of_users(users: set[int]) -> list[Path]:
-    """All control sockets of the daemons of these users, as far as we may look."""
+    """All control sockets of these users' daemons, as far as directories can be read."""
     found = []
     for user in sorted(users):
         for folder in runtime_directories(user):
@@ -293,7 +308,7 @@ def sockets_of_users(users: set[int]) -> list[Path]:
 
 
 def sockets_of_process(pid: int, name: str) -> list[Path]:
-    """Sockets of that name where a daemon in another mount namespace sees its own places."""
+    """Sockets of that name in the directories as a daemon in another mount namespace sees them."""
     try:
         user = os.stat(f"/proc/{pid}").st_uid
     except OSError:
@@ -306,14 +321,18 @@ def _is_socket(path: Path) -> bool:
     try:
         return stat.S_ISSOCK(os.lstat(path).st_mode)
     except OSError:
-        return False  # nothing there, or not for us to look into
+        return False  # does not exist, or may not be looked at
 
 
 def open_directory(path: Path) -> tuple[int, int]:
-    """A descriptor of a directory of sockets that nobody but its owner can enter, and the owner.
+    """Open a directory of sockets that only its owner can enter.
+
+    Returns:
+        The descriptor, and the owner's user id.
 
     Raises:
-        MountError: it is a link, open to others, or belongs to another user and we are not root.
+        MountError: it is a symlink, others can enter it, or it belongs to another user and we are
+            not root.
     """
     try:
         descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -332,10 +351,10 @@ def open_directory(path: Path) -> tuple[int, int]:
 
 
 def make_directory() -> Path:
-    """The directory for the sockets of our own daemons: made if need be, ours, and 0700.
+    """The directory for the sockets of our own daemons: it is ours and 0700, and made if missing.
 
     Raises:
-        MountError: no place can be used; with the reason of the last.
+        MountError: no directory can be used; the reason is that of the last one.
     """
     problem: MountError | None = None
     for path in runtime_directories(os.geteuid()):
@@ -353,19 +372,19 @@ def make_directory() -> Path:
             problem = error
         except OSError as error:
             problem = MountError(f"cannot make the directory {path}: {error.strerror}")
-    raise problem or MountError("there is no directory for the control socket: set XDG_RUNTIME_DIR")
+    raise problem or MountError("there is no directory for the control socket; set XDG_RUNTIME_DIR")
 
 
 def prepare_socket(image: str | os.PathLike[str]) -> Path:
-    """The path at which the daemon of an image is to serve. Stale sockets around it are removed.
+    """The path at which the daemon of an image will serve. Removes stale sockets next to it.
 
-    A daemon's socket listens from the moment it has its name (server.py), so one that refuses is
-    of a daemon that is gone.
+    A socket listens from the moment it has its name (server.py). So a socket that refuses
+    connections belonged to a daemon that is gone.
 
     Raises:
         LockedError: another daemon serves that image.
-        MountError: no place for sockets.
-        ImageMissingError, ImageError: of the image.
+        MountError: no directory for sockets can be used.
+        ImageMissingError, ImageError: as `socket_name`.
     """
     name = socket_name(image)
     directory = make_directory()
@@ -375,7 +394,7 @@ def prepare_socket(image: str | os.PathLike[str]) -> Path:
         try:
             pid = server_pid(directory / entry)
         except ConnectionRefusedError:
-            with contextlib.suppress(OSError):  # gone, or no socket: making ours tells
+            with contextlib.suppress(OSError):  # if it stays, making our socket reports why
                 os.unlink(directory / entry)
             continue
         if pid is not None and entry == name:
@@ -388,12 +407,14 @@ def prepare_socket(image: str | os.PathLike[str]) -> Path:
 
 
 def server_pid(path: Path) -> int | None:
-    """Who serves at a socket: 0 if that cannot be told (it is busy, or its PID namespace is another).
+    """The pid of the process that serves at a socket.
 
-    None where nothing is to be found out.
+    Returns:
+        0 if the pid is unknown: the server is busy, or in another PID namespace. None if the socket
+        does not exist or may not be used.
 
     Raises:
-        ConnectionRefusedError: nobody any more. Nothing else means that.
+        ConnectionRefusedError: the server is gone. Nothing else means that.
     """
     try:
         descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -409,7 +430,7 @@ def server_pid(path: Path) -> int | None:
     except ConnectionRefusedError:
         raise
     except OSError:
-        return None  # gone meanwhile, or not for us
+        return None  # removed meanwhile, or may not be used
     finally:
         os.close(descriptor)
 
@@ -419,9 +440,9 @@ class _Connected(Protocol):
 
 
 def peer(connection: _Connected) -> tuple[int, int]:
-    """The pid and the user of the other end, as they were when it connected or began to listen.
+    """The pid and user id of the other end, from when it connected or began to listen.
 
-    The pid is 0 for a process of another PID namespace.
+    The pid is 0 for a process in another PID namespace.
     """
     data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, user_id, _ = _CREDENTIALS.unpack(data)
@@ -429,5 +450,5 @@ def peer(connection: _Connected) -> tuple[int, int]:
 
 
 def socket_address(directory: int, name: str) -> str:
-    """An address of a socket in an open directory, short enough whatever the directory's path."""
+    """The address of a socket in an open directory. It is short, however long the path is."""
     return f"/proc/self/fd/{directory}/{name}"

@@ -1,7 +1,7 @@
-"""Who uses a mount: processes, loop devices, mounts in it and other mounts of it, as far as /proc tells.
+"""Who uses a mount: processes, loop devices, mounts inside it and other mounts of it, by /proc.
 
-Nothing here asks the filesystem itself, which may be stopped or dead: a file's device is taken from
-what the kernel has in memory. Processes of other users stay unseen unless we are root.
+Nothing here accesses the mount itself, which may be stopped or dead: the device of a file comes
+from the kernel's memory. Processes of other users are visible only to root.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def open_for_writing(mountpoint: str) -> list[str]:
     """`path (process PID)` of each file below `mountpoint` that is open for writing."""
-    found: dict[str, str] = {}  # the first process that has each
+    found: dict[str, str] = {}  # path: the first process that has it open
     for pid in _processes():
         folder = f"/proc/{pid}/fd"
         try:
@@ -34,7 +34,7 @@ def open_for_writing(mountpoint: str) -> list[str]:
                 if path.startswith(mountpoint + "/") and _writes(pid, number):
                     found.setdefault(path, pid)
         except OSError:
-            continue  # it ended, or is not ours to see
+            continue  # the process ended, or may not be examined
     return [f"{path} (process {pid})" for path, pid in sorted(found.items())]
 
 
@@ -52,11 +52,11 @@ def has_fuse(pid: int) -> bool:
 
 
 def users(device: str, mount_point: str) -> list[str]:
-    """What keeps a mount busy, in words: mounts in it, loop devices, processes.
+    """What keeps a mount busy, in words for a message: mounts inside it, loop devices, processes.
 
     Args:
-        device: of the mount, as mountinfo has it.
-        mount_point: where it is seen.
+        device: of the mount, in the form of mountinfo.
+        mount_point: of the mount.
     """
     inside = mount_point.rstrip("/") + "/"
     found = [
@@ -78,9 +78,9 @@ def users(device: str, mount_point: str) -> list[str]:
 
 
 def other_mounts(device: str, mount_point: str) -> list[str]:
-    """Where a mount will be seen, or used by an overlay, when `mount_point` was unmounted; in words.
+    """Where a mount is still mounted or used after `mount_point` is unmounted, in words.
 
-    Copies in other mount namespaces that go with it are not told.
+    Copies in other mount namespaces that are unmounted with it are left out.
     """
     tables: dict[str, tuple[str, dict[int, MountEntry]]] = {}
     for pid in ["self", *_processes()]:
@@ -110,7 +110,11 @@ def other_mounts(device: str, mount_point: str) -> list[str]:
 
 
 def busy(directory: str, found: list[str]) -> BusyError:
-    """That a mount is busy, by the users that were found."""
+    """The error that a mount is busy.
+
+    Args:
+        found: what uses it, from `users`.
+    """
     who = (
         listed(found) if found else "a program that cannot be seen has files or its directory there"
     )
@@ -120,11 +124,12 @@ def busy(directory: str, found: list[str]) -> BusyError:
 def still_mounted(
     device: str, mount_point: str, image: str, pid: int, *, is_safe: bool
 ) -> StillMountedError | None:
-    """Who has a mount that was unmounted at `mount_point`; None if nobody is seen who does.
+    """The error that a mount is still in use after an unmount; None if no user of it is seen.
 
     Args:
-        pid: of its daemon, 0 if it is not known.
-        is_safe: all that was written is durable.
+        device, mount_point: of the mount, as for `users`.
+        pid: of its daemon, 0 if unknown.
+        is_safe: whether all that was written is durable.
     """
     found = other_mounts(device, mount_point) or users(device, mount_point)
     if not found:
@@ -137,13 +142,13 @@ def still_mounted(
 
 
 def listed(found: list[str]) -> str:
-    """The first of them, and how many more."""
+    """The first NAMED_MAX of a list, and how many more there are."""
     more = len(found) - NAMED_MAX
     return ", ".join(found[:NAMED_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
 def named(pid: int) -> str:
-    """`process PID (its name)`; without a pid, one that this PID namespace does not have."""
+    """`process PID (NAME)`; for pid 0, a process of another PID namespace."""
     if not pid:
         return "a process of another PID namespace"
     try:
@@ -158,10 +163,10 @@ def _processes() -> Iterator[str]:
 
 
 def holding_directories(mountpoint: str) -> list[str]:
-    """Who goes on to see what directories below `mountpoint` (not itself) are now, whatever comes.
+    """What keeps using directories below `mountpoint` as they are now, even after a rollback.
 
-    Each is `process PID in DIRECTORY` or `the bind mount DIRECTORY`; this process is left out. Processes
-    of other users stay unseen unless we are root, and so do mounts in other namespaces.
+    Each is `process PID in DIRECTORY` or `the bind mount DIRECTORY`. This process is left out.
+    Processes of other users are visible only to root; mounts in other namespaces are not visible.
     """
     inside = mountpoint.rstrip("/") + "/"
     found = []
@@ -172,7 +177,7 @@ def holding_directories(mountpoint: str) -> list[str]:
             try:
                 path = os.readlink(f"/proc/{pid}/{link}")
             except OSError:
-                continue  # it ended, or is not ours to see
+                continue  # the process ended, or may not be examined
             if path.startswith(inside):
                 found.append(f"{named(int(pid))} in {path}")
                 break
@@ -188,7 +193,7 @@ def _writes(pid: str, number: str) -> bool:
 
 
 def _use(pid: str, device: str) -> str:
-    """How a process uses files of a device; empty if it does not."""
+    """How a process uses files of a device, in words; empty if it does not."""
     folder = f"/proc/{pid}"
     for name, words in (("cwd", "works in"), ("root", "has its root in"), ("exe", "runs")):
         if _device(f"{folder}/{name}") == device:
@@ -205,7 +210,7 @@ def _use(pid: str, device: str) -> str:
                 if len(fields) == 6 and fields[3] == wanted:
                     return f"has {os.fsdecode(fields[5])} mapped"
     except OSError:
-        pass  # it ended, or is not ours to see
+        pass  # the process ended, or may not be examined
     return ""
 
 
@@ -213,11 +218,11 @@ def _link(path: str) -> str:
     try:
         return os.readlink(path)
     except OSError:
-        return "a file of it"
+        return "a file there"
 
 
 def _device(path: str) -> str:
-    """The device of a file as mountinfo writes it, from the kernel's memory; empty if not to be had."""
+    """The device of a file in the form of mountinfo, from the kernel's memory; empty if unknown."""
     buffer = ctypes.create_string_buffer(_STATX_BYTES)
     flags = _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
     if _libc.statx(_AT_FDCWD, os.fsencode(path), flags, 0, buffer):
@@ -234,11 +239,11 @@ def _namespace(pid: str) -> str:
 
 
 class _Propagation:
-    """Which copies of a mount go with it when it is unmounted. Source: mount_namespaces(7).
+    """Which copies of a mount are unmounted together with it. Source: mount_namespaces(7).
 
     Args:
-        own: the mount, None if it is not seen here.
-        tables: of all mount namespaces, the own one first, by mount id.
+        own: the mount; None if this process does not see it.
+        tables: the mounts of all mount namespaces by mount id, our own namespace first.
     """
 
     def __init__(self, own: MountEntry | None, tables: list[dict[int, MountEntry]]) -> None:
@@ -258,7 +263,7 @@ class _Propagation:
             } - self._groups
 
     def takes(self, entry: MountEntry, table: dict[int, MountEntry]) -> bool:
-        """Whether a mount of the same device in that table goes as well."""
+        """Whether a mount of the same device, in that table, is unmounted too."""
         parent = table.get(entry.parent_id)
         return (
             parent is not None
@@ -269,7 +274,7 @@ class _Propagation:
 
 
 def _location(entry: MountEntry | None, parent: MountEntry | None) -> tuple[str, str] | None:
-    """The device and the path in it on which something is mounted, whatever shows them."""
+    """Where a mount is mounted: the parent's device, and the path in that filesystem."""
     if entry is None or parent is None:
         return None
     inner = os.path.relpath(entry.mount_point, parent.mount_point)

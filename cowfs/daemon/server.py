@@ -1,17 +1,17 @@
-"""The daemon's end of the control socket: typed requests in, answers out.
+"""The server side of the control socket: receives typed requests, sends answers.
 
 Promises:
 - Only the daemon's own user and root are served: the socket is 0600 in a 0700 directory, and the
-  kernel tells who connects (SO_PEERCRED).
-- Nobody can keep the daemon busy: clients are counted, and apart from them readers, who hold a
-  pin and are quiet; a request that does not arrive and an answer that is not taken end by a
-  timeout, and `accept` backs off when descriptors run out.
-- A socket that somebody removed is made again, where the best place for it is by then.
-- An exception that is no `CowfsError` is logged here and arrives as one generic line.
+  kernel reports which user connects (SO_PEERCRED).
+- No client can keep the daemon busy. The number of clients is limited, and so is that of readers,
+  which hold a pin and are quiet. A request that does not arrive and an answer that is not received
+  end by a timeout, and `accept` backs off when descriptors run out.
+- A socket that was removed is made again, in the directory that is best by then.
+- An exception other than `CowfsError` is logged here, and the client gets one generic line.
 - A pin lives exactly as long as its connection.
 
-While a request is worked on, the server sends a sign of life every few seconds, so a client can
-tell a long commit from a daemon that hangs.
+During a request the server sends a sign of life every few seconds, so that a client can tell a long
+commit from a daemon that hangs.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ from cowfs.errors import BusyError, CowfsError, MountError, UsageError
 log = logging.getLogger(__name__)
 
 CLIENTS_MAX = 32
-QUEUED_MAX = 128  # connections that wait to be accepted
+QUEUED_MAX = 128  # connections not accepted yet
 READERS_MAX = 64  # connections that hold a pin: they may be quiet for hours
 CONNECTIONS_MAX = CLIENTS_MAX + READERS_MAX
-NAME_CHECK_INTERVAL_S = 1.0  # whether the socket was removed
-REQUEST_TIMEOUT_S = 10.0  # from one answer to the next whole request
-ANSWER_TIMEOUT_S = 30.0  # for the client to take a frame
+NAME_CHECK_INTERVAL_S = 1.0  # between checks whether the socket was removed
+REQUEST_TIMEOUT_S = 10.0  # from one answer to the next complete request
+ANSWER_TIMEOUT_S = 30.0  # for the client to receive a frame
 LIFE_SIGN_INTERVAL_S = 5.0
 
 
 class Pin:
-    """A generation that somebody outside reads. Each is itself: usable as a key of `Store.pins`."""
+    """A generation that another process reads. Pins compare by identity: a key of `Store.pins`."""
 
     __slots__ = ("generation",)
 
@@ -73,28 +73,29 @@ class Pin:
 
 
 class Service(Protocol):
-    """What the daemon does for its clients."""
+    """What the daemon does for its clients: see service.py."""
 
     async def handle(
         self, request: Request, progress: Callable[[Progress], Awaitable[None]]
     ) -> Reply:
         """Answer any request but PinGeneration. Several may be under way at a time.
 
-        `progress` raises trio.BrokenResourceError when the client is gone: let it pass, once what
-        was asked for is safe.
+        Args:
+            progress: sends a report. Raises trio.BrokenResourceError when the client is gone:
+                finish what must not be left half done, then raise it further.
 
         Raises:
-            CowfsError: travels to the client.
+            CowfsError: sent to the client.
         """
 
     def pin(self) -> Pin:
-        """Keep the newest durable generation whole."""
+        """Keep the newest durable generation readable."""
 
     def unpin(self, pin: Pin) -> None:
-        """Let it go; one that no longer holds is no error."""
+        """Release a pin, which may have been dropped already."""
 
     def holds(self, pin: Pin) -> bool:
-        """Whether the generation is still kept: a full filesystem lets go of pins."""
+        """Whether the generation is still kept. A full filesystem drops pins."""
 
 
 async def serve(
@@ -103,12 +104,11 @@ async def serve(
     *,
     task_status: trio.TaskStatus[None] | None = None,
 ) -> None:
-    """Serve until cancelled. `started` is called when clients can connect.
-
-    An answer that is ready when the cancellation comes is still sent.
+    """Serve until cancelled. An answer that is ready by then is still sent.
 
     Args:
         socket_path: from `places.prepare_socket`.
+        task_status: `started` is called when clients can connect.
 
     Raises:
         MountError: the socket cannot be made.
@@ -120,23 +120,25 @@ async def serve(
             accepting = await clients.start(server.accept, place.listener, clients)
             if task_status is not None:
                 task_status.started()
-            is_told = False
+            is_logged = False  # whether the present failure to make the socket again was logged
             while True:
                 await trio.sleep(NAME_CHECK_INTERVAL_S)
                 if place.is_ours():
                     continue
                 try:
-                    # In a thread: the way to it may lead through any filesystem by now.
+                    # In a thread, because by now the path may lead through any filesystem.
                     again = await trio.to_thread.run_sync(_made_again, place.name)
                 except CowfsError as error:
-                    if not is_told:
-                        log.warning("the control socket was removed, and %s", error)
-                    is_told = True
+                    if not is_logged:
+                        log.warning(
+                            "the control socket was removed and cannot be made again yet: %s", error
+                        )
+                    is_logged = True
                     continue
                 log.info("the control socket was removed; made %s", again.path)
                 accepting.cancel()
                 place.remove()
-                place, is_told = again, False
+                place, is_logged = again, False
                 accepting = await clients.start(server.accept, place.listener, clients)
     finally:
         place.remove()
@@ -144,10 +146,10 @@ async def serve(
 
 
 def _made_again(name: str) -> _Place:
-    """A socket of that name in the place that is best now.
+    """Make a socket of that name in the directory that is best now.
 
     Raises:
-        MountError: there is no place, or another daemon serves there.
+        MountError: no directory can be used, or another daemon serves there.
     """
     path = places.make_directory() / name
     with contextlib.suppress(ConnectionRefusedError):
@@ -157,7 +159,11 @@ def _made_again(name: str) -> _Place:
 
 
 class _Place:
-    """A listening socket that has its name only once it listens."""
+    """A listening socket in its directory. It gets its name only when it listens.
+
+    Raises:
+        MountError: the socket cannot be made.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
@@ -186,9 +192,9 @@ class _Place:
             raise MountError(f"cannot make the control socket {path}: {error.strerror}") from None
 
     def is_ours(self) -> bool:
-        """Whether clients that look for the name find this socket.
+        """Whether the name still leads to this socket.
 
-        Asked of the open directory, not by its path, which may lead into our own mount.
+        Looked up in the open directory, not by path: the path may lead into our own mount.
         """
         try:
             found = os.stat(self.name, dir_fd=self._directory, follow_symlinks=False)
@@ -197,7 +203,7 @@ class _Place:
         return os.path.samestat(found, self._status)
 
     def remove(self) -> None:
-        """Take the name away if it is still ours. The listener is closed by who accepts there."""
+        """Remove the name if it is still ours. The listener is closed by the task that accepts."""
         with contextlib.suppress(OSError):
             if self.is_ours():
                 os.unlink(self.name, dir_fd=self._directory)
@@ -205,13 +211,20 @@ class _Place:
 
 
 class _ClientGoneError(Exception):
-    """The client closed its end, or does not take or send what it should."""
+    """The client closed the connection, or did not send or receive in time."""
 
 
 class _Server:
+    """Accepts connections and counts them.
+
+    Attributes:
+        clients: connections that hold no pin.
+        readers: connections that hold one.
+    """
+
     def __init__(self, service: Service) -> None:
         self._service = service
-        self.clients = 0  # without those who hold a pin
+        self.clients = 0
         self.readers = 0
 
     async def accept(
@@ -221,19 +234,19 @@ class _Server:
         *,
         task_status: trio.TaskStatus[trio.CancelScope],
     ) -> None:
-        """Take connections until the scope that it starts with is cancelled; they go on then."""
+        """Accept connections until the scope given to `started` is cancelled."""
         listening = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
         with trio.CancelScope() as scope:
             task_status.started(scope)
             await trio.serve_listeners(self.serve_client, [listening], handler_nursery=clients)
 
     async def serve_client(self, stream: trio.SocketStream) -> None:
-        """One connection, from its first request to its end. Never raises but Cancelled."""
+        """Serve one connection to its end. Raises nothing but Cancelled."""
         connection = _Connection(self._service, stream, self)
         try:
             await connection.serve()
         except (_ClientGoneError, trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # its own business
+            pass  # the client gave up
         except Exception:
             log.exception("a connection to the control socket failed")
         finally:
@@ -242,6 +255,8 @@ class _Server:
 
 
 class _Connection:
+    """One connection of a client."""
+
     def __init__(self, service: Service, stream: trio.SocketStream, server: _Server) -> None:
         self._service = service
         self._stream = stream
@@ -258,7 +273,7 @@ class _Connection:
                 await self._fail(MountError(f"user {user_id} may not control this mount"))
                 return
             if self._server.clients > CLIENTS_MAX:
-                words = f"the daemon has {CLIENTS_MAX} clients already; try again"
+                words = f"the daemon has {CLIENTS_MAX} clients already; try again later"
                 await self._fail(BusyError(words))
                 return
             while (payload := await self._read()) is not None:
@@ -271,8 +286,8 @@ class _Connection:
                 self._service.unpin(self._pin)
 
     async def _read(self) -> bytes | None:
-        """The next request's bytes; None at the end of the connection."""
-        # A pin is held by keeping quiet.
+        """The bytes of the next request; None at the end of the connection."""
+        # A client that holds a pin may be quiet.
         seconds = float("inf") if self._pin is not None else REQUEST_TIMEOUT_S
         with trio.move_on_after(seconds) as first_wait:
             first = await self._stream.receive_some(HEADER.size)
@@ -288,7 +303,7 @@ class _Connection:
                 too_long = len(payload) + size > REQUEST_BYTES_MAX
                 if kind not in (REQUEST, PART) or not 1 <= size <= FRAME_BYTES_MAX or too_long:
                     await self._fail(
-                        UsageError("the control socket got something that is no request")
+                        UsageError("the control socket received a malformed or too long request")
                     )
                     raise _ClientGoneError
                 payload += await self._exactly(size - 1)
@@ -325,7 +340,7 @@ class _Connection:
             except Exception:
                 log.exception("the request %s failed", type(request).__name__)
                 error_answer = CowfsError(
-                    f"the daemon (process {os.getpid()}) met an internal error; its log has more"
+                    f"the daemon (process {os.getpid()}) had an internal error; see its log"
                 )
             if error_answer is not None:
                 await self._fail(error_answer)
@@ -341,7 +356,7 @@ class _Connection:
             if self._server.readers >= READERS_MAX:
                 raise BusyError(f"{READERS_MAX} readers keep a generation already; try again later")
             self._pin = self._service.pin()
-            # A reader may be quiet for hours, and takes no place of those who ask and go.
+            # From now on it counts as a reader: it may stay for hours, and must not block clients.
             self._server.clients -= 1
             self._server.readers += 1
         return PinReply(generation=self._pin.generation, holds=self._service.holds(self._pin))
@@ -353,12 +368,13 @@ class _Connection:
             raise trio.BrokenResourceError("the client is gone") from None
 
     async def _show_life(self) -> None:
+        """Send signs of life until cancelled."""
         while True:
             await trio.sleep(LIFE_SIGN_INTERVAL_S)
             try:
                 await self._send(frame(LIFE, b""))
             except (trio.BrokenResourceError, trio.ClosedResourceError, _ClientGoneError):
-                return  # whoever sends the answer finds out
+                return  # sending the answer will fail too
 
     async def _fail(self, error: CowfsError) -> None:
         message = message_of(error)
@@ -369,7 +385,11 @@ class _Connection:
         await self._send(answer)
 
     async def _send(self, whole: bytes) -> None:
-        """One frame, whole or not at all, also while everything around is being cancelled."""
+        """Send one frame completely, even while the surrounding scopes are cancelled.
+
+        Raises:
+            _ClientGoneError: the client did not receive it in time.
+        """
         with trio.move_on_after(ANSWER_TIMEOUT_S, shield=True) as scope:
             async with self._sending:
                 await self._stream.send_all(whole)
@@ -381,14 +401,18 @@ def _decode_request(payload: bytes) -> Request:
     try:
         envelope = msgspec.json.decode(payload, type=Envelope)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise UsageError(f"the control socket got a request that cannot be read: {error}") from None
+        raise UsageError(
+            f"the control socket received a request that cannot be read: {error}"
+        ) from None
     if envelope.version != PROTOCOL_VERSION:
         raise UsageError(
             f"the daemon speaks version {PROTOCOL_VERSION} of the control protocol, the command "
-            f"{envelope.version}; unmount and mount again with the cowfs that is installed now"
+            f"version {envelope.version}; unmount, and mount again with the cowfs installed now"
         )
     try:
         request: Request = msgspec.json.decode(envelope.request, type=Request)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise UsageError(f"the control socket got a request that cannot be read: {error}") from None
+        raise UsageError(
+            f"the control socket received a request that cannot be read: {error}"
+        ) from None
     return request

@@ -339,7 +339,7 @@ def test_request_that_is_too_long_is_refused_at_both_ends(
         assert client.sync() == 9
     monkeypatch.undo()
     monkeypatch.setattr("cowfs.daemon.server.REQUEST_BYTES_MAX", 200_000)
-    with Client(path) as client, pytest.raises(UsageError, match="no request"):
+    with Client(path) as client, pytest.raises(UsageError, match="too long request"):
         MountConnection(client, "disk.img").create_snapshot("x" * 200_000)
 
 
