@@ -1,22 +1,24 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""What libfuse 3 can do and pyfuse3 has no word for: more operations, and flags of the connection.
+"""Adds to pyfuse3 what libfuse 3 and the kernel can do beyond it: operations, flags, inode numbers.
 
-Loaded with RTLD_GLOBAL before pyfuse3 (fuse.py does it), this module's `fuse_session_new` and
-`fuse_session_mount` are those that pyfuse3 calls. They complete the table of operations, and call
-libfuse's own. What pyfuse3 does not tell is seen between libfuse and /dev/fuse (`fuse_session_custom_io`):
+fuse.py loads this module with RTLD_GLOBAL before pyfuse3, so pyfuse3 calls the `fuse_session_new`
+and `fuse_session_mount` defined here. They complete the table of operations, then call libfuse's
+functions. `fuse_session_custom_io` puts this module between libfuse and /dev/fuse, where it
 
-- The kernel's request TMPFILE, newer than libfuse 3.14, has the layout of CREATE and the name "/",
-  which no file can have: it is handed on as CREATE.
-- The request STATX (Linux 6.6) begins like GETATTR and is handed on as that; the answer, which has
-  the time of birth too, is written here.
-- Of the INIT request and its answer, the flags that this libfuse does not know are looked at and added.
-- Of WRITE and SETATTR requests, flags are kept until the next one, for the handler that runs in between.
+- turns TMPFILE requests, which are newer than libfuse 3.14, into CREATE: the layout is the same,
+  and the name is "/", which no file can have;
+- turns STATX requests (Linux 6.6) into GETATTR, which begin alike, and writes their answer itself,
+  with the birth time;
+- reads and adds the flags of INIT and its answer that this libfuse does not know;
+- keeps flags of each WRITE and SETATTR request until the next one, for the handler that runs in
+  between.
 
-pyfuse3 knows one number of a file, its node id. The number that programs see (st_ino, d_ino) is another
-one: this module's `fuse_reply_attr` and its like put it into the answers, and call libfuse's own.
+pyfuse3 has one number for a file, its node id. Programs see another one (st_ino, d_ino): the
+functions `fuse_reply_attr` and so on defined here put it into the answers, then call libfuse's
+functions.
 
-Operations added here are answered before they return: the methods installed must not wait. They
-return the result, or a negative errno, and raise nothing. Nothing here keeps memory of its own.
+Operations added here are answered before they return, so the installed methods must not wait. They
+return the result or a negative errno, and raise nothing. Nothing here allocates memory.
 Source of the layouts: linux/fuse.h and libfuse's fuse_lowlevel.h.
 """
 
@@ -141,10 +143,10 @@ cdef enum:
     STATX_BASIC_STATS = 0x7FF
     STATX_BTIME = 0x800
     BILLION = 1_000_000_000
-    INIT_BYTES = 16  # of the INIT request and of its answer, up to and with `flags`
+    INIT_BYTES = 16  # of the INIT request and of its answer, `flags` included
 
 
-# Of linux/fuse.h of Linux 6.6; the headers may be older than the kernel.
+# From linux/fuse.h of Linux 6.6; the installed headers may be older than the kernel.
 cdef struct sx_time:
     int64_t tv_sec
     uint32_t tv_nsec
@@ -182,7 +184,7 @@ cdef struct statx_out:
 
 assert sizeof(statx_out) == 32 + 256
 
-VERSION = 4  # of what fuse.py expects of this module: count it up with every change of a function
+VERSION = 4  # compared by fuse.py: increase it with every change of a function's signature
 
 ctypedef fuse_session *(*session_new_t)(
     fuse_args *, const fuse_lowlevel_ops *, size_t, void *) noexcept
@@ -222,21 +224,21 @@ cdef add_direntry_plus_t _add_direntry_plus
 def install(
     operations, *, unsigned background, bint cache_symlinks, bint dont_mask, bint killpriv
 ):
-    """Have the next session answered by `operations`, too. Call it before `pyfuse3.init`.
+    """Set which operations the next session adds. Call it before `pyfuse3.init`.
 
     Args:
-        operations: has methods `fallocate(node, mode, offset, length)`,
+        operations: has the methods `fallocate(node, mode, offset, length)`,
             `lseek(node, offset, whence)` and
-            `copy_file_range(node_in, offset_in, node_out, offset_out, length)`; each
-            returns an int, not negative, or a negative errno; and `birth_ns(node)`, which returns the
-            time in nanoseconds, or None where there is none.
-        background: requests for reading ahead and direct I/O that may be on their way at once.
-        cache_symlinks: the kernel may keep the targets of symbolic links, and then tells of no more
-            reads of them.
-        dont_mask: ask for FUSE_DONT_MASK: the umask is applied by the file system, which knows of
-            default ACLs.
-        killpriv: ask for FUSE_HANDLE_KILLPRIV_V2: set-id bits are cleared by the file system, and the
-            kernel does not ask for `security.capability` before every write.
+            `copy_file_range(node_in, offset_in, node_out, offset_out, length)`. Each returns an int
+            that is not negative, or a negative errno. It also has `birth_ns(node)`, which returns
+            nanoseconds, or None if the node has no birth time.
+        background: limit of requests in flight for read-ahead and direct I/O.
+        cache_symlinks: let the kernel cache the targets of symlinks. Reads of cached ones are not
+            seen. dont_mask: request FUSE_DONT_MASK: the filesystem applies the umask, because it
+            knows the default
+            ACLs.
+        killpriv: request FUSE_HANDLE_KILLPRIV_V2: the filesystem clears set-id bits, and the kernel
+            does not ask for `security.capability` before every write.
     """
     global _operations, _background, _wants_cached_symlinks, _wants_dont_mask, _wants_killpriv
     _operations = operations
@@ -246,13 +248,15 @@ def install(
     _wants_killpriv = killpriv
 
 
-def set_numbers(*, uint64_t plain_base, uint64_t plain_mask, uint64_t odd_node, uint64_t odd_number):
-    """Say what numbers programs see: a node id itself, with these exceptions.
+def set_numbers(
+    *, uint64_t plain_base, uint64_t plain_mask, uint64_t odd_node, uint64_t odd_number
+):
+    """Set which inode numbers programs see: the node id, with two exceptions.
 
     Args:
-        plain_base, plain_mask: of a node id that is `plain_base` without the bits of the mask, only
-            those bits.
-        odd_node, odd_number: of this node, that number.
+        plain_base, plain_mask: if a node id equals `plain_base` outside the bits of the mask,
+            programs see only those bits.
+        odd_node, odd_number: for this node programs see that number.
     """
     global _plain_base, _plain_mask, _odd_node, _odd_number
     _plain_base, _plain_mask = plain_base, plain_mask
@@ -260,30 +264,30 @@ def set_numbers(*, uint64_t plain_base, uint64_t plain_mask, uint64_t odd_node, 
 
 
 def has_dont_mask():
-    """Whether the umask is the file system's business. Known after the first request."""
+    """Whether the filesystem must apply the umask; known after INIT."""
     return _has_dont_mask
 
 
 def has_killpriv():
-    """Whether clearing set-id bits and capabilities is the file system's business."""
+    """Whether the filesystem must clear set-id bits and capabilities; known after INIT."""
     return _has_killpriv
 
 
 def write_kills_privileges():
-    """Whether the kernel said of the WRITE request that was read last that set-id bits must go."""
+    """Whether the last WRITE request has the flag to clear set-id bits."""
     return _write_kills
 
 
 def setattr_valid():
-    """The flags (FATTR_*) of the SETATTR request that was read last."""
+    """The flags (FATTR_*) of the last SETATTR request."""
     return _setattr_valid
 
 
-# --- operations -------------------------------------------------------------------------------------
+# --- operations -----------------------------------------------------------------------------------
 
 
-cdef int64_t _whole(object result) noexcept:
-    """An answer as a number; what is none is an error of ours."""
+cdef int64_t _as_int(object result) noexcept:
+    """Convert to int; a non-number is our bug: -EIO."""
     cdef int64_t number
     try:
         number = result
@@ -297,7 +301,7 @@ cdef void _on_fallocate(
 ) noexcept with gil:
     cdef int64_t answer
     try:
-        answer = _whole(_operations.fallocate(node, mode, offset, length))
+        answer = _as_int(_operations.fallocate(node, mode, offset, length))
     except BaseException:
         answer = -EIO
     fuse_reply_err(req, <int>-answer if answer < 0 else 0)
@@ -308,7 +312,7 @@ cdef void _on_lseek(
 ) noexcept with gil:
     cdef int64_t answer
     try:
-        answer = _whole(_operations.lseek(node, offset, whence))
+        answer = _as_int(_operations.lseek(node, offset, whence))
     except BaseException:
         answer = -EIO
     if answer < 0:
@@ -323,7 +327,7 @@ cdef void _on_copy_file_range(
 ) noexcept with gil:
     cdef int64_t answer
     try:
-        answer = _whole(
+        answer = _as_int(
             _operations.copy_file_range(node_in, offset_in, node_out, offset_out, length)
         )
     except BaseException:
@@ -334,11 +338,11 @@ cdef void _on_copy_file_range(
         fuse_reply_write(req, <size_t>answer)
 
 
-# --- the number of a file ---------------------------------------------------------------------------
+# --- inode numbers --------------------------------------------------------------------------------
 
 
 cdef uint64_t _number(fuse_ino_t node) noexcept nogil:
-    """The number that programs see of a node."""
+    """The inode number that programs see for a node."""
     if node & ~_plain_mask == _plain_base:
         return node & _plain_mask
     return _odd_number if node == _odd_node else node
@@ -351,7 +355,7 @@ cdef fuse_entry_param _numbered(const fuse_entry_param *entry) noexcept nogil:
 
 
 cdef bint _find_replies() noexcept:
-    """Find libfuse's own functions below those of this module."""
+    """Find libfuse's functions, which those of this module hide. Returns whether all were found."""
     global _reply_attr, _reply_entry, _reply_create, _add_direntry_plus
     _reply_attr = <reply_attr_t>dlsym(RTLD_NEXT, "fuse_reply_attr")
     _reply_entry = <reply_entry_t>dlsym(RTLD_NEXT, "fuse_reply_entry")
@@ -368,7 +372,7 @@ cdef bint _find_replies() noexcept:
 cdef public int fuse_reply_attr(
     fuse_req_t req, const stat *attributes, double timeout
 ) noexcept nogil:
-    """libfuse's function of this name; `st_ino` comes as the node id. Also answers STATX."""
+    """Hides libfuse's function: `st_ino` comes in as the node id. Also answers STATX."""
     global _is_statx
     cdef stat answer = attributes[0]
     answer.st_ino = _number(attributes.st_ino)
@@ -405,7 +409,7 @@ cdef int _reply_statx(
     _set_time(&answer.ctime, &attributes.st_ctim)
     if is_known:
         answer.mask |= STATX_BTIME
-        # Rounded down, as Python does it, also before 1970.
+        # `//` and `%` round down as in Python, which is right also before 1970.
         answer.btime.tv_sec = birth_ns // BILLION
         answer.btime.tv_nsec = <uint32_t>(birth_ns % BILLION)
     return fuse_reply_buf(req, <const char *>&answer, sizeof(answer))
@@ -417,7 +421,7 @@ cdef void _set_time(sx_time *target, const timespec *source) noexcept nogil:
 
 
 cdef bint _birth_ns(fuse_ino_t node, int64_t *birth_ns) noexcept:
-    """Whether the time when a file was made is known; then it is stored at `birth_ns`."""
+    """Store the birth time of a node at `birth_ns`. Returns whether it is known."""
     try:
         found = _operations.birth_ns(node)
         if found is None:
@@ -429,7 +433,7 @@ cdef bint _birth_ns(fuse_ino_t node, int64_t *birth_ns) noexcept:
 
 
 cdef public int fuse_reply_entry(fuse_req_t req, const fuse_entry_param *entry) noexcept nogil:
-    """libfuse's function of this name, with the number that programs see."""
+    """Hides libfuse's function: sets the inode number that programs see, then calls it."""
     cdef fuse_entry_param answer = _numbered(entry)
     return _reply_entry(req, &answer)
 
@@ -437,7 +441,7 @@ cdef public int fuse_reply_entry(fuse_req_t req, const fuse_entry_param *entry) 
 cdef public int fuse_reply_create(
     fuse_req_t req, const fuse_entry_param *entry, const fuse_file_info *info
 ) noexcept nogil:
-    """libfuse's function of this name, with the number that programs see."""
+    """Hides libfuse's function: sets the inode number that programs see, then calls it."""
     cdef fuse_entry_param answer = _numbered(entry)
     return _reply_create(req, &answer, info)
 
@@ -446,12 +450,12 @@ cdef public size_t fuse_add_direntry_plus(
     fuse_req_t req, char *buffer, size_t size, const char *name,
     const fuse_entry_param *entry, off_t cookie,
 ) noexcept nogil:
-    """libfuse's function of this name, with the number that programs see."""
+    """Hides libfuse's function: sets the inode number that programs see, then calls it."""
     cdef fuse_entry_param answer = _numbered(entry)
     return _add_direntry_plus(req, buffer, size, name, &answer, cookie)
 
 
-# --- the connection ---------------------------------------------------------------------------------
+# --- the connection -------------------------------------------------------------------------------
 
 
 cdef void _on_init(void *data, fuse_conn_info *connection) noexcept with gil:
@@ -460,8 +464,9 @@ cdef void _on_init(void *data, fuse_conn_info *connection) noexcept with gil:
     if _background:
         connection.max_background = _background
         connection.congestion_threshold = _background * 3 // 4
-    # libfuse asks for it. Many kernels then leave pages that were read beside a direct write in the
-    # cache for good: they drop them when the call returns, but then the write is still on its way.
+    # libfuse requests this. With it, many kernels keep stale pages in the cache: they drop the
+    # pages that were read during a direct write when the call returns, but then the write is still
+    # in flight.
     connection.want &= ~FUSE_CAP_ASYNC_DIO
     connection.want |= connection.capable & FUSE_CAP_PARALLEL_DIROPS
     if _wants_cached_symlinks:
@@ -472,7 +477,7 @@ cdef void _on_init(void *data, fuse_conn_info *connection) noexcept with gil:
 
 
 cdef ssize_t _on_read(int fd, void *buffer, size_t size, void *data) noexcept nogil:
-    """read(2) of one request, with the few looks at it that the module's docstring names."""
+    """read(2) of one request. Looks at it and changes it as the docstring of the module says."""
     global _init_unique, _is_statx, _kernel_flags, _setattr_valid, _write_kills
     cdef fuse_in_header *header = <fuse_in_header *>buffer
     cdef void *body = <char *>buffer + sizeof(fuse_in_header)
@@ -493,7 +498,7 @@ cdef ssize_t _on_read(int fd, void *buffer, size_t size, void *data) noexcept no
     elif header.opcode == TMPFILE:
         header.opcode = FUSE_CREATE
     elif header.opcode == FUSE_INIT:
-        # An old kernel sends less than the whole structure; then the flags are there and no more.
+        # An old kernel sends a shorter structure, which ends with the flags.
         if count >= <ssize_t>(sizeof(fuse_in_header) + INIT_BYTES):
             _init_unique = header.unique
             _kernel_flags = (<fuse_init_in *>body).flags
@@ -501,7 +506,7 @@ cdef ssize_t _on_read(int fd, void *buffer, size_t size, void *data) noexcept no
 
 
 cdef ssize_t _on_writev(int fd, iovec *parts, int count, void *data) noexcept nogil:
-    """writev(2) of one answer; the answer to INIT gets the flag that libfuse does not know."""
+    """writev(2) of one answer. Adds the flag that libfuse does not know to the answer of INIT."""
     global _init_unique, _has_killpriv
     cdef fuse_out_header *header
     if _init_unique and count >= 2 and parts[0].iov_len >= sizeof(fuse_out_header):
@@ -522,7 +527,7 @@ cdef ssize_t _on_writev(int fd, iovec *parts, int count, void *data) noexcept no
 cdef public fuse_session *fuse_session_new(
     fuse_args *args, const fuse_lowlevel_ops *operations, size_t size, void *data
 ) noexcept with gil:
-    """libfuse's function of this name, with a table that is complete."""
+    """Hides libfuse's function: completes the table of operations, then calls it."""
     global _next_init, _has_dont_mask, _has_killpriv
     cdef session_new_t real = <session_new_t>dlsym(RTLD_NEXT, "fuse_session_new")
     if real == NULL or not _find_replies():
@@ -541,7 +546,7 @@ cdef public fuse_session *fuse_session_new(
 
 
 cdef public int fuse_session_mount(fuse_session *session, const char *mountpoint) noexcept with gil:
-    """libfuse's function of this name; what it mounted is read and written through this module."""
+    """Hides libfuse's function: calls it, then reads and writes the session through this module."""
     cdef session_mount_t real = <session_mount_t>dlsym(RTLD_NEXT, "fuse_session_mount")
     cdef int status
     if real == NULL:
@@ -551,6 +556,6 @@ cdef public int fuse_session_mount(fuse_session *session, const char *mountpoint
         memset(&_io, 0, sizeof(_io))
         _io.read = _on_read
         _io.writev = _on_writev
-        # Refused for want of memory only: then the connection is as it would be without us.
+        # This fails only without memory. The connection then works as it would without this module.
         fuse_session_custom_io(session, &_io, fuse_session_fd(session))
     return status

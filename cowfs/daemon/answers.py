@@ -1,6 +1,6 @@
-"""How a handler's end becomes the kernel's answer: exceptions to errnos, in one place.
+"""The only place where an exception in a handler becomes an errno for the kernel.
 
-What is not a known error is logged and answered EIO, so that no bug ends the mount.
+An unexpected exception is logged and answered with EIO, so that a bug does not end the mount.
 """
 
 import errno
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def errno_of(error: BaseException) -> pyfuse3.FUSEError:
-    """The FUSE answer for an exception, logged when it says that something is wrong."""
+    """The FUSE error for an exception. Damage and unexpected errors are logged."""
     if isinstance(error, pyfuse3.FUSEError):
         return error
     if isinstance(error, CorruptError):
@@ -31,7 +31,7 @@ def errno_of(error: BaseException) -> pyfuse3.FUSEError:
 
 
 def answers(function: Callable[..., T]) -> Any:
-    """A handler that never waits. (Any: pyfuse3 wants coroutines where we write plain methods.)"""
+    """Decorate a handler that never waits: pyfuse3 gets a coroutine."""
 
     @functools.wraps(function)
     async def handler(*arguments: Any) -> T:
@@ -44,7 +44,7 @@ def answers(function: Callable[..., T]) -> Any:
 
 
 def waits(function: Callable[..., Awaitable[T]]) -> Any:
-    """A handler that may wait."""
+    """Decorate a handler that may wait."""
 
     @functools.wraps(function)
     async def handler(*arguments: Any) -> T:
@@ -57,7 +57,7 @@ def waits(function: Callable[..., Awaitable[T]]) -> Any:
 
 
 def answers_now(function: Callable[..., int]) -> Callable[..., int]:
-    """A handler of `fuse.session`, which takes an error as a negative errno."""
+    """Decorate a handler of `fuse.session`: an error is returned as a negative errno."""
 
     @functools.wraps(function)
     def handler(*arguments: Any) -> int:

@@ -1,8 +1,9 @@
-"""When a mount gives free space back to the host: some seconds after it came free, and when asked to.
+"""When a mount gives free blocks back to the host: seconds after they were freed, and on `trim`.
 
-What comes free is soon used again while a filesystem is busy, above all the places of nodes. So a group
-of blocks is left alone until nothing more has come free in it for a while. The loop only looks, in short
-steps; a thread discards. Commits stop a discard that may be in their way (storage/discards.py).
+A busy filesystem soon reuses freed blocks, above all those of nodes. So a group of blocks is
+discarded only when no block of it was freed for a while. The loop only looks for free runs, in
+short steps; a thread discards them. A commit stops a discard that may be in its way
+(storage/discards.py).
 """
 
 import logging
@@ -17,7 +18,7 @@ from cowfs.storage.discards import Sweep
 log = logging.getLogger(__name__)
 
 DISCARD_INTERVAL_S = 5.0
-STOPPED_WAIT_S = 0.02  # after a commit stopped a discard: others may follow it
+STOPPED_WAIT_S = 0.02  # pause after a commit stopped a discard: more commits may follow
 SHOW_INTERVAL_S = 0.2
 
 ShowSweep = Callable[[Sweep], Awaitable[None]]
@@ -28,28 +29,28 @@ class Discarder:
 
     def __init__(self, filesystem: Filesystem) -> None:
         self._filesystem = filesystem
-        self._turn = trio.Lock()  # one sweep at a time
+        self._sweeping = trio.Lock()  # one sweep at a time
 
     async def run(self) -> None:
-        """Discard what came free and was not used again. Ends by cancellation."""
+        """Discard blocks that were freed and not reused, until cancelled or writing has failed."""
         filesystem = self._filesystem
         while filesystem.discard and filesystem.store.failed is None:
             await trio.sleep(DISCARD_INTERVAL_S)
             try:
                 await self.sweep(Sweep.of_released(filesystem.store, settled=True))
             except CowfsError as error:
-                log.debug("free space was not given back to the host: %s", error)
+                log.debug("cannot discard free blocks: %s", error)
 
     async def sweep(self, sweep: Sweep, show: ShowSweep | None = None) -> None:
-        """Do all of a sweep.
+        """Carry out a sweep to its end.
 
         Args:
-            show: called now and then, with how far it is.
+            show: called every SHOW_INTERVAL_S with the progress.
 
         Raises:
             DeviceError: a page of the space map cannot be read, or writing has ended (C8).
         """
-        async with self._turn:
+        async with self._sweeping:
             shown = trio.current_time()
             while not sweep.is_done:
                 discard = sweep.look()

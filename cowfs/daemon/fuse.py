@@ -1,16 +1,16 @@
-"""The one import of pyfuse3, and of what completes it.
+"""The one place that imports pyfuse3, and the module `_session`, which adds what pyfuse3 lacks.
 
-`_session` (Cython, built with the package) must be loaded first and with its symbols for all to see.
-Where it could not be built, or does not fit this libfuse, `session` is None, `session_missing` says
-why, and a mount works without fallocate, SEEK_HOLE, copy_file_range, O_TMPFILE and birth times, with
-the umask taken off also below default ACLs, and with node ids for inode numbers.
+`_session` (Cython, built with the package) must be loaded before pyfuse3, with RTLD_GLOBAL. If it
+could not be built, or does not fit this libfuse, `session` is None and `session_missing` says why.
+A mount then works without fallocate, SEEK_HOLE, copy_file_range, O_TMPFILE and birth times. The
+kernel applies the umask also below default ACLs, and programs see node ids as inode numbers.
 """
 
 import os
 import sys
 from types import ModuleType
 
-# What a mount can do with the module, in the words of `cowfs info`.
+# What the module adds to a mount, in the words of `cowfs info`.
 SESSION_FEATURES = (
     "fallocate",
     "seek_hole",
@@ -35,7 +35,9 @@ try:
     if getattr(_session, "VERSION", 0) == _SESSION_VERSION:
         session = _session
     else:
-        session_missing = "the compiled module is of another version; install the package again"
+        session_missing = (
+            "the compiled module _session is of another version; install the package again"
+        )
 except ImportError as error:
     session_missing = str(error)
 finally:
@@ -45,12 +47,12 @@ import pyfuse3 as pyfuse3  # noqa: E402  # after _session
 
 
 def show_numbers(*, plain_base: int, plain_mask: int, odd_node: int, odd_number: int) -> None:
-    """Say what programs see as the numbers of files; without the module those are the node ids.
+    """Set the inode numbers that programs see; without the module these are the node ids.
 
     Args:
-        plain_base, plain_mask: of a node id that is `plain_base` without the bits of the mask, only
-            those bits are seen.
-        odd_node, odd_number: of this node, that number is seen.
+        plain_base, plain_mask: if a node id equals `plain_base` outside the bits of the mask,
+            programs see only those bits.
+        odd_node, odd_number: for this node programs see that number.
     """
     if session is not None:
         session.set_numbers(
@@ -62,24 +64,25 @@ def show_numbers(*, plain_base: int, plain_mask: int, odd_node: int, odd_number:
 
 
 def umask_is_ours() -> bool:
-    """Whether the kernel leaves the umask to us (FUSE_CAP_DONT_MASK); known once it asks."""
+    """Whether the daemon must apply the umask (FUSE_CAP_DONT_MASK); known after INIT."""
     return session is not None and session.has_dont_mask()
 
 
 def killpriv_is_ours() -> bool:
-    """Whether set-id bits and capabilities are ours to clear (FUSE_HANDLE_KILLPRIV_V2)."""
+    """Whether the daemon must clear set-id bits and capabilities (FUSE_HANDLE_KILLPRIV_V2)."""
     return session is not None and session.has_killpriv()
 
 
 def times_set_to_now() -> tuple[bool, bool]:
-    """Whether atime and mtime of the setattr that is being handled are those of now.
+    """Whether the current setattr sets atime, and whether it sets mtime, to the current time.
 
-    The kernel then sends the time of its coarse clock, which may be before that of a write just made.
+    For such times the kernel sends its coarse clock, which may be behind the time of a previous
+    write.
     """
     valid = session.setattr_valid() if session is not None else 0
     return bool(valid & _ATIME_NOW), bool(valid & _MTIME_NOW)
 
 
 def write_kills_privileges() -> bool:
-    """Whether the kernel said so of the write that is being handled."""
+    """Whether the current write must clear set-id bits and capabilities, as the kernel says."""
     return session is not None and session.write_kills_privileges()

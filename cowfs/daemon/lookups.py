@@ -1,7 +1,7 @@
-"""How often the kernel was told of each inode and has not forgotten it: FUSE's lookup counts.
+"""FUSE's lookup counts: how many answers gave the kernel an inode that it has not forgotten since.
 
-The kernel may remember millions of files, for as long as it has memory. So the counts are small numbers
-in arrays, by inode number: some bytes for each file, where a dictionary takes a hundred.
+The kernel may remember millions of files, as long as it has memory. So the counts are kept in
+arrays, by inode number: a few bytes per file, where a dict would take a hundred.
 """
 
 from array import array
@@ -17,11 +17,12 @@ class Lookups:
     """Lookup counts of the inodes of one tree."""
 
     def __init__(self) -> None:
-        # Of CHUNK inode numbers each, and behind them how many are not zero: one at least.
+        # By `ino >> CHUNK_BITS`: the counts of CHUNK inode numbers, then the number of nonzero
+        # ones. A chunk without nonzero counts is deleted.
         self._chunks: dict[int, array[int]] = {}
 
     def add(self, ino: int) -> None:
-        """The kernel was told once more."""
+        """Add one to the count of an inode."""
         chunk = self._chunks.get(ino >> CHUNK_BITS)
         if chunk is None:
             chunk = self._chunks[ino >> CHUNK_BITS] = array("I", _ZEROS)
@@ -30,7 +31,7 @@ class Lookups:
         chunk[ino & _INDEX] += 1
 
     def drop(self, ino: int, count: int) -> int:
-        """The kernel forgets `count` of the times. Returns how many are left."""
+        """Subtract `count` from the count of an inode. Returns what is left."""
         chunk = self._chunks.get(ino >> CHUNK_BITS)
         if chunk is None or not chunk[ino & _INDEX]:
             return 0
@@ -42,7 +43,7 @@ class Lookups:
         return left
 
     def inos(self) -> Iterator[int]:
-        """The inodes that the kernel knows. Counts may change meanwhile, also in another thread."""
+        """The inodes that the kernel knows. Another thread may change counts meanwhile."""
         for number in list(self._chunks):
             chunk = self._chunks.get(number)
             if chunk is not None:

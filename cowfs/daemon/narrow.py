@@ -1,9 +1,10 @@
-"""Directories as 32-bit programs read them: positions that fit into 31 bits.
+"""Directory listings for 32-bit programs: positions that fit into 31 bits.
 
-The position after a name (d_off) is made of the hash of the name, 63 bits. It stays valid while other
-names come and go, and in any descriptor, as NFS needs it. But the C library of a 32-bit program that
-was built without large files ends a listing with EOVERFLOW at the first position beyond 31 bits. Such
-a program is given the count of names before instead, which means something in its own descriptor only.
+The position of a name (d_off) is normally a 63-bit cookie made from the hash of the name. It stays
+valid while other names come and go, and in any descriptor, as NFS needs it. But a 32-bit program
+built without large file support fails with EOVERFLOW at the first position beyond 31 bits. Such a
+program gets positions that count the names so far. They are valid only in the descriptor that gave
+them.
 """
 
 import os
@@ -13,16 +14,16 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
-# While a program walks a tree it is asked for once in this time: the look takes 5 us.
+# A program that opens many directories is checked again only after this time: a check takes 5 us.
 SAME_PROGRAM_NS = 5_000_000
 _AUXV_BYTES = 8
 
 
 def is_narrow(pid: int) -> bool:
-    """Whether a process, or the one that a thread belongs to, runs a 32-bit program.
+    """Whether a process runs a 32-bit program. `pid` may also be the id of a thread.
 
-    The auxiliary vector begins with a small number, as wide as a pointer, and then something that is not
-    zero. What may not be looked at, or is in another PID namespace, counts as 64-bit.
+    The auxiliary vector starts with a small number as wide as a pointer, followed by a nonzero
+    value. A process that cannot be examined, or is in another PID namespace, counts as 64-bit.
     """
     try:
         descriptor = os.open(f"/proc/{pid}/auxv", os.O_RDONLY | os.O_CLOEXEC)
@@ -38,21 +39,21 @@ def is_narrow(pid: int) -> bool:
 
 
 class NarrowListing:
-    """One directory that a 32-bit program has open: its node, and the real positions by count."""
+    """One directory that a 32-bit program has open: its node, and the cookie for each count."""
 
     def __init__(self, node: int, reply: Callable[[Any, bytes, Any, int], bool]) -> None:
         self.node = node
         self._reply = reply
-        self._cookies = array("Q", [0])  # after so many names; the first is the start
-        self._count = 0
+        self._cookies = array("Q", [0])  # [n] is the cookie after n names
+        self._count = 0  # names before the next one
 
     def seek(self, count: int) -> int:
-        """The real position after `count` names, from which the next `reply` goes on."""
+        """Continue after `count` names. Returns the cookie there."""
         self._count = min(count, len(self._cookies) - 1)
         return self._cookies[self._count]
 
     def reply(self, token: Any, name: bytes, attributes: Any, cookie: int) -> bool:
-        """`pyfuse3.readdir_reply` with a count in the place of the position."""
+        """`pyfuse3.readdir_reply` with a count in place of the cookie."""
         count = self._count + 1
         if not self._reply(token, name, attributes, count):
             return False
@@ -68,7 +69,7 @@ class NarrowListings:
     """The directories of a mount that 32-bit programs have open.
 
     Args:
-        first_handle: the handles that are given out go from here upwards.
+        first_handle: handles are given out from here upwards.
         reply: `pyfuse3.readdir_reply`.
     """
 
@@ -79,7 +80,7 @@ class NarrowListings:
         self._pid, self._asked_ns, self._is_narrow = 0, 0, False
 
     def open(self, node: int, pid: int) -> int | None:
-        """A handle for a directory that a process opens; None when it is not a 32-bit program."""
+        """A handle for a directory that a 32-bit program opens; None for other programs."""
         now_ns = time.monotonic_ns()
         if pid != self._pid or now_ns - self._asked_ns > SAME_PROGRAM_NS:
             self._pid, self._asked_ns, self._is_narrow = pid, now_ns, is_narrow(pid)
@@ -91,8 +92,9 @@ class NarrowListings:
         return handle
 
     def get(self, handle: int) -> NarrowListing | None:
+        """The listing of a handle; None if the handle is not from here."""
         return self._listings.get(handle)
 
     def close(self, handle: int) -> bool:
-        """The handle was released. Returns whether it was one of these."""
+        """Forget a handle. Returns whether it was from here."""
         return self._listings.pop(handle, None) is not None

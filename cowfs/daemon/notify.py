@@ -1,9 +1,9 @@
-"""What the service manager is told of a mount: sd_notify(3) of systemd, in a few lines.
+"""Notify the service manager of the state of a mount: the protocol of systemd's sd_notify(3).
 
-A daemon in the foreground that was started with NOTIFY_SOCKET says when the mount answers and when
-its last commit begins. The variable is taken out of the environment, so that nothing this process
-starts speaks in its name. In the background nothing is said: whoever waits there waits for the
-command, not for the daemon.
+A daemon in the foreground with NOTIFY_SOCKET set reports when the mount answers and when its last
+commit begins. The variable is removed from the environment, so that programs which this process
+starts do not report in its name. A daemon in the background reports nothing: its caller waits for
+the command instead.
 """
 
 import logging
@@ -17,26 +17,34 @@ SEND_TIMEOUT_S = 1.0
 
 
 class Notifier:
-    """The way to the service manager; says nothing where there is none.
+    """Sends messages to the service manager, or nowhere if there is none.
 
     Args:
-        address: as in NOTIFY_SOCKET: a path, or @ and the name of an abstract socket.
+        address: as in NOTIFY_SOCKET: a path, or @ and the name of an abstract socket. Empty for
+            none.
     """
 
     def __init__(self, address: str = "") -> None:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         if not address.startswith(("/", "@")):
             if address:
-                log.warning("NOTIFY_SOCKET=%s is not a socket that can be spoken to", address)
+                log.warning(
+                    "NOTIFY_SOCKET=%s is neither a path nor an abstract socket; "
+                    "the service manager is not notified",
+                    address,
+                )
             self._address = ""
 
     @classmethod
     def from_environment(cls) -> "Notifier":
-        """The one that this process was started with, for this process alone."""
+        """A notifier for NOTIFY_SOCKET, which is removed from the environment."""
         return cls(os.environ.pop("NOTIFY_SOCKET", ""))
 
     def tell(self, state: str, status: str) -> None:
-        """Tell a state (READY, STOPPING) and a line for people. Never raises: a mount goes on."""
+        """Report a state (READY or STOPPING) with a line of text for people.
+
+        Never raises: a failure is logged, and the mount continues.
+        """
         if not self._address:
             return
         line = " ".join(status.splitlines())
@@ -47,4 +55,4 @@ class Notifier:
                 connection.settimeout(SEND_TIMEOUT_S)
                 connection.sendto(message, os.fsencode(self._address))
         except (OSError, ValueError) as error:
-            log.warning("the service manager could not be told %s: %s", state, error)
+            log.warning("cannot notify the service manager of %s: %s", state, error)

@@ -1,8 +1,8 @@
-"""Set-id bits and file capabilities: which of them a change of a file takes away, as ext4 does it.
+"""Which set-id bits and file capabilities a change of a file clears, by the rules of ext4.
 
-The kernel checks permissions; this is what it leaves to a file system. With FUSE_HANDLE_KILLPRIV_V2,
-which only our module can ask for (fuse.py), all of it is ours, and in return the kernel does not ask
-for `security.capability` before every write.
+The kernel checks permissions, but leaves a part of the clearing to the filesystem. With
+FUSE_HANDLE_KILLPRIV_V2, which only the module `_session` can request (fuse.py), it leaves all of
+it. In return it does not ask for `security.capability` before every write.
 """
 
 import stat
@@ -19,12 +19,14 @@ def cleared_by_setattr(
     fields: pyfuse3.SetattrFields,
     ctx: pyfuse3.RequestContext,
 ) -> tuple[int, bool]:
-    """Which set-id bits a setattr takes away, and whether file capabilities go; as ext4 does it.
+    """What a setattr clears.
 
-    Before an unprivileged write the kernel asks for the new mode; where it was told
-    FUSE_HANDLE_KILLPRIV_V2 it asks for a change of nothing (Linux 6.18). That is also how
-    chown(-1, -1) comes. What it does not see to in either case is S_ISGID of a group that the
-    caller is not in.
+    Before an unprivileged write the kernel sends a setattr with the new mode. With
+    FUSE_HANDLE_KILLPRIV_V2 it sends one that changes nothing (Linux 6.18), as for chown(-1, -1). In
+    neither case does it care for S_ISGID of a group that the caller is not in.
+
+    Returns:
+        The set-id bits to clear, and whether to remove the file capabilities.
     """
     is_root = ctx.uid == 0
     is_bare = not (
@@ -46,7 +48,7 @@ def cleared_by_setattr(
     if gives_away or (is_bare and killpriv_is_ours()):
         bits = stat.S_ISUID | group_bit(inode, mode, ctx)
     elif not is_root and fields.update_mode and not fields.update_size:
-        # A chmod may give g+xs to a group that the caller is in, and the kernel has looked.
+        # chmod may set g+xs for a group that the caller is in. The kernel has checked the rest.
         bits = group_bit(inode, mode & ~stat.S_IXGRP, ctx)
     elif not is_root:
         bits = stat.S_ISUID | group_bit(inode, mode, ctx)
@@ -54,7 +56,10 @@ def cleared_by_setattr(
 
 
 def group_bit(inode: Inode, mode: int, ctx: pyfuse3.RequestContext) -> int:
-    """S_ISGID if it has to go: it lets a group execute, or the caller is not of that group."""
+    """S_ISGID if it must be cleared, else 0.
+
+    It must be if the group may execute the file, or if the caller is not in the group.
+    """
     if not mode & stat.S_ISGID:
         return 0
     if mode & stat.S_IXGRP:
@@ -63,9 +68,9 @@ def group_bit(inode: Inode, mode: int, ctx: pyfuse3.RequestContext) -> int:
 
 
 def is_member(ctx: pyfuse3.RequestContext, gid: int) -> bool:
-    """Whether a caller may leave a set-group-id bit of that group; root may leave any.
+    """Whether a caller may keep a set-group-id bit of that group. Root may keep any.
 
-    The kernel knows, but has no way to tell us.
+    The kernel knows the caller's groups, but FUSE does not pass them on.
     """
     if not ctx.uid or ctx.gid == gid:
         return True

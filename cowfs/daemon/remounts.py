@@ -1,8 +1,9 @@
-"""`mount -o remount,ro` and `remount,rw`, as the daemon learns of them.
+"""Follow `mount -o remount,ro` and `remount,rw`.
 
-The kernel changes its own flag and tells no FUSE daemon, but it wakes whoever polls the table of mounts.
-Then the flag is looked at, and followed: a mount that is read-only for the kernel writes nothing of its
-own to the image either, no access times, no freed space, no commits.
+The kernel changes its own read-only flag without telling the FUSE daemon, but it wakes every poll
+of the mount table. The daemon then reads the flag and follows it: while the kernel has the mount
+read-only, the daemon writes nothing to the image either: no access times, no freed space, no
+commits.
 """
 
 import logging
@@ -17,14 +18,14 @@ from cowfs.errors import CowfsError
 
 log = logging.getLogger(__name__)
 
-LOOK_INTERVAL_S = 0.2  # at the most so often, where mounts come and go all the time
+LOOK_INTERVAL_S = 0.2  # shortest time between two looks, where mounts come and go all the time
 
 
 def kernel_is_read_only(device: int) -> bool | None:
-    """Whether the kernel takes a filesystem for read-only; None when no mount of it is in sight.
+    """Whether the kernel has a filesystem read-only; None if no mount of it is visible.
 
     Args:
-        device: its st_dev.
+        device: st_dev of the filesystem.
 
     Source: proc(5), mountinfo: the options of the filesystem are the last field.
     """
@@ -38,32 +39,32 @@ def kernel_is_read_only(device: int) -> bool | None:
 
 
 class Remounts:
-    """Follows the kernel's flag of one mount.
+    """Follows the kernel's read-only flag of one mount.
 
     Args:
         device: st_dev of the mount.
-        read_only: as it was mounted.
-        became: awaited with the new flag when it changed.
+        read_only: the flag when it was mounted.
+        follow: awaited with the new flag when it has changed.
     """
 
     def __init__(
-        self, device: int, read_only: bool, became: Callable[[bool], Awaitable[None]]
+        self, device: int, read_only: bool, follow: Callable[[bool], Awaitable[None]]
     ) -> None:
         self._device = device
         self._read_only = read_only
-        self._became = became
+        self._follow = follow
         self._lock = trio.Lock()
 
     async def look(self) -> None:
-        """See what the kernel says, and follow it. Raises what `became` raises."""
+        """Read the kernel's flag, and follow it if it has changed. Raises what `follow` raises."""
         async with self._lock:
             found = await trio.to_thread.run_sync(kernel_is_read_only, self._device)
             if found is not None and found != self._read_only:
                 self._read_only = found
-                await self._became(found)
+                await self._follow(found)
 
     async def run(self) -> None:
-        """Look whenever a mount changes. Ends by cancellation."""
+        """Look at every change of the mount table. Ends by cancellation."""
         limiter = trio.CapacityLimiter(1)
         with open(places.MOUNTINFO, "rb") as table:
             changes = select.poll()
@@ -73,5 +74,5 @@ class Remounts:
                 try:
                     await self.look()
                 except (CowfsError, OSError) as error:
-                    log.error("a remount could not be followed: %s", error)
+                    log.error("cannot follow a remount: %s", error)
                 await trio.sleep(LOOK_INTERVAL_S)
