@@ -178,7 +178,7 @@ class _BurstSession(trio.abc.Instrument):
             self._turn_due = False
             await trio.lowlevel.checkpoint()
             if self._closings != closings:
-                # notify_closing came during the checkpoint, with nobody waiting, and comes only once.
+                # notify_closing came during the checkpoint, with nobody waiting, and comes once.
                 raise trio.ClosedResourceError("the session is ending")
         if not self._burst_requests:
             self._burst_end_ns = monotonic_ns() + BURST_DURATION_NS_MAX

@@ -299,8 +299,8 @@ class MountService:
             more = len(writers) - len(shown)
             rest = f" and {more} more" if more > 0 else ""
             raise BusyError(
-                f"files are open for writing: {', '.join(shown)}{rest}; close them, or use --force: "
-                "then writes to them fail"
+                f"files are open for writing: {', '.join(shown)}{rest}; close them, or use "
+                "--force: then writes to them fail"
             )
         stale: list[Stale] = []
         # The switch comes right after the freeze, so no request sees one without the other.

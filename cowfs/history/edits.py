@@ -105,8 +105,8 @@ class Edit(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
     def check_in_slices(self, filesystem: Filesystem) -> Generator[None, None, Plan] | None:
         """`check` in slices of at most SLICE_NAMES names, for an edit that may have thousands.
 
-        Requests may be served between two slices, but no other edit may be made. None for an edit whose
-        check is short, or must be of one piece.
+        Requests may be served between two slices, but no other edit may be made. None for an edit
+        whose check is short, or must not be interrupted.
         """
         return None
 
@@ -200,7 +200,8 @@ class DeleteSnapshots(Edit, frozen=True, tag="delete-snapshots"):
         if count == 1:
             return super().no_room()
         return NoSpaceError(
-            f"the filesystem is too full to delete {count} snapshots at once; delete fewer at a time"
+            f"the filesystem is too full to delete {count} snapshots at once; "
+            "delete fewer at a time"
         )
 
     def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
