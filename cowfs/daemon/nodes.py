@@ -69,6 +69,7 @@ class Nodes:
         self._old_lookups = self.lookups
         self.writers: dict[int, int] = {}
         self._reclaims: list[int] = []  # orphans that are reclaimed in steps
+        self._has_writeback = options.writeback and committer is not None
         self._set_live()
         self._old_base = self._live_base
         self._uid, self._gid = os.getuid(), os.getgid()
@@ -76,6 +77,8 @@ class Nodes:
 
     def _set_live(self) -> None:
         self.live = self.filesystem.live
+        if self._has_writeback:
+            self.live.leave_times_to_kernel()
         self._live_base = self.filesystem.record.root_id << INO_BITS
         self._show_numbers()
 

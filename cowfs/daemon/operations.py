@@ -427,8 +427,7 @@ class Operations(pyfuse3.Operations):
     @waits
     async def write(self, handle: int, offset: int, data: bytes) -> int:
         volume, ino = self._resolve_for_change(handle & HANDLE_NODE)
-        # With the write-back cache on, the kernel also keeps the times and sends them with setattr.
-        inode = volume.write(ino, offset, data, keep_times=self.writeback is not None)
+        inode = volume.write(ino, offset, data)
         if (inode.mode & SET_ID or inode.xattr_count) and write_kills_privileges():
             bits = SET_ID if inode.mode & stat.S_IXGRP else stat.S_ISUID
             volume.setattr(ino, Changes(clear_bits=bits, clear_capability=True))

@@ -40,11 +40,8 @@ class Content:
         assert data is not None
         return bytes(data)
 
-    def write(self, ino: int, offset: int, data: Buffer, *, keep_times: bool = False) -> Inode:
+    def write(self, ino: int, offset: int, data: Buffer) -> Inode:
         """Write all of `data`.
-
-        Args:
-            keep_times: leave mtime and ctime alone: the kernel keeps them (write-back cache).
 
         Raises:
             OSError: EISDIR, EINVAL, EFBIG.
@@ -60,10 +57,7 @@ class Content:
             patch = self._data.reach_write(inode, offset, data)
             operation.change()
             self._data.write(inode, offset, data, patch)
-            if keep_times:
-                self._touch(inode)
-            else:
-                self._written(inode)
+            self._written(inode)
             return inode
 
     def seek(self, ino: int, offset: int, whence: int) -> int:
@@ -148,8 +142,7 @@ class Content:
 
         Returns:
             Bytes that are shared now. Fewer than `length` if the source ends, or if the range has
-            too
-            many extents for one call: the caller then asks again for the rest.
+            too many extents for one call: the caller then asks again for the rest.
 
         Raises:
             OSError: EXDEV where blocks cannot be shared; EINVAL, EFBIG.
@@ -181,6 +174,7 @@ class Content:
                 self._data.settle(self._inodes.get(ino))
 
     def _written(self, inode: Inode) -> None:
-        """Set mtime and ctime of a file whose data changed, and touch it."""
-        inode.mtime_ns = inode.ctime_ns = time.time_ns()
+        """Touch a file whose data changed, and set its times, unless the kernel does."""
+        if not self._parts.kernel_keeps_times:
+            inode.mtime_ns = inode.ctime_ns = time.time_ns()
         self._touch(inode)

@@ -33,6 +33,8 @@ class Parts:
     Attributes:
         operation: the steps of the operation under way; there is at most one at a time.
         changed: whether anything changed since the last flush.
+        kernel_keeps_times: with its write-back cache on, the kernel sets mtime and ctime of files
+            whose data changes, and sends them with setattr.
     """
 
     __slots__ = (
@@ -41,6 +43,7 @@ class Parts:
         "data",
         "extents",
         "inodes",
+        "kernel_keeps_times",
         "names",
         "operation",
         "orphans",
@@ -74,6 +77,7 @@ class Parts:
         self.orphans = Orphans(tree, self.inodes, self.data, self.extents, self.xattrs)
         self.writable = writable
         self.changed = False
+        self.kernel_keeps_times = False
 
     def require_writable(self) -> None:
         """Raise ReadOnlyError for a snapshot."""

@@ -93,6 +93,10 @@ class Volume:
         """Refuse every change from now on: the volume became a snapshot."""
         self._parts.writable = False
 
+    def leave_times_to_kernel(self) -> None:
+        """Set no mtime and ctime for changes of data from now on: the kernel sends them."""
+        self._parts.kernel_keeps_times = True
+
     @property
     def changed(self) -> bool:
         """Whether anything changed since the last flush."""

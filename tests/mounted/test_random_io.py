@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import FAILED, mounted
 from tests.sizes import chosen_seed, sized
 
-STEPS = sized(1500, 1500)
+STEPS = sized(600, 1500)
 SEED = chosen_seed(1)
 SIZE_MAX = 1 << 20
 PAGE = mmap.PAGESIZE
