@@ -37,7 +37,9 @@ def remount(directory: str, words: list[str]) -> None:
     mount = places.find_mount(directory)
     client = None if mount is None else connect_mount(mount)
     if mount is None or client is None:
-        raise MountError(f"{os.path.abspath(directory)} is not a cowfs mount with a running daemon")
+        raise MountError(
+            f"{os.path.abspath(directory)} is not a cowfs mount point with a running daemon"
+        )
     read_only = [word for word in words if word in ("ro", "rw")][-1:] == ["ro"]
     with client:
         settings = client.info().daemon_settings or {}
