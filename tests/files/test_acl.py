@@ -1,6 +1,7 @@
 """Promises about POSIX ACLs without a kernel: their bytes, their mode, inheritance, chmod, damage.
 
-The reference below says the rules of acl(5) once more, with dictionaries and letters.
+The reference implementation below states the rules of acl(5) a second time, with dictionaries and
+letters.
 """
 
 import errno
@@ -75,12 +76,12 @@ def octal(acl: Acl) -> int:
     return int(f"{three['user']}{three['group']}{three['other']}", 8)
 
 
-# --- the values themselves ---------------------------------------------------------------------------
+# --- the values themselves ------------------------------------------------------------------------
 
 
 @given(acls())
 def test_acl_survives_its_bytes(acl: Acl) -> None:
-    """Promise: what is stored is what was set."""
+    """Promise: an ACL survives encoding and decoding."""
     value = encode_acl(acl)
     assert value == raw(*acl)
     assert decode_acl(value) == acl
@@ -105,7 +106,7 @@ def test_acl_survives_its_bytes(acl: Acl) -> None:
 def test_only_what_the_kernel_takes_is_an_acl(
     acl: Acl, edits: list[tuple[str, int, int]], version: int, cut: int
 ) -> None:
-    """Promise: any bytes are an ACL or a ValueError, by the rules of the kernel."""
+    """Promise: by the kernel's rules any bytes are either a valid ACL or raise ValueError."""
     entries = [tuple(entry) for entry in acl]
     for edit, place, number in edits:
         at = place % len(entries)
@@ -133,7 +134,7 @@ def test_only_what_the_kernel_takes_is_an_acl(
         and all(id_ != NO_ID for tag, _, id_ in entries if tag in (2, 8))
     )
     if not allowed:
-        with pytest.raises(ValueError):  # noqa: PT011  # its words are for people
+        with pytest.raises(ValueError):  # noqa: PT011  # its message is for people
             decode_acl(value)
         return
     assert [entry.tag for entry in decode_acl(value)] == [tag for tag, _, _ in entries]
@@ -141,7 +142,7 @@ def test_only_what_the_kernel_takes_is_an_acl(
 
 @given(st.binary(max_size=80))
 def test_any_bytes_are_an_acl_or_refused(value: bytes) -> None:
-    """Promise: a hostile value is a ValueError and nothing else."""
+    """Promise: a hostile value raises ValueError and nothing else."""
     try:
         acl = decode_acl(value)
     except ValueError:
@@ -150,7 +151,7 @@ def test_any_bytes_are_an_acl_or_refused(value: bytes) -> None:
 
 
 def test_an_acl_has_an_end() -> None:
-    """Promise: what the kernel could not read back is no ACL."""
+    """Promise: an ACL longer than the kernel could read back is refused."""
     most = (ACL_BYTES_MAX - 4) // 8
     named = [(2, 7, number) for number in range(most - 4)]
     fits = raw((1, 7, NO_ID), *named, (4, 7, NO_ID), (16, 7, NO_ID), (32, 7, NO_ID))
@@ -161,7 +162,7 @@ def test_an_acl_has_an_end() -> None:
 
 @given(acls(), modes)
 def test_mode_and_acl_go_together(acl: Acl, mode: int) -> None:
-    """Promise: the mode shows owner, mask or group, and other; chmod sets exactly these."""
+    """Promise: the mode shows owner, mask (or group) and other; chmod sets exactly these."""
     assert mode_of(acl) == octal(acl)
     assert is_mode_only(acl) == (len(acl) == 3)
     group = next(entry.permissions for entry in acl if entry.tag == 0x04)
@@ -180,7 +181,7 @@ def test_mode_and_acl_go_together(acl: Acl, mode: int) -> None:
 def test_inheritance_is_the_default_acl_limited_by_the_mode(
     acl: Acl, mode: int, file_type: int
 ) -> None:
-    """Promise: each class of the new file has what both the default ACL and the mode allow."""
+    """Promise: each class of the new file gets what both the default ACL and the mode allow."""
     new_mode, access = inherit(encode_acl(acl), file_type | mode)
     assert new_mode == file_type | mode & 0o7000 | octal(acl) & mode
     assert (access is None) == (len(acl) == 3)
@@ -192,7 +193,7 @@ def test_inheritance_is_the_default_acl_limited_by_the_mode(
     assert octal(acl) & 0o777 == inherit(encode_acl(acl), file_type | 0o777).mode & 0o777
 
 
-# --- files that have them ----------------------------------------------------------------------------
+# --- files that have them -------------------------------------------------------------------------
 
 U7 = (2, 7, 77)
 PLAIN = raw((1, 6, NO_ID), (4, 4, NO_ID), (32, 0, NO_ID))
@@ -217,13 +218,13 @@ def make(volume: Volume, name: bytes, mode: int = stat.S_IFREG | 0o644, at: int 
 
 
 def refused(number: int, call: Callable[[], object]) -> None:
-    with pytest.raises(OSError) as caught:  # noqa: PT011  # the number is looked at
+    with pytest.raises(OSError) as caught:  # noqa: PT011  # the test checks errno
         call()
     assert errno.errorcode[caught.value.errno or 0] == errno.errorcode[number]
 
 
 def test_setting_an_access_acl_sets_the_mode(volume: Volume) -> None:
-    """Promise: an ACL that the mode can say is not stored, any other is, and both set the mode."""
+    """Promise: an ACL sets the mode, and is stored only if the mode cannot express it."""
     ino = make(volume, b"f", stat.S_IFREG | 0o4777)
     volume.setxattr(ino, ACCESS_NAME, PLAIN)
     assert volume.get(ino).mode == stat.S_IFREG | 0o4640
@@ -239,14 +240,14 @@ def test_setting_an_access_acl_sets_the_mode(volume: Volume) -> None:
 
 
 def test_what_names_nobody_is_stored_the_same_whatever_number_it_came_with(volume: Volume) -> None:
-    """Promise: one ACL has one value."""
+    """Promise: ids of entries that name nobody are ignored, so equal ACLs are stored the same."""
     ino = make(volume, b"f")
     volume.setxattr(ino, ACCESS_NAME, NAMED.replace(struct.pack("<I", NO_ID), bytes(4)))
     assert volume.getxattr(ino, ACCESS_NAME) == NAMED
 
 
 def test_set_group_id_goes_when_the_caller_may_not_keep_it(volume: Volume) -> None:
-    """Promise: only an access ACL takes the bit, and only when told."""
+    """Promise: only setting an access ACL clears S_ISGID, and only with keep_setgid=False."""
     ino = make(volume, b"d", stat.S_IFDIR | 0o2755)
     volume.setxattr(ino, DEFAULT_NAME, NAMED, keep_setgid=True)
     volume.setxattr(ino, ACCESS_NAME, NAMED)
@@ -256,7 +257,7 @@ def test_set_group_id_goes_when_the_caller_may_not_keep_it(volume: Volume) -> No
 
 
 def test_chmod_changes_the_stored_acl(volume: Volume) -> None:
-    """Promise: mode and access ACL never contradict each other; the default ACL is left alone."""
+    """Promise: mode and access ACL never contradict each other; chmod keeps the default ACL."""
     ino = make(volume, b"d", stat.S_IFDIR | 0o755)
     volume.setxattr(ino, ACCESS_NAME, NAMED)
     volume.setxattr(ino, DEFAULT_NAME, NAMED)
@@ -277,7 +278,7 @@ def test_chmod_changes_the_stored_acl(volume: Volume) -> None:
 def test_malformed_acls_are_refused_and_change_nothing(
     volume: Volume, name: bytes, value: bytes
 ) -> None:
-    """Promise: EINVAL, and the file is as it was."""
+    """Promise: a malformed ACL is refused with EINVAL, and the file stays as it was."""
     ino = make(volume, b"d", stat.S_IFDIR | 0o2755)
     refused(errno.EINVAL, lambda: volume.setxattr(ino, name, value))
     assert volume.get(ino).mode == stat.S_IFDIR | 0o2755
@@ -286,7 +287,7 @@ def test_malformed_acls_are_refused_and_change_nothing(
 
 
 def test_acls_are_refused_where_there_can_be_none(volume: Volume) -> None:
-    """Promise: EACCES for a default ACL of a file, EOPNOTSUPP for a symlink."""
+    """Promise: a default ACL on a file is EACCES; any ACL on a symlink is EOPNOTSUPP."""
     ino = make(volume, b"f")
     refused(errno.EACCES, lambda: volume.setxattr(ino, DEFAULT_NAME, NAMED))
     link = volume.symlink(ROOT, b"l", b"f", 0, 0).ino
@@ -295,7 +296,7 @@ def test_acls_are_refused_where_there_can_be_none(volume: Volume) -> None:
 
 
 def test_removing_an_acl_that_is_not_there_is_no_error(volume: Volume) -> None:
-    """Promise: everything has an access ACL, its mode; other attributes must be there."""
+    """Promise: removing an absent ACL succeeds; removing any other absent xattr is an error."""
     ino = make(volume, b"f")
     before = volume.get(ino).ctime_ns
     for name in NAMES:
@@ -309,7 +310,7 @@ def test_removing_an_acl_that_is_not_there_is_no_error(volume: Volume) -> None:
 
 
 def test_new_files_inherit(filesystem: Filesystem) -> None:
-    """Promise: all types but symlinks inherit, directories the default ACL too, for good."""
+    """Promise: all types but symlinks inherit; a directory also inherits the default ACL itself."""
     volume = filesystem.live
     parent = make(volume, b"d", stat.S_IFDIR | 0o2755)
     volume.setxattr(parent, DEFAULT_NAME, NAMED)
@@ -337,7 +338,7 @@ def test_new_files_inherit(filesystem: Filesystem) -> None:
 
 
 def test_default_acl_without_names_leaves_only_a_mode(volume: Volume) -> None:
-    """Promise: nothing is stored for a file where the mode says it all; its directory hands it on."""
+    """Promise: a file stores no ACL if its mode says it all; a directory keeps its default ACL."""
     parent = make(volume, b"d", stat.S_IFDIR | 0o755)
     volume.setxattr(parent, DEFAULT_NAME, PLAIN)
     file = volume.create(parent, b"f", stat.S_IFREG | 0o666, 0, 0, umask=0o777)
@@ -351,7 +352,7 @@ def test_default_acl_without_names_leaves_only_a_mode(volume: Volume) -> None:
 def test_the_umask_counts_where_no_default_acl_does(
     volume: Volume, attribute: bytes | None
 ) -> None:
-    """Promise: with a default ACL the umask is ignored, without one or without ACLs it is taken off."""
+    """Promise: where a default ACL applies the umask is ignored, elsewhere it is taken off."""
     parent = make(volume, b"d", stat.S_IFDIR | 0o755)
     if attribute is not None:
         volume.setxattr(parent, attribute, NAMED)
@@ -363,18 +364,18 @@ def test_the_umask_counts_where_no_default_acl_does(
     assert (without.mode & 0o777, without.xattr_count) == (0o750, 0)
 
 
-# --- images that lie ---------------------------------------------------------------------------------
+# --- images that lie ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", MALFORMED)
 def test_malformed_acls_in_an_image_are_an_error_of_what_needs_them(
     volume: Volume, value: bytes
 ) -> None:
-    """Promise: EIO for what an ACL decides, nothing half done, and removing it mends it (C9)."""
+    """Promise C9: a malformed ACL is EIO for what needs it, nothing is half done, removal works."""
     ino = make(volume, b"d", stat.S_IFDIR | 0o755)
     for name in NAMES:
         with changing(volume):
-            volume.xattrs.set(volume.get(ino), name, value)  # as if the image had it
+            volume.xattrs.set(volume.get(ino), name, value)  # as if the image held it
     count = volume.inodes.count
     for call in (
         lambda: volume.getxattr(ino, ACCESS_NAME),
@@ -397,7 +398,7 @@ def test_malformed_acls_in_an_image_are_an_error_of_what_needs_them(
 
 
 def test_a_full_filesystem_makes_no_half_inherited_files(filesystem: Filesystem) -> None:
-    """Promise: a file is made with its ACLs or not at all; chmod goes on (C10)."""
+    """Promise C10: a file is created with its ACLs or not at all; chmod still works when full."""
     volume = filesystem.live
     parent = make(volume, b"d", stat.S_IFDIR | 0o755)
     named = [(2, 7, number) for number in range(500)]

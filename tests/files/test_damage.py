@@ -1,7 +1,8 @@
-"""Damage to one node in all its copies, each node in turn: what it costs, and what goes on.
+"""Damage every copy of one node, each node in turn: what is lost, and what still works.
 
-Every operation then happens whole or is refused with EIO, and every commit succeeds. The proof is in
-the healing: with the bytes of the node put back, the image is clean and holds what the model holds.
+Each operation after the damage happens whole or is refused with EIO, and every commit succeeds. The
+proof comes from healing: once the node's bytes are put back, the image checks clean and holds what
+the model holds.
 """
 
 import contextlib
@@ -39,9 +40,9 @@ from tests.sizes import sized
 
 TOTAL_BLOCKS = 16384
 FILES = sized(150, 240)
-LARGE_BLOCKS = sized(500, 900)  # of two files, whose many pieces have leaves of their own
+LARGE_BLOCKS = sized(500, 900)  # of two files; their many extents fill leaves of their own
 OPERATIONS = 60
-FAILING = sized(12, 30)  # operations in which each read fails in turn
+FAILING = sized(12, 30)  # operations, with each of their reads failing in turn
 MODE = stat.S_IFREG | 0o644
 # The default ACL of one directory: every new file there gets one.
 ACL = encode_acl(
@@ -73,13 +74,13 @@ def directories(volume: Volume) -> dict[bytes, int]:
 
 
 def inherited(directory: bytes) -> dict[bytes, bytes]:
-    """The xattrs of a new file."""
+    """The xattrs that a new file inherits from its directory."""
     access = inherit(ACL, MODE).access
     return {ACCESS_NAME: access} if directory == b"two" and access is not None else {}
 
 
 def populate(volume: Volume, model: Model, choice: random.Random) -> None:
-    """Directories and files of all kinds, enough for some dozens of leaves."""
+    """Make directories and files of all kinds, enough to fill some dozens of leaves."""
     places = {b"": ROOT_INO}
     for name in (b"one", b"two"):
         places[name] = volume.create(ROOT_INO, name, stat.S_IFDIR | 0o755, 0, 0).ino
@@ -114,10 +115,10 @@ KINDS = (
 
 
 def operate(volume: Volume, model: Model, choice: random.Random, only: str | None = None) -> None:
-    """One random operation on both. Raises what the volume raises, with the model untouched.
+    """Do one random operation on both; if the volume raises, so does this, the model unchanged.
 
     Args:
-        only: of this kind (KINDS).
+        only: the kind of operation (one of KINDS); None picks any.
     """
     places = directories(volume)
     directory, name = choice.choice(list(model))
@@ -191,7 +192,7 @@ def operate(volume: Volume, model: Model, choice: random.Random, only: str | Non
 
 
 def tree_nodes(filesystem: Filesystem) -> Iterator[Pointer]:
-    """Every node of the live tree but its root."""
+    """Every node of the live tree except its root."""
 
     def below(node_pointer: Pointer | None) -> Iterator[Pointer]:
         tree = filesystem.live.tree
@@ -206,7 +207,7 @@ def tree_nodes(filesystem: Filesystem) -> Iterator[Pointer]:
 
 
 def read_all(volume: Volume, model: Model, *, may_fail: bool) -> int:
-    """Every file of the model as it should be, or EIO. Returns how many could be read."""
+    """Check that each file of the model reads right or gives EIO. Returns how many read right."""
     whole = 0
     for (directory, name), file in model.items():
         try:
@@ -225,7 +226,7 @@ def read_all(volume: Volume, model: Model, *, may_fail: bool) -> int:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["alone", "shared"])
 def populated(request: pytest.FixtureRequest) -> tuple[MemoryDevice, Model, list[Pointer]]:
-    """An image, once with all nodes the live volume's alone, once with a snapshot that shares them."""
+    """An image and its tree nodes: once all the live volume's own, once shared by a snapshot."""
     device = MemoryDevice(TOTAL_BLOCKS)
     make_filesystem(device, duplicate_metadata=False)
     filesystem = open_filesystem(device, writable=True)
@@ -252,7 +253,7 @@ def copy_of(model: Model) -> Model:
 def test_one_lost_node_costs_its_own_items_and_nothing_else(
     populated: tuple[MemoryDevice, Model, list[Pointer]],
 ) -> None:
-    """Promise C9: EIO for the part that is damaged; operations are whole; every commit goes on."""
+    """Promise C9: only the damaged part gives EIO; operations are whole; every commit succeeds."""
     original, first_model, nodes = populated
     assert len(nodes) > 20
     refused = 0
@@ -262,7 +263,7 @@ def test_one_lost_node_costs_its_own_items_and_nothing_else(
         choice = random.Random(number)
         kept = device.block(pointer.block)
         filesystem = open_filesystem(device, writable=True)
-        if number % 2:  # inodes are in memory when it happens
+        if number % 2:  # the inodes are in memory when the damage happens
             read_all(filesystem.live, model, may_fail=False)
             filesystem.store.cache = NodeCache()
         device.damage(pointer.block, choice.randrange(BLOCK_SIZE_BYTES), 1 << choice.randrange(8))
@@ -299,7 +300,7 @@ def test_one_lost_node_costs_its_own_items_and_nothing_else(
 
 
 def test_lost_last_leaf_does_not_stop_the_making_of_files() -> None:
-    """Promise C9: what is new needs nothing of what is damaged."""
+    """Promise C9: creating a file needs nothing that is damaged."""
     device = MemoryDevice(TOTAL_BLOCKS)
     make_filesystem(device)
     filesystem = open_filesystem(device, writable=True)
@@ -337,9 +338,9 @@ def test_lost_last_leaf_does_not_stop_the_making_of_files() -> None:
 def test_read_that_fails_at_any_moment_leaves_an_operation_undone(
     populated: tuple[MemoryDevice, Model, list[Pointer]], cache_bytes: int
 ) -> None:
-    """Promise C9: whole or not at all, wherever in an operation the device refuses to read.
+    """Promise C9: an operation is whole or not done, whichever of its reads the device fails.
 
-    With next to no cache a node that was read a moment ago must be read again.
+    The cache is next to nothing, so that a node read a moment ago must be read again.
     """
     original, first_model, _ = populated
     failures = 0
@@ -369,12 +370,12 @@ def test_read_that_fails_at_any_moment_leaves_an_operation_undone(
 
 
 class NotInMemoryError(Exception):
-    """What a store that must not wait says of what it would have to read."""
+    """Raised by a store that must not wait, in place of a read from disk."""
 
 
 @dataclass
 class Wait:
-    """Lets the read after `reads` others say that it would wait; not while an operation changes."""
+    """Makes the read after the first `reads` raise, unless an operation is changing by then."""
 
     filesystem: Filesystem
     reads: int
@@ -399,9 +400,9 @@ def test_operation_that_would_wait_is_given_up_without_a_trace_and_tried_again(
     cache_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Promise: until its first change an operation can be given up; tried again, it is done once.
+    """Promise: before its first change an operation can be given up; a retry then does it once.
 
-    Each read of a node, of data, and of refcounts says in turn that it is not in memory.
+    Each read of a node, of data and of refcounts raises "not in memory" in turn.
     """
     original, first_model, _ = populated
     waits = 0
@@ -449,7 +450,7 @@ def test_operation_that_would_wait_is_given_up_without_a_trace_and_tried_again(
 def test_exception_while_an_operation_changes_ends_all_writing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Promise C8: half of an operation is never written, whatever mistake of ours stopped it."""
+    """Promise C8: half an operation is never written, whichever of our bugs interrupted it."""
     device = MemoryDevice(TOTAL_BLOCKS)
     make_filesystem(device)
     filesystem = open_filesystem(device, writable=True)
@@ -475,13 +476,13 @@ def test_exception_while_an_operation_changes_ends_all_writing(
 
 
 def test_tree_asserts_that_an_operation_reaches_and_then_changes() -> None:
-    """The order of an operation's steps is not prose: whoever breaks it is told at once."""
+    """The tree asserts the order of an operation's steps, so a wrong order is found at once."""
     device = MemoryDevice(TOTAL_BLOCKS)
     make_filesystem(device)
     volume = open_filesystem(device, writable=True).live
     key = b"\0" * 17
     with pytest.raises(AssertionError):
-        volume.tree.reach(key)  # before it was admitted, which may commit
+        volume.tree.reach(key)  # before the operation was admitted; admission may commit
     with volume.operation.begin(TIER_ADD) as operation:
         for change in (
             lambda: volume.tree.put(key, b""),

@@ -56,7 +56,7 @@ def content(size: int, seed: int = 1) -> bytes:
 
 @pytest.mark.parametrize("size", [1, 2047, INLINE_BYTES_MAX])
 def test_small_file_is_inline_and_takes_no_block(size: int) -> None:
-    """Promise: a small file lives in its leaf."""
+    """Promise: the data of a small file is stored inline in its leaf."""
     disk, _, filesystem, ino = make()
     filesystem.live.write(ino, 0, content(size))
     filesystem.commit()
@@ -72,7 +72,7 @@ def test_small_file_is_inline_and_takes_no_block(size: int) -> None:
 def test_file_that_grows_past_inline_and_shrinks_again_keeps_its_bytes(
     size: int, committed: bool
 ) -> None:
-    """Promise: inline or not is nobody's business but the leaf's."""
+    """Promise: bytes stay the same as a file changes from inline to extents and back."""
     disk, _, filesystem, ino = make()
     volume = filesystem.live
     expected = b""
@@ -96,7 +96,7 @@ def test_file_that_grows_past_inline_and_shrinks_again_keeps_its_bytes(
 
 
 def test_sequential_writes_make_long_extents() -> None:
-    """Promise: many small writes in file order become few long runs."""
+    """Promise: many small writes in file order become a few long extents."""
     _, _, filesystem, ino = make()
     for at in range(0, 4 << 20, 4096):
         filesystem.live.write(ino, at, content(4096, at))
@@ -108,7 +108,7 @@ def test_sequential_writes_make_long_extents() -> None:
 
 
 def test_overwritten_middle_of_an_extent_is_freed_at_once() -> None:
-    """Promise: no dead part of an extent stays pinned."""
+    """Promise: overwriting the middle of an extent frees the overwritten blocks at once."""
     disk, _, filesystem, ino = make()
     volume = filesystem.live
     volume.write(ino, 0, content(100 * BLOCK))
@@ -130,7 +130,7 @@ def test_overwritten_middle_of_an_extent_is_freed_at_once() -> None:
 
 @pytest.mark.parametrize("cold", [False, True])
 def test_partial_write_keeps_the_rest_of_its_blocks(cold: bool) -> None:
-    """Promise: read, change, write: of memory and of disk alike."""
+    """Promise: a partial write keeps the other bytes of its blocks, cached or read from disk."""
     disk, _, filesystem, ino = make()
     model = bytearray(content(10 * BLOCK))
     filesystem.live.write(ino, 0, bytes(model))
@@ -147,7 +147,7 @@ def test_partial_write_keeps_the_rest_of_its_blocks(cold: bool) -> None:
 
 
 def test_hole_is_zero_and_takes_nothing() -> None:
-    """Promise: sparse files are sparse, up to the largest size."""
+    """Promise: holes read as zeros and take no blocks, up to the largest file size."""
     disk, _, filesystem, ino = make()
     volume = filesystem.live
     far = FILE_SIZE_MAX - 10
@@ -166,7 +166,7 @@ def test_hole_is_zero_and_takes_nothing() -> None:
 
 
 def test_truncated_tail_never_comes_back() -> None:
-    """Promise: what was cut off is zero when the file grows again."""
+    """Promise: bytes cut off by truncate are zeros when the file grows again."""
     for start in (100, 1000, 3000, 5000, 9000):
         for commits in range(4):
             _, _, filesystem, ino = make(4096)
@@ -185,7 +185,7 @@ def test_truncated_tail_never_comes_back() -> None:
 
 
 def test_damaged_data_block_is_an_error_for_its_range_alone() -> None:
-    """Promise C9: never wrong bytes: the damaged block is EIO, its neighbours are what they were."""
+    """Promise C9: a damaged data block is EIO and never wrong bytes; its neighbours read right."""
     disk, _, filesystem, ino = make()
     expected = content(10 * BLOCK)
     filesystem.live.write(ino, 0, expected)
@@ -205,7 +205,7 @@ def test_damaged_data_block_is_an_error_for_its_range_alone() -> None:
 
 @pytest.mark.parametrize("where", [0, 2, 4])
 def test_write_into_a_damaged_block_is_refused_whole(where: int) -> None:
-    """Promise C9: a write that must read a damaged block changes nothing at all."""
+    """Promise C9: a write that must read a damaged block is refused and changes nothing."""
     disk, _, filesystem, ino = make()
     expected = content(6 * BLOCK)
     filesystem.live.write(ino, 0, expected)
@@ -215,7 +215,7 @@ def test_write_into_a_damaged_block_is_refused_whole(where: int) -> None:
     filesystem = open_filesystem(disk.crash(), writable=True)
     volume = filesystem.live
     with pytest.raises(CorruptError):
-        # The first and the last block are written in part, the three between them whole.
+        # The write covers part of the first and the last block, and all of the three between them.
         volume.write(ino, 100, bytes(4 * BLOCK)) if where in (0, 4) else volume.write(
             ino, 2 * BLOCK + 1, b"x"
         )
@@ -228,14 +228,14 @@ def test_write_into_a_damaged_block_is_refused_whole(where: int) -> None:
     assert (
         filesystem.store.admission.promised_blocks == filesystem.store.admission.promised_items == 0
     )
-    volume.write(ino, where * BLOCK, bytes(BLOCK))  # a whole block heals it
+    volume.write(ino, where * BLOCK, bytes(BLOCK))  # overwriting the whole block heals it
     assert volume.read(ino, where * BLOCK, BLOCK) == bytes(BLOCK)
     filesystem.commit()
     assert volume.read(ino, where * BLOCK, BLOCK) == bytes(BLOCK)
 
 
 def test_unreadable_data_block_is_an_error_and_nothing_more() -> None:
-    """Promise: EIO of the host while reading ends nothing but that read."""
+    """Promise: when the host fails a read with EIO, only that read fails."""
     _, device, filesystem, ino = make()
     filesystem.live.write(ino, 0, content(10 * BLOCK))
     filesystem.commit()
@@ -248,7 +248,7 @@ def test_unreadable_data_block_is_an_error_and_nothing_more() -> None:
 
 
 def test_read_that_would_wait_says_so() -> None:
-    """Promise: without waiting a read answers at once or not at all."""
+    """Promise: a read that may not wait answers from memory or says that it would wait."""
     _, device, filesystem, ino = make()
     filesystem.live.write(ino, 0, content(10 * BLOCK))
     reading = filesystem.live.reading(ino, 0, BLOCK)
@@ -261,7 +261,7 @@ def test_read_that_would_wait_says_so() -> None:
 
 
 def test_reads_while_a_commit_is_written_see_what_was_written() -> None:
-    """Promise: data on its way to the disk is read from memory, from any thread."""
+    """Promise: data on its way to the disk is read from memory, by any thread."""
     _, device, filesystem, ino = make()
     gate = threading.Event()
     device.before_write = lambda: gate.wait(30) and None
@@ -279,17 +279,17 @@ def test_reads_while_a_commit_is_written_see_what_was_written() -> None:
 
 
 def test_write_where_the_extents_cannot_be_read_is_refused_and_nothing_else_is_lost() -> None:
-    """Promise C9: damage costs the file that has it, not the next commit of everything."""
+    """Promise C9: damaged extents fail the writes to their own file, not the next commit."""
     disk = MemoryDevice(16384)
     make_filesystem(disk, duplicate_metadata=False)
     filesystem = open_filesystem(disk, writable=True)
     live = filesystem.live
     ino = live.create(ROOT, b"large", stat.S_IFREG | 0o644, 0, 0).ino
-    for megabyte in range(24):  # enough extents for leaves of their own
+    for megabyte in range(24):  # enough extents to fill leaves of their own
         live.write(ino, megabyte << 20, content(1 << 20, megabyte))
     filesystem.commit()
     leaves = live.tree.root_node().values
-    middle = leaves[len(leaves) // 2]  # of extents alone
+    middle = leaves[len(leaves) // 2]  # a leaf of extents alone
     pointer = middle if isinstance(middle, Pointer) else middle.pointer()
     disk.write(pointer.block * BLOCK, [bytes(BLOCK)])
     disk.flush()
@@ -311,14 +311,14 @@ def test_write_where_the_extents_cannot_be_read_is_refused_and_nothing_else_is_l
 
 
 def test_overwrites_that_cut_extents_in_one_leaf_and_across_two_keep_the_rest() -> None:
-    """Promise: what is not overwritten stays, however extents, runs and leaves lie to each other."""
+    """Promise: overwriting keeps all other bytes, however extents, runs and leaves meet."""
     disk = MemoryDevice(32768)
     make_filesystem(disk, duplicate_metadata=True)
     filesystem = open_filesystem(disk, writable=True)
     live = filesystem.live
     ino = live.create(ROOT, b"large", stat.S_IFREG | 0o644, 0, 0).ino
     expected = bytearray(content(24 << 20, 1))
-    live.write(ino, 0, bytes(expected))  # 24 extents: seven fill a leaf
+    live.write(ino, 0, bytes(expected))  # 24 extents; seven fill a leaf
     filesystem.commit()
     assert filesystem.live.tree.root_node().level, "one leaf is no test"
     choice = random.Random(5)
@@ -340,7 +340,7 @@ def test_overwrites_that_cut_extents_in_one_leaf_and_across_two_keep_the_rest() 
 
 
 def test_runs_that_begin_and_end_anywhere_are_read_back_as_written() -> None:
-    """Promise I5, I7: long runs over runs, cut at every place: the tree stays sound, the bytes right."""
+    """Promise I5, I7: runs overwritten at any place keep the tree sound and read back right."""
     generator = random.Random(4)
     blocks = 3000
     places = sorted(generator.sample(range(blocks), 40))
@@ -350,7 +350,7 @@ def test_runs_that_begin_and_end_anywhere_are_read_back_as_written() -> None:
     filesystem.commit()
     for step in range(120):
         for _ in range(generator.randint(1, 4)):
-            # between a few places, so that runs end where others began
+            # pick from a few places, so that runs end where others began
             first, stop = sorted(generator.sample(places, 2))
             count = min(stop - first, 300)
             data = generator.randbytes(16).ljust(count * BLOCK, bytes([step % 251]))

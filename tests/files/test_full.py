@@ -1,7 +1,7 @@
-"""A full filesystem (C10): it refuses with ENOSPC and nothing else, and can always delete.
+"""A full filesystem (C10) refuses with ENOSPC and nothing else, and can always delete.
 
-Each case fills a small image to the last admitted operation in one way, then frees it again. Nothing
-that was acknowledged may be lost on the way, and the image must check clean at each stage.
+Each case fills a small image in one way until an operation is refused, then frees it again. No
+acknowledged data may be lost on the way, and the image must check clean at each stage.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def create(volume: Volume, name: bytes) -> int:
 
 
 def fill(step: Callable[[int], None], most: int = 1_000_000) -> int:
-    """Call `step(0)`, `step(1)`, ... until there is no space. Returns how many succeeded."""
+    """Call `step(0)`, `step(1)`, ... until ENOSPC. Returns how many calls succeeded."""
     for number in range(most):
         try:
             step(number)
@@ -79,7 +79,7 @@ def fill_large(volume: Volume) -> int:
 
 
 def fill_blocks(volume: Volume) -> int:
-    """Files of one block each."""
+    """Fill with files of one block each."""
 
     def step(number: int) -> None:
         ino = create(volume, b"block%d" % number)
@@ -101,8 +101,10 @@ def fill_names(volume: Volume) -> int:
 
 
 def fill_names_beside_data(volume: Volume) -> int:
-    """The same in what a file with data leaves: a block holds so many names that most of the time goes
-    into filling the rest of an image with more of the same."""
+    """Fill with names, after most of the image was filled with data.
+
+    A block holds so many names that names alone would take most of the test's time.
+    """
     admission = volume.store.admission
     ino = create(volume, b"data of names %d" % sum(1 for _ in volume.listing(ROOT)))
     size = 0
@@ -120,7 +122,7 @@ def fill_xattrs(volume: Volume) -> int:
 
 
 def fill_sparse(volume: Volume) -> int:
-    """One block here, one there: an extent for each."""
+    """Fill with sparse files: each block is an extent of its own."""
     ino = create(volume, b"sparse")
     return fill(lambda number: volume.write(ino, number * 3 * BLOCK, block_of(number)) and None)
 
@@ -141,7 +143,7 @@ def contents(volume: Volume) -> dict[bytes, bytes]:
 
 
 def delete_everything(filesystem: Filesystem) -> None:
-    """Remove each file, and reclaim it; a commit now and then, as a timer would."""
+    """Remove and reclaim every file, with a commit now and then as the timer would make."""
     volume = filesystem.live
     for number, (_, entry) in enumerate(list(volume.listing(ROOT))):
         volume.unlink(ROOT, entry.name)
@@ -189,9 +191,9 @@ def test_fill_to_the_end_keeps_everything_and_can_delete_all(
 def test_room_that_large_writes_took_is_not_given_to_small_ones_again(
     total_blocks: int, operations: int, step_blocks: int
 ) -> None:
-    """Promise C10: what one comparison found free ends with the room, whoever uses it up.
+    """Promise C10: room that a check found is not used again after large writes filled it.
 
-    Small operations once went on without another look after large writes had filled the image.
+    Small operations once skipped the room check after large writes had filled the image.
     """
     filesystem = make(total_blocks, limits=Limits(ceiling_operations=operations))
     volume = filesystem.live
@@ -207,18 +209,18 @@ def test_room_that_large_writes_took_is_not_given_to_small_ones_again(
                 size += len(part)
     filesystem.commit()
     assert filesystem.store.failed is None
-    # What is announced can be written, but for the last large write and its like.
+    # All announced space can be written, but for a few percent and the last large write.
     assert available * 97 // 100 - 256 <= size // BLOCK <= available
     volume.unlink(ROOT, b"touched")
     delete_everything(filesystem)
     require_clean(filesystem)
 
 
-ORDERS = ["listing", "shuffled"]  # of deletion: that of the tree, and one that copies every node
+ORDERS = ["listing", "shuffled"]  # of deletion; shuffled copies every node
 
 
 def delete_in_order(filesystem: Filesystem, order: str, *, crash_every: int = 0) -> Filesystem:
-    """Remove and reclaim every file, whatever snapshots hold; a refusal is an error."""
+    """Remove and reclaim every file, whatever snapshots hold; a refusal fails the test."""
     names = [entry.name for _, entry in filesystem.live.listing(ROOT)]
     if order == "shuffled":
         random.Random(len(names)).shuffle(names)
@@ -235,7 +237,7 @@ def delete_in_order(filesystem: Filesystem, order: str, *, crash_every: int = 0)
 
 
 def try_snapshot(filesystem: Filesystem, name: str) -> bool:
-    """Make a snapshot, or see it refused for want of space, with nothing changed."""
+    """Make a snapshot, or see it refused for lack of space, with nothing changed."""
     try:
         filesystem.apply(CreateSnapshot(name))
     except NoSpaceError as error:
@@ -263,9 +265,9 @@ def delete_snapshots_one_by_one(filesystem: Filesystem) -> None:
 def test_full_with_snapshots_deletes_every_file_and_every_snapshot(
     way: Callable[[Volume], int], total_blocks: int, copies: bool, order: str
 ) -> None:
-    """Promise C10: at 100 % every removal works, though snapshots hold all and nothing comes free.
+    """Promise C10: at 100 % every removal works, even if snapshots hold all and nothing is freed.
 
-    Also after crashes on the way.
+    The same holds after crashes on the way.
     """
     filesystem = make(total_blocks, copies=copies)
     empty = filesystem.space().used
@@ -275,7 +277,7 @@ def test_full_with_snapshots_deletes_every_file_and_every_snapshot(
         volume.write(ino, number * 65536, block_of(number) * 16)
     assert try_snapshot(filesystem, "one")
     assert way(volume) > 10
-    for name in ("two", "three"):  # there may be no room to delete what they would hold
+    for name in ("two", "three"):  # there may be no room to delete what these would hold
         try_snapshot(filesystem, name)
     with contextlib.suppress(NoSpaceError):
         fill_large(volume)
@@ -298,7 +300,7 @@ def test_full_with_snapshots_deletes_every_file_and_every_snapshot(
 def test_snapshot_of_a_filesystem_full_of_metadata_waits_until_deleting_would_fit(
     way: Callable[[Volume], int],
 ) -> None:
-    """Promise C10: a snapshot that no file could be deleted under is refused, with a reason.
+    """Promise C10: a snapshot under which no file could be deleted is refused, with a reason.
 
     Deleting makes room for it; from then on every other file can be deleted under it.
     """
@@ -325,16 +327,16 @@ def test_snapshot_of_a_filesystem_full_of_metadata_waits_until_deleting_would_fi
 def test_names_of_some_images_leave_free_blocks_in_small_pieces(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise C10: whatever order the names' hashes bring about, files go under a snapshot.
+    """Promise C10: in whatever order the names hash, files can be deleted under a snapshot.
 
-    With these seeds files of single blocks once left free space of which too little lay together.
+    With these seeds, files of one block once left free space in pieces too small for nodes.
     """
     monkeypatch.setattr("os.urandom", random.Random(seed).randbytes)
     test_snapshot_of_a_filesystem_full_of_metadata_waits_until_deleting_would_fit(fill_blocks)
 
 
 def test_room_to_delete_under_a_snapshot_is_known_after_a_remount() -> None:
-    """Promise C10: what snapshots share is counted anew at each mount, and none of it is spent."""
+    """Promise C10: each mount counts anew what snapshots share, and keeps that reserve unspent."""
     filesystem = make(6000)
     fill_names_some(filesystem.live, 4000)
     assert try_snapshot(filesystem, "one")
@@ -373,7 +375,7 @@ def fill_names_some(volume: Volume, stop: int) -> None:
 def test_larger_images_fill_and_empty_under_a_snapshot(
     way: Callable[[Volume], int], total_blocks: int, copies: bool
 ) -> None:
-    """Promise C10: the reserve grows with the image as its need does."""
+    """Promise C10: the reserve grows with the image as much as its need does."""
     filesystem = make(total_blocks, copies=copies)
     assert try_snapshot(filesystem, "zero")
     way(filesystem.live)
@@ -394,7 +396,7 @@ def test_larger_images_fill_and_empty_under_a_snapshot(
 def test_any_mixture_fills_and_empties(
     total_blocks: int, copies: bool, order: str, seed: int, snapshot_every: int
 ) -> None:
-    """Promise C10, for mixtures of everything that takes space, with snapshots on the way."""
+    """Promise C10: any mixture of what takes space fills and empties, with snapshots on the way."""
     choice = random.Random(seed)
     weights = [choice.random() for _ in range(6)]
     filesystem = make(total_blocks, copies=copies)
@@ -446,7 +448,7 @@ def test_any_mixture_fills_and_empties(
 
 
 def test_truncating_every_file_works_when_full_and_all_pinned() -> None:
-    """Promise C10: truncating to nothing is deleting, also of what a snapshot holds."""
+    """Promise C10: truncating to zero works when full, also for files that a snapshot holds."""
     filesystem = make(6000)
     assert try_snapshot(filesystem, "zero")
     fill_blocks(filesystem.live)
@@ -461,7 +463,7 @@ def test_truncating_every_file_works_when_full_and_all_pinned() -> None:
 
 @pytest.mark.parametrize("pinned", [False, True])
 def test_reading_every_file_of_a_full_filesystem_does_not_eat_the_reserve(pinned: bool) -> None:
-    """Promise C8 and C10: access times are left as they are where there is no room to keep them."""
+    """Promise C8, C10: access times are not updated where there is no room to store them."""
     filesystem = make(4096)
     volume = filesystem.live
     if pinned:
@@ -480,7 +482,7 @@ def test_reading_every_file_of_a_full_filesystem_does_not_eat_the_reserve(pinned
 
 @pytest.mark.parametrize("blocks", [1, 16, 256])
 def test_refusing_writes_of_a_full_filesystem_costs_next_to_no_commits(blocks: int) -> None:
-    """ENOSPC is cheap: commits are tried where they can help, and not again where they did not."""
+    """ENOSPC is cheap: a commit is tried where it can free space, and not again after that."""
     filesystem = make(6000)
     fill_large(filesystem.live)
     ino = create_or_find(filesystem.live, b"large")
@@ -494,7 +496,7 @@ def test_refusing_writes_of_a_full_filesystem_costs_next_to_no_commits(blocks: i
     assert refused > 250
     assert filesystem.store.generation - before <= 8
     require_clean(filesystem)
-    # What was refused is let in as soon as there is room, without waiting for a commit.
+    # What was refused is admitted as soon as there is room, without waiting for a commit.
     filesystem.live.setattr(ino, Changes(size_bytes=1 << 20))
     filesystem.live.write(ino, 1 << 30, bytes(blocks * BLOCK))
     require_clean(filesystem)
@@ -506,7 +508,7 @@ def create_or_find(volume: Volume, name: bytes) -> int:
 
 
 def test_first_refusal_is_told_once_and_again_after_room_came_back() -> None:
-    """Somebody can be told that the filesystem is full: at the start of it, not at every call."""
+    """The state "full" is reported once when it begins, and again after room came back."""
     filesystem = make(16384)
     told: list[int] = []
     filesystem.store.admission.on_full = lambda: told.append(1)
@@ -521,7 +523,7 @@ def test_first_refusal_is_told_once_and_again_after_room_came_back() -> None:
 
 
 def test_truncate_in_a_full_filesystem_frees_space() -> None:
-    """Promise C10: truncating is deleting."""
+    """Promise C10: truncating a file frees space, as deleting it does."""
     filesystem = make(4096)
     fill_large(filesystem.live)
     filesystem.commit()
@@ -537,7 +539,7 @@ def test_truncate_in_a_full_filesystem_frees_space() -> None:
 def test_free_space_in_single_blocks_never_fails_a_commit(
     then: Callable[[Volume], int], total_blocks: int
 ) -> None:
-    """Promise C10: when no four free blocks lie together for a node, that is ENOSPC in time."""
+    """Promise C10: where no four free blocks lie together for a node, ENOSPC comes in time."""
     filesystem = make(total_blocks)
     volume = filesystem.live
     ino = create(volume, b"comb")
@@ -557,7 +559,7 @@ def test_free_space_in_single_blocks_never_fails_a_commit(
 
 
 def _punch_by_copy(volume: Volume, ino: int, first: int, count: int) -> None:
-    """Free one block of a file; what stays is not moved."""
+    """Free one block of a file; the other blocks are not moved."""
     inode = volume.get(ino)
     with changing(volume):
         volume.extents.punch(inode, first, first + 1)
@@ -565,7 +567,7 @@ def _punch_by_copy(volume: Volume, ino: int, first: int, count: int) -> None:
 
 
 def test_random_work_at_the_edge_of_full_fails_with_nothing_but_enospc() -> None:
-    """Promise C10: hours at 100 % end no differently from minutes."""
+    """Promise C10: after hours at 100 % every refusal is still ENOSPC."""
     for seed in range(sized(3, 6)):
         choice = random.Random(seed)
         filesystem = make(choice.choice([4096, 6000, 12_000]), copies=choice.random() < 0.7)

@@ -1,6 +1,6 @@
 """Promises that every item of a volume survives a round trip, and that damage is refused.
 
-One test for each reason that a decoder knows.
+There is one test case for each reason that a decoder can give.
 """
 
 import stat
@@ -58,19 +58,19 @@ NAMES = st.binary(min_size=1, max_size=255).filter(
 
 @given(U64, st.integers(0, 255), U64)
 def test_key_round_trip(ino: int, type_: int, offset: int) -> None:
-    """Promise: a key says what it was made of."""
+    """Promise: a key decodes to the numbers it was made of."""
     assert split_key(key(ino, type_, offset)) == (ino, type_, offset)
 
 
 @given(st.lists(st.tuples(U64, st.integers(0, 255), U64), min_size=2, max_size=2))
 def test_keys_sort_as_their_numbers_do(pair: list[tuple[int, int, int]]) -> None:
-    """Promise: items of one inode follow each other, by type, then by offset."""
+    """Promise: items of one inode are adjacent, sorted by type, then by offset."""
     first, second = pair
     assert (key(*first) < key(*second)) == (first < second)
 
 
 def test_inode_key_is_the_inode_item() -> None:
-    """Promise: one shorthand, one meaning."""
+    """Promise: `inode_key` gives the key of the inode item."""
     assert inode_key(7) == key(7, TYPE_INODE, 0)
 
 
@@ -93,7 +93,7 @@ def test_inode_round_trip(
     size_bytes: int,
     rest: tuple[int, int, int, int, int, int, int, int],
 ) -> None:
-    """Promise: every member survives, negative times too."""
+    """Promise: every member survives a round trip, negative times too."""
     inode = Inode(ino, type_ | permissions, *owner, size_bytes, *rest)
     assert decode_inode(ino, inode.encode()) == inode
 
@@ -120,7 +120,7 @@ def inode_bytes(**changes: int) -> bytes:
     ],
 )
 def test_impossible_inode_is_refused(ino: int, value: bytes, reason: str) -> None:
-    """Promise: each member is checked, and the inode is named."""
+    """Promise: each member is checked, and the error names the inode."""
     with pytest.raises(CorruptError, match=reason) as caught:
         decode_inode(ino, value)
     assert caught.value.owner == f"inode {ino}"
@@ -137,7 +137,7 @@ def test_impossible_inode_is_refused(ino: int, value: bytes, reason: str) -> Non
     )
 )
 def test_names_round_trip(entries: list[tuple[bytes, int, int]]) -> None:
-    """Promise: all names of one hash survive, in slot order."""
+    """Promise: all names of one hash survive a round trip, in slot order."""
     names = [Name(name, ino, type_ >> 12, slot) for slot, (name, ino, type_) in enumerate(entries)]
     assert decode_names(1, encode_names(names)) == names
 
@@ -179,7 +179,7 @@ def entry(name: bytes = b"n", ino: int = 5, type_: int = REGULAR, slot: int = 0)
     ],
 )
 def test_impossible_names_are_refused(value: bytes, reason: str) -> None:
-    """Promise: a damaged name never reaches a program; the directory is named."""
+    """Promise: a damaged name never reaches a program; the error names the directory."""
     with pytest.raises(CorruptError, match=reason) as caught:
         decode_names(9, value)
     assert caught.value.owner == "directory 9"
@@ -227,7 +227,7 @@ def test_xattr_hash_leaves_room_for_parts_and_probes(name: bytes, seed: int) -> 
     ],
 )
 def test_impossible_xattr_is_refused(value: bytes, reason: str) -> None:
-    """Promise: the first part of an attribute is whole."""
+    """Promise: the first part of an attribute must be complete."""
     with pytest.raises(CorruptError, match=reason) as caught:
         decode_xattr_first(3, value)
     assert caught.value.owner == "xattr of inode 3"
@@ -277,7 +277,7 @@ def test_impossible_extent_is_refused(value: bytes, reason: str) -> None:
 
 
 def test_references_are_the_runs_of_the_extents() -> None:
-    """Promise: data is counted once for each extent, and nothing else points at data (I1)."""
+    """Promise I1: each extent counts its data once, and no other item references data."""
     keys = [key(1, TYPE_INODE, 0), key(1, TYPE_EXTENT, 0), key(1, TYPE_EXTENT, 9)]
     values = [
         inode_bytes(),
@@ -288,7 +288,7 @@ def test_references_are_the_runs_of_the_extents() -> None:
 
 
 def test_data_checksum_is_the_canonical_digest() -> None:
-    """Promise: big-endian bytes of the 64-bit hash, as FORMAT.md says."""
+    """Promise: a data checksum is the 64-bit hash in big-endian bytes, as FORMAT.md says."""
     digest = xxh3_64_digest(b"a" * 4096, 1)
     assert struct.unpack(">Q", digest)[0] == int.from_bytes(digest, "big")
     assert len(digest) == 8

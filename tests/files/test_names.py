@@ -1,4 +1,4 @@
-"""Directories: hash collisions, cookies that last, many entries."""
+"""Promises about directories: hash collisions, cookies that last, many entries."""
 
 import errno
 import random
@@ -40,7 +40,7 @@ def listed(volume: Volume) -> dict[bytes, int]:
 
 @pytest.fixture
 def colliding(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], int]:
-    """Names hash to their first letter only."""
+    """Makes names hash to their first letter only."""
 
     def first_letter(name: bytes, seed: int = 0) -> int:
         return (name[0] + 1) * NAME_SLOTS
@@ -51,7 +51,7 @@ def colliding(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], int]:
 
 @pytest.mark.usefixtures("colliding")
 def test_names_of_one_hash_live_side_by_side() -> None:
-    """Promise: a collision of hashes is nobody's loss: every name keeps its inode and its cookie."""
+    """Promise: names whose hashes collide each keep their inode and their cookie."""
     choice = random.Random(1)
     _, filesystem = make()
     volume = filesystem.live
@@ -87,7 +87,7 @@ def test_names_of_one_hash_live_side_by_side() -> None:
 
 @pytest.mark.usefixtures("colliding")
 def test_seventeenth_name_of_one_hash_is_refused_and_changes_nothing() -> None:
-    """Promise: what only an attacker can bring about is refused, and the rest goes on."""
+    """Promise: a 17th name of one hash, which takes an attacker, is refused, and nothing else."""
     _, filesystem = make()
     volume = filesystem.live
     names = [b"a%02d" % number for number in range(NAME_SLOTS)]
@@ -110,13 +110,13 @@ def test_seventeenth_name_of_one_hash_is_refused_and_changes_nothing() -> None:
     assert root.nlink == 2
     assert root.size_bytes == sum(map(len, names)) + 1
     assert volume.lookup(ROOT, b"b").nlink == 1
-    assert volume.rename(ROOT, b"b", ROOT, b"a05") is not None  # over one of them there is room
+    assert volume.rename(ROOT, b"b", ROOT, b"a05") is not None  # needs no new slot
     filesystem.commit()
     assert sorted(listed(volume)) == names
 
 
 def test_listing_over_changes_shows_what_stayed_once() -> None:
-    """Promise: readdir continued by cookie: nothing twice, nothing missing that was there all along."""
+    """Promise: readdir continued by cookie lists each entry that stayed once, and misses none."""
     for seed in range(5):
         choice = random.Random(seed)
         _, filesystem = make()
@@ -152,7 +152,7 @@ def test_listing_over_changes_shows_what_stayed_once() -> None:
 
 
 def test_cookie_of_a_name_that_was_removed_goes_on_behind_it() -> None:
-    """Promise: the position in a directory outlives the entry it names."""
+    """Promise: a directory cookie stays valid after the entry it names was removed."""
     _, filesystem = make()
     volume = filesystem.live
     for number in range(100):
@@ -166,7 +166,7 @@ def test_cookie_of_a_name_that_was_removed_goes_on_behind_it() -> None:
 
 
 def test_hash_depends_on_the_seed_of_the_image_and_leaves_room_for_slots() -> None:
-    """Promise: nobody can prepare collisions for an image that he has not seen."""
+    """Promise: nobody can prepare collisions for an image whose seed he does not know."""
     for number in range(1000):
         name = b"name%d" % number
         assert name_hash(name, 1) != name_hash(name, 2)
@@ -175,7 +175,7 @@ def test_hash_depends_on_the_seed_of_the_image_and_leaves_room_for_slots() -> No
 
 
 def test_directory_of_very_many_entries_keeps_them_all() -> None:
-    """Promise: a large directory is a directory."""
+    """Promise: a directory of very many entries keeps them all."""
     count = sized(40_000, 100_000)
     disk, filesystem = make(65536)
     volume = filesystem.live

@@ -1,4 +1,4 @@
-"""Parts of files, one case at a time: how much one call does, and what is refused before it begins."""
+"""Sharing and allocating ranges of files: how much one call does, and what is refused at once."""
 
 import stat
 
@@ -28,7 +28,7 @@ def make() -> tuple[MemoryDevice, Filesystem, int, int]:
 
 
 def share_all(filesystem: Filesystem, one: int, two: int) -> list[int]:
-    """Let one file be the other, call by call. Returns what each call did."""
+    """Share all of one file into the other, call by call. Returns the size of each call."""
     live = filesystem.live
     size = live.get(one).size_bytes
     done = [0]
@@ -40,7 +40,7 @@ def share_all(filesystem: Filesystem, one: int, two: int) -> list[int]:
 
 
 def test_long_holes_are_shared_in_parts_that_an_answer_can_tell() -> None:
-    """Promise: a copy of a sparse file of any size is whole, and no call does more than a bit of it."""
+    """Promise: sharing a sparse file of any size copies all of it, in calls of bounded size."""
     disk, filesystem, one, two = make()
     live = filesystem.live
     live.write(one, 0, b"first" * 1000)
@@ -56,7 +56,7 @@ def test_long_holes_are_shared_in_parts_that_an_answer_can_tell() -> None:
 
 
 def test_files_in_many_pieces_are_shared_in_several_calls() -> None:
-    """Promise: no call takes long, however many pieces a file is in."""
+    """Promise: no call takes long, however many extents a file has."""
     disk, filesystem, one, two = make()
     live = filesystem.live
     pieces = 3 * SHARE_EXTENTS_MAX + 5
@@ -71,7 +71,7 @@ def test_files_in_many_pieces_are_shared_in_several_calls() -> None:
 
 @pytest.mark.parametrize("mode", [0, KEEP_SIZE])
 def test_what_never_could_be_allocated_is_refused_without_commits_or_alarm(mode: int) -> None:
-    """Promise: an impossible wish is ENOSPC at once, and does not make the filesystem full."""
+    """Promise: an allocation that could never fit is ENOSPC at once, and does not report "full"."""
     _, filesystem, one, _ = make()
     told: list[None] = []
     filesystem.store.admission.on_full = lambda: told.append(None)

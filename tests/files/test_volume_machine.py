@@ -1,4 +1,4 @@
-"""Every file operation against a plain model, over commits and crashes."""
+"""Promise: every file operation agrees with a plain model, over commits and crashes."""
 
 from tests.model.files_machine import FilesMachine
 from tests.sizes import machine_settings

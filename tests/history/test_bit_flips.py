@@ -1,7 +1,7 @@
-"""Bit flips in every structure, every copy of it: found, repaired where a twin is good, else EIO.
+"""Promise C9: a bit flip in any structure is found, and repaired from a good twin, else EIO.
 
-What a flip hits is chosen in turn: each kind
-of structure, its original, its twin, both; the byte and the bit at random, with a seed that repeats.
+Every kind of structure is flipped in turn: its original, its twin, both. The byte and the bit are
+random, with a seed that repeats them.
 """
 
 import errno
@@ -36,7 +36,7 @@ Content = dict[str, bytes]
 
 @dataclass(frozen=True)
 class Place:
-    """A structure that is kept once or twice."""
+    """A structure that is stored once or twice."""
 
     kind: str
     blocks: tuple[int, ...]
@@ -44,7 +44,7 @@ class Place:
 
 
 def content_of(filesystem: Filesystem) -> Content:
-    """Every file of the live volume and of the snapshot; the error's number where it cannot be read."""
+    """Every file of the live volume and of the snapshot; the errno where it cannot be read."""
     found: Content = {}
     for name, volume in volumes(filesystem):
         for number in range(70):
@@ -104,7 +104,7 @@ def places(device: MemoryDevice, filesystem: Filesystem) -> list[Place]:
 
 @pytest.fixture(scope="module")
 def image() -> tuple[MemoryDevice, Content, dict[str, list[Place]]]:
-    """A small image with a snapshot, whose content is known, and what could be hit in it."""
+    """A small image with a snapshot, its known content, and the structures that can be flipped."""
     device = MemoryDevice(TOTAL_BLOCKS)
     make_filesystem(device)
     filesystem = open_filesystem(device, writable=True)
@@ -147,7 +147,7 @@ def flip(device: MemoryDevice, place: Place, which: str, choice: random.Random) 
 
 
 def scrub(device: MemoryDevice, filesystem: Filesystem | None) -> Scrub:
-    """A scrub whose repairs go to the filesystem, as to a daemon."""
+    """A scrub whose repairs go to the filesystem, as in a daemon."""
 
     def repair(copy: BadCopy) -> None:
         assert filesystem is not None
@@ -165,7 +165,7 @@ def test_every_flip_is_found_and_repaired_or_costs_its_own_part(
     image: tuple[MemoryDevice, Content, dict[str, list[Place]]],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Promise C9: always found, never wrong bytes; a good twin brings back every bit."""
+    """Promise C9: damage is always found, bytes are never wrong; a good twin restores each bit."""
     original, expected, by_kind = image
     assert set(by_kind) == {"superblock", "catalog", "node", "counts", "index", "data"}
     lost = repaired = 0
@@ -179,7 +179,7 @@ def test_every_flip_is_found_and_repaired_or_costs_its_own_part(
         try:
             filesystem = open_filesystem(device, writable=True)
         except CowfsError:
-            # Without the catalog or the map's index nothing can be shown: refused in words.
+            # Without the catalog or the map's index nothing can be read: the error says so.
             assert is_lost, story
             assert kind in ("catalog", "index"), story
             found = scrub(device, None)
@@ -189,8 +189,8 @@ def test_every_flip_is_found_and_repaired_or_costs_its_own_part(
         if kind == "superblock" and is_lost:
             assert filesystem.store.superblock.generation < Scrub(original).superblock.generation
             lost += 1
-            continue  # an older generation, whole
-        filesystem.store.map.group(0)  # a page of counts is read when somebody needs it
+            continue  # an older generation was mounted, which is whole
+        filesystem.store.map.group(0)  # load the page: otherwise it is read only when needed
         got = content_of(filesystem)
         wrong = {path for path in expected if got[path] != expected[path]}
         assert all(got[path] == b"EIO" for path in wrong), story
@@ -239,7 +239,7 @@ def test_every_flip_is_found_and_repaired_or_costs_its_own_part(
 def test_damage_to_the_header_of_a_twin_is_repaired(
     image: tuple[MemoryDevice, Content, dict[str, list[Place]]], kind: str
 ) -> None:
-    """Promise C9: a twin is repaired too where only the checksum that it begins with is wrong."""
+    """Promise C9: a twin is also repaired if only the checksum in its own header is wrong."""
     original, _, by_kind = image
     place = by_kind[kind][0]
     block, twin = place.blocks

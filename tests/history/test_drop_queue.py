@@ -1,4 +1,4 @@
-"""The drop queue when it is long: what one call costs does not grow with it; and damage."""
+"""Promises about a long drop queue: the cost of one call does not grow with it; and damage."""
 
 import stat
 from collections import Counter
@@ -22,7 +22,7 @@ DELETED = 60
 
 
 class Walked(dict):  # type: ignore[type-arg]
-    """A dictionary that counts how many of its entries were walked over."""
+    """A dictionary that counts how many of its entries were iterated over."""
 
     def __init__(self, *words: object) -> None:
         super().__init__(*words)
@@ -48,12 +48,12 @@ class Walked(dict):  # type: ignore[type-arg]
 
 
 def make(deleted: int = DELETED) -> tuple[MemoryDevice, Filesystem]:
-    """An image with so many snapshots deleted, and nothing given back yet."""
+    """An image with `deleted` snapshots deleted, and none of their space freed yet."""
     disk = MemoryDevice(8192)
     make_filesystem(disk)
     filesystem = open_filesystem(disk, writable=True)
     volume = filesystem.live
-    for number in range(400):  # so many that the tree has an inner node
+    for number in range(400):  # enough for the tree to have an inner node
         ino = volume.create(ROOT, b"file%d" % number, stat.S_IFREG | 0o644, 0, 0).ino
     for number in range(deleted):
         volume.write(ino, 0, b"%d" % number * 3000)
@@ -63,7 +63,7 @@ def make(deleted: int = DELETED) -> tuple[MemoryDevice, Filesystem]:
 
 
 def test_a_turn_of_a_long_queue_walks_over_no_other_drops() -> None:
-    """Promise: deleting many snapshots stops the loop no longer than deleting one."""
+    """Promise: deleting many snapshots blocks the event loop no longer than deleting one."""
     disk, filesystem = make()
     drops = filesystem.drops
     parts = {
@@ -123,7 +123,7 @@ def test_sums_follow_the_queue_and_the_next_mount_goes_on() -> None:
         if len(filesystem.drops) == DELETED // 2:
             break
     left = len(filesystem.drops)
-    filesystem.close()  # commits, and works nothing off
+    filesystem.close()  # commits, and does no work on the queue
     again = open_filesystem(disk, writable=True)
     assert len(again.drops) == left
     assert again.drops.freed_blocks == filesystem.drops.freed_blocks
@@ -133,7 +133,7 @@ def test_sums_follow_the_queue_and_the_next_mount_goes_on() -> None:
 
 
 def test_a_turn_ends_by_the_runs_of_a_leaf_not_only_by_its_nodes() -> None:
-    """Promise: a turn takes a few milliseconds also where every leaf has as many runs as fit."""
+    """Promise: a turn takes a few milliseconds even where every leaf holds as many runs as fit."""
     disk = MemoryDevice(16384)
     make_filesystem(disk)
     filesystem = open_filesystem(disk, writable=True)
@@ -141,7 +141,7 @@ def test_a_turn_ends_by_the_runs_of_a_leaf_not_only_by_its_nodes() -> None:
     files = [
         volume.create(ROOT, b"%d" % number, stat.S_IFREG | 0o644, 0, 0).ino for number in range(8)
     ]
-    for at in range(150):  # one block of each file after the other: no two of a file lie together
+    for at in range(150):  # one block of each file in turn: no two blocks of a file lie together
         for ino in files:
             volume.write(ino, 2 * at * BLOCK_SIZE_BYTES, bytes([at]) * BLOCK_SIZE_BYTES)
         filesystem.commit()
@@ -168,7 +168,7 @@ def test_a_turn_ends_by_the_runs_of_a_leaf_not_only_by_its_nodes() -> None:
 
 
 def test_numbers_stay_apart_where_an_image_says_the_highest() -> None:
-    """Promise C9: a number that an image made up is not counted on into what cannot be read."""
+    """Promise C9: if an image claims the highest number, new ones neither repeat nor overflow."""
     _, filesystem = make(3)
     drops = filesystem.drops
     record = next(iter(filesystem.catalog.drops()))
@@ -180,7 +180,7 @@ def test_numbers_stay_apart_where_an_image_says_the_highest() -> None:
 
 
 def test_what_was_reached_is_saved_whatever_is_lost_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Promise C9: a freeze meets no damage where the queue's records are."""
+    """Promise C9: once the queue's records were reached, saving them meets no damage."""
     disk, filesystem = make()
     filesystem.close()
     for reached in (True, False):
@@ -192,7 +192,7 @@ def test_what_was_reached_is_saved_whatever_is_lost_after(monkeypatch: pytest.Mo
         operation = again.catalog.operation.begin_admitted()
         if reached:
             drops.reach()
-        again.store.cache = NodeCache()  # which had it all
+        again.store.cache = NodeCache()  # drop the cache, which had all of it
 
         def lost(*words: object) -> Node:
             raise CorruptError("node", 0, "lost")

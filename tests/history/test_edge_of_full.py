@@ -1,7 +1,7 @@
-"""Promise C10 at the edge of full: no freeze ever finds no block, whatever was done before it.
+"""Promise C10 at the edge of full: every freeze finds the blocks it needs, whatever came before.
 
-Random work, edits of the catalog included, on images of every size from the smallest to 1 GiB, with the
-limits of admission shrunk: what a limit hides on small images shows here.
+Random work, edits of the catalog included, runs on images of every size from the smallest to 1 GiB.
+The limits of admission are shrunk, since on small images they would hide mistakes.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ CHUNK = bytes(256 * BLOCK)
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """A full filesystem says so each time."""
+    """Silence the warning that a full filesystem logs each time."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -68,7 +68,7 @@ def fill(filesystem: Filesystem, name: bytes = b"filler") -> None:
 
 
 class Worker:
-    """Random operations; each is done or refused for a reason that a full filesystem may have."""
+    """Random operations; each succeeds or is refused for a reason that a full image may have."""
 
     def __init__(self, filesystem: Filesystem, seed: int) -> None:
         self.filesystem = filesystem
@@ -91,7 +91,7 @@ class Worker:
 
     def _ino(self) -> int:
         names = self._names()
-        if not names:  # a rollback to the beginning
+        if not names:  # after a rollback to the beginning
             return self.filesystem.live.create(ROOT, b"again", stat.S_IFREG | 0o600, 0, 0).ino
         return self.filesystem.live.lookup(ROOT, self.choice.choice(names)).ino
 
@@ -143,7 +143,7 @@ class Worker:
 
 
 def empty(filesystem: Filesystem) -> None:
-    """Delete everything: at 100 % full too, every file and every snapshot goes (C10)."""
+    """Delete every file and every snapshot, which must work at 100 % full too (C10)."""
     volume = filesystem.live
     waiting = [entry.name for _, entry in volume.listing(ROOT)]
     while waiting:
@@ -152,7 +152,7 @@ def empty(filesystem: Filesystem) -> None:
             while not volume.reclaim(inode.ino):
                 pass
             waiting.pop()
-        except NoSpaceError:  # only after a rollback, and until a snapshot is gone
+        except NoSpaceError:  # allowed only after a rollback, and until a snapshot is deleted
             snapshots = filesystem.catalog.snapshots()
             assert any(record.automatic for record in snapshots)
             filesystem.apply(HoldSnapshots((snapshots[0].name,), False))
@@ -188,7 +188,7 @@ def require_clean(filesystem: Filesystem) -> None:
 def test_no_freeze_at_the_edge_of_full_finds_no_block(
     total_blocks: int, operations: int, retained: int, copies: bool, seed: int
 ) -> None:
-    """Promise C10: random work and edits at the edge are done or refused, and then all can go."""
+    """Promise C10: random work and edits at the edge succeed or are refused; then all can go."""
     limits = Limits(ceiling_operations=operations, retained_generations=retained)
     filesystem = make(total_blocks, limits, copies=copies)
     worker = Worker(filesystem, seed)
@@ -216,14 +216,14 @@ def test_no_freeze_at_the_edge_of_full_finds_no_block(
     [100_000, *(pytest.param(total, marks=pytest.mark.long) for total in (163_840, LARGEST))],
 )
 def test_no_freeze_of_a_large_image_finds_no_block(total_blocks: int) -> None:
-    """Promise C10: the same up to where the reserve is no larger than what is granted at once."""
+    """Promise C10: the same up to sizes where the reserve is no larger than one grant of room."""
     test_no_freeze_at_the_edge_of_full_finds_no_block.hypothesis.inner_test(  # type: ignore[attr-defined]
         total_blocks, DEFAULT_LIMITS.ceiling_operations, 2, True, total_blocks
     )
 
 
 def test_small_writes_with_a_commit_after_each_end_by_a_refusal() -> None:
-    """Promise C10: what one comparison found free ends with the transaction."""
+    """Promise C10: room that an admission check found is not used beyond its transaction."""
     filesystem = make(SMALLEST, Limits(ceiling_operations=2))
     ino = filesystem.live.create(ROOT, b"file", stat.S_IFREG | 0o600, 0, 0).ino
     with contextlib.suppress(NoSpaceError):
@@ -236,7 +236,7 @@ def test_small_writes_with_a_commit_after_each_end_by_a_refusal() -> None:
 
 @pytest.mark.parametrize("kind", ["rollback", "undo", "hold", "rename", "create"])
 def test_edits_of_a_full_image_end_by_a_refusal(kind: str) -> None:
-    """Promise C10: edits are admitted as all else is; what deletes goes on when they are refused.
+    """Promise C10: edits need admission like all else; deletions work when edits are refused.
 
     A thousand rollbacks of a full image once took the last block of the commit.
     """
@@ -282,7 +282,7 @@ WEDGED = replace(
 
 
 def test_image_that_was_wedged_gives_its_snapshots_back() -> None:
-    """Promise C10: from a state that today's admission would not allow, deleting still leads out.
+    """Promise C10: from a state that today's admission would not allow, deleting still frees space.
 
     The image is filled with next to no reserve, as an earlier version could leave it.
     """
@@ -305,7 +305,7 @@ def test_image_that_was_wedged_gives_its_snapshots_back() -> None:
     assert space.free + space.pending < space.reserved // 2, "not wedged"
     before = filesystem.space().used
     names = [record.name for record in filesystem.catalog.snapshots()]
-    with contextlib.suppress(NoSpaceError):  # all at once may be too much, and is then refused
+    with contextlib.suppress(NoSpaceError):  # all at once may be refused for lack of room
         filesystem.apply(DeleteSnapshots(tuple(names)))
         names = []
     assert filesystem.store.failed is None
@@ -315,7 +315,7 @@ def test_image_that_was_wedged_gives_its_snapshots_back() -> None:
             names = names[7:]
         except NoSpaceError as error:
             assert "delete fewer at a time" in str(error)
-            filesystem.apply(DeleteSnapshots((names.pop(0),)))  # one goes from any state
+            filesystem.apply(DeleteSnapshots((names.pop(0),)))  # deleting one works from any state
         filesystem.work_drops()
         assert not len(filesystem.drops), "its space never comes"
     filesystem.work_drops()
@@ -342,7 +342,7 @@ FAULTS = (
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_seeded_fault_of_admission_is_caught(fault: Fault) -> None:
-    """Promise: the tests of this file would notice."""
+    """Promise: the tests of this file notice each seeded fault."""
     caught = False
     with applied(fault):
         try:

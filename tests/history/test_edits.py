@@ -1,4 +1,4 @@
-"""Edits of the catalog, one case at a time, and what must be refused."""
+"""Promises about edits of the catalog, one case at a time, and about what must be refused."""
 
 import stat
 
@@ -49,7 +49,7 @@ def require_clean(disk: MemoryDevice) -> None:
 @pytest.mark.parametrize("changed", [False, True])
 @pytest.mark.parametrize("second", ["delete", "rollback", "undo"])
 def test_edit_of_a_snapshot_right_after_it_was_made_works(second: str, changed: bool) -> None:
-    """Promise C6: an edit holds all that was written before it, and is whole for the next one."""
+    """Promise C6: an edit includes all that was written before it; the next edit sees it whole."""
     disk, filesystem = make()
     write(filesystem, b"old", b"x" * 9000)
     filesystem.commit()
@@ -99,7 +99,7 @@ def held_names(filesystem: Filesystem) -> list[str]:
 
 
 def test_held_snapshot_is_not_deleted_until_released() -> None:
-    """Promise: refused with all that are named, each held one told, before and after a remount."""
+    """Promise: a refused deletion names each held snapshot, before and after a remount."""
     disk, filesystem = make()
     write(filesystem, b"file", b"x" * 9000)
     for name in ("a", "b", "c"):
@@ -116,7 +116,7 @@ def test_held_snapshot_is_not_deleted_until_released() -> None:
     )
     assert isinstance(records, list)
     assert [(record.name, record.held) for record in records] == [("a", True), ("c", True)]
-    filesystem.apply(HoldSnapshots(("a",), True))  # a second time is no error
+    filesystem.apply(HoldSnapshots(("a",), True))  # holding again is no error
     for opened in (filesystem, open_filesystem(disk.crash(), writable=True)):
         assert held_names(opened) == ["a", "c"]
         with pytest.raises(SnapshotError, match=r"^snapshot 'a' is held; .* release it first$"):
@@ -147,7 +147,7 @@ def test_held_snapshot_is_not_deleted_until_released() -> None:
 
 
 def test_hold_that_names_an_unknown_snapshot_holds_none() -> None:
-    """Promise C6: all or none, also when one of them went just before."""
+    """Promise C6: a hold applies to all or none of its names, also if one was just deleted."""
     disk, filesystem = make()
     for name in ("a", "b"):
         filesystem.apply(CreateSnapshot(name))
@@ -161,7 +161,7 @@ def test_hold_that_names_an_unknown_snapshot_holds_none() -> None:
 
 
 def test_hold_is_kept_by_a_rename_and_inherited_by_nothing() -> None:
-    """Promise: new snapshots, rollbacks and undo's automatic ones are not held; renamed ones are."""
+    """Promise: a rename keeps a hold; new snapshots, and those of rollback and undo, have none."""
     disk, filesystem = make()
     write(filesystem, b"file", b"x" * 9000)
     filesystem.apply(CreateSnapshot("a"))
@@ -180,7 +180,7 @@ def test_hold_is_kept_by_a_rename_and_inherited_by_nothing() -> None:
 
 
 def test_undo_does_not_use_up_what_is_held() -> None:
-    """Promise: undo names the snapshot and what to do; nothing changes but the hold; release helps."""
+    """Promise: undo refuses a held snapshot, says what to do, changes nothing; release helps."""
     disk, filesystem = make()
     write(filesystem, b"one", b"1")
     filesystem.apply(CreateSnapshot("s"))
@@ -200,7 +200,7 @@ def test_undo_does_not_use_up_what_is_held() -> None:
 
 
 def test_orphan_in_a_snapshot_is_reclaimed_after_rollback() -> None:
-    """Promise C7: what was open and unlinked at the time of a snapshot is no leak after rollback."""
+    """Promise C7: a file open and unlinked when a snapshot was made is freed after rollback."""
     disk, filesystem = make()
     write(filesystem, b"file", b"x" * 50_000)
     orphan = filesystem.live.unlink(ROOT, b"file").ino
@@ -235,7 +235,7 @@ def test_undo_goes_back_and_forth() -> None:
 
 
 def test_old_volume_after_rollback_can_be_read_and_not_written() -> None:
-    """Promise: stale handles of a live volume that was rolled back read what they read before."""
+    """Promise: after a rollback, handles of the old live volume still read it and cannot write."""
     _, filesystem = make()
     write(filesystem, b"file", b"before")
     filesystem.apply(CreateSnapshot("s"))
@@ -260,7 +260,7 @@ def test_impossible_name_is_refused_before_anything_happens(name: str) -> None:
 
 
 def test_many_snapshots_and_drops_leave_nothing_behind() -> None:
-    """Promise I6: 300 snapshots come and go; the catalog and the image are as before."""
+    """Promise I6: after 300 snapshots come and go, the catalog and the image are as before."""
     disk, filesystem = make()
     write(filesystem, b"file", b"x" * 100_000)
     filesystem.commit()

@@ -1,4 +1,4 @@
-"""Snapshots, rollback and the drop queue against a model that simply keeps copies."""
+"""Promise: snapshots, rollback and the drop queue agree with a model that simply keeps copies."""
 
 import random
 import stat
@@ -31,7 +31,7 @@ snapshot_names = st.sampled_from(["one", "two", "three", "früh", "x" * 255])
 
 
 class HistoryMachine(FilesMachine):
-    """The files of FilesMachine, and their past."""
+    """FilesMachine with snapshots and rollback."""
 
     total_blocks_choices = (8192, 16384)
 
@@ -41,7 +41,7 @@ class HistoryMachine(FilesMachine):
         self.next_seed = 0
         self.extra = 0
 
-    # --- edits --------------------------------------------------------------------------------------
+    # --- edits ------------------------------------------------------------------------------------
 
     @rule(
         kind=st.sampled_from(["write", "flush"]),
@@ -68,7 +68,7 @@ class HistoryMachine(FilesMachine):
         return checked.result[0] if checked.result else None
 
     def _write_commit(self, commit: Commit) -> None:
-        """Write a commit that was frozen; the model is what it will hold."""
+        """Write a frozen commit, and remember the model that it will make durable."""
         self.states[commit.generation] = self.model.copy()
         self.device.fault, self.next_fault = self.next_fault, None
         commit.write()
@@ -144,7 +144,7 @@ class HistoryMachine(FilesMachine):
     @precondition(lambda self: self.model.snapshots.keys() > self.model.held)
     @rule(chosen=st.sets(picks, min_size=1, max_size=5))
     def delete_frees_what_was_predicted(self, chosen: set[int]) -> None:
-        """C11."""
+        """C11: a deletion frees exactly what was predicted."""
         self.commit_now()
         self.filesystem.work_drops()
         there = sorted(self.model.snapshots)
@@ -221,7 +221,7 @@ class HistoryMachine(FilesMachine):
         legal = self.model.undo is not None and self.model.undo not in self.model.held
         self._apply(Undo(), model, legal=legal)
 
-    # --- drop queue ---------------------------------------------------------------------------------
+    # --- drop queue -------------------------------------------------------------------------------
 
     @rule(nodes=st.integers(1, 8))
     def drop_some(self, nodes: int) -> None:
@@ -242,7 +242,7 @@ class HistoryMachine(FilesMachine):
         counted.require_exact()
         assert self.filesystem.space().used == len(counted.expected)
 
-    # --- comparing ----------------------------------------------------------------------------------
+    # --- comparing --------------------------------------------------------------------------------
 
     def compare_all(self) -> None:
         super().compare_all()

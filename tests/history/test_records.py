@@ -1,6 +1,6 @@
 """Promises that every record of the catalog survives a round trip, and that damage is refused.
 
-One test for each reason that a decoder knows.
+There is one test case for each reason that a decoder can give.
 """
 
 import pytest
@@ -73,7 +73,7 @@ ROOTS = st.builds(
 
 @given(ROOTS)
 def test_root_round_trip(root: RootRecord) -> None:
-    """Promise: every member survives; the length is known before the bytes are."""
+    """Promise: every member survives; the encoded length is known before encoding."""
     data = root.encode()
     assert decode_root(data) == root
     assert len(root) == len(data)
@@ -102,20 +102,20 @@ def root(**changes: object) -> RootRecord:
 
 @pytest.mark.parametrize("member", ["next_ino", "node_count", "data_blocks", "inode_count"])
 def test_root_counter_out_of_range_is_refused(member: str) -> None:
-    """Promise: counting on from what an image says never leaves 64 bits."""
+    """Promise: counting on from an image's number never exceeds 64 bits."""
     decode_root(root(**{member: COUNTER_MAX}).encode())
     with pytest.raises(CorruptError, match="out of range"):
         decode_root(root(**{member: COUNTER_MAX + 1}).encode())
 
 
 def test_referenced_blocks_count_nodes_with_their_twins() -> None:
-    """Promise: referenced is whole nodes and data (docs/design/accounting.md)."""
+    """Promise: referenced blocks count whole nodes with their twins, and data (accounting.md)."""
     assert root().referenced_blocks(2) == 7 * NODE_BLOCKS * 2 + 100
     assert root().referenced_blocks(1) == 7 * NODE_BLOCKS + 100
 
 
 def test_root_takes_the_pointer_of_a_tree_that_is_written_later() -> None:
-    """Promise: a record may be made before its tree has a place."""
+    """Promise: a root record may be made before its tree is written; the pointer comes later."""
 
     class Later:
         def pointer(self) -> Pointer:
@@ -153,7 +153,7 @@ def changed(at: int, value: bytes) -> bytes:
     ],
 )
 def test_impossible_root_is_refused(value: bytes, reason: str) -> None:
-    """Promise: each member is checked."""
+    """Promise: each member of a root record is checked."""
     with pytest.raises(CorruptError, match=reason):
         decode_root(value)
 
@@ -187,7 +187,7 @@ def test_name_that_breaks_a_rule_is_refused_with_the_rule(name: str, rule: str) 
 
 
 def test_longest_name_and_odd_names_are_fine() -> None:
-    """Promise: nothing else is forbidden."""
+    """Promise: the longest names and unusual names are allowed."""
     for name in ("x" * 255, "é" * 127, "a b", "...", "日曜日", "a-b", "#1"):
         assert check_snapshot_name(name) == name
 
@@ -201,13 +201,13 @@ def test_keys_sort_by_number(first: int, second: int) -> None:
 
 
 def test_kinds_of_keys_are_apart() -> None:
-    """Promise: a snapshot and a volume may have one name."""
+    """Promise: a snapshot and a volume may have the same name."""
     keys = {root_key(1), drop_key(1), snapshot_key("a"), volume_key("a")}
     assert len({key[:1] for key in keys}) == 4
 
 
 def test_root_id_of_a_wrong_length_is_refused() -> None:
-    """Promise: a name leads to an id or to an error."""
+    """Promise: a snapshot's name leads to a valid root id or to an error."""
     with pytest.raises(CorruptError, match="root id has the wrong length"):
         decode_id(b"1234567")
 
@@ -233,7 +233,7 @@ def test_drop_round_trip(
     path: list[DropStep],
     referenced_blocks: int,
 ) -> None:
-    """Promise: the place where a deletion stands survives."""
+    """Promise: the progress of a deletion survives a round trip."""
     record = DropRecord(
         number, root_id, name, deleted_ns, freed_blocks, tuple(path), referenced_blocks
     )
@@ -248,7 +248,7 @@ DROP = DropRecord(1, 5, "gone", 4, 0, (STEP, STEP))
 
 @pytest.mark.parametrize("member", ["number", "freed_blocks", "referenced_blocks"])
 def test_drop_counter_out_of_range_is_refused(member: str) -> None:
-    """Promise: the same for what is being deleted."""
+    """Promise: the counters of a deletion are checked too."""
     decode_drop(replace(DROP, **{member: COUNTER_MAX}).encode())
     with pytest.raises(CorruptError, match="out of range"):
         decode_drop(replace(DROP, **{member: COUNTER_MAX + 1}).encode())
@@ -276,6 +276,6 @@ def test_drop_with_another_path_keeps_the_rest() -> None:
     ],
 )
 def test_impossible_drop_is_refused(value: bytes, reason: str) -> None:
-    """Promise: a deletion goes on from a sound record or not at all."""
+    """Promise: a deletion resumes from a valid record or not at all."""
     with pytest.raises(CorruptError, match=reason):
         decode_drop(value)

@@ -1,4 +1,4 @@
-"""Promises of the rules by which snapshots stay: what each keeps, why, and that nothing else goes."""
+"""Promises about retention rules: what each keeps, why, and that only the rest is deleted."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ class Dated:
 
 @pytest.fixture(autouse=True)
 def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A zone with summer time, so that local time is not UTC."""
+    """Sets a local time zone with summer time, so that local time is not UTC."""
     monkeypatch.setenv("TZ", "Europe/Berlin")
     time.tzset()
     yield
@@ -43,17 +43,17 @@ def berlin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def at(text: str) -> int:
-    """A local time, as 2026-01-05 12:00."""
+    """The local time in `text`, such as 2026-01-05 12:00, in nanoseconds."""
     return int(datetime.fromisoformat(text).timestamp()) * SECOND_NS
 
 
 def dated(*times: str) -> list[Dated]:
-    """Snapshots of these times, each named so."""
+    """Snapshots made at these times, each named by its time."""
     return [Dated(text, at(text)) for text in times]
 
 
 def kept(rules: Rules, snapshots: Sequence[Dated], now_ns: int) -> dict[str, tuple[str, ...]]:
-    """Of all snapshots, the reasons why each that stays does, as a command gets them."""
+    """The reasons for each snapshot that is kept, as a command gets them."""
     return divide((), rules, snapshots, now_ns)[1]
 
 
@@ -69,7 +69,7 @@ def staying(rules: Rules, snapshots: list[Dated], now: str = "2027-01-01") -> li
     [("30d", 30), ("12h", 0.5), ("2w", 14), ("1y6m", 545), ("1m", 30), ("0d", 0), ("1d12h", 1.5)],
 )
 def test_duration_is_read_as_it_is_written(text: str, days: float) -> None:
-    """Promise: years of 365 days, months of 30, and sums of all units."""
+    """Promise: years have 365 days, months 30, and units can be summed."""
     assert parse_duration(text) == days * DAY_NS
 
 
@@ -99,13 +99,13 @@ def test_duration_of_minutes_is_not_one_of_months() -> None:
     ],
 )
 def test_duration_that_is_none_is_refused_with_examples(text: str) -> None:
-    """Promise: nothing is guessed, and the message shows how it is written."""
+    """Promise: a malformed duration is refused, and the message shows valid ones."""
     with pytest.raises(UsageError, match="not a duration such as 12h, 30d, 2w or 1y6m"):
         parse_duration(text)
 
 
 def test_duration_beyond_any_calendar_is_refused() -> None:
-    """Promise: a number too many is a mistake, not a rule that keeps all or nothing."""
+    """Promise: an absurdly large number is an error, not a rule that keeps all or nothing."""
     assert parse_duration("1000y") == 365_000 * DAY_NS
     with pytest.raises(UsageError, match="thousand years"):
         parse_duration("1001y")
@@ -125,7 +125,7 @@ def test_last_keeps_the_newest_in_the_order_of_creation() -> None:
 
 
 def test_hours_and_days_are_those_of_the_local_clock() -> None:
-    """Promise: the newest of each, only those that have any, and midnight is where people live."""
+    """Promise: hours and days are local; only those with a snapshot count; the newest stays."""
     snapshots = dated(
         "2026-05-01 09:00",
         "2026-05-04 00:30",  # the day before in UTC
@@ -148,7 +148,7 @@ def test_hours_and_days_are_those_of_the_local_clock() -> None:
 
 
 def test_hour_that_comes_twice_in_autumn_is_two() -> None:
-    """Promise: the end of summer time costs no hour its snapshot."""
+    """Promise: the hour that repeats when summer time ends counts as two."""
     summer_ns = at("2026-10-25 02:30")
     snapshots = [Dated("summer", summer_ns), Dated("winter", summer_ns + HOUR_NS)]
     assert time.localtime(summer_ns // SECOND_NS).tm_hour == 2
@@ -158,7 +158,7 @@ def test_hour_that_comes_twice_in_autumn_is_two() -> None:
 
 
 def test_weeks_are_those_of_the_iso_calendar() -> None:
-    """Promise: a week begins on Monday, and new year does not cut it in two."""
+    """Promise: a week begins on Monday, and new year does not split it."""
     snapshots = dated(
         "2024-12-29 12:00", "2024-12-30 12:00", "2025-01-05 12:00", "2025-01-06 12:00"
     )
@@ -184,11 +184,11 @@ def test_months_and_years_keep_the_last_of_each() -> None:
 
 
 def test_within_reaches_back_from_the_newest() -> None:
-    """Promise: a filesystem that rests does not lose what was kept; the bound itself stays."""
+    """Promise: `within` counts from the newest snapshot, so an idle filesystem loses none."""
     snapshots = dated("2026-01-01 12:00", "2026-01-02 12:00", "2026-01-03 12:00")
     rules = Rules(keep_within_ns=DAY_NS)
     assert staying(rules, snapshots, "2030-01-01") == ["2026-01-02 12:00", "2026-01-03 12:00"]
-    ahead = [*snapshots, *dated("2040-01-01 12:00")]  # the clock was wrong once
+    ahead = [*snapshots, *dated("2040-01-01 12:00")]  # a snapshot made while the clock was wrong
     assert staying(rules, ahead, "2026-01-03 12:00") == [
         "2026-01-02 12:00",
         "2026-01-03 12:00",
@@ -198,7 +198,7 @@ def test_within_reaches_back_from_the_newest() -> None:
 
 
 def test_within_does_not_reach_back_from_a_rollback_or_a_wrong_date() -> None:
-    """Promise: after a rest neither an automatic snapshot of today nor one of 2042 ages others."""
+    """Promise: an automatic snapshot of today or one dated 2042 does not age the others."""
     rest = dated("2026-02-01 12:00", "2026-02-03 12:00")
     kept_by_rollback = Dated("auto", at("2026-05-05 12:00"), automatic=True)
     wrong = Dated("wrong", at("2042-01-01 12:00"))
@@ -210,10 +210,10 @@ def test_within_does_not_reach_back_from_a_rollback_or_a_wrong_date() -> None:
 
 
 def test_future_is_kept_by_any_rule_named_and_counts_for_none() -> None:
-    """Promise: a snapshot of a wrong clock takes no place of another, and is never deleted by a rule."""
+    """Promise: a snapshot dated in the future takes no other's place, and no rule deletes it."""
     times = ("2026-05-03 12:00", "2042-01-01 12:00", "2026-05-04 12:00", "2042-01-02 12:00")
     snapshots = dated(*times)
-    now_ns = at("2026-05-04 12:00")  # that of the third: what is of now is not in the future
+    now_ns = at("2026-05-04 12:00")  # the third snapshot's time: "now" is not in the future
     for rules in (
         Rules(keep_last=1),
         Rules(keep_hourly=1),
@@ -231,11 +231,11 @@ def test_future_is_kept_by_any_rule_named_and_counts_for_none() -> None:
         assert FUTURE not in reasons[times[2]]
     assert staying(Rules(keep_last=9), snapshots, "1970-01-02") == list(
         times
-    )  # a clock that is reset
+    )  # a clock that was reset
 
 
 def test_time_beyond_any_calendar_is_a_time() -> None:
-    """Promise: a date before the year 1 or after 9999, which a record may say, ends no command."""
+    """Promise: a record's date before the year 1 or after 9999 makes no command fail."""
     year_ns = 31_556_952 * SECOND_NS
     numbers = [-(1 << 200), -30_000 * year_ns, 0, 9_000 * year_ns, 30_000 * year_ns, 1 << 200]
     snapshots = [Dated(str(number), number) for number in numbers]
@@ -247,7 +247,7 @@ def test_time_beyond_any_calendar_is_a_time() -> None:
 
 
 def test_older_than_keeps_what_is_not_older_than_that_now() -> None:
-    """Promise: age counts from now, and what is exactly so old stays."""
+    """Promise: age counts from now; a snapshot of exactly that age stays."""
     snapshots = dated("2026-01-01 12:00", "2026-01-02 12:00", "2026-01-03 12:00")
     rules = Rules(older_than_ns=DAY_NS)
     assert staying(rules, snapshots, "2026-01-03 12:00") == ["2026-01-02 12:00", "2026-01-03 12:00"]
@@ -256,7 +256,7 @@ def test_older_than_keeps_what_is_not_older_than_that_now() -> None:
 
 
 def test_every_reason_is_told() -> None:
-    """Promise: one line for each snapshot says all that keeps it."""
+    """Promise: each snapshot's line says everything that keeps it."""
     now_ns = at("2026-05-05 12:00")
     snapshots = [
         Dated("gone", now_ns - 100 * DAY_NS),
@@ -301,7 +301,7 @@ def names(words: list[str], rules: Rules) -> list[str]:
 
 
 def test_words_alone_choose_all_that_they_name_and_rules_alone_all_there_is() -> None:
-    """Promise: without a rule what is held is chosen too, for the deletion to refuse it."""
+    """Promise: without a rule held snapshots are chosen too, so that the deletion refuses them."""
     assert names(["auto-*"], Rules()) == ["auto-1", "auto-2", "auto-3"]
     assert names(["monday"], Rules()) == ["monday"]
     assert names([], Rules(keep_last=1)) == ["auto-1", "auto-2"]
@@ -312,21 +312,21 @@ def test_words_alone_choose_all_that_they_name_and_rules_alone_all_there_is() ->
 
 
 def test_rules_count_only_what_the_words_name() -> None:
-    """Promise: a snapshot that was not named is neither chosen nor fills a place."""
+    """Promise: a snapshot that was not named is neither chosen nor fills a rule's place."""
     chosen, reasons = divide(["%auto-2"], Rules(keep_last=1), THREE, 9)
     assert [found.name for found in chosen] == ["auto-1"]
     assert reasons == {"monday": ("held",), "auto-2": ("last",)}
 
 
 def test_held_ones_stay_under_any_rule() -> None:
-    """Promise: no rule chooses what is held, also one that keeps something else."""
+    """Promise: no rule chooses a held snapshot, even if the rule keeps something else."""
     assert names([], Rules(keep=("auto-1",))) == ["auto-2", "auto-3"]
     assert names(["monday", "auto-3"], Rules(keep=("auto-1",))) == ["auto-3"]
     assert names(["monday"], Rules(keep_last=0, older_than_ns=0)) == []
 
 
 def test_keep_that_saves_nothing_is_refused() -> None:
-    """Promise: a slip in a name to keep deletes nothing."""
+    """Promise: a mistyped name to keep is refused, so it deletes nothing."""
     with pytest.raises(SnapshotError, match=r"no snapshot 'mondya' \(there is 'monday'\)"):
         names([], Rules(keep=("mondya",)))
     with pytest.raises(SnapshotError, match="no snapshot matches 'rel-\\*'"):
@@ -335,7 +335,7 @@ def test_keep_that_saves_nothing_is_refused() -> None:
 
 
 def test_keep_of_a_name_that_looks_like_a_pattern_is_that_name() -> None:
-    """Promise: as everywhere, a name is no pattern."""
+    """Promise: a snapshot name with pattern characters can be kept by its exact name."""
     snapshots = [Dated("a*", 1), Dated("ab", 2)]
     rules = Rules(keep=("a*",))
     assert kept(rules, snapshots, 9) == {"a*": ("named",)}
@@ -344,7 +344,7 @@ def test_keep_of_a_name_that_looks_like_a_pattern_is_that_name() -> None:
 
 
 def test_held_snapshots_are_named_in_the_refusal() -> None:
-    """Promise: each that is held is told, the others not, with what to do next."""
+    """Promise: the refusal names each held snapshot and no others, and says what to do next."""
     require_released([THREE[0], THREE[2]])
     with pytest.raises(SnapshotError) as caught:
         require_released(THREE)
@@ -375,7 +375,7 @@ TIMES = st.lists(
 
 @given(rules=RULES, times=TIMES)
 def test_more_to_keep_never_chooses_more(rules: Rules, times: list[tuple[int, bool, bool]]) -> None:
-    """Promise: each rule only adds to what stays; what is chosen is what no rule alone keeps."""
+    """Promise: a rule only adds to what stays; a snapshot is chosen only if no rule keeps it."""
     snapshots = [Dated(str(index), *each) for index, each in enumerate(times)]
     now_ns = 3 * 365 * DAY_NS
     apart: set[str] = set()

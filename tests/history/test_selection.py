@@ -13,7 +13,7 @@ class Named:
     name: str
 
 
-SNAPSHOTS = [Named(name) for name in ("c", "a", "two words", "d", "b")]  # the oldest first
+SNAPSHOTS = [Named(name) for name in ("c", "a", "two words", "d", "b")]  # oldest first
 
 
 def names(*words: str) -> list[str]:
@@ -39,7 +39,7 @@ def names(*words: str) -> list[str]:
 def test_select_gives_what_is_named_in_order_of_creation(
     words: list[str], expected: list[str]
 ) -> None:
-    """Promise: each once, the oldest first, ranges with both their ends."""
+    """Promise: each snapshot is given once, oldest first; ranges include both ends."""
     assert names(*words) == expected
 
 
@@ -65,13 +65,13 @@ PATTERNED = [Named(name) for name in ("auto-2", "manual", "auto-1", "a*", "Auto-
 def test_select_pattern_matches_whole_names_unless_it_is_one(
     words: list[str], expected: list[str]
 ) -> None:
-    """Promise: as the shell's, upper and lower case apart; a name is that name, whatever is in it."""
+    """Promise: patterns match as in a shell, case-sensitive; an exact name is never a pattern."""
     assert [found.name for found in select(words, PATTERNED)] == expected
 
 
 @pytest.mark.parametrize("word", ["b*", "auto", "*-4", "manual,b*", "[y]", "[", "auto-?x"])
 def test_select_pattern_that_matches_nothing_is_refused(word: str) -> None:
-    """Promise: a slip in a pattern does not pass for an empty set; the error has the words."""
+    """Promise: a pattern without a match is an error that quotes it, not an empty selection."""
     says = "no snapshot matches" if is_pattern(word) else "there is no snapshot"
     with pytest.raises(SnapshotError, match=says):
         select(["manual", word], PATTERNED)
@@ -79,7 +79,7 @@ def test_select_pattern_that_matches_nothing_is_refused(word: str) -> None:
 
 @pytest.mark.parametrize("word", ["auto-*%", "%auto-?", "manual%m*", "[m]anual%auto-1"])
 def test_select_pattern_at_the_end_of_a_range_is_a_usage_error(word: str) -> None:
-    """Promise: no guess which of the matching ones is meant."""
+    """Promise: a pattern at the end of a range is a usage error; no match is picked by guess."""
     with pytest.raises(UsageError, match="no patterns"):
         select([word], PATTERNED)
 
@@ -93,23 +93,23 @@ def test_select_unknown_name_is_refused_by_name(word: str) -> None:
 
 @pytest.mark.parametrize("word", ["", ",", "a,", ",a", "a%b%c", "%%"])
 def test_select_malformed_word_is_a_usage_error(word: str) -> None:
-    """Promise: what cannot be read is not guessed."""
+    """Promise: a malformed word is a usage error, not guessed at."""
     with pytest.raises(UsageError):
         names(word)
 
 
 def test_select_range_backwards_is_refused() -> None:
-    """Promise: a range the wrong way round is a mistake, not nothing."""
+    """Promise: a range in the wrong order is an error, not an empty selection."""
     with pytest.raises(SnapshotError, match="'d' is newer than 'a'"):
         names("d%a")
 
 
 def test_select_all_of_none_is_refused() -> None:
-    """Promise: `%` of a filesystem without snapshots says so."""
+    """Promise: `%` on a filesystem without snapshots is an error that says so."""
     with pytest.raises(SnapshotError, match="no snapshots"):
         select(["%"], [])
 
 
 def test_select_of_no_words_is_nothing() -> None:
-    """Promise: nothing named, nothing selected."""
+    """Promise: no words select no snapshots."""
     assert select([], SNAPSHOTS) == []
