@@ -1,4 +1,4 @@
-"""Changing a volume or a catalog as no operation would: what an image could hold all the same."""
+"""Change a volume or a catalog by hand, to states that an image may hold but no operation makes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from cowfs.history.records import RootRecord, root_key
 
 @contextmanager
 def changing(volume: Volume) -> Iterator[None]:
-    """While the block runs the parts of the volume may be changed by hand, admitted or not."""
+    """While the block runs, the test may change parts of the volume by hand, admitted or not."""
     with volume.operation.begin_admitted() as operation:
         operation.change()
         yield
@@ -20,7 +20,7 @@ def changing(volume: Volume) -> Iterator[None]:
 
 
 class AnyEdit(Edit, frozen=True):
-    """Whatever a function does to the records of roots, as the last thing before a commit."""
+    """An edit that applies any function to the root records, as the last step before a commit."""
 
     change: Any  # called with the filesystem
 

@@ -1,7 +1,7 @@
 """Devices in memory: one that loses what was not flushed, one that fails at a chosen call.
 
-`MemoryDevice` keeps what is *live* (read sees it) apart from what is *durable* (a crash leaves it), and
-asserts I3 at every write. `FaultDevice` puts an error in front of any other device.
+`MemoryDevice` keeps what is *live* (a read sees it) apart from what is *durable* (a crash leaves
+it), and asserts I3 at every write. `FaultDevice` puts an error in front of any other device.
 """
 
 import errno
@@ -27,21 +27,21 @@ class Event:
 
 
 def part_of(data: bytes, index: int) -> bytes:
-    """The block of that index in a longer piece."""
+    """Block number `index` of a longer piece."""
     return data[index * BLOCK_SIZE_BYTES : (index + 1) * BLOCK_SIZE_BYTES]
 
 
 class MemoryDevice:
-    """Bytes in memory, by blocks of 4 KiB.
+    """Bytes in memory, in blocks of 4 KiB.
 
     Args:
-        total_blocks: of the device.
-        blocks: its content; what is not named is zero.
+        total_blocks: size of the device.
+        blocks: the initial content; blocks left out are zero.
 
     Attributes:
         events: every write, discard and flush, in order.
-        protected: blocks whose write is an error of the caller (I2), unless it undoes `damage`.
-        kept: the same for a discard, which comes after the commit point.
+        protected: blocks that must not be written (I2), unless to undo `damage`.
+        kept: blocks that must not be discarded, since discards come after the commit point.
     """
 
     def __init__(self, total_blocks: int, blocks: dict[int, bytes] | None = None) -> None:
@@ -56,9 +56,9 @@ class MemoryDevice:
         self._durable: dict[int, bytes] = {} if blocks is None else blocks
         self._unflushed: dict[int, list[bytes]] = {}  # all versions since the last flush
         self._written: set[int] = set()
-        self._pristine: dict[int, bytes] = {}  # what was there before it was damaged
+        self._pristine: dict[int, bytes] = {}  # the content before it was damaged
 
-    # --- Device -------------------------------------------------------------------------------------
+    # --- Device -----------------------------------------------------------------------------------
 
     def read(self, offset: int, size: int) -> bytes:
         self._require_inside(offset, size)
@@ -114,7 +114,7 @@ class MemoryDevice:
     def close(self) -> None:
         self.closed = True
 
-    # --- what only a test can do --------------------------------------------------------------------
+    # --- what only a test can do ------------------------------------------------------------------
 
     def block(self, number: int) -> bytes:
         """The live content of one block."""
@@ -122,10 +122,10 @@ class MemoryDevice:
         return versions[-1] if versions else self._durable.get(number, _ZEROS)
 
     def crash(self, choice: random.Random | None = None) -> "MemoryDevice":
-        """A new device with what a power cut leaves.
+        """Make a new device with what a power cut leaves.
 
         Args:
-            choice: picks which unflushed blocks arrived all the same; None: not one.
+            choice: picks which unflushed blocks arrived nevertheless; None: none did.
         """
         blocks = dict(self._durable)
         if choice is not None:
@@ -136,13 +136,13 @@ class MemoryDevice:
         return MemoryDevice(self.total_blocks, blocks)
 
     def copy(self) -> "MemoryDevice":
-        """A new device with the live content, all of it durable."""
+        """Make a new device with the live content, all of it durable."""
         blocks = dict(self._durable)
         blocks.update({number: versions[-1] for number, versions in self._unflushed.items()})
         return MemoryDevice(self.total_blocks, blocks)
 
     def damage(self, number: int, at: int = 0, mask: int = 1) -> None:
-        """Flip bits of one byte, live and durable."""
+        """Flip bits of one byte, both live and durable."""
         data = bytearray(self.block(number))
         self._pristine.setdefault(number, bytes(data))
         data[at] ^= mask
@@ -150,13 +150,13 @@ class MemoryDevice:
         self._durable[number] = bytes(data)
 
     def put(self, number: int, data: bytes) -> None:
-        """Replace one block, live and durable."""
+        """Replace one block, both live and durable."""
         assert len(data) == BLOCK_SIZE_BYTES
         self._unflushed.pop(number, None)
         self._durable[number] = data
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the durable content to a file, to look at it."""
+        """Write the durable content to a file, for inspection."""
         with open(path, "wb") as file:
             file.truncate(self.size_bytes)
             for number, data in self._durable.items():
@@ -177,9 +177,9 @@ class Fault:
 
     Attributes:
         kind: "read", "write" or "flush".
-        after: so many calls of that kind succeed first.
+        after: number of calls of that kind that succeed first.
         number: errno of the failure.
-        short: of a failing write, the first half of the bytes arrives.
+        short: a failing write still stores the first half of its bytes.
         sticky: later calls of that kind fail too.
     """
 
@@ -192,7 +192,7 @@ class Fault:
 
 
 class FaultDevice:
-    """Another device, but for one fault."""
+    """Wraps another device and makes it fail as one `Fault` says."""
 
     def __init__(self, device: Device, fault: Fault | None = None) -> None:
         self.device = device

@@ -1,9 +1,9 @@
 """The state machine of a filesystem: every file operation, commits and crashes, against the model.
 
 `tests/files/test_volume_machine.py` runs it as it is; `tests/history/test_history_machine.py` adds
-snapshots. Inodes and names are picked by number from what exists, so that nearly every step does
-something. After each step names, attributes and contents equal the model's; at the end of each run the
-image is checked twice, by the checker and by the counter of tests/model/recount.py.
+snapshots. Rules pick existing inodes and names by number, so that nearly every step does something.
+After each step names, attributes and contents equal the model's. At the end of each run the image
+is checked twice: by the checker, and by the counter of tests/model/recount.py.
 """
 
 import errno
@@ -34,7 +34,7 @@ from tests.model.reference import (
     ReferenceHistory,
 )
 
-# Contents are compared block by block up to here; of larger files only around what was written.
+# Files up to this size are compared whole; larger files only around what was written.
 WHOLE_BYTES_MAX = 1 << 20
 
 NAMES = [
@@ -64,19 +64,19 @@ xattr_sizes = st.sampled_from([0, 1, 100, 2047, 2048, 2049, 4096, 10_000, 65_536
 
 
 def content(size: int, seed: int) -> bytes:
-    """Bytes that tell where they belong; never all zero."""
+    """Bytes that show their place in a file; never all zero."""
     return random.Random(seed).randbytes(size)
 
 
 class FilesMachine(RuleBasedStateMachine):
-    """One image with its live volume, and the history that it must show."""
+    """One image with its live volume, and the model's state at every commit."""
 
     total_blocks_choices = (4096, 8192, 16384)
 
     def __init__(self) -> None:
         super().__init__()
         self.model = ReferenceHistory()
-        self.states: dict[int, ReferenceHistory] = {}  # by the generation that made it durable
+        self.states: dict[int, ReferenceHistory] = {}  # by the generation that stored it
         self.acknowledged = 0
         self.wait_for_data = True
 
@@ -95,10 +95,10 @@ class FilesMachine(RuleBasedStateMachine):
         self.states[superblock.generation] = self.model.copy()
         self.open(self.disk)
 
-    # --- opening ------------------------------------------------------------------------------------
+    # --- opening ----------------------------------------------------------------------------------
 
     def open(self, disk: MemoryDevice) -> None:
-        """Mount what is on the disk; the model becomes what that generation held."""
+        """Mount the disk's content; the model becomes what that generation held."""
         self.disk = disk
         self.device = FaultDevice(disk)
         recount(disk).require_exact()
@@ -111,7 +111,7 @@ class FilesMachine(RuleBasedStateMachine):
         assert self.volume.orphans == self.files.orphans
 
     def _record_commits(self) -> None:
-        """Remember the model at every freeze, also of those that a full image asks for by itself."""
+        """Remember the model at every freeze, also when a full image makes one by itself."""
         filesystem = self.filesystem
         freeze = filesystem.freeze
 
@@ -126,7 +126,7 @@ class FilesMachine(RuleBasedStateMachine):
         assert relieve is not None
 
         def relieved() -> bool:
-            self.settle()  # here no thread writes a frozen commit while the store waits for it
+            self.settle()  # no thread writes a frozen commit here while the store waits for it
             return relieve()
 
         filesystem.store.admission.relieve = relieved
@@ -139,14 +139,14 @@ class FilesMachine(RuleBasedStateMachine):
     def files(self) -> ReferenceFiles:
         return self.model.live
 
-    # --- picking ------------------------------------------------------------------------------------
+    # --- picking ----------------------------------------------------------------------------------
 
     def _pick(self, pick: int, wanted: Callable[[ReferenceFile], bool]) -> int:
         found = sorted(ino for ino, file in self.files.files.items() if wanted(file))
         return found[pick % len(found)] if found else ROOT
 
     def directory(self, pick: int) -> int:
-        # One time in sixteen a directory that was removed while it was open.
+        # One time in sixteen, pick a directory that was removed while it was open.
         alive = bool(pick % 16)
         return self._pick(pick, lambda file: file.is_directory and (not alive or bool(file.nlink)))
 
@@ -157,14 +157,14 @@ class FilesMachine(RuleBasedStateMachine):
         return self._pick(pick, lambda file: stat.S_ISREG(file.mode))
 
     def name_in(self, directory: int, pick: int, fallback: bytes) -> bytes:
-        """A name that is there, most times."""
+        """Pick an existing name, most of the time."""
         there = sorted(self.files.files[directory].names)
         return there[pick // 7 % len(there)] if there and pick % 7 else fallback
 
     def both(self, real: Callable[[], object], model: Callable[[], object]) -> object | None:
-        """Do the same to both; they refuse alike. Returns what the real one answered.
+        """Do the same to the volume and the model; both must refuse alike. Returns the real answer.
 
-        A full image may refuse more than the model, which then does nothing.
+        A full image may refuse more than the model; the model is then left alone.
         """
         try:
             answer = real()
@@ -185,7 +185,7 @@ class FilesMachine(RuleBasedStateMachine):
         model()
         return answer if answer is not None else True
 
-    # --- operations ---------------------------------------------------------------------------------
+    # --- operations -------------------------------------------------------------------------------
 
     @rule(
         at=picks,
@@ -236,7 +236,7 @@ class FilesMachine(RuleBasedStateMachine):
         seed=st.integers(0, 1000),
     )
     def populate(self, at: int, count: int, length: int, size: int, seed: int) -> None:
-        """Many files at once: trees of more than one level."""
+        """Make many files at once, so that trees have more than one level."""
         directory = self.directory(at | 1)
         for number in range(count):
             name = (b"p%d-%d-" % (seed, number)).ljust(length, b"p")
@@ -352,7 +352,7 @@ class FilesMachine(RuleBasedStateMachine):
     def _share(
         self, volume: Volume, source: ReferenceFile, at: int, begin: int, first: int, size: int
     ) -> None:
-        """Share a range, as far as the volume does; what it does not share is the kernel's to copy."""
+        """Share a range as far as the volume does; the kernel would copy the rest."""
         ino, offset = self.regular(at), begin * BLOCK
         if not (stat.S_ISREG(self.files.file(ino).mode) and stat.S_ISREG(source.mode)):
             return
@@ -372,7 +372,7 @@ class FilesMachine(RuleBasedStateMachine):
 
     @rule(at=picks, offset=offsets)
     def seek(self, at: int, offset: int) -> None:
-        """What is called a hole reads as zeros, and what a file was given is data."""
+        """SEEK_DATA skips only zeros, and every byte is either data or in a hole."""
         ino = self.regular(at)
         file = self.files.file(ino)
         if not stat.S_ISREG(file.mode):
@@ -396,7 +396,7 @@ class FilesMachine(RuleBasedStateMachine):
 
     @rule(at=picks, name=names, keep=st.booleans())
     def create_unnamed(self, at: int, name: bytes, keep: bool) -> None:
-        """O_TMPFILE, and maybe a name for it."""
+        """Make a file as O_TMPFILE does, and maybe give it a name."""
         directory = self.directory(at)
         found: list[int] = []
 
@@ -515,7 +515,7 @@ class FilesMachine(RuleBasedStateMachine):
             else:
                 raise AssertionError("an inode that never was")
 
-    # --- commits ------------------------------------------------------------------------------------
+    # --- commits ----------------------------------------------------------------------------------
 
     def commit_now(self) -> None:
         self.settle()
@@ -529,12 +529,12 @@ class FilesMachine(RuleBasedStateMachine):
 
     @rule()
     def trim(self) -> None:
-        """Also in the middle of a transaction, and while a commit is on its way."""
+        """Trim, also in the middle of a transaction and while a commit is being written."""
         Sweep.of_everything(self.filesystem.store).run()
 
     @rule()
     def freeze_only(self) -> None:
-        """What a commit thread leaves open while the next operations go on."""
+        """Freeze and leave the commit open, as a commit thread does while operations go on."""
         self.settle()
         self.filesystem.freeze()
 
@@ -559,7 +559,7 @@ class FilesMachine(RuleBasedStateMachine):
         self.filesystem.close()
         assert self.disk.closed
         self.acknowledged = self.filesystem.store.superblock.generation
-        # Closed in order, everything is durable: a power cut changes nothing.
+        # After an orderly close everything is durable: a power cut changes nothing.
         self.open(self.disk.crash(random.Random(seed)))
         self.compare_all()
 
@@ -595,7 +595,7 @@ class FilesMachine(RuleBasedStateMachine):
         self.check()
         self.compare_all()
 
-    # --- comparing ----------------------------------------------------------------------------------
+    # --- comparing --------------------------------------------------------------------------------
 
     @invariant()
     def live_equals_model(self) -> None:
@@ -610,11 +610,11 @@ class FilesMachine(RuleBasedStateMachine):
         assert store.failed is None, f"the filesystem failed by itself: {store.failed}"
 
     def compare_all(self) -> None:
-        """Everything that the image holds; a machine with snapshots adds them."""
+        """Compare everything that the image holds; a machine with snapshots adds them."""
         compare(self.volume, self.files)
 
     def check(self) -> None:
-        """The image as a crash would leave it now."""
+        """Check the image as a crash now would leave it."""
         disk = self.disk.crash()
         recount(disk).require_exact()
         report = check_image(disk)
@@ -631,7 +631,7 @@ class FilesMachine(RuleBasedStateMachine):
 
 
 def compare(volume: Volume, files: ReferenceFiles) -> None:
-    """All names, attributes and contents of a volume equal the model's."""
+    """Require that all names, attributes and contents of a volume equal the model's."""
     assert volume.inodes.count == len(files.files), "inode count"
     extent_blocks = 0
     for ino, file in files.files.items():
@@ -665,7 +665,7 @@ def compare(volume: Volume, files: ReferenceFiles) -> None:
 
 
 def compare_data(volume: Volume, file: ReferenceFile) -> None:
-    """The contents of one file: all of it, or of a huge one what was written and the edges."""
+    """Compare the contents of a file; of a huge one only what was written and the edges."""
     if file.size <= WHOLE_BYTES_MAX:
         assert volume.read(file.ino, 0, file.size + 10) == file.read(0, file.size + 10)
         return

@@ -1,9 +1,9 @@
-"""Histories by chance, for what is said about them afterwards: no model of the content is kept.
+"""Random histories, for tests that examine their result: no model of the content is kept.
 
 `History(seed)` makes an image in memory and lets a user work on it: files with data and small ones,
 hard links, directories, renames, blocks shared within a file, between files and out of snapshots,
-overwritten middles, holes, truncation, files deleted while open; snapshots, deletions of which the drop
-queue did only a part, rollback and undo. The same seed gives the same history.
+overwritten middles, holes, truncation, files deleted while open; snapshots, deletions of which the
+drop queue did only a part, rollback and undo. The same seed gives the same history.
 """
 
 import random
@@ -29,14 +29,14 @@ Entry = tuple[int, bytes, int, bool]  # directory, name, inode, whether it is a 
 
 
 class History:
-    """One image and who works on it.
+    """One image and the random user who works on it.
 
     Args:
-        seed: of everything that is done.
+        seed: of all random choices.
         linear: without rollback, undo and sharing out of snapshots.
-        copies: of metadata; by chance when None.
-        small_files: made at the start, seven to a leaf; by chance when None. From 1700 on the tree has
-            three levels.
+        copies: number of copies of metadata; random when None.
+        small_files: number of files made at the start, seven to a leaf; random when None. From 1700
+            on the tree has three levels.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class History:
         return self.filesystem.catalog.snapshots()
 
     def run(self, steps: int) -> None:
-        """Some steps, and a commit: nothing is in memory only."""
+        """Do some steps and a commit, so that nothing is in memory only."""
         actions, weights = zip(*self._steps, strict=True)
         for action in self.choice.choices(actions, weights, k=steps):
             action()
         self.commit()
 
     def fork(self, seed: int) -> "History":
-        """Another history that goes on from the committed state of this one, on a device of its own."""
+        """Make another history that continues from this one's last commit, on its own device."""
         other = History(seed, small_files=0)
         other.disk = self.disk.copy()
         other.filesystem = open_filesystem(other.disk, writable=True)
@@ -102,10 +102,10 @@ class History:
         return other
 
     def copy(self) -> Filesystem:
-        """The committed state, on a device of its own, where everything may be tried."""
+        """Open a copy of the committed state on its own device, where anything may be tried."""
         return open_filesystem(self.disk.copy(), writable=True)
 
-    # --- what is there ------------------------------------------------------------------------------
+    # --- what is there ----------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
         """Every name of the live volume."""
@@ -125,7 +125,7 @@ class History:
         return self.choice.choice([int(ROOT_INO), *found])
 
     def _ino(self) -> int | None:
-        """A file, one time in eight one without a name."""
+        """A random file; one time in eight one without a name."""
         orphans = sorted(self.live.orphans)
         if orphans and not self.choice.randrange(8):
             return self.choice.choice(orphans)
@@ -141,7 +141,7 @@ class History:
     def _bytes(self, blocks: int) -> bytes:
         return self.choice.randbytes(blocks * BLOCK_SIZE_BYTES)
 
-    # --- files --------------------------------------------------------------------------------------
+    # --- files ------------------------------------------------------------------------------------
 
     def write_new(self) -> None:
         ino = self.live.create(self._directory(), self._name(), 0o100644, 0, 0).ino
@@ -149,7 +149,7 @@ class History:
         self.live.write(ino, 0, self.choice.randbytes(size))
 
     def write_small(self) -> None:
-        """Up to a dozen small files: leaves fill up, and trees get levels."""
+        """Write up to a dozen small files, so that leaves fill up and trees grow levels."""
         for _ in range(self.choice.choice((1, 3, 12))):
             self._make_small(self.choice.choice((1, 700, 2048)))
 
@@ -172,7 +172,7 @@ class History:
         directory, name, _, _ = self.choice.choice(entries)
         target = self.choice.choice(entries)
         new = target[1] if self.choice.random() < 0.3 else self._name()
-        with suppress(OSError):  # into itself, a directory onto a file, and the like
+        with suppress(OSError):  # such as into itself, or a directory onto a file
             self.live.rename(directory, name, self._directory(), new, 0)
 
     def overwrite(self) -> None:
@@ -218,7 +218,7 @@ class History:
             pass
 
     def share_in_live(self) -> None:
-        """Within one file or between two."""
+        """Share blocks within one file or between two."""
         source, target = self._ino(), self._ino()
         if source is not None and target is not None:
             if self.choice.random() < 0.3:
@@ -246,10 +246,10 @@ class History:
         blocks = [self.choice.randrange(12) for _ in range(2)]
         size = self.choice.choice((1, 4, FILE_BLOCKS_MAX)) * BLOCK_SIZE_BYTES
         start = 0 if self.choice.random() < 0.4 else blocks[0] * BLOCK_SIZE_BYTES
-        with suppress(OSError):  # small files, ranges that overlap
+        with suppress(OSError):  # such as small files, or ranges that overlap
             self.live.reflink(source, source_ino, start, target, blocks[1] * BLOCK_SIZE_BYTES, size)
 
-    # --- history ------------------------------------------------------------------------------------
+    # --- history ----------------------------------------------------------------------------------
 
     def snapshot(self) -> None:
         if len(self.records) < SNAPSHOTS_MAX:
@@ -257,7 +257,7 @@ class History:
             self.filesystem.apply(CreateSnapshot(f"s{self.made}"))
 
     def delete(self) -> None:
-        """One or two of them; sometimes the queue does a part, and sometimes all."""
+        """Delete one or two snapshots; the drop queue then does a part of its work or all of it."""
         names = [record.name for record in self.records]
         if len(names) > 2:
             chosen = self.choice.sample(names, self.choice.choice((1, 1, 2)))
@@ -276,7 +276,7 @@ class History:
             self.filesystem.apply(Rollback(name))
 
     def undo(self) -> None:
-        with suppress(OSError):  # there is none to undo
+        with suppress(OSError):  # there is no rollback to undo
             self.filesystem.apply(Undo())
 
     def commit(self) -> None:

@@ -1,7 +1,7 @@
-"""A second opinion about who holds what: every root walked by itself, from the formats alone.
+"""A second opinion about which root holds what: walks every root, from the formats alone.
 
-Shares nothing with the trees, the space map, structure.py or the virtual drop but the record formats.
-Sets of block numbers throughout, so it is for small images.
+It uses the record formats, and nothing of the trees, the space map, structure.py or the virtual
+drop. It keeps sets of block numbers, so it suits small images only.
 """
 
 import stat
@@ -45,10 +45,11 @@ class Held:
     """What one root reaches.
 
     Attributes:
-        node_at: first block of each node: (level, birth, twin).
-        data: blocks of data by inode; `extents` where they stand: block of the file -> block.
-        births: of data blocks, by what the extents say.
-        names: of each inode, in the order of the directories.
+        node_at: by first block of each node: (level, birth, twin).
+        data: data blocks by inode.
+        extents: by inode, where the blocks stand: block of the file -> block.
+        births: birth of each data block, as its extent has it.
+        names: names of each inode, in the order of the directories.
     """
 
     kind: str
@@ -76,7 +77,7 @@ class Held:
         return self.node_blocks | self.data_blocks
 
     def paths(self) -> dict[bytes, int]:
-        """Every path that leads from the root directory, and the inode there."""
+        """Every path from the root directory, with the inode it leads to."""
         listed: dict[int, list[tuple[bytes, int]]] = {}
         for ino, edges in self.names.items():
             for directory, name in edges:
@@ -93,7 +94,7 @@ class Held:
         return found
 
     def below(self, path: bytes) -> dict[int, set[Edge]]:
-        """The names at and below a path, by inode. That of the root directory is (0, b"")."""
+        """The names at and below a path, by inode. The root directory's name is (0, b"")."""
         paths = self.paths()
         found: dict[int, set[Edge]] = {}
         for each, ino in paths.items():
@@ -104,13 +105,13 @@ class Held:
         return found
 
     def complete(self, inside: dict[int, set[Edge]]) -> set[int]:
-        """The inodes of which every name is inside."""
+        """The inodes all of whose names are in `inside`."""
         return {ino for ino, edges in inside.items() if set(self.names.get(ino, [])) <= edges}
 
 
 @dataclass(slots=True)
 class Holdings:
-    """All roots of one generation. `references`: how many parents point at each block."""
+    """All roots of one generation. `references`: the number of parents of each block."""
 
     superblock: Superblock
     held: dict[Key, Held] = field(default_factory=dict)
@@ -142,10 +143,10 @@ class Holdings:
 
 
 def holdings(device: Device, generation: int | None = None) -> Holdings:
-    """Walk every root of the newest generation, or of an older one of the ring."""
+    """Walk every root of the newest generation, or of an older one that the ring names."""
     superblock = read_newest(device, generation)
     found = Holdings(superblock)
-    counted: set[tuple[int, int]] = set()  # nodes whose pointers were counted, by place and start
+    counted: set[tuple[int, int]] = set()  # nodes whose pointers were counted: place and start
     catalog = Held("catalog", 0, "", superblock.catalog)
     found.references.update(_node_blocks(superblock.catalog))
     drops = []

@@ -1,6 +1,6 @@
 """A second opinion about refcounts: counts every reference of an image from its formats alone.
 
-Shares nothing with the trees, the allocator, the space map or the checker but the record formats.
+It uses the record formats, and nothing of the trees, allocator, space map or checker.
 """
 
 from collections import Counter
@@ -36,7 +36,7 @@ class Recount:
 
     Attributes:
         expected: references of each block, counted by walking.
-        recorded: the same, as the space map says.
+        recorded: references of each block, as the space map has them.
         system: blocks of the rings and of the space map itself.
     """
 
@@ -47,7 +47,7 @@ class Recount:
 
     @property
     def reachable(self) -> set[int]:
-        """All blocks that this generation shows, the rings aside."""
+        """All blocks that this generation reaches, without the rings."""
         ring = (
             range(RING_SLOTS),
             range(self.superblock.total_blocks - RING_SLOTS, self.superblock.total_blocks),
@@ -57,7 +57,7 @@ class Recount:
         }
 
     def require_exact(self) -> None:
-        """I1 and I6, as far as the counts go."""
+        """Require I1 and I6, as far as refcounts show them."""
         wrong = {
             block: (self.recorded[block], self.expected[block])
             for block in self.expected.keys() | self.recorded.keys()
@@ -78,7 +78,7 @@ def recount(
     """Count the newest generation of an image, or another one that its ring still names.
 
     Args:
-        data_runs: the runs of data blocks that a leaf points at; of trees of files unless told.
+        data_runs: gives the runs of data blocks of a leaf; by default as in trees of files.
     """
     superblock = read_newest(device, generation)
     counted = Recount(superblock)

@@ -1,7 +1,8 @@
-"""Plain-Python models: what cowfs must look like, without any of how it does it.
+"""Plain-Python models: what a cowfs filesystem must look like, whatever its implementation.
 
-`DictTree` is a sorted dictionary. `ReferenceFiles` is a filesystem of dictionaries; its operations raise
-the errno that the real ones must raise. `ReferenceHistory` keeps copies of it by snapshot name.
+`DictTree` is a sorted dictionary. `ReferenceFiles` is a filesystem of dictionaries; its operations
+raise the errno that the real ones must raise. `ReferenceHistory` keeps copies of it by snapshot
+name.
 """
 
 import errno
@@ -45,7 +46,7 @@ def refuse(number: int) -> OSError:
 
 @dataclass(slots=True)
 class ReferenceFile:
-    """One inode. `blocks` holds the data by block index, each whole; what is missing is zero."""
+    """One inode. `blocks` maps block index to a whole block of data; an absent block is zero."""
 
     ino: int
     mode: int
@@ -56,7 +57,7 @@ class ReferenceFile:
     size: int = 0
     parent: int = 0
     target: bytes = b""
-    mtime_ns: int | None = None  # only as long as it is known from setattr
+    mtime_ns: int | None = None  # None once the model cannot know it any more
     names: dict[bytes, int] = field(default_factory=dict)
     blocks: dict[int, bytes] = field(default_factory=dict)
     xattrs: dict[bytes, bytes] = field(default_factory=dict)
@@ -92,13 +93,13 @@ class ReferenceFile:
 
 
 class ReferenceFiles:
-    """A whole filesystem, by inode number. The numbers of new inodes are told by the caller."""
+    """A whole filesystem, by inode number. The caller chooses the numbers of new inodes."""
 
     def __init__(self, root_mode: int = 0o755) -> None:
         root = ReferenceFile(ROOT, stat.S_IFDIR | root_mode, 0, 0, 2, parent=ROOT)
         self.files = {ROOT: root}
         self.orphans: set[int] = set()
-        self.unnamed: set[int] = set()  # of the orphans: may get a name, until the next mount
+        self.unnamed: set[int] = set()  # those orphans that may get a name, until the next mount
 
     def copy(self) -> "ReferenceFiles":
         other = ReferenceFiles()
@@ -106,7 +107,7 @@ class ReferenceFiles:
         other.orphans = set(self.orphans)
         return other
 
-    # --- looking ------------------------------------------------------------------------------------
+    # --- looking ----------------------------------------------------------------------------------
 
     def directory(self, ino: int) -> ReferenceFile:
         file = self.file(ino)
@@ -141,7 +142,7 @@ class ReferenceFiles:
                 return False
             directory = self.files[directory].parent
 
-    # --- changing -----------------------------------------------------------------------------------
+    # --- changing ---------------------------------------------------------------------------------
 
     def check_create(self, directory: int, name: bytes) -> None:
         parent = self.living(directory)
@@ -212,7 +213,7 @@ class ReferenceFiles:
         flags: int,
         whiteout_ino: int = 0,
     ) -> None:
-        """`whiteout_ino` is the number of what RENAME_WHITEOUT leaves behind, if it does."""
+        """`whiteout_ino` is the inode number of the whiteout that RENAME_WHITEOUT leaves behind."""
         if flags & 4 and flags & 2:
             raise refuse(errno.EINVAL)
         old_parent, parent = self.directory(old_directory), self.living(directory)
@@ -283,7 +284,7 @@ class ReferenceFiles:
         file.mtime_ns = None
 
     def zero(self, file: ReferenceFile, offset: int, length: int) -> None:
-        """Bytes in the file become zeros."""
+        """Set bytes in the file to zero."""
         end = min(offset + length, file.size)
         for index in list(file.blocks):
             begin = index * BLOCK
@@ -294,7 +295,7 @@ class ReferenceFiles:
                 file.blocks[index] = old
 
     def share(self, source: ReferenceFile, begin: int, ino: int, offset: int, length: int) -> None:
-        """Bytes of another file take the place of those here; ranges begin at blocks."""
+        """Replace bytes here by those of another file; both ranges begin at a block."""
         self.write(ino, offset, source.read(begin, length))
 
     def create_unnamed(self, directory: int, mode: int, uid: int, gid: int, ino: int) -> None:
@@ -321,7 +322,7 @@ class ReferenceFiles:
         self.unnamed.discard(ino)
         del self.files[ino]
 
-    # --- inside -------------------------------------------------------------------------------------
+    # --- inside -----------------------------------------------------------------------------------
 
     def _add(self, directory: ReferenceFile, name: bytes, ino: int) -> None:
         directory.names[name] = ino
@@ -353,9 +354,9 @@ class ReferenceFiles:
 
 @dataclass(slots=True)
 class ReferenceHistory:
-    """The live files, and those of every snapshot by name, with the names of those that are held.
+    """The live files, those of every snapshot by name, and the names of held snapshots.
 
-    `undo` names what the last rollback kept.
+    `undo` names the snapshot that the last rollback made.
     """
 
     live: ReferenceFiles = field(default_factory=ReferenceFiles)
@@ -368,7 +369,7 @@ class ReferenceHistory:
         return ReferenceHistory(self.live.copy(), dict(self.snapshots), self.undo, set(self.held))
 
     def rename_snapshot(self, old: str, new: str) -> None:
-        """Undo and a hold follow the snapshot."""
+        """Rename a snapshot; undo and a hold follow it."""
         self.snapshots[new] = self.snapshots.pop(old)
         if self.undo == old:
             self.undo = new

@@ -1,4 +1,4 @@
-"""The allocator: long runs, kinds apart, and nothing that is not free."""
+"""Promises about the allocator: long runs, separate kinds, and only free blocks."""
 
 import random
 
@@ -27,7 +27,7 @@ def make(total: int = TOTAL) -> tuple[SpaceMap, Allocator]:
 
 
 def test_large_request_gets_long_runs() -> None:
-    """Promise: a large write lies together: one run per group of an empty image."""
+    """Promise: a large write lies together, in one run per group of an empty image."""
     _, allocator = make()
     runs = allocator.allocate(KIND_DATA, 4 * GROUP_BLOCKS)
     assert sum(count for _, count in runs) == 4 * GROUP_BLOCKS
@@ -35,14 +35,14 @@ def test_large_request_gets_long_runs() -> None:
 
 
 def test_small_requests_in_sequence_lie_together() -> None:
-    """Promise: files written one after the other are neighbours."""
+    """Promise: files written one after the other get adjacent blocks."""
     _, allocator = make()
     runs = [allocator.allocate(KIND_DATA, 3)[0] for _ in range(100)]
     assert [first for first, _ in runs] == [runs[0][0] + 3 * at for at in range(100)]
 
 
 def test_kinds_stay_apart_while_there_is_room() -> None:
-    """Promise: data, nodes and twins live in groups of their own."""
+    """Promise: data, nodes and twins live in separate groups."""
     choice = random.Random(1)
     _, allocator = make()
     groups: dict[int, set[int]] = {KIND_DATA: set(), KIND_NODES: set(), KIND_TWINS: set()}
@@ -60,7 +60,7 @@ def test_kinds_stay_apart_while_there_is_room() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_everything_is_handed_out_once_and_then_refused(seed: int) -> None:
-    """Promise: neither a ring, nor a system block, nor a pending one, nor one twice; then ENOSPC."""
+    """Promise: each free block is given out once, and no other block is; then ENOSPC."""
     choice = random.Random(seed)
     total = 4096 + choice.randrange(3000)
     space_map, allocator = make(total)
@@ -98,7 +98,7 @@ def test_everything_is_handed_out_once_and_then_refused(seed: int) -> None:
 
 
 def test_unit_of_four_is_found_behind_single_holes() -> None:
-    """Promise: a node's place is found wherever in the image it is."""
+    """Promise: four free blocks for a node are found, wherever in the image they are."""
     space_map, allocator = make(4096)
     for block in range(RING_SLOTS, 4096 - RING_SLOTS):
         if block % 2 and not 3001 <= block <= 3003:

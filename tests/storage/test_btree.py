@@ -1,4 +1,4 @@
-"""Single cases of the B+tree that a random walk meets too seldom."""
+"""Promises about single cases of the B+tree that a random walk meets too seldom."""
 
 import random
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def tree() -> Tree:
 def makers(
     tree: Tree,
 ) -> tuple[Callable[..., Node], Callable[[int, list[bytes], list[Node]], Node]]:
-    """Functions that make a leaf with large values, and an inner node."""
+    """Functions that make a leaf with large values and an inner node."""
     store = tree.store
 
     def leaf(*keys: bytes) -> Node:
@@ -63,7 +63,7 @@ def test_rewrite_up_to_the_bound_of_its_leaf_leaves_the_last_entry_to_the_next(
         tree.put(b"%03d" % number, b"v" * 2000)
     bound = tree.root_node().keys[1]
     last_before = b"%03d" % (int(bound) - 1)
-    tree.delete(bound)  # the bound stays
+    tree.delete(bound)  # the bound itself stays
 
     def renew(keys: list[bytes], values: list[bytes]) -> list[tuple[bytes, bytes]]:
         return [(last_before, b"new"), (bound, b"rest")]
@@ -102,7 +102,7 @@ def test_join_of_a_node_that_lost_its_first_child_keeps_what_came_after(tree: Tr
     """Promise: a joined node is bounded by its parent's key, not by its own first one."""
     leaf, inner = makers(tree)
     left = inner(1, [b"a", b"ab"], [leaf(b"a"), leaf(b"ab", b"abb")])
-    # It lost the child before "m"; then "c" came, and went to the child that is first now.
+    # The node lost the child before "m"; "c" came later, and went to the child that is first now.
     right = inner(1, [b"m", b"n"], [leaf(b"c", b"mm"), leaf(b"n")])
     far = inner(1, [b"p"], [leaf(b"p", b"pp")])
     tree.root = inner(2, [b"a", b"b", b"p"], [left, right, far])
@@ -119,7 +119,7 @@ def test_join_of_a_node_that_lost_its_first_child_keeps_what_came_after(tree: Tr
 
 
 def test_emptied_tree_is_one_leaf_again(tree: Tree) -> None:
-    """Promise: a tree without entries is a leaf without entries, of whatever height it was."""
+    """Promise: a tree without entries becomes a single empty leaf, whatever its height was."""
     for number in range(5000):
         tree.put(b"%06d" % number + b"k" * 200, b"v" * 100)
     assert tree.root_node().level == 2
@@ -167,7 +167,7 @@ def test_tall_tree_survives_whatever_is_cut_out_of_it(tree: Tree, seed: int) -> 
 
 
 def test_one_leaf_answers_only_for_ranges_that_no_other_leaf_continues(tree: Tree) -> None:
-    """Promise: what `one_leaf` gives is the whole range, also at the edges of leaves."""
+    """Promise: `one_leaf` gives the whole range or nothing, also at the edges of leaves."""
     entries = {b"%04d" % number: b"x" * 400 for number in range(200)}
     for key, value in entries.items():
         tree.put(key, value)
@@ -185,7 +185,7 @@ def test_one_leaf_answers_only_for_ranges_that_no_other_leaf_continues(tree: Tre
 
 @pytest.mark.parametrize("place", [0, 1, 5, -1])
 def test_range_that_was_reached_takes_keys_though_its_neighbours_are_lost(place: int) -> None:
-    """Promise C9: what was reached needs no other leaf, even after it was emptied."""
+    """Promise C9: changing a range that was reached needs no other leaf, even if it was emptied."""
     device = MemoryDevice(TOTAL_BLOCKS)
     store = Store(device, blank_superblock(TOTAL_BLOCKS, duplicate_metadata=False), writable=True)
     tree = Tree.empty(store, 1)

@@ -1,4 +1,4 @@
-"""The B+tree against a sorted dictionary, over commits, crashes and shared roots."""
+"""Promise: the B+tree agrees with a sorted dictionary, over commits, crashes and shared roots."""
 
 import random
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def no_data(_keys: list[bytes], _values: list[bytes]) -> list[tuple[int, int]]:
 
 
 def require_sound(tree: Tree) -> None:
-    """I5, and the counters that the tree keeps of itself."""
+    """Require I5, and that the tree's own counters are right."""
     count = 0
 
     def walk(node: Node, low: bytes | None, high: bytes | None) -> None:
@@ -105,7 +105,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.tree = Tree.empty(self.store, self.catalog.take_root_id(), no_data)
         self.commit()
 
-    # --- the tree -----------------------------------------------------------------------------------
+    # --- the tree ---------------------------------------------------------------------------------
 
     @rule(key=keys, size=value_sizes, seed=st.integers(0, 1000))
     def put(self, key: bytes, size: int, seed: int) -> None:
@@ -201,7 +201,7 @@ class TreeMachine(RuleBasedStateMachine):
             if before:
                 assert self.tree.floor(before) == self.model.floor(before)
 
-    # --- commits ------------------------------------------------------------------------------------
+    # --- commits ----------------------------------------------------------------------------------
 
     def _record(self, name: str, root_id: int, kind: RootKind) -> RootRecord:
         return RootRecord(
@@ -308,7 +308,7 @@ class TreeMachine(RuleBasedStateMachine):
             operation.change()
             yield
 
-    # --- reopening ----------------------------------------------------------------------------------
+    # --- reopening --------------------------------------------------------------------------------
 
     def _open(self, disk: MemoryDevice) -> None:
         self.disk = disk

@@ -1,4 +1,4 @@
-"""The commit: what is written where, what a failure leaves, and what may go on meanwhile."""
+"""Promises about the commit: what is written where, what a failure leaves, what may go on."""
 
 import errno
 import os
@@ -38,7 +38,7 @@ def make() -> tuple[MemoryDevice, FaultDevice, Filesystem]:
 
 
 def work(filesystem: Filesystem, choice: random.Random) -> None:
-    """Some operations of every kind that moves blocks."""
+    """Do some operations of every kind that moves blocks."""
     volume = filesystem.live
     for _ in range(choice.randrange(1, 12)):
         names = [entry.name for _, entry in volume.listing(ROOT)]
@@ -61,19 +61,19 @@ def contents(filesystem: Filesystem) -> dict[bytes, bytes]:
 
 
 def protect_what_is_retained(disk: MemoryDevice) -> None:
-    """From here on the device refuses writes to what the retained generations show (I2)."""
+    """From here on the device refuses writes to blocks of the retained generations (I2)."""
     newest = read_newest(disk)
     blocks: set[int] = set()
     for generation in range(newest.generation, max(newest.oldest_retained, 1) - 1, -1):
         blocks |= recount(disk, generation).reachable
         if generation == newest.generation + 1 - DEFAULT_LIMITS.retained_generations:
-            disk.kept = set(blocks)  # what the next commit retains, once it is durable
+            disk.kept = set(blocks)  # the next commit retains these blocks, once it is durable
     disk.protected = blocks
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_commit_never_writes_what_a_retained_generation_shows(seed: int) -> None:
-    """Promise I2: also over snapshots, drops, crashes and reopening."""
+    """Promise I2: no commit writes a retained block, over snapshots, drops, crashes, reopening."""
     choice = random.Random(seed)
     disk, device, filesystem = make()
     protected = 0
@@ -106,7 +106,7 @@ def test_commit_never_writes_what_a_retained_generation_shows(seed: int) -> None
 
 
 def test_commit_keeps_promised_generations_over_reopening() -> None:
-    """Promise I2: what the superblock promises of older generations holds for the next mount too."""
+    """Promise I2: the next mount too retains the older generations that the superblock promises."""
     choice = random.Random(1)
     disk, _, filesystem = make()
     for _ in range(4):
@@ -125,7 +125,7 @@ def test_commit_keeps_promised_generations_over_reopening() -> None:
 
 
 def test_reopening_beside_a_damaged_older_generation_promises_less() -> None:
-    """Promise: an older generation that is lost already does not keep the image from being mounted."""
+    """Promise: an older generation that is already lost does not prevent a mount."""
     disk, _, filesystem = make()
     for seed in range(3):
         work(filesystem, random.Random(seed))
@@ -182,7 +182,7 @@ def test_commit_that_fails_at_any_call_ends_writing_and_loses_nothing(
             found = contents(again)
             if again.store.superblock.generation == generation:
                 assert found == expected
-            else:  # the slot arrived although its flush failed
+            else:  # the slot was written although its flush failed
                 assert found == later
             assert check_image(survived).clean
             again.commit()
@@ -190,7 +190,7 @@ def test_commit_that_fails_at_any_call_ends_writing_and_loses_nothing(
 
 
 def test_commit_written_in_a_thread_lets_the_next_transaction_go_on() -> None:
-    """Promise: what was frozen is written as it was, whatever is changed meanwhile; reads see both."""
+    """Promise: a frozen commit is written as it was, whatever changes meanwhile; reads see both."""
     disk, device, filesystem = make()
     volume = filesystem.live
     names = [b"n%03d" % number for number in range(400)]
@@ -222,17 +222,17 @@ def test_commit_written_in_a_thread_lets_the_next_transaction_go_on() -> None:
 
 
 def test_load_of_a_frozen_node_beats_an_older_node_of_that_place_in_the_cache() -> None:
-    """Promise: a place that is used again shows the new node at once, written or not."""
+    """Promise: when a place is reused, a load gives the new node at once, written or not."""
     disk = MemoryDevice(TOTAL_BLOCKS)
     make_filesystem(disk)
     device = FaultDevice(disk)
-    filesystem = open_filesystem(device, writable=True)  # a cache that forgets nothing
+    filesystem = open_filesystem(device, writable=True)  # with a cache that evicts nothing
     volume = filesystem.live
     for number in range(600):
         volume.create(ROOT, b"%04d" % number + b"n" * 100, stat.S_IFREG, 0, 0)
     filesystem.commit()
     filesystem.apply(CreateSnapshot("s"))
-    for turn in range(30):  # places come free and are used again
+    for turn in range(30):  # places come free and are reused
         ino = volume.lookup(ROOT, b"%04d" % (turn * 20) + b"n" * 100).ino
         volume.write(ino, 0, b"%d" % turn)
         reached = threading.Event()
@@ -243,13 +243,13 @@ def test_load_of_a_frozen_node_beats_an_older_node_of_that_place_in_the_cache() 
             gate.wait(30)
 
         device.before_write = hold
-        for kind in filesystem.store.allocator._cursors:  # places are used again at once
+        for kind in filesystem.store.allocator._cursors:  # reuse places at once
             filesystem.store.allocator._cursors[kind] = -1
         commit = filesystem.freeze()
         thread = threading.Thread(target=commit.write, daemon=True)
         thread.start()
         try:
-            assert reached.wait(20)  # the nodes are pointers now, their bytes not on the disk
+            assert reached.wait(20)  # the nodes are pointers now, but their bytes not yet on disk
             volume.inodes._clean.clear()
             for number in range(600):
                 volume.lookup(ROOT, b"%04d" % number + b"n" * 100)
@@ -260,7 +260,7 @@ def test_load_of_a_frozen_node_beats_an_older_node_of_that_place_in_the_cache() 
 
 
 def test_freeze_that_fails_by_a_mistake_of_ours_ends_writing() -> None:
-    """Promise: a half-closed transaction is never written, whatever broke it."""
+    """Promise: a half-closed transaction is never written, whatever bug interrupted it."""
     disk, _, filesystem = make()
     work(filesystem, random.Random(5))
     filesystem.commit()
@@ -279,7 +279,7 @@ def test_freeze_that_fails_by_a_mistake_of_ours_ends_writing() -> None:
 
 
 def test_commit_of_nothing_is_not_needed_and_close_marks_the_image_clean() -> None:
-    """Promise: closing in order says so, and an idle filesystem writes nothing."""
+    """Promise: an orderly close marks the image clean, and an idle filesystem writes nothing."""
     disk, _, filesystem = make()
     work(filesystem, random.Random(7))
     filesystem.commit()
@@ -293,7 +293,7 @@ def test_commit_of_nothing_is_not_needed_and_close_marks_the_image_clean() -> No
 
 
 def test_discard_never_meets_what_a_retained_generation_shows() -> None:
-    """Promise I2: discarding is writing."""
+    """Promise I2: a discard, as a write, never touches a block of a retained generation."""
     disk, _, filesystem = make()
     volume = filesystem.live
     ino = volume.create(ROOT, b"file", stat.S_IFREG, 0, 0).ino

@@ -1,4 +1,4 @@
-"""Real files: the lock, short transfers, holes, and errors with words."""
+"""Promises about image files: the lock, short transfers, holes, and errors with words."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_write_of_many_buffers_is_read_back_whole(path: Path) -> None:
-    """Promise: more buffers than the host takes at once arrive all, in order."""
+    """Promise: a write of more buffers than the host takes at once is written whole, in order."""
     device = FileDevice(path, writable=True)
     parts = [bytes([number % 251]) * (1 + number % 3) for number in range(3000)]
     device.write(777, parts)
@@ -35,7 +35,7 @@ def test_write_of_many_buffers_is_read_back_whole(path: Path) -> None:
 def test_short_writes_of_the_host_are_continued(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: a short write is looped until it is whole, wherever it was cut."""
+    """Promise: a short write is repeated until all bytes are written, wherever it was cut."""
     device = FileDevice(path, writable=True)
     pwritev = os.pwritev
     parts = [bytes([number]) * 100 for number in range(20)]
@@ -53,7 +53,7 @@ def test_short_writes_of_the_host_are_continued(
 
 
 def test_short_reads_of_the_host_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Promise: a short read is looped; only the end of the file is an error."""
+    """Promise: a short read is repeated; only the end of the file is an error."""
     device = FileDevice(path, writable=True)
     data = os.urandom(5000)
     device.write(0, [data])
@@ -86,7 +86,7 @@ def test_refusals_of_the_host_are_device_errors(
 
 
 def test_second_writer_is_refused_and_told_who_has_it(path: Path) -> None:
-    """Promise: two writers never share an image; readers may look."""
+    """Promise: two writers never share an image; readers are allowed."""
     code = (
         "import sys; from cowfs.storage.device import FileDevice\n"
         "device = FileDevice(sys.argv[1], writable=True)\n"
@@ -139,7 +139,7 @@ def test_discard_makes_a_hole_and_keeps_the_size(path: Path) -> None:
 
 
 def test_cached_read_is_whole_or_nothing(path: Path) -> None:
-    """Promise: what does not wait gives all bytes or none."""
+    """Promise: a read that must not wait gives all bytes or none."""
     device = FileDevice(path, writable=True)
     data = os.urandom(8192)
     device.write(0, [data])
@@ -148,7 +148,7 @@ def test_cached_read_is_whole_or_nothing(path: Path) -> None:
 
 
 def test_what_is_no_image_is_refused_with_words(tmp_path: Path) -> None:
-    """Promise: a missing file, a folder and a fifo are told apart, and nothing hangs."""
+    """Promise: a missing file, a directory and a fifo get different errors, and nothing hangs."""
     with pytest.raises(ImageMissingError, match="cowfs mkfs"):
         FileDevice(tmp_path / "none", writable=False)
     with pytest.raises(ImageError, match="not a regular file"):
@@ -161,7 +161,7 @@ def test_what_is_no_image_is_refused_with_words(tmp_path: Path) -> None:
 
 
 def test_reader_cannot_write(path: Path) -> None:
-    """Promise: a device that was opened for reading writes nothing."""
+    """Promise: a device opened for reading refuses writes."""
     device = FileDevice(path, writable=False)
     with pytest.raises(DeviceError):
         device.write(0, [b"x"])

@@ -1,4 +1,4 @@
-"""Promises of the discards: all that is free goes to the host, and nothing that anybody needs."""
+"""Promises about discards: all free space goes back to the host, and no block in use does."""
 
 import random
 import stat
@@ -26,7 +26,7 @@ ROOT = 1
 
 
 class SlowDevice(MemoryDevice):
-    """Discards in another thread wait until `go` is set; `order` tells what ended when."""
+    """Discards in another thread wait until `go` is set; `order` lists the events as they end."""
 
     def __init__(self, total_blocks: int) -> None:
         super().__init__(total_blocks)
@@ -70,7 +70,7 @@ def remove(filesystem: Filesystem, name: bytes) -> None:
 
 
 def pass_time(filesystem: Filesystem) -> None:
-    """Commits until nothing that was freed before is retained."""
+    """Commit until no generation retains what was freed before."""
     for number in range(DEFAULT_LIMITS.retained_generations + 1):
         filesystem.live.create(ROOT, b"time %d" % number, stat.S_IFREG, 0, 0)
         filesystem.commit()
@@ -78,17 +78,17 @@ def pass_time(filesystem: Filesystem) -> None:
 
 
 def kept_content(device: MemoryDevice) -> int:
-    """Blocks of the device that are not zero: what an image file would take of the host."""
+    """Non-zero blocks of the device: the space that an image file would take of the host."""
     return sum(any(device.block(number)) for number in range(device.total_blocks))
 
 
-# --- what is found ------------------------------------------------------------------------------------
+# --- what is found --------------------------------------------------------------------------------
 
 
 def test_small_pieces_that_come_free_one_by_one_are_discarded_when_they_are_large_together() -> (
     None
 ):
-    """Promise: what a commit releases is joined with the free blocks around it."""
+    """Promise: blocks that a commit releases are joined with the free blocks around them."""
     device, filesystem = make()
     for number in range(64):
         create(filesystem, b"%d" % number, 16)
@@ -100,12 +100,12 @@ def test_small_pieces_that_come_free_one_by_one_are_discarded_when_they_are_larg
         Sweep.of_released(filesystem.store).run()
     pass_time(filesystem)
     Sweep.of_released(filesystem.store).run()
-    lone = 2 * DISCARD_BLOCKS_MIN  # at the edges of what is in use
+    lone = 2 * DISCARD_BLOCKS_MIN  # at the edges, between used blocks
     assert kept_content(device) < len(recount(device).reachable) + lone < 64 * 16
 
 
 def test_free_run_across_a_group_edge_is_one_run() -> None:
-    """Promise: two pieces too short alone, on both sides of an edge, are worth a discard together."""
+    """Promise: free pieces too short alone are discarded together across a group edge."""
     space_map = SpaceMap(MemoryDevice(5000), 5000, 9, 7, Repairs(), writable=False)
     edge = 2 * GROUP_BLOCKS
     space_map.take(GROUP_BLOCKS, GROUP_BLOCKS - 150, KIND_DATA)
@@ -118,7 +118,7 @@ def test_free_run_across_a_group_edge_is_one_run() -> None:
 
 
 def test_released_groups_are_given_out_when_nothing_more_came_free_in_them() -> None:
-    """Promise: what is in motion is left alone, and nothing is forgotten."""
+    """Promise: a group is given out when no more comes free in it, and no group is forgotten."""
     space_map = SpaceMap(MemoryDevice(5000), 5000, 9, 7, Repairs(), writable=False)
 
     def free(number: int, generation: int) -> None:
@@ -139,7 +139,7 @@ def test_released_groups_are_given_out_when_nothing_more_came_free_in_them() -> 
 
 
 def test_group_whose_index_entry_lies_is_read_before_it_is_discarded() -> None:
-    """Promise: an index that calls a group wholly free does not make a sweep destroy what is there."""
+    """Promise: if an index entry wrongly calls a group free, a sweep discards no used block."""
     device, filesystem = make()
     create(filesystem, b"file", 3000)
     filesystem.commit()
@@ -155,7 +155,7 @@ def test_group_whose_index_entry_lies_is_read_before_it_is_discarded() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_sweep_of_everything_leaves_what_is_in_use_and_nothing_else(seed: int) -> None:
-    """Promise I2: the newest generation and the two before it stay whole, the rest is given back."""
+    """Promise I2: the newest generation and the two before stay whole; all else is discarded."""
     device, filesystem = make()
     choice = random.Random(seed)
     for turn in range(12):
@@ -179,7 +179,7 @@ def test_sweep_of_everything_leaves_what_is_in_use_and_nothing_else(seed: int) -
         recount(device.crash(choice)).require_exact()
 
 
-# --- what must never be -------------------------------------------------------------------------------
+# --- what must never be ---------------------------------------------------------------------------
 
 
 def in_thread(call: Callable[[], object]) -> threading.Thread:
@@ -189,8 +189,10 @@ def in_thread(call: Callable[[], object]) -> threading.Thread:
 
 
 def test_block_allocated_while_it_is_discarded_is_written_after_the_discard() -> None:
-    """Promise: a commit that uses what a sweep saw free waits for the run that is being discarded,
-    and no later run begins."""
+    """Promise: a commit that uses blocks which a sweep saw free waits for the discard under way.
+
+    No later run of that sweep begins.
+    """
     device = SlowDevice(TOTAL_BLOCKS)
     _, filesystem = make(device)
     for name, blocks in ((b"a", 600), (b"between", 100), (b"b", 600)):
@@ -204,7 +206,7 @@ def test_block_allocated_while_it_is_discarded_is_written_after_the_discard() ->
     assert len(discard.runs) > 2
     sweeper = in_thread(discard.run)
     assert device.begun.wait(20)
-    ino = create(filesystem, b"new", 2000)  # in what is being discarded
+    ino = create(filesystem, b"new", 2000)  # in the run that is being discarded
     device.order.clear()
     commit = filesystem.freeze()
     writer = in_thread(commit.write)
@@ -227,7 +229,7 @@ def test_block_allocated_while_it_is_discarded_is_written_after_the_discard() ->
 
 
 def test_discard_that_comes_after_the_commit_does_nothing() -> None:
-    """Promise: a commit does not wait for a thread that was not started yet, nor lose to it later."""
+    """Promise: a commit does not wait for a discard thread not yet started, nor lose data to it."""
     device, filesystem = make()
     sweep = Sweep.of_everything(filesystem.store)
     discard = sweep.look()
@@ -247,7 +249,7 @@ def test_discard_that_comes_after_the_commit_does_nothing() -> None:
 def test_sweeps_beside_allocations_and_commits_lose_nothing(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: whatever the order of looks, allocations, commits and discards, files stay whole."""
+    """Promise: files stay whole in any order of looks, allocations, commits and discards."""
     monkeypatch.setattr(discards_module, "STEP_BLOCKS_MAX", 700)
     monkeypatch.setattr(discards_module, "DISCARD_BLOCKS_MIN", 1)
     device, filesystem = make()
@@ -290,7 +292,7 @@ def test_sweeps_beside_allocations_and_commits_lose_nothing(
 
 
 def test_sweep_ends_where_writing_has_ended() -> None:
-    """Promise C8: nothing changes the image after a failed commit, discards included."""
+    """Promise C8: after a failed commit nothing changes the image, discards neither."""
     _, filesystem = make()
     filesystem.store.admission.closed = DeviceError("ended")
     with pytest.raises(DeviceError, match="ended"):
@@ -306,11 +308,11 @@ def test_host_that_refuses_is_asked_once() -> None:
     assert (sweep.discarded_blocks, filesystem.store.discard) == (0, None)
 
 
-# --- at the end of a mount ----------------------------------------------------------------------------
+# --- at the end of a mount ------------------------------------------------------------------------
 
 
 def test_close_gives_back_what_the_last_commits_freed() -> None:
-    """Promise: after unmounting, an image takes of the host what is in use, not what was."""
+    """Promise: after unmounting, an image takes of the host only the space that is in use."""
     device, filesystem = make()
     create(filesystem, b"large", 4000)
     filesystem.commit()
@@ -323,7 +325,7 @@ def test_close_gives_back_what_the_last_commits_freed() -> None:
 
 
 def test_close_without_discards_makes_one_commit_and_discards_nothing() -> None:
-    """Promise: -o nodiscard is kept to the end."""
+    """Promise: with -o nodiscard, closing discards nothing either."""
     device = MemoryDevice(TOTAL_BLOCKS)
     make_filesystem(device)
     filesystem = open_filesystem(device, writable=True, discard=False)
@@ -337,7 +339,7 @@ def test_close_without_discards_makes_one_commit_and_discards_nothing() -> None:
 
 
 def test_close_after_little_came_free_makes_one_commit() -> None:
-    """Promise: the generations kept for rescue are not pushed out for a few blocks."""
+    """Promise: a close does not push out the generations kept for rescue to free a few blocks."""
     device, filesystem = make()
     create(filesystem, b"small", 100)
     filesystem.commit()
@@ -350,7 +352,7 @@ def test_close_after_little_came_free_makes_one_commit() -> None:
 def test_close_whose_follow_up_fails_has_everything_durable(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: what only gives space back cannot make an unmount fail."""
+    """Promise: an unmount does not fail when only its discards fail."""
     device, filesystem = make()
     create(filesystem, b"large", 4000)
     filesystem.commit()

@@ -1,6 +1,6 @@
-"""Promises that every record of the storage floor survives a round trip, and damage is refused.
+"""Promises that every record of the storage layer survives a round trip, and damage is refused.
 
-One test for each reason that a decoder knows.
+There is one test case for each reason that a decoder can give.
 """
 
 import struct
@@ -55,7 +55,7 @@ SEED = 42
 
 @given(U64, U64, U64, st.binary(min_size=16, max_size=16))
 def test_pointer_round_trip(block: int, twin: int, birth: int, checksum: bytes) -> None:
-    """Promise: what was encoded is decoded."""
+    """Promise: a pointer survives a round trip."""
     pointer = Pointer(block, twin, birth, checksum)
     assert decode_pointer(pointer.encode()) == pointer
 
@@ -72,14 +72,14 @@ def test_pointer_round_trip(block: int, twin: int, birth: int, checksum: bytes) 
     ],
 )
 def test_pointer_out_of_range_is_refused(pointer: Pointer, reason: str) -> None:
-    """Promise: no pointer into a ring, out of the image or into the future is followed."""
+    """Promise: a pointer into a ring, out of the image or into the future is refused."""
     with pytest.raises(CorruptError, match=reason) as caught:
         check_pointer(pointer, 4096, 7, "node", 99)
     assert (caught.value.owner, caught.value.block) == ("node", 99)
 
 
 def test_pointer_in_range_is_accepted() -> None:
-    """Promise: the first block after the ring, without a twin, born with its parent, is fine."""
+    """Promise: a twinless pointer to the block after the ring, born with its parent, is valid."""
     check_pointer(Pointer(64, 0, 7, bytes(16)), 4096, 7, "node", 0)
     check_pointer(Pointer(4000, 64, 1, bytes(16)), 4096, 7, "node", 0)
 
@@ -126,7 +126,7 @@ def superblock(**changes: object) -> Superblock:
     uuid=st.binary(min_size=16, max_size=16),
 )
 def test_superblock_round_trip(**members: object) -> None:
-    """Promise: every member survives, and the slot and the identity follow from them."""
+    """Promise: every member survives a round trip; slot and identity follow from them."""
     written = superblock(**members)
     data = written.encode()
     assert len(data) == BLOCK_SIZE_BYTES
@@ -163,13 +163,13 @@ def resealed(data: bytes, at: int, value: bytes) -> bytes:
     ],
 )
 def test_superblock_member_out_of_range_is_refused(at: int, value: bytes, reason: str) -> None:
-    """Promise: a superblock with a right checksum and an impossible member is no superblock."""
+    """Promise: a superblock with a right checksum and an impossible member is refused."""
     with pytest.raises(CorruptError, match=reason):
         decode_superblock(resealed(superblock().encode(), at, value))
 
 
 def test_superblock_that_is_damaged_or_absent_is_refused() -> None:
-    """Promise: an empty slot, a foreign block, a short read and a flipped bit are told apart."""
+    """Promise: an empty slot, a foreign block, a short read and a flipped bit differ in error."""
     data = superblock().encode()
     for absent in (bytes(BLOCK_SIZE_BYTES), b"\xff" * BLOCK_SIZE_BYTES, data[:-1], b""):
         with pytest.raises(CorruptError, match="no superblock here"):
@@ -182,7 +182,7 @@ def test_superblock_that_is_damaged_or_absent_is_refused() -> None:
 
 
 def test_superblock_of_a_newer_format_is_not_called_damaged() -> None:
-    """Promise: the user learns that a newer cowfs is needed."""
+    """Promise: for a newer format the error says that a newer cowfs is needed, not "damaged"."""
     data = superblock().encode()
     with pytest.raises(ImageError, match="format 2, newer than 1"):
         decode_superblock(resealed(data, 24, struct.pack("<I", 2)))
@@ -193,7 +193,7 @@ def test_superblock_of_a_newer_format_is_not_called_damaged() -> None:
 
 
 def test_ring_is_at_both_ends() -> None:
-    """Promise: the copies are as far apart as they can be."""
+    """Promise: the two halves of the ring are as far apart as they can be."""
     assert ring_blocks(4096) == (0, 4096 - 64)
 
 
@@ -237,7 +237,7 @@ def changed(at: int, value: bytes, level: int = 0) -> tuple[bytes, Pointer]:
     U64,
 )
 def test_leaf_round_trip(entries: dict[bytes, bytes], birth: int, owner: int, seed: int) -> None:
-    """Promise: keys and values survive, of any length."""
+    """Promise: keys and values of any length survive a round trip."""
     keys = sorted(entries)
     values = [entries[key] for key in keys]
     data, checksum = encode_node(0, birth, 100, owner, IMAGE_ID, seed, keys, values)
@@ -251,7 +251,7 @@ def test_leaf_round_trip(entries: dict[bytes, bytes], birth: int, owner: int, se
 
 @given(st.sets(st.binary(min_size=1, max_size=20), min_size=1, max_size=50), st.integers(1, 12))
 def test_inner_node_round_trip(keys: set[bytes], level: int) -> None:
-    """Promise: the same for pointers at children."""
+    """Promise: keys and child pointers survive a round trip."""
     ordered = sorted(keys)
     pointers = [Pointer(64 + 4 * at, 0, 1, bytes([at]) * 16) for at in range(len(ordered))]
     data, checksum = encode_node(
@@ -263,7 +263,7 @@ def test_inner_node_round_trip(keys: set[bytes], level: int) -> None:
 
 
 def test_largest_entries_fit_thrice() -> None:
-    """Promise: a node with three of the largest entries is legal, so that a split always works."""
+    """Promise: a node with three of the largest entries is valid, so a split always works."""
     entries = [(bytes([at]) * KEY_BYTES_MAX, bytes(VALUE_BYTES_MAX)) for at in range(3)]
     data, pointer = node(0, entries)
     assert len(decode_node(data, pointer, IMAGE_ID, SEED, 0).keys) == 3
@@ -328,7 +328,7 @@ def test_leaf_with_impossible_entries_is_refused(
 
 
 def test_inner_node_without_sound_children_is_refused() -> None:
-    """Promise: an inner node has children, and all of its values are pointers."""
+    """Promise: an inner node without children, or with a value that is no pointer, is refused."""
     data, pointer = node(1, [])
     with pytest.raises(CorruptError, match="an inner node has no children"):
         decode_node(data, pointer, IMAGE_ID, SEED, 1)
@@ -341,7 +341,7 @@ def test_inner_node_without_sound_children_is_refused() -> None:
 
 @given(st.integers(0, NODE_SIZE_BYTES - 1), st.integers(0, 7))
 def test_any_flipped_bit_of_a_node_is_noticed(at: int, bit: int) -> None:
-    """Promise: every byte is covered by the checksum, or is the checksum (C9)."""
+    """Promise C9: every byte of a node is covered by the checksum, or belongs to it."""
     data, pointer = node()
     damaged = bytearray(data)
     damaged[at] ^= 1 << bit
@@ -350,7 +350,7 @@ def test_any_flipped_bit_of_a_node_is_noticed(at: int, bit: int) -> None:
 
 
 def test_node_of_another_pointer_is_refused() -> None:
-    """Promise: a whole node that is not the one meant (a lost write) is refused; so is a part."""
+    """Promise: an intact node that is not the one meant (a lost write) is refused; so is a part."""
     data, pointer = node()
     with pytest.raises(CorruptError, match="checksum is wrong"):
         decode_node(data, pointer._replace(checksum=bytes(16)), IMAGE_ID, SEED, 0)
@@ -371,7 +371,7 @@ def test_node_of_another_pointer_is_refused() -> None:
 def test_index_page_round_trip(
     rows: list[tuple[int, int, int, int, int]], level: int, number: int
 ) -> None:
-    """Promise: every entry survives."""
+    """Promise: every entry of an index page survives a round trip."""
     entries = np.zeros(INDEX_FANOUT, INDEX_ENTRY)
     for at, (block, twin, birth, free, kind) in enumerate(rows):
         entries[at] = (block, twin, birth, np.void(bytes([at]) * 16), free, kind, b"")
@@ -383,7 +383,7 @@ def test_index_page_round_trip(
 
 
 def test_index_page_that_is_another_is_refused() -> None:
-    """Promise: level, number, birth, block and image of a page are those of its place."""
+    """Promise: a page must have the level, number, birth, block and image of its place."""
     entries = bytes(INDEX_FANOUT * INDEX_ENTRY.itemsize)
     data, checksum = encode_index_page(1, 2, 5, 100, IMAGE_ID, SEED, entries)
     pointer = Pointer(100, 0, 5, checksum)
@@ -399,7 +399,7 @@ def test_index_page_that_is_another_is_refused() -> None:
 
 
 def test_index_page_that_is_damaged_is_refused() -> None:
-    """Promise: short, flipped, or without its magic."""
+    """Promise: an index page that is short, has a flipped bit or lacks its magic is refused."""
     entries = bytes(INDEX_FANOUT * INDEX_ENTRY.itemsize)
     data, checksum = encode_index_page(1, 2, 5, 100, IMAGE_ID, SEED, entries)
     pointer = Pointer(100, 0, 5, checksum)

@@ -1,4 +1,4 @@
-"""What a repair in place does when the device refuses it (C8, C9)."""
+"""Promises about a repair in place that the device refuses (C8, C9)."""
 
 import stat
 
@@ -14,14 +14,14 @@ from tests.model.devices import Fault, FaultDevice, MemoryDevice
 
 
 def with_a_repair_waiting() -> tuple[MemoryDevice, FaultDevice, Filesystem, int]:
-    """An open image one copy of whose root node was found bad, and the block of that copy."""
+    """An open image whose root node has one bad copy, found already; and the block of that copy."""
     disk = MemoryDevice(16384)
     make_filesystem(disk)
     filesystem = open_filesystem(disk, writable=True)
     filesystem.live.create(ROOT_INO, b"before", stat.S_IFREG | 0o644, 0, 0)
     filesystem.commit()
     block = filesystem.live.tree.root_node().block
-    # A snapshot holds the node, so that it is not simply replaced by the next commit.
+    # A snapshot holds the node, so that the next commit does not simply replace it.
     filesystem.apply(CreateSnapshot("held"))
     disk.damage(block, 100)
     device = FaultDevice(disk)
@@ -36,7 +36,7 @@ def names(filesystem: Filesystem) -> set[bytes]:
 
 
 def test_repair_that_is_written_makes_both_copies_the_same() -> None:
-    """Promise C9: the copy is good again, and the check agrees."""
+    """Promise C9: a written repair makes the copy good again, and the check agrees."""
     disk, _, filesystem, block = with_a_repair_waiting()
     bad = disk.block(block)
     filesystem.commit()
@@ -47,7 +47,7 @@ def test_repair_that_is_written_makes_both_copies_the_same() -> None:
 
 
 def test_write_of_a_repair_that_is_refused_costs_the_repair_alone() -> None:
-    """Promise: the commit counts, the copy stays bad, and the next read finds it again."""
+    """Promise: if a repair's write is refused, the commit counts; the next read finds it again."""
     disk, device, filesystem, block = with_a_repair_waiting()
     bad = disk.block(block)
     device.fault = Fault("write", after=0)
@@ -61,7 +61,7 @@ def test_write_of_a_repair_that_is_refused_costs_the_repair_alone() -> None:
 
 
 def test_flush_of_a_repair_that_fails_ends_all_writing() -> None:
-    """Promise C8: a failed flush is terminal, whatever it was for; the last generation is intact."""
+    """Promise C8: a failed flush ends writing, whatever it was for; the last commit is whole."""
     disk, device, filesystem, _ = with_a_repair_waiting()
     device.fault = Fault("flush", after=0)
     with pytest.raises(DeviceError):

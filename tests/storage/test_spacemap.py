@@ -1,4 +1,4 @@
-"""The space map against an array of counters."""
+"""Promises about the space map, compared with an array of counters."""
 
 import random
 
@@ -33,7 +33,7 @@ def make(total: int = 5000) -> tuple[MemoryDevice, SpaceMap]:
 
 
 def commit(disk: MemoryDevice, space_map: SpaceMap, generation: int, release: int) -> SpaceMap:
-    """Write the map as a commit does; returns what opening it again gives."""
+    """Write the map as a commit does; returns the map as opened again."""
     allocator = Allocator(space_map)
     places = [
         (first, 0)
@@ -60,7 +60,7 @@ def counts(space_map: SpaceMap) -> list[int]:
 @pytest.mark.parametrize("total", [4096, 5000, 200_000])
 @pytest.mark.parametrize("seed", range(4))
 def test_refcounts_equal_an_array_of_counters_over_commits(total: int, seed: int) -> None:
-    """Promise I1, I6: counts, free blocks and what is pending, live and as reopened."""
+    """Promise I1, I6: counts, free and pending blocks are right, live and after reopening."""
     choice = random.Random(seed)
     disk, space_map = make(total)
     allocator = Allocator(space_map)
@@ -112,7 +112,7 @@ def test_refcounts_equal_an_array_of_counters_over_commits(total: int, seed: int
 
 
 def test_count_of_zero_is_never_dropped_or_added_to() -> None:
-    """Promise: a refcount that is too low is damage, not a negative number."""
+    """Promise: a refcount that would go below zero is reported as damage."""
     _, space_map = make()
     space_map.take(100, 3, KIND_DATA)
     for call in (lambda: space_map.add(101, 5), lambda: space_map.drop(102, 2, 1)):
@@ -121,7 +121,7 @@ def test_count_of_zero_is_never_dropped_or_added_to() -> None:
 
 
 def test_highest_count_stays_for_good() -> None:
-    """Promise: what is shared by more than can be counted, or by nobody knows whom, is never freed."""
+    """Promise: a block whose count reached the maximum, or was lost, is never freed."""
     _, space_map = make()
     space_map.take(100, 3, KIND_DATA)
     space_map.group(0).references[100] = REFCOUNT_MAX
@@ -155,7 +155,7 @@ def test_lost_group_is_full_for_good_where_anything_can_be_written() -> None:
 
 
 def test_runs_over_group_edges_are_counted_on_both_sides() -> None:
-    """Promise: a run may cross groups."""
+    """Promise: a run that crosses groups is counted in each of them."""
     _, space_map = make()
     edge = GROUP_BLOCKS
     space_map.take(edge - 2, 2, KIND_DATA)
@@ -172,7 +172,7 @@ def test_runs_over_group_edges_are_counted_on_both_sides() -> None:
 
 
 def test_node_places_count_only_blocks_that_lie_together() -> None:
-    """Promise C10: single free blocks are no room for nodes."""
+    """Promise C10: single free blocks do not count as room for nodes."""
     _, space_map = make(4096)
     everything = space_map.node_places(1 << 30)
     assert everything == sum(
@@ -185,7 +185,7 @@ def test_node_places_count_only_blocks_that_lie_together() -> None:
 
 
 def test_damaged_page_is_read_from_its_twin_and_without_one_refused() -> None:
-    """Promise C9: a damaged page is found, and never taken for free space."""
+    """Promise C9: a damaged page is found, and its blocks are never taken for free space."""
     disk, space_map = make()
     for first, count in Allocator(space_map).allocate(KIND_DATA, 300):
         assert count
@@ -215,7 +215,7 @@ def test_damaged_page_is_read_from_its_twin_and_without_one_refused() -> None:
 
 
 def test_merge_runs_joins_neighbours_only() -> None:
-    """Promise: discards are as long as they can be, and no longer."""
+    """Promise: neighbouring runs are merged for discards, and no others."""
     assert merge_runs([(1, 2), (3, 1), (5, 1), (6, 4)]) == [(1, 3), (5, 5)]
     assert merge_runs([(1, 5), (2, 1), (4, 4), (9, 1)]) == [(1, 7), (9, 1)]
     assert merge_runs([]) == []

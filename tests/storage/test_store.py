@@ -1,4 +1,4 @@
-"""Nodes in and out: twins, damage of one subtree, levels, and what a full device is told."""
+"""Promises about loading nodes: twins, damage of one subtree, levels; and read-only stores."""
 
 import stat
 
@@ -16,7 +16,7 @@ FILES = 400
 
 
 def make(*, copies: bool) -> tuple[MemoryDevice, list[Pointer]]:
-    """An image with a tree of two levels; and the pointers of its leaves."""
+    """An image with a tree of two levels, and the pointers of its leaves."""
     disk = MemoryDevice(8192)
     make_filesystem(disk, duplicate_metadata=copies)
     filesystem = open_filesystem(disk, writable=True)
@@ -31,7 +31,7 @@ def make(*, copies: bool) -> tuple[MemoryDevice, list[Pointer]]:
 
 
 def readable(filesystem: Filesystem) -> int:
-    """How many files can be read; what cannot is refused as damaged and not otherwise."""
+    """How many files can be read; each of the others must be refused as damaged."""
     good = 0
     volume = filesystem.live
     for ino in range(2, FILES + 2):
@@ -44,7 +44,7 @@ def readable(filesystem: Filesystem) -> int:
 
 
 def test_damaged_nodes_are_read_from_their_twins() -> None:
-    """Promise C9: with two copies of metadata one of each may be lost."""
+    """Promise C9: with two copies of metadata, one copy of each node may be lost."""
     disk, leaves = make(copies=True)
     for number, leaf in enumerate(leaves):
         assert leaf.twin
@@ -68,7 +68,7 @@ def test_node_lost_in_all_copies_costs_its_subtree_only(copies: bool) -> None:
 
 
 def test_misdirected_and_stale_nodes_are_found() -> None:
-    """Promise C9: whole nodes at a wrong place, or of an older generation, are no answer."""
+    """Promise C9: an intact node at a wrong place, or of an older generation, is refused."""
     disk, leaves = make(copies=False)
     first, second = leaves[3].block, leaves[4].block
     for at in range(NODE_BLOCKS):
@@ -78,7 +78,7 @@ def test_misdirected_and_stale_nodes_are_found() -> None:
 
 
 def test_unreadable_node_is_read_from_its_twin() -> None:
-    """Promise C9: an error of the host is no worse than damage."""
+    """Promise C9: when the host cannot read a node, its twin is read, as after damage."""
     disk, leaves = make(copies=True)
     bad = {leaf.block for leaf in leaves}
     device = FaultDevice(disk)
@@ -97,7 +97,7 @@ def test_unreadable_node_is_read_from_its_twin() -> None:
 
 
 def test_read_only_store_refuses_every_change() -> None:
-    """Promise: what was opened for reading writes nothing."""
+    """Promise: a store opened for reading writes nothing."""
     disk, _ = make(copies=True)
     events = len(disk.events)
     filesystem = open_filesystem(disk, writable=False)

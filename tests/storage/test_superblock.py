@@ -1,4 +1,4 @@
-"""The superblock ring: which slot wins, and what every kind of damage leads to."""
+"""Promises about the superblock ring: which slot wins, and what each kind of damage leads to."""
 
 import pytest
 from msgspec.structs import replace
@@ -30,7 +30,7 @@ def sealed(body: bytes) -> bytes:
 
 
 def test_ring_after_more_commits_than_slots_shows_the_newest() -> None:
-    """Promise C1: the newest valid slot wins, also after the ring went round."""
+    """Promise C1: the newest valid slot wins, also after the ring wrapped around."""
     disk = image(RING_SLOTS * 2 + 3)
     newest = read_newest(disk)
     assert newest.generation == RING_SLOTS * 2 + 4
@@ -41,7 +41,7 @@ def test_ring_after_more_commits_than_slots_shows_the_newest() -> None:
 @pytest.mark.parametrize("copy", [0, SECOND], ids=["first", "second"])
 @pytest.mark.parametrize("at", [0, 8, 24, 100, 319, 4095])
 def test_slot_damaged_in_one_copy_is_read_from_the_other(copy: int, at: int) -> None:
-    """Promise: one whole copy of the newest slot is enough."""
+    """Promise: one valid copy of the newest slot is enough."""
     disk = image()
     newest = read_newest(disk)
     disk.damage(copy + newest.slot(), at)
@@ -49,7 +49,7 @@ def test_slot_damaged_in_one_copy_is_read_from_the_other(copy: int, at: int) -> 
 
 
 def test_slot_torn_in_both_copies_leads_to_the_generation_before() -> None:
-    """Promise C1: a commit that did not arrive never happened."""
+    """Promise C1: a commit whose slot is torn in both copies never happened."""
     disk = image()
     newest = read_newest(disk)
     for copy in (0, SECOND):
@@ -61,7 +61,7 @@ def test_slot_torn_in_both_copies_leads_to_the_generation_before() -> None:
 
 
 def test_slot_only_in_the_second_copy_wins() -> None:
-    """Promise: a commit whose first copy was lost happened all the same."""
+    """Promise: a commit counts even if the first copy of its slot was lost."""
     disk = image()
     newest = read_newest(disk)
     disk.put(newest.slot(), bytes(BLOCK_SIZE_BYTES))
@@ -69,7 +69,7 @@ def test_slot_only_in_the_second_copy_wins() -> None:
 
 
 def test_first_ring_lost_altogether_is_no_loss() -> None:
-    """Promise: the two copies are independent."""
+    """Promise: the second ring is enough when the first is lost altogether."""
     disk = image()
     newest = read_newest(disk)
     for slot in range(RING_SLOTS):
@@ -78,7 +78,7 @@ def test_first_ring_lost_altogether_is_no_loss() -> None:
 
 
 def test_slot_at_a_wrong_place_is_not_believed() -> None:
-    """Promise: a misdirected write of a superblock does not turn back the clock."""
+    """Promise: a superblock written to a wrong slot is ignored, and no older state returns."""
     disk = image()
     newest = read_newest(disk)
     for copy in (0, SECOND):
@@ -99,7 +99,7 @@ def test_device_without_superblock_is_not_an_image() -> None:
 
 
 def test_image_whose_rings_are_both_damaged_is_refused_as_damaged() -> None:
-    """Promise: a damaged image is not called a foreign one."""
+    """Promise: an image with both rings damaged is called damaged, not foreign."""
     disk = image()
     for copy in (0, SECOND):
         for slot in range(RING_SLOTS):
@@ -117,7 +117,7 @@ def test_truncated_image_is_refused() -> None:
 
 
 def test_grown_image_is_read_as_before() -> None:
-    """Promise: a larger file is ignored until it is resized."""
+    """Promise: if the image file grew, the added space is ignored until a resize."""
     disk = image()
     blocks = {number: disk.block(number) for number in range(TOTAL_BLOCKS)}
     assert read_newest(MemoryDevice(TOTAL_BLOCKS + 77, blocks)) == read_newest(disk)
@@ -128,7 +128,7 @@ def test_grown_image_is_read_as_before() -> None:
     [(24, 2, "newer than"), (24, 1 << 30, "newer than"), (48, 1 << 7, "does not know")],
 )
 def test_newer_format_is_refused_and_never_guessed(offset: int, value: int, complaint: str) -> None:
-    """Promise: an image of a newer cowfs is refused, whatever older slots it still has."""
+    """Promise: an image of a newer format is refused, whatever older slots it still has."""
     disk = image()
     newest = read_newest(disk)
     body = bytearray(disk.block(newest.slot()))
@@ -141,7 +141,7 @@ def test_newer_format_is_refused_and_never_guessed(offset: int, value: int, comp
 
 
 def test_read_only_compatible_features_are_mounted_read_only() -> None:
-    """Promise: an unknown feature that only writers must know does not keep readers out."""
+    """Promise: an unknown feature that concerns only writers still lets readers mount."""
     disk = image()
     newest = read_newest(disk)
     write_slot(disk, replace(newest, ro_compat=1 << 5))
@@ -151,7 +151,7 @@ def test_read_only_compatible_features_are_mounted_read_only() -> None:
 
 
 def test_generation_that_left_the_ring_is_refused_by_name() -> None:
-    """Promise: asked for a generation, that one or none."""
+    """Promise: when a generation is asked for, no other one is opened in its place."""
     disk = image(RING_SLOTS + 5)
     assert read_newest(disk, RING_SLOTS).generation == RING_SLOTS
     with pytest.raises(ImageError, match="does not hold generation 2"):
@@ -159,7 +159,7 @@ def test_generation_that_left_the_ring_is_refused_by_name() -> None:
 
 
 def test_every_byte_of_a_superblock_is_covered_by_its_checksum() -> None:
-    """Promise: no flipped bit of a slot goes unnoticed."""
+    """Promise: the checksum covers every byte, so each flipped bit of a slot is noticed."""
     disk = image(1)
     whole = disk.block(read_newest(disk).slot())
     for at in [*range(330), *range(330, BLOCK_SIZE_BYTES, 97), BLOCK_SIZE_BYTES - 1]:
@@ -170,7 +170,7 @@ def test_every_byte_of_a_superblock_is_covered_by_its_checksum() -> None:
 
 
 def test_torn_slot_is_not_written_again_before_its_superblock_is_old() -> None:
-    """Promise C1: what was torn twice is not a superblock that never counted."""
+    """Promise C1: a torn slot is not rewritten while a second tear could make it valid."""
     disk = image()
     newest = read_newest(disk)
     at = (newest.generation + 1) % RING_SLOTS
@@ -184,7 +184,7 @@ def test_torn_slot_is_not_written_again_before_its_superblock_is_old() -> None:
     after = read_newest(disk)
     assert after.generation == newest.generation + 2
     assert after.oldest_retained == after.generation, "what is promised has no gap"
-    disk.put(SECOND + at, torn[:-512] + bytes(512))  # what a second tear could make of it
+    disk.put(SECOND + at, torn[:-512] + bytes(512))  # what a second torn write could leave of it
     assert read_newest(disk) == after
     for number in range(RING_SLOTS):
         filesystem.live.create(1, b"%d more" % number, 0o100644, 0, 0)
