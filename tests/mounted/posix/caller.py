@@ -1,9 +1,10 @@
-"""One user who makes system calls when told to, for tests that need several users at once.
+"""One user who makes system calls on request, for tests that need several users at once.
 
-Run as a program: `caller.py UID GID GROUP,GROUP...` (as root), or without arguments to stay who one is.
-It reads requests from standard input and writes answers to standard output. Both are a length of 4
-bytes and then `marshal`: a request is (name of the call, arguments), an answer (errno or 0, value).
-The calls are those of Linux with Python's names; it knows nothing of cowfs.
+Run as a program: `caller.py UID GID GROUP,GROUP...` (as root), or without arguments to keep the
+present user. It reads requests from standard input and writes answers to standard output. Both are
+a length of 4 bytes and then `marshal` data: a request is (name of the call, arguments), an answer
+(errno or 0, value). The calls are those of Linux with Python's names; the program knows nothing of
+cowfs.
 """
 
 import ctypes
@@ -43,12 +44,12 @@ def _fields(status: os.stat_result) -> dict[str, int]:
 
 
 def access(path: str, mode: int) -> None:
-    """access(2); Python's own keeps the error to itself."""
+    """access(2); Python's os.access() hides the errno."""
     _told(LIBC.access(os.fsencode(path), mode))
 
 
 def link_followed(old: str, new: str) -> None:
-    """linkat(2) of what a symbolic link points at."""
+    """linkat(2) to the file that a symbolic link points at."""
     _told(LIBC.linkat(AT_FDCWD, os.fsencode(old), AT_FDCWD, os.fsencode(new), AT_SYMLINK_FOLLOW))
 
 
@@ -57,7 +58,7 @@ def rename_with_flags(old: str, new: str, flags: int) -> None:
 
 
 def utimens(path: str | int, times: list[tuple[int, int]] | None, flags: int = 0) -> None:
-    """utimensat(2), or futimens(3) of a descriptor: (seconds, nanoseconds) of atime and mtime."""
+    """utimensat(2), or futimens(3) for a descriptor: (seconds, nanoseconds) of atime and mtime."""
     wanted = None if times is None else (_Timespec * 2)(*[_Timespec(*each) for each in times])
     if isinstance(path, int):
         _told(LIBC.futimens(path, wanted))
@@ -89,7 +90,7 @@ def take(path: str, size: int = 1 << 20, flags: int = 0) -> bytes:
 
 
 def write_direct(path: str, size: int) -> int:
-    """One write with O_DIRECT, of zeros that are aligned as it wants them."""
+    """Write zeros once with O_DIRECT, from a buffer aligned as it requires."""
     descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT)
     try:
         with mmap.mmap(-1, size) as memory:
@@ -112,7 +113,7 @@ def list_open(descriptor: int) -> list[str]:
 
 
 def limit_file_size(size: int) -> None:
-    """RLIMIT_FSIZE; -1 is none. Python ignores SIGXFSZ, so that calls fail with EFBIG."""
+    """Set RLIMIT_FSIZE; -1 means no limit. Python ignores SIGXFSZ, so calls fail with EFBIG."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 

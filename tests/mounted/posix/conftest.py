@@ -1,8 +1,8 @@
 """The filesystems that the tables of this folder run on, and the users who call.
 
-cowfs always; as root also tmpfs and ext4 (on a loop device): a row of a table that the kernel's own
-filesystems fail is a wrong row. Without root there is nobody to become: what needs other users or
-device nodes is skipped, and says so.
+Tables run on cowfs, and as root also on tmpfs and ext4 (on a loop device): a row that fails on the
+kernel's own filesystems is wrong. Without root no process can become another user, so tests that
+need other users or device nodes are skipped, and say so.
 """
 
 import subprocess
@@ -30,7 +30,7 @@ COWFS_OPTIONS = ("-o", "allow_other,suid,dev") if IS_ROOT else ()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One mount of each for all files of the folder, and nothing to do on a plain directory."""
+    """Mount each filesystem once for the whole folder; skip its tests on a plain directory."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.mounted)
@@ -77,7 +77,7 @@ def filesystem(request: pytest.FixtureRequest) -> Iterator[Filesystem]:
 
 @pytest.fixture(scope="package")
 def callers(filesystem: Filesystem) -> Iterator[dict[User, Caller]]:
-    """The processes of all users; they end before the filesystem does, with all they have open."""
+    """The processes of all users; they end, and close their files, before the unmount."""
     users = (SELF, *OTHERS) if IS_ROOT else (SELF,)
     started = {user: Caller(user) for user in users}
     try:
@@ -89,7 +89,7 @@ def callers(filesystem: Filesystem) -> Iterator[dict[User, Caller]]:
 
 @pytest.fixture
 def case(filesystem: Filesystem, callers: dict[User, Caller]) -> Iterator[Case]:
-    """An empty directory for one test, where everybody stands."""
+    """An empty directory for one test, the working directory of all users."""
     folder = Path(tempfile.mkdtemp(dir=filesystem.root))
     folder.chmod(0o755)
     yield Case(filesystem, callers, folder)
@@ -99,7 +99,7 @@ def case(filesystem: Filesystem, callers: dict[User, Caller]) -> Iterator[Case]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """Counts what a table held true, and fails with all that was wrong at once."""
+    """Count the assertions that held, and fail with all that did not, at once."""
     result = yield
     case = pyfuncitem.funcargs.get("case")
     if isinstance(case, Case):
@@ -112,7 +112,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 
 @pytest.fixture
 def users(case: Case) -> Case:
-    """The same, for what takes several users."""
+    """The case, for tests that need several users."""
     if not IS_ROOT:
         pytest.skip("needs root, to become other users")
     return case

@@ -1,7 +1,7 @@
-"""What every table of this folder is written with: users who call, and a count of what was held true.
+"""The parts that every table of this folder is written with: users who call, and a counter.
 
-A `Case` is one test on one filesystem. Each of its methods that compares something is one assertion,
-counted; what is wrong is collected with the place in the table, and reported at the end of the test,
+A `Case` is one test on one filesystem. Each of its methods that compares something is one counted
+assertion. Failures are collected with their place in the table and reported at the end of the test,
 so that one wrong cell does not hide the others.
 """
 
@@ -43,7 +43,7 @@ FAILURES_SHOWN = 60
 
 @dataclass(frozen=True)
 class User:
-    """Who calls. The numbers belong to nobody on usual systems."""
+    """A user who calls. The numbers belong to nobody on usual systems."""
 
     name: str
     uid: int
@@ -54,14 +54,14 @@ class User:
 SELF = User("self", os.geteuid(), os.getegid())
 ALICE = User("alice", 65531, 65531)
 BOB = User("bob", 65532, 65532)
-# In alice's group by a supplementary one.
+# This user is in alice's group by a supplementary group.
 CAROL = User("carol", 65533, 65533, (65531, 64000))
 OTHERS = (ALICE, BOB, CAROL)
 TEAM_GID = 64000
 
 
 class Caller:
-    """The process of one user."""
+    """The process that makes one user's calls."""
 
     def __init__(self, user: User) -> None:
         program = Path(__file__).with_name("caller.py")
@@ -84,12 +84,12 @@ class Caller:
 
 @dataclass(frozen=True)
 class Filesystem:
-    """Where the tables run.
+    """A filesystem that the tables run on.
 
     Attributes:
         name: cowfs, tmpfs or ext4; the other two show that a table says what Linux does.
         root: its mount point.
-        tick_s: how long to wait until a change gets another time than the one before.
+        tick_s: how long to wait until a change gets a later time than the one before.
         lag_ns: how far its clock may be behind.
     """
 
@@ -99,7 +99,7 @@ class Filesystem:
     lag_ns: int
 
 
-# The kernel's clock of files stands still for some milliseconds; UTIME_NOW is always of that clock.
+# The kernel's clock for files advances every few milliseconds; UTIME_NOW always uses that clock.
 CLOCK_REALTIME_COARSE = 5  # linux/time.h
 TICK_S = time.clock_getres(CLOCK_REALTIME_COARSE) * 1.05
 LAG_NS = int(TICK_S * 2e9)
@@ -110,7 +110,7 @@ def named(number: int) -> str:
 
 
 class Case:
-    """One test in an empty directory of its own, where all users stand."""
+    """One test in an empty directory of its own, the working directory of all users."""
 
     def __init__(self, filesystem: Filesystem, callers: dict[User, Caller], folder: Path) -> None:
         self.filesystem = filesystem
@@ -123,16 +123,16 @@ class Case:
             assert caller.call("chdir", str(folder))[0] == 0
             caller.call("umask", 0)
 
-    # --- calls --------------------------------------------------------------------------------------
+    # --- calls ------------------------------------------------------------------------------------
 
     def ok(self, name: str, *arguments: Any, by: User = SELF) -> Any:
-        """The call succeeds; gives its value."""
+        """Require that the call succeeds; returns its value."""
         number, value = self._callers[by].call(name, *arguments)
         self._hold(number == 0, lambda: f"{by.name}: {name}{arguments}: {named(number)}")
         return value
 
     def no(self, number: int, name: str, *arguments: Any, by: User = SELF) -> None:
-        """The call fails with this error and no other."""
+        """Require that the call fails with this errno."""
         found, value = self._callers[by].call(name, *arguments)
         if not found and name in ("open", "open_at"):
             self._callers[by].call("close", value)
@@ -142,19 +142,19 @@ class Case:
         )
 
     def may(self, number: int, name: str, *arguments: Any, by: User = SELF) -> None:
-        """The call gives this error, or succeeds if the number is 0."""
+        """Require that the call fails with this errno, or succeeds if `number` is 0."""
         if number:
             self.no(number, name, *arguments, by=by)
         else:
             self.ok(name, *arguments, by=by)
 
-    # --- what is ------------------------------------------------------------------------------------
+    # --- what is ----------------------------------------------------------------------------------
 
     def equal(self, found: Any, expected: Any, what: str = "") -> None:
         self._hold(found == expected, lambda: f"{what}: {found!r}, not {expected!r}")
 
     def has(self, path: str, **expected: Any) -> None:
-        """Members of lstat: `mode` (12 bits), `kind`, or any field by its name; one assertion each."""
+        """Require these lstat fields: `mode` (12 bits), `kind` or any by name; each is counted."""
         number, found = self._callers[SELF].call("lstat", path)
         if number:
             self._hold(False, lambda: f"{path}: {named(number)}")
@@ -180,12 +180,12 @@ class Case:
     def status(self, path: str) -> dict[str, int]:
         return self._callers[SELF].call("lstat", path)[1] or {}
 
-    # --- setting up ---------------------------------------------------------------------------------
+    # --- setting up -------------------------------------------------------------------------------
 
     def make(
         self, kind: str, path: str, mode: int | None = None, owner: User | tuple[int, int] = SELF
     ) -> None:
-        """A file of any kind. It must work, but is no assertion: that is the tables' business."""
+        """Make a file of any kind. It must work, but does not count as an assertion."""
         call = self._callers[SELF].call
         mode = (0o755 if kind == "dir" else 0o644) if mode is None else mode
         if kind == "file":
@@ -207,12 +207,12 @@ class Case:
         assert not any(number for number, _ in steps), f"{kind} {path}: {steps}"
 
     def write(self, path: str, data: bytes) -> None:
-        """Contents for a file, made if need be."""
+        """Write contents to a file, which is made if it is missing."""
         flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
         assert self._callers[SELF].call("put", path, data, flags) == (0, len(data))
 
     def remove(self, path: str) -> None:
-        """Whatever it is, it goes; a directory must be empty."""
+        """Remove a file of any kind; a directory must be empty."""
         call = self._callers[SELF].call
         if call("unlink", path)[0]:
             assert not call("rmdir", path)[0], path
@@ -221,14 +221,14 @@ class Case:
         for path in paths:
             self.remove(path)
 
-    # --- times --------------------------------------------------------------------------------------
+    # --- times ------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def times(self, **expected: str) -> Iterator[None]:
-        """While the block runs, exactly these times move: `name="mc"` is mtime and ctime of `name`.
+        """Require that exactly these times move while the block runs.
 
-        In a name `__` stands for a slash and `dot` for the directory itself. An access time that is
-        not said to move may not move either.
+        `name="mc"` means mtime and ctime of `name`. In a name `__` stands for a slash and `dot` for
+        the directory itself. An access time that is not listed must not move either.
         """
         paths = {key: "." if key == "dot" else key.replace("__", "/") for key in expected}
         before = {key: self.status(path) for key, path in paths.items()}
@@ -249,10 +249,10 @@ class Case:
                 self._hold(is_right, lambda: said)  # noqa: B023
 
     def wait_for_clock(self) -> None:
-        """Until UTIME_NOW gives a time after all that were given before."""
+        """Wait until UTIME_NOW gives a time later than all that were given before."""
         time.sleep(TICK_S * 2)
 
-    # --- the count ----------------------------------------------------------------------------------
+    # --- the count --------------------------------------------------------------------------------
 
     def _hold(self, is_right: bool, said: Any) -> None:
         self.count += 1

@@ -1,6 +1,6 @@
-"""Tables of what makes a file: mkdir, mkfifo, mknod, symlink, link, and open with O_CREAT.
+"""Tables of the calls that make a file: mkdir, mkfifo, mknod, symlink, link, open with O_CREAT.
 
-What the new file is like, whose it is, what its directory shows of it, and what is refused.
+They say what the new file is like, who owns it, what changes in its directory, and what is refused.
 """
 
 import errno
@@ -55,7 +55,7 @@ def kind_of(maker: str) -> str:
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_a_new_file_has_the_mode_asked_for_less_the_umask(case: Case, maker: str) -> None:
-    """Promise: type, mode, owner, size and links of what each call makes; times are now, all equal."""
+    """Promise: type, mode, owner, size and links of each new file are right; its times are now."""
     kind, make = kind_of(maker), MAKERS[maker]
     for umask in (0o000, 0o022, 0o077, 0o777, 0o070, 0o151):
         case.ok("umask", umask)
@@ -82,7 +82,7 @@ def test_a_new_file_has_the_mode_asked_for_less_the_umask(case: Case, maker: str
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_what_exists_is_not_made_again(case: Case, maker: str) -> None:
-    """Promise: EEXIST over every kind of file, also over a link to nowhere; nothing changes."""
+    """Promise: EEXIST for every kind of existing file, even a dangling link; nothing changes."""
     for kind in KINDS:
         case.make(kind, "old")
         if maker in ("open", "open to read"):
@@ -95,7 +95,7 @@ def test_what_exists_is_not_made_again(case: Case, maker: str) -> None:
 
 
 def test_link_counts_of_directories_follow_their_subdirectories(case: Case) -> None:
-    """Promise: nlink is 2 and one for each subdirectory; other files do not count."""
+    """Promise: a directory's nlink is 2 and one for each subdirectory; other files do not count."""
     case.make("dir", "d")
     for number in range(1, 6):
         case.ok("mkdir", f"d/{number}")
@@ -139,7 +139,7 @@ def test_only_root_makes_devices(users: Case) -> None:
 
 @pytest.mark.parametrize("maker", [*MAKERS, "symlink", "make_socket"])
 def test_a_new_file_belongs_to_its_maker_or_the_directorys_group(users: Case, maker: str) -> None:
-    """Promise: uid and gid of the caller; below a set-group-ID directory its group, and its bit."""
+    """Promise: a new file has its maker's uid and gid, in a set-group-ID directory that group."""
     case = users
     makers: tuple[User, ...] = (SELF, *OTHERS)
     if maker in ("mknod block", "mknod char"):
@@ -169,7 +169,7 @@ def test_a_new_file_belongs_to_its_maker_or_the_directorys_group(users: Case, ma
 
 
 def test_set_group_id_is_not_given_to_whom_the_group_is_not(users: Case) -> None:
-    """Promise: in a set-group-ID directory a new file keeps S_ISGID only for members of its group."""
+    """Promise: in a set-group-ID directory, only members of its group make files with S_ISGID."""
     case = users
     case.make("dir", "place", 0o2777, (0, TEAM_GID))
     for user, kept in ((SELF, 0o2000), (ALICE, 0), (BOB, 0), (CAROL, 0o2000)):
@@ -182,11 +182,11 @@ def test_set_group_id_is_not_given_to_whom_the_group_is_not(users: Case) -> None
             case.remove("place/new")
 
 
-# --- symlink ----------------------------------------------------------------------------------------
+# --- symlink --------------------------------------------------------------------------------------
 
 
 def test_a_symbolic_link_is_kept_to_the_byte(case: Case) -> None:
-    """Promise: any target comes back; mode 777, size its length; the directory's times move."""
+    """Promise: a link keeps any target; mode 777, size its length; the directory's times move."""
     targets = ["x", "a/b", "/", "..", "ü" * 200, " ", "\n", "a" * 255, "b" * 1024]
     for target in targets:
         with case.times(dot="mc"):
@@ -209,7 +209,7 @@ def test_a_symbolic_link_is_kept_to_the_byte(case: Case) -> None:
 
 
 def test_a_dangling_link_is_followed_by_open_alone(case: Case) -> None:
-    """Promise: O_CREAT makes what a link points at; mkdir, mknod and O_EXCL see the link."""
+    """Promise: O_CREAT makes the link's target; mkdir, mknod and O_EXCL see the link itself."""
     case.ok("symlink", "target", "link")
     for number, call in (
         (errno.EEXIST, ("mkdir", "link")),
@@ -233,12 +233,12 @@ def test_a_dangling_link_is_followed_by_open_alone(case: Case) -> None:
     case.no(errno.ENOENT, "touch_open", "bad", CREATE)
 
 
-# --- link -------------------------------------------------------------------------------------------
+# --- link -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", NO_DIRS)
 def test_a_hard_link_is_the_same_file(case: Case, kind: str) -> None:
-    """Promise: all names show one inode; ctime of the file and times of the directory move."""
+    """Promise: all names show one inode; the file's ctime and the directory's times move."""
     case.make(kind, "a")
     case.make("dir", "d")
     ino = case.status("a")["ino"]
@@ -266,7 +266,7 @@ def test_a_hard_link_is_the_same_file(case: Case, kind: str) -> None:
 
 
 def test_what_cannot_be_linked(case: Case) -> None:
-    """Promise: EPERM for a directory, EXDEV to another filesystem, ENOENT for what is gone."""
+    """Promise: link is EPERM for a directory, EXDEV across filesystems, ENOENT for a lost file."""
     case.make("dir", "d")
     case.make("file", "f")
     with case.times(dot="", d="", f=""):
@@ -288,7 +288,7 @@ def test_what_cannot_be_linked(case: Case) -> None:
 
 
 def test_who_may_link_what(users: Case) -> None:
-    """Promise: fs.protected_hardlinks holds as on any filesystem: the owner may, others need rw."""
+    """Promise: fs.protected_hardlinks holds: the owner may link, others need read and write."""
     case = users
     with open("/proc/sys/fs/protected_hardlinks", encoding="ascii") as setting:
         is_protected = setting.read().strip() == "1"

@@ -1,7 +1,7 @@
-"""Tables of chmod and chown: who may, what is kept, and which set-id bits go.
+"""Tables of chmod and chown: who may change what, and which set-id bits are kept or cleared.
 
-Also what takes set-id bits and file capabilities away without being asked: writing, cutting and
-opening with O_TRUNC by somebody who may write but is not privileged.
+Also what clears set-id bits and file capabilities without being asked: writing, truncating, and
+opening with O_TRUNC, by a user who may write but is not privileged.
 """
 
 import errno
@@ -25,14 +25,14 @@ from tests.mounted.posix.engine import (
 )
 
 CAPABILITY = "security.capability"
-# cap_net_raw=ep, in the form that the kernel takes (VFS_CAP_REVISION_2).
+# cap_net_raw=ep, in the kernel's binary form (VFS_CAP_REVISION_2).
 CAPABILITY_VALUE = bytes.fromhex("0100000200200000000000000000000000000000")
 MODES = (0o000, 0o111, 0o644, 0o755, 0o1777, 0o2755, 0o4755, 0o6755, 0o7777, 0o4000, 0o2000)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_chmod_keeps_all_twelve_bits(case: Case, kind: str) -> None:
-    """Promise: every mode comes back; only ctime moves; a symbolic link passes it on."""
+    """Promise: chmod keeps every mode; only ctime moves; a symbolic link is followed."""
     if kind == "symlink":
         case.make("file", "nowhere", 0o644)
     case.make(kind, "f")
@@ -53,10 +53,10 @@ def test_chmod_keeps_all_twelve_bits(case: Case, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", NO_DIRS)
 def test_only_the_owner_and_root_change_a_mode(users: Case, kind: str) -> None:
-    """Promise: EPERM for everybody else, whatever the mode allows; nothing changes."""
+    """Promise: chmod is EPERM for everybody else, whatever the mode allows; nothing changes."""
     case = users
     if kind == "symlink":
-        return  # it has no mode of its own
+        return  # a symbolic link has no mode of its own
     case.make(kind, "f", 0o777, ALICE)
     for user in OTHERS:
         if user is ALICE:
@@ -102,7 +102,7 @@ def test_the_sticky_bit_is_kept_for_owners(users: Case) -> None:
         case.remove("f")
 
 
-# --- chown ------------------------------------------------------------------------------------------
+# --- chown ----------------------------------------------------------------------------------------
 
 IDS = (0, 1, ALICE.uid, 4_000_000_000, -1)
 
@@ -110,7 +110,7 @@ IDS = (0, 1, ALICE.uid, 4_000_000_000, -1)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("call", ["chown", "lchown"])
 def test_root_gives_files_to_anybody(users: Case, kind: str, call: str) -> None:
-    """Promise: uid and gid of 32 bits are kept, -1 leaves alone; only ctime moves."""
+    """Promise: chown keeps uid and gid of 32 bits; -1 changes nothing; only ctime moves."""
     case = users
     if kind == "symlink" and call == "chown":
         case.make("file", "nowhere")
@@ -129,7 +129,7 @@ def test_root_gives_files_to_anybody(users: Case, kind: str, call: str) -> None:
 
 
 def test_an_owner_gives_a_file_only_to_groups_of_his_own(users: Case) -> None:
-    """Promise: EPERM for another uid, another group, and for who does not own the file."""
+    """Promise: EPERM for another uid, for a foreign group, and for callers but the owner."""
     case = users
     for kind in NO_DIRS:
         call = "lchown"
@@ -161,13 +161,13 @@ def test_an_owner_gives_a_file_only_to_groups_of_his_own(users: Case) -> None:
                 case.has("f", uid=CAROL.uid)
                 if gid != -1:
                     case.has("f", gid=gid)
-        # As on every local filesystem, a change to nothing is allowed to all.
+        # As on every local filesystem, anybody may ask for a change to nothing.
         case.ok(call, "f", -1, -1, by=BOB)
         case.remove("f")
 
 
 def after_chown(kind: str, mode: int) -> int:
-    """Which bits a change of owner leaves: all of a directory's; S_ISGID where g+x is not set."""
+    """The mode after chown: a directory keeps its bits, a file S_ISGID only without g+x."""
     if kind == "dir":
         return mode
     return mode & ~0o4000 & ~(0o2000 if mode & 0o010 else 0)
@@ -175,7 +175,7 @@ def after_chown(kind: str, mode: int) -> int:
 
 @pytest.mark.parametrize("kind", ["file", "dir", "fifo", "socket"])
 def test_chown_takes_set_id_bits_away(users: Case, kind: str) -> None:
-    """Promise: for root and for the owner alike, also when the owner stays the same."""
+    """Promise: chown clears set-id bits, for root too, and also if the owner stays the same."""
     case = users
     for mode in (0o4755, 0o2755, 0o6755, 0o6777, 0o7711, 0o6744, 0o2644, 0o6000, 0o1777, 0o755):
         for user, uid, gid in (
@@ -201,7 +201,7 @@ def test_chown_takes_set_id_bits_away(users: Case, kind: str) -> None:
 
 
 def test_chown_of_a_file_whose_group_one_is_not_in(users: Case) -> None:
-    """Promise: then S_ISGID goes also where it stands for no group execution."""
+    """Promise: chown by an owner who is not in the group clears S_ISGID even without g+x."""
     case = users
     for mode in (0o2644, 0o6644, 0o2755):
         case.make("file", "f", mode, (CAROL.uid, BOB.gid))
@@ -210,7 +210,7 @@ def test_chown_of_a_file_whose_group_one_is_not_in(users: Case) -> None:
         case.remove("f")
 
 
-# --- what a change of contents takes away -----------------------------------------------------------
+# --- what a change of contents takes away ---------------------------------------------------------
 
 CHANGES: dict[str, tuple[Any, ...]] = {
     "write": ("put", "f", b"changed"),
@@ -226,7 +226,7 @@ DIRECT = {"write with O_DIRECT": ("write_direct", "f", 4096)}
 
 def after_change(user: User, mode: int, gid: int) -> int:
     if user is SELF:
-        return mode  # root is privileged
+        return mode  # because root is privileged
     is_member = gid == user.gid or gid in user.groups
     drops_group = mode & 0o010 or not is_member
     return mode & ~0o4000 & ~(0o2000 if drops_group else 0)
@@ -250,7 +250,7 @@ def test_changing_a_file_takes_its_set_id_bits_away(users: Case, change: str, gi
 
 @pytest.mark.parametrize("change", [*CHANGES, *DIRECT, "chown", "chown to nobody else"])
 def test_changing_a_file_takes_its_capability_away(users: Case, change: str) -> None:
-    """Promise: `security.capability` goes with any change of contents or owner, by root's too."""
+    """Promise: a change of contents or owner removes `security.capability`, root's too."""
     case = users
     calls = {**CHANGES, **DIRECT}
     calls["chown"] = ("chown", "f", 5, 5)
@@ -272,7 +272,7 @@ def test_changing_a_file_takes_its_capability_away(users: Case, change: str) -> 
 
 
 def test_what_does_not_change_contents_takes_nothing_away(users: Case) -> None:
-    """Promise: reading, linking, renaming, utimens, chmod and a refused write leave all as it is."""
+    """Promise: reads, links, renames, utimens, chmod and refused writes keep set-id bits."""
     case = users
     case.ok("chmod", ".", 0o777)
     case.write("f", b"before")
@@ -299,7 +299,7 @@ def test_what_does_not_change_contents_takes_nothing_away(users: Case) -> None:
 
 
 def test_without_root_the_owner_may_do_no_more(case: Case) -> None:
-    """Promise: an ordinary user's file can be given to nobody; its bits go with a write."""
+    """Promise: an ordinary user can give a file to nobody; a write clears its set-id bits."""
     if IS_ROOT:
         case.write("f", b"x")
         case.ok("chmod", "f", 0o6755)

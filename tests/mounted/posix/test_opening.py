@@ -1,4 +1,4 @@
-"""Tables of open: every flag on every kind of file, and what reading and writing do to it."""
+"""Tables of open: every flag on every kind of file, and how reading and writing change times."""
 
 import errno
 import os
@@ -13,14 +13,14 @@ OLD = [(1_000_000_000, 5), (1_000_000_000, 7)]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_open_of_every_kind(case: Case, kind: str) -> None:
-    """Promise: EISDIR, ENXIO, ELOOP and ENOTDIR where open(2) says so."""
+    """Promise: open gives EISDIR, ENXIO, ELOOP and ENOTDIR where open(2) says so."""
     case.make(kind, "f")
     wait = os.O_NONBLOCK
     is_device = kind in ("block", "char")
     reading = {"symlink": errno.ENOENT, "socket": errno.ENXIO}.get(kind, 0)
     writing = {"symlink": errno.ENOENT, "dir": errno.EISDIR}.get(kind, 0)
     if kind in ("socket", "fifo"):
-        writing = errno.ENXIO  # a fifo: nobody reads
+        writing = errno.ENXIO  # a fifo without a reader
     if not is_device:
         case.may(reading, "touch_open", "f", os.O_RDONLY | wait)
         case.may(writing, "touch_open", "f", os.O_WRONLY | wait)
@@ -44,7 +44,7 @@ def test_open_of_every_kind(case: Case, kind: str) -> None:
 
 
 def test_opening_changes_no_times(case: Case) -> None:
-    """Promise: open and close alone move none, of the file and of its directory; O_CREAT too."""
+    """Promise: open and close move no times of the file or its directory, with O_CREAT neither."""
     case.write("f", b"contents")
     case.make("dir", "d")
     for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_RDWR | os.O_APPEND, os.O_SYNC):
@@ -58,7 +58,7 @@ def test_opening_changes_no_times(case: Case) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 100, 4096, 100_000])
 def test_truncating_by_open_marks_the_file_changed(case: Case, size: int) -> None:
-    """Promise: O_TRUNC empties, and moves mtime and ctime also where nothing was in the file."""
+    """Promise: O_TRUNC empties the file, and moves mtime and ctime even if it was empty."""
     for flags in (os.O_WRONLY, os.O_RDWR, os.O_RDONLY):
         for more in (0, os.O_CREAT):
             case.write("f", b"x" * size)
@@ -71,7 +71,7 @@ def test_truncating_by_open_marks_the_file_changed(case: Case, size: int) -> Non
 
 
 def test_writing_and_reading_move_their_own_times(case: Case) -> None:
-    """Promise: a write moves mtime and ctime, a read atime (relatime); nothing of no bytes does."""
+    """Promise: a write moves mtime and ctime, a read atime (relatime); 0 bytes move nothing."""
     for size in (1, 100, 4096, 70_000):
         case.write("f", b"x" * size)
         descriptor = case.ok("open", "f", os.O_RDWR)
@@ -86,7 +86,7 @@ def test_writing_and_reading_move_their_own_times(case: Case) -> None:
         case.ok("utimens", "f", OLD)
         with case.times(dot="", f="a"):
             case.equal(case.ok("pread", descriptor, 1, 0), b"y")
-        with case.times(f=""):  # relatime: read already, after the last change
+        with case.times(f=""):  # relatime: already read since the last change
             case.equal(case.ok("pread", descriptor, 1, 0), b"y")
         case.ok("close", descriptor)
         noatime = case.ok("open", "f", os.O_RDONLY | os.O_NOATIME)
@@ -96,7 +96,7 @@ def test_writing_and_reading_move_their_own_times(case: Case) -> None:
 
 
 def test_reading_a_directory_or_a_link_moves_its_access_time(case: Case) -> None:
-    """Promise: as relatime has it: readdir and readlink mark what was changed since the last look."""
+    """Promise: readdir and readlink move atime as relatime has it: once after each change."""
     case.make("dir", "d")
     case.make("file", "d/f")
     case.ok("listdir", "d")
@@ -111,7 +111,7 @@ def test_reading_a_directory_or_a_link_moves_its_access_time(case: Case) -> None
 
 
 def test_append_writes_at_the_end_whatever_the_offset(case: Case) -> None:
-    """Promise: with O_APPEND two descriptors never overwrite, and a cut moves the end."""
+    """Promise: with O_APPEND two descriptors never overwrite, and write at the end after a cut."""
     one = case.ok("open", "f", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     other = case.ok("open", "f", os.O_RDWR | os.O_APPEND)
     for number in range(20):
@@ -128,7 +128,7 @@ def test_append_writes_at_the_end_whatever_the_offset(case: Case) -> None:
 
 
 def test_a_descriptor_does_what_it_was_opened_for(case: Case) -> None:
-    """Promise: EBADF for a write to a reader and a read of a writer; ftruncate of a reader EINVAL."""
+    """Promise: writing to a reader or reading a writer is EBADF, ftruncate of a reader EINVAL."""
     case.write("f", b"contents")
     reader = case.ok("open", "f", os.O_RDONLY)
     writer = case.ok("open", "f", os.O_WRONLY)
@@ -150,7 +150,7 @@ def test_a_descriptor_does_what_it_was_opened_for(case: Case) -> None:
 
 
 def test_a_descriptor_outlives_rights_and_names(users: Case) -> None:
-    """Promise: rights are looked at by open alone; mode 000 for a new file does not hinder its maker."""
+    """Promise: only open checks permissions; a file made with mode 000 is open for its maker."""
     case = users
     case.ok("chmod", ".", 0o777)
     for mode in (0o000, 0o400, 0o200, 0o777):
@@ -171,7 +171,7 @@ def test_a_descriptor_outlives_rights_and_names(users: Case) -> None:
 
 
 def test_synchronous_flags_change_nothing_but_when(case: Case) -> None:
-    """Promise: O_SYNC, O_DSYNC and O_DIRECT write what a plain write does."""
+    """Promise: O_SYNC, O_DSYNC and O_DIRECT write the same bytes as a plain write."""
     for flags in (os.O_SYNC, os.O_DSYNC, os.O_SYNC | os.O_APPEND):
         case.write("f", b"begin")
         case.equal(case.ok("put", "f", b"BEG", os.O_WRONLY | flags), 3)
@@ -186,14 +186,14 @@ def test_synchronous_flags_change_nothing_but_when(case: Case) -> None:
 
 
 def test_a_running_program_is_not_written_to(users: Case) -> None:
-    """Promise: ETXTBSY for a write to what runs, and for running what is open for writing."""
+    """Promise: ETXTBSY for writing to a running program, and for running one open for writing."""
     case = users
     with open("/bin/sleep", "rb") as program:
         case.write("sleep", program.read())
     case.ok("chmod", "sleep", 0o755)
     path = str(case.folder / "sleep")
     case.ok("start_program", path, "60")
-    case.ok("take", "sleep")  # relatime: the program's own reading now moves nothing any more
+    case.ok("take", "sleep")  # relatime: the program's own reading moves no time after this
     with case.times(sleep=""):
         case.no(errno.ETXTBSY, "touch_open", "sleep", os.O_WRONLY)
         case.no(errno.ETXTBSY, "touch_open", "sleep", os.O_RDWR)

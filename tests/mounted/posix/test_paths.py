@@ -1,6 +1,6 @@
-"""Tables of what each call that takes a path says of the path: its length, its parts, who may search.
+"""Tables of how each call checks a path: its length, its components, and who may search it.
 
-Every row is a call, every column a kind of path, so that no call is left out of a rule.
+Every row is a call and every column a kind of path, so that no rule leaves out a call.
 """
 
 import errno
@@ -23,13 +23,13 @@ from tests.mounted.posix.engine import (
 
 NOW = [(0, UTIME_NOW), (0, UTIME_NOW)]
 NAME_BYTES_MAX = 255
-PATH_BYTES_MAX = 4095  # and a zero
+PATH_BYTES_MAX = 4095  # without the final zero byte
 
 Call = tuple[Any, ...]
 
 
 def calls_on(path: str) -> dict[str, Call]:
-    """Every call, with this path where it looks for something or makes it. `file` and `dir` exist."""
+    """Every call, applied to this path. `file` and `dir` exist."""
     return {
         "access": ("access", path, os.F_OK),
         "chdir": ("chdir", path),
@@ -72,12 +72,12 @@ def calls_on(path: str) -> dict[str, Call]:
 
 
 NAMES = tuple(calls_on(""))
-# What makes the last part of the path, and so has nothing against its being absent.
+# Calls that make the last component of the path, so it may be missing.
 MAKING = {
     *("mkdir", "mkfifo", "mknod", "symlink", "link to", "open to create", "open to create anew"),
     *("rename to", "rename directory to", "rename noreplace"),
 }
-# What does not follow a symbolic link that is the last part.
+# Calls that do not follow a symbolic link in the last component.
 NOT_FOLLOWING = {
     *("lchown", "link from", "lstat", "readlink", "rename from", "unlink", "rmdir"),
     *("rename exchange from", "rename exchange to", "open not following", *MAKING),
@@ -93,7 +93,7 @@ def stocked(case: Case) -> Case:
 
 
 def test_a_part_that_is_missing_is_enoent(stocked: Case) -> None:
-    """Promise: ENOENT for every call when a directory of the path is not there, or no path is given."""
+    """Promise: a missing directory in the path, or an empty path, is ENOENT for every call."""
     for path in ("missing/x", "dir/missing/x", "./missing/../x", ""):
         for call in calls_on(path).values():
             stocked.no(errno.ENOENT, *call)
@@ -106,7 +106,7 @@ def test_a_part_that_is_missing_is_enoent(stocked: Case) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in NO_DIRS if kind != "symlink"])
 def test_a_part_that_is_no_directory_is_enotdir(stocked: Case, kind: str) -> None:
-    """Promise: ENOTDIR for every call when a part of the path is any kind of file but a directory."""
+    """Promise: a path component that is not a directory is ENOTDIR for every call."""
     stocked.make(kind, "part")
     stocked.ok("symlink", "part", "link")
     for path in ("part/x", "part/.", "part/..", "link/x", "dir/../part/x"):
@@ -171,7 +171,7 @@ def test_paths_of_4095_bytes_and_one_more(stocked: Case) -> None:
 
 
 def test_symbolic_links_that_lead_in_a_circle_are_eloop(stocked: Case) -> None:
-    """Promise: ELOOP for every call through a circle, also as the last part where it is followed."""
+    """Promise: a circle of links is ELOOP for every call, also as a last component it follows."""
     stocked.ok("symlink", "b", "a")
     stocked.ok("symlink", "a", "b")
     stocked.ok("symlink", "self/x", "self")
@@ -187,7 +187,7 @@ def test_symbolic_links_that_lead_in_a_circle_are_eloop(stocked: Case) -> None:
 
 
 def test_40_symbolic_links_are_followed_and_41_are_not(case: Case) -> None:
-    """Promise: as Linux has it, 40 links in one path are followed, one more is ELOOP."""
+    """Promise: as on Linux, 40 symbolic links in one path are followed, and 41 are ELOOP."""
     case.write("0", b"the end")
     for number in range(1, 43):
         case.ok("symlink", str(number - 1), str(number))
@@ -200,7 +200,7 @@ def test_40_symbolic_links_are_followed_and_41_are_not(case: Case) -> None:
 
 
 def test_a_slash_at_the_end_asks_for_a_directory(stocked: Case) -> None:
-    """Promise: with a slash behind it a path means a directory, for every call."""
+    """Promise: with a slash at its end a path names a directory, for every call."""
     exists = {"link to", "mkdir", "mkfifo", "mknod", "symlink", "rename noreplace"}
     for name, call in calls_on("file/").items():
         number = errno.EEXIST if name in exists else errno.ENOTDIR
@@ -227,7 +227,7 @@ def test_a_slash_at_the_end_asks_for_a_directory(stocked: Case) -> None:
 
 
 def test_dot_and_dot_dot_cannot_be_made_or_removed(stocked: Case) -> None:
-    """Promise: each call's own error for `.` and `..`, and nothing happens."""
+    """Promise: for `.` and `..` each call gives its own error, and nothing changes."""
     making = ("mkdir", "mkfifo", "mknod", "symlink", "link to", "open to create anew")
     for path in (".", "..", "dir/.", "dir/..", "dir/../."):
         calls = calls_on(path)
@@ -248,17 +248,17 @@ def test_dot_and_dot_dot_cannot_be_made_or_removed(stocked: Case) -> None:
     stocked.has("dir", nlink=2)
 
 
-# --- who may search ---------------------------------------------------------------------------------
+# --- who may search -------------------------------------------------------------------------------
 
 
 def bits_for(user: object, mode: int) -> int:
-    """Of a directory of alice's: the owner's bits, her group's for carol, or those of others."""
+    """Permission bits on alice's directory: the owner's, her group's for carol, or the others'."""
     return mode >> {ALICE: 6, CAROL: 3}.get(user, 0) & 7  # type: ignore[call-overload, no-any-return]
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o666, 0o711, 0o171, 0o117, 0o676, 0o767, 0o777])
 def test_every_call_needs_search_permission(users: Case, mode: int) -> None:
-    """Promise: EACCES for every call without x on a directory of the path, by the caller's class."""
+    """Promise: without x for the caller on a directory of the path, every call is EACCES."""
     case = users
     case.ok("chmod", ".", 0o777)
     case.make("file", "file", 0o666, ALICE)
@@ -279,7 +279,7 @@ def test_every_call_needs_search_permission(users: Case, mode: int) -> None:
             case.no(errno.ENOENT, "lstat", "closed/missing", by=user)
             case.ok("take", "closed/inside", by=user)
             case.ok("put", "closed/inside", b"x", by=user)
-    case.ok("stat", "closed/inside")  # root may
+    case.ok("stat", "closed/inside")  # root may search any directory
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o777, 0o755, 0o575, 0o557, 0o333, 0o300, 0o030, 0o003])
@@ -315,7 +315,7 @@ def test_names_change_only_with_write_permission(users: Case, mode: int) -> None
                 case.ok("chmod", "place", mode)
             else:
                 case.gone("place/new")
-        # Opening what is there needs no right to write to the directory.
+        # Opening an existing file needs no permission to write to the directory.
         case.may(0 if bits & 1 else errno.EACCES, "put", "place/file", b"y", by=user)
         exists = os.O_CREAT | os.O_WRONLY
         case.may(0 if bits & 1 else errno.EACCES, "touch_open", "place/file", exists, by=user)
@@ -337,7 +337,7 @@ def test_names_change_only_with_write_permission(users: Case, mode: int) -> None
 
 @pytest.mark.parametrize("mode", [0o000, 0o400, 0o200, 0o040, 0o020, 0o004, 0o002, 0o666, 0o444])
 def test_files_open_only_with_permission(users: Case, mode: int) -> None:
-    """Promise: open and access say for every kind of access what the mode says for this user."""
+    """Promise: open and access allow each kind of access if the mode does for this user."""
     case = users
     case.ok("chmod", ".", 0o777)
     for kind in ("file", "dir"):
@@ -361,21 +361,21 @@ def test_files_open_only_with_permission(users: Case, mode: int) -> None:
                 both = os.O_RDONLY | os.O_TRUNC
                 case.may(reading or writing, "touch_open", path, both, by=user)
                 case.may(writing, "truncate", path, 0, by=user)
-        case.ok("access", kind, os.R_OK | os.W_OK)  # root may
+        case.ok("access", kind, os.R_OK | os.W_OK)  # root may read and write anything
     case.no(errno.EACCES, "access", "file", os.X_OK)
     case.ok("chmod", "file", mode | 0o010)
     case.ok("access", "file", os.X_OK)
 
 
 def test_a_supplementary_group_counts_as_much_as_the_first(users: Case) -> None:
-    """Promise: a member by a supplementary group has the group's rights, and only these."""
+    """Promise: a member by a supplementary group has the group's permissions, and only these."""
     case = users
     case.make("file", "file", 0o060, BOB)
     case.ok("lchown", "file", BOB.uid, 64000)
     case.ok("take", "file", by=CAROL)
     case.ok("put", "file", b"x", by=CAROL)
     case.no(errno.EACCES, "take", "file", by=ALICE)
-    case.no(errno.EACCES, "take", "file", by=BOB)  # the owner's bits are the owner's
+    case.no(errno.EACCES, "take", "file", by=BOB)  # the owner's bits apply to the owner alone
     case.ok("chmod", "file", 0o606)
     case.no(errno.EACCES, "take", "file", by=CAROL)
     case.ok("take", "file", by=ALICE)

@@ -1,4 +1,4 @@
-"""Tables of EROFS: a read-only mount and a snapshot refuse every change, and still show everything."""
+"""Tables of EROFS: a read-only mount and a snapshot refuse every change, and can all be read."""
 
 import errno
 import os
@@ -22,11 +22,11 @@ LOOKING = {
 
 
 def all_is_refused(case: Case, place: str, *, by_kernel: bool) -> None:
-    """Every call that would change something is EROFS, or what it is on any filesystem.
+    """Require that every call that would change something is EROFS, or fails as anywhere.
 
     Args:
-        by_kernel: the mount is read-only. Of a snapshot in a writable mount the kernel does not know
-            that, and answers access(2) by the mode alone.
+        by_kernel: the mount is read-only. The kernel does not know that a snapshot in a writable
+            mount is, and answers access(2) by the mode alone.
     """
     for name in ("file", "dir", "full", "link"):
         path = f"{place}/{name}"
@@ -34,9 +34,9 @@ def all_is_refused(case: Case, place: str, *, by_kernel: bool) -> None:
             if call_name in LOOKING or call_name in ("link from", "rename from"):
                 continue
             if call_name in MAKING and call_name != "open to create":
-                continue  # EEXIST or EROFS, whichever is looked at first
+                continue  # EEXIST or EROFS, whichever the kernel checks first
             if name == "link" and call_name not in ("unlink", "lchown"):
-                continue  # it points nowhere
+                continue  # because the link is dangling
             if name == "file" and call_name == "rmdir":
                 continue
             if name != "file" and (call_name.startswith("open") or call_name == "truncate"):
@@ -88,7 +88,7 @@ def read_only_place(users: Case) -> Iterator[str]:
 
 
 def test_a_read_only_mount_refuses_every_change(users: Case, read_only_place: str) -> None:
-    """Promise: EROFS for every call that changes, nothing is changed, and all can be read."""
+    """Promise: every changing call is EROFS, nothing is changed, and all files can be read."""
     paths = ("stocked", "stocked/file", "stocked/dir", "stocked/full", "stocked/link")
     for path in ("file", "full"):
         users.ok("stat", f"{read_only_place}/{path}")
@@ -104,7 +104,7 @@ def test_a_read_only_mount_refuses_every_change(users: Case, read_only_place: st
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reading_on_a_read_only_mount_works(users: Case, kind: str) -> None:
-    """Promise: what cannot be changed can be looked at, whatever it is."""
+    """Promise: on a read-only mount files of every kind can be read and examined."""
     users.make(kind, "f")
     with tempfile.TemporaryDirectory(prefix="cowfs-posix-") as place:
         subprocess.run(["mount", "--bind", users.folder, place], check=True, timeout=HANG_SECONDS)
@@ -114,7 +114,7 @@ def test_reading_on_a_read_only_mount_works(users: Case, kind: str) -> None:
             )
             users.has(f"{place}/f", kind=kind)
             if kind in ("fifo", "socket", "char", "block"):
-                number = 0  # writing to it is not writing to the filesystem
+                number = 0  # writing to it does not write to the filesystem
             else:
                 number = errno.EROFS if kind != "symlink" else errno.ENOENT
             users.may(number, "access", f"{place}/f", os.W_OK)
@@ -124,7 +124,7 @@ def test_reading_on_a_read_only_mount_works(users: Case, kind: str) -> None:
 
 
 def test_a_snapshot_and_a_mount_with_ro_refuse_every_change() -> None:
-    """Promise: the same from cowfs's own hand: below `.snapshots`, and on `cowfs mount -o ro`."""
+    """Promise: cowfs itself gives EROFS below `.snapshots` and on `cowfs mount -o ro`."""
     caller = Caller(SELF)
     callers: dict[User, Caller] = {SELF: caller}
     with tempfile.TemporaryDirectory(prefix="cowfs-posix-") as name:
@@ -133,7 +133,7 @@ def test_a_snapshot_and_a_mount_with_ro_refuse_every_change() -> None:
             mount.start()
             stock(mount.path)
             place = mount.snapshot("past")
-            # A name that a snapshot has may not be given to anything of it, nor taken from it.
+            # Nothing in a snapshot can get another name or lose one.
             case = Case(Filesystem("cowfs", mount.path, 0.0, 0), callers, mount.path)
             all_is_refused(case, str(place), by_kernel=False)
             for path in (str(place), f"{place}/file", f"{place}/dir"):

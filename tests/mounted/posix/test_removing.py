@@ -1,4 +1,4 @@
-"""Tables of unlink and rmdir: what may go, who may take it, and what the files and times show after."""
+"""Tables of unlink and rmdir: what can be removed, by whom, and what files and times show then."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ from tests.mounted.posix.engine import (
 
 @pytest.mark.parametrize("kind", NO_DIRS)
 def test_unlink_takes_away_one_name(case: Case, kind: str) -> None:
-    """Promise: any kind of file but a directory goes; its other names, and their count, stay."""
+    """Promise: unlink removes any file but a directory; other names stay, and nlink counts them."""
     case.make("dir", "d")
     case.make(kind, "d/f")
     with case.times(dot="", d="mc"):
@@ -40,7 +40,7 @@ def test_unlink_takes_away_one_name(case: Case, kind: str) -> None:
 
 
 def test_unlink_of_a_directory_is_eisdir(case: Case) -> None:
-    """Promise: EISDIR, empty or not, for root too; nothing changes."""
+    """Promise: unlink of a directory is EISDIR, empty or not, for root too; nothing changes."""
     case.make("dir", "d")
     with case.times(dot="", d=""):
         case.no(errno.EISDIR, "unlink", "d")
@@ -52,7 +52,7 @@ def test_unlink_of_a_directory_is_eisdir(case: Case) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rmdir_takes_only_what_is_empty(case: Case, kind: str) -> None:
-    """Promise: ENOTEMPTY with any kind of file inside; after it is gone the directory goes."""
+    """Promise: rmdir is ENOTEMPTY with any kind of file inside, and works once that is removed."""
     case.make("dir", "d")
     case.make(kind, "d/inside")
     with case.times(dot="", d="", d__inside=""):
@@ -68,7 +68,7 @@ def test_rmdir_takes_only_what_is_empty(case: Case, kind: str) -> None:
 
 
 def test_a_removed_directory_that_is_open_takes_nothing(case: Case) -> None:
-    """Promise: it has no links and no names, and ENOENT is what making one in it gives."""
+    """Promise: a removed directory that is open has nlink 0, and making a file in it is ENOENT."""
     case.make("dir", "d")
     descriptor = case.ok("open", "d", os.O_RDONLY | os.O_DIRECTORY)
     case.ok("rmdir", "d")
@@ -80,7 +80,7 @@ def test_a_removed_directory_that_is_open_takes_nothing(case: Case) -> None:
 
 
 def test_an_unlinked_file_that_is_open_goes_on(case: Case) -> None:
-    """Promise: with its last name gone it has no links, and can be read, written, cut and changed."""
+    """Promise: an open file without a name has nlink 0; it is read, written, cut and changed."""
     case.write("f", b"before")
     descriptor = case.ok("open", "f", os.O_RDWR)
     case.ok("unlink", "f")
@@ -104,14 +104,14 @@ def test_an_unlinked_file_that_is_open_goes_on(case: Case) -> None:
 
 
 def test_rmdir_of_a_mount_point_is_ebusy(case: Case) -> None:
-    """Promise: EBUSY for the root of the filesystem; its contents stay."""
+    """Promise: rmdir of the filesystem's root is EBUSY; its contents stay."""
     root = str(case.filesystem.root)
     case.no(errno.EBUSY, "rmdir", root)
     case.no(errno.EISDIR, "unlink", root)
     case.no(errno.EBUSY, "rename", root, f"{root}2")
 
 
-# --- sticky directories -----------------------------------------------------------------------------
+# --- sticky directories ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,9 +120,9 @@ def test_rmdir_of_a_mount_point_is_ebusy(case: Case) -> None:
 def test_a_sticky_directory_guards_its_files(
     users: Case, kind: str, directory_owner: User, file_owner: User
 ) -> None:
-    """Promise: EPERM for all but root and the owners of the file and the directory.
+    """Promise: EPERM for all but root and the owners of the file and of the directory.
 
-    The same users may without the sticky bit, since everybody may write to the directory.
+    Without the sticky bit the same users may, since everybody may write to the directory.
     """
     case = users
     call = "rmdir" if kind == "dir" else "unlink"
@@ -151,6 +151,6 @@ def test_a_sticky_directory_guards_its_files(
 
 
 def test_what_these_tables_take_for_granted() -> None:
-    """The kinds of files are all there is, so that no row is missing."""
+    """The tables list all kinds of files, so that no row is missing."""
     assert len(KINDS) == (7 if IS_ROOT else 5)
     assert len(TYPES) == 7

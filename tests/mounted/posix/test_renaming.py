@@ -1,4 +1,4 @@
-"""Tables of rename: every kind over every kind, the three flags, sticky directories, and who may."""
+"""Tables of rename: every kind over every kind, three flags, sticky directories, permissions."""
 
 import errno
 
@@ -21,7 +21,7 @@ from tests.mounted.posix.engine import (
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_renamed_file_is_the_same_file(case: Case, kind: str) -> None:
-    """Promise: inode, mode and links stay; ctime and both directories' times move, no others."""
+    """Promise: inode, mode and nlink stay; ctime and both directories' times move, no others."""
     case.make("dir", "from")
     case.make("dir", "to")
     case.make(kind, "from/old")
@@ -47,7 +47,7 @@ def test_a_renamed_file_is_the_same_file(case: Case, kind: str) -> None:
 @pytest.mark.parametrize("new", KINDS)
 @pytest.mark.parametrize("flags", [0, RENAME_NOREPLACE, RENAME_EXCHANGE])
 def test_every_kind_over_every_kind(case: Case, old: str, new: str, flags: int) -> None:
-    """Promise: the errors of rename(2); who is replaced loses a link, who is refused loses nothing."""
+    """Promise: errors are as in rename(2); a replaced file loses a link, a refused one none."""
     case.make("dir", "a")
     case.make("dir", "b")
     case.make(old, "a/old")
@@ -90,7 +90,7 @@ def test_every_kind_over_every_kind(case: Case, old: str, new: str, flags: int) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_directory_replaces_only_an_empty_one(case: Case, kind: str) -> None:
-    """Promise: ENOTEMPTY over a directory with anything in it, for every kind of file inside."""
+    """Promise: ENOTEMPTY over a directory with any kind of file in it."""
     case.make("dir", "old")
     case.make("file", "old/kept")
     case.make("dir", "new")
@@ -108,7 +108,7 @@ def test_a_directory_replaces_only_an_empty_one(case: Case, kind: str) -> None:
 
 
 def test_a_directory_does_not_go_below_itself(case: Case) -> None:
-    """Promise: EINVAL into its own subtree at any depth, exchanged too; nothing changes."""
+    """Promise: EINVAL into its own subtree at any depth, also by exchange; nothing changes."""
     case.make("dir", "a")
     case.make("dir", "a/b")
     case.make("dir", "a/b/c")
@@ -116,7 +116,7 @@ def test_a_directory_does_not_go_below_itself(case: Case) -> None:
         for new in ("a/x", "a/b/x", "a/b/c/x", "a/b/../x", "./a/x"):
             case.no(errno.EINVAL, "rename", "a", new)
             case.no(errno.EINVAL, "rename_with_flags", "a", new, RENAME_NOREPLACE)
-        # What exists below is asked for by the other errors first.
+        # If the target exists, the other calls must still give their own errors.
         case.no(errno.EINVAL, "rename", "a", "a/b")
         case.no(errno.EINVAL, "rename_with_flags", "a", "a/b", RENAME_EXCHANGE)
         case.no(errno.EINVAL, "rename_with_flags", "a", "a/b/c", RENAME_EXCHANGE)
@@ -131,7 +131,7 @@ def test_a_directory_does_not_go_below_itself(case: Case) -> None:
 
 @pytest.mark.parametrize("kind", NO_DIRS)
 def test_names_of_one_file_stay_both(case: Case, kind: str) -> None:
-    """Promise: a rename onto another name of the same file does nothing; NOREPLACE says EEXIST."""
+    """Promise: a rename onto another name of the same file does nothing; NOREPLACE is EEXIST."""
     case.make(kind, "a")
     case.ok("link", "a", "b")
     case.make("dir", "d")
@@ -150,7 +150,7 @@ def test_names_of_one_file_stay_both(case: Case, kind: str) -> None:
 
 
 def test_flags_that_are_refused(case: Case) -> None:
-    """Promise: EINVAL for flags that exclude each other or that nobody knows."""
+    """Promise: EINVAL for unknown flags and for flags that exclude each other."""
     case.make("file", "a")
     case.make("file", "b")
     both = RENAME_NOREPLACE | RENAME_EXCHANGE
@@ -166,7 +166,7 @@ def test_flags_that_are_refused(case: Case) -> None:
 @pytest.mark.parametrize("kind", ["file", "dir", "symlink"])
 @pytest.mark.parametrize("replaced", ["", "empty"])
 def test_whiteout_is_left_under_the_old_name(case: Case, kind: str, replaced: str) -> None:
-    """Promise: RENAME_WHITEOUT moves the file and leaves a character device 0:0 without permissions."""
+    """Promise: RENAME_WHITEOUT moves the file and leaves a device 0:0 without permissions."""
     case.make("dir", "from")
     case.make("dir", "to")
     case.make(kind, "from/a")
@@ -193,9 +193,9 @@ def test_whiteout_is_left_under_the_old_name(case: Case, kind: str, replaced: st
 def test_sticky_directories_guard_both_names(
     users: Case, flags: int, kind: str, directory_owner: User, target_owner: User | None
 ) -> None:
-    """Promise: who may neither take the old name nor replace the new one is refused with EPERM.
+    """Promise: EPERM for who may not take the old name, or may not replace the new one.
 
-    Tried with every owner of the file, the two sticky directories and the target.
+    The test tries every owner of the file, of the two sticky directories and of the target.
     """
     case = users
     case.make("dir", "from", 0o777)
@@ -233,19 +233,19 @@ def test_sticky_directories_guard_both_names(
 
 
 def test_a_directory_changes_its_parent_only_for_who_may_write_to_it(users: Case) -> None:
-    """Promise: moving a directory changes its `..`: EACCES without write permission on itself."""
+    """Promise: moving a directory changes its `..`, so it needs write permission on it (EACCES)."""
     case = users
     case.ok("chmod", ".", 0o777)
     case.make("dir", "to", 0o777)
     for mode, number in ((0o755, errno.EACCES), (0o777, 0), (0o757, 0), (0o775, errno.EACCES)):
         case.make("dir", "moving", mode, ALICE)
-        case.ok("rename", "moving", "renamed", by=BOB)  # the same parent
+        case.ok("rename", "moving", "renamed", by=BOB)  # the parent stays the same
         case.may(number, "rename", "renamed", "to/moved", by=BOB)
         case.remove("to/moved" if not number else "renamed")
 
 
 def test_dead_ends_of_rename(case: Case) -> None:
-    """Promise: a missing source is ENOENT whatever the target is; slashes mean directories."""
+    """Promise: a missing source is ENOENT for any target; a final slash asks for a directory."""
     for kind in KINDS:
         case.make(kind, "new")
         with case.times(dot="", new=""):

@@ -1,4 +1,4 @@
-"""Tables of truncate and ftruncate, of sizes and st_blocks, and of what statvfs says."""
+"""Tables of truncate and ftruncate, of sizes and st_blocks, and of statvfs."""
 
 import errno
 import os
@@ -14,14 +14,14 @@ FAR = {"cowfs": (1 << 63) - 1, "tmpfs": (1 << 63) - 1, "ext4": (1 << 44) - 4096}
 @pytest.mark.parametrize("start", SIZES)
 @pytest.mark.parametrize("is_open", [False, True], ids=["by name", "by descriptor"])
 def test_truncate_sets_any_size(case: Case, start: int, is_open: bool) -> None:
-    """Promise: size, contents, mtime and ctime are right from any size to any other, the same too."""
+    """Promise: truncating from any size to any other gives the right contents, mtime and ctime."""
     contents = os.urandom(start)
     for size in SIZES:
         case.write("f", contents)
         ino = case.status("f")["ino"]
         target = case.ok("open", "f", os.O_RDWR) if is_open else "f"
         if size == start and not is_open:
-            case.ok("truncate", target, size)  # Linux moves the times or not, as each likes
+            case.ok("truncate", target, size)  # on Linux the times may move or not
         else:
             with case.times(dot="", f="mc"):
                 case.ok("truncate", target, size)
@@ -34,7 +34,7 @@ def test_truncate_sets_any_size(case: Case, start: int, is_open: bool) -> None:
 
 
 def test_truncate_is_refused_where_it_has_no_meaning(case: Case) -> None:
-    """Promise: EISDIR, EINVAL below zero and for what has no size, EFBIG; nothing changes."""
+    """Promise: EISDIR, EINVAL below zero and for files without a size, EFBIG; nothing changes."""
     for kind in KINDS:
         case.make(kind, "f")
         if kind in ("block", "char"):
@@ -57,7 +57,7 @@ def test_truncate_is_refused_where_it_has_no_meaning(case: Case) -> None:
 
 
 def test_the_largest_size(case: Case) -> None:
-    """Promise: a file may be as long as its filesystem says, and not a byte longer: EFBIG."""
+    """Promise: a file may be as long as its filesystem says; one byte more is EFBIG."""
     largest = FAR[case.filesystem.name]
     case.write("f", b"begin")
     descriptor = case.ok("open", "f", os.O_RDWR)
@@ -74,7 +74,7 @@ def test_the_largest_size(case: Case) -> None:
 
 
 def test_the_limit_of_a_process_is_efbig(case: Case) -> None:
-    """Promise: RLIMIT_FSIZE holds for write, pwrite and truncate; what still fits is written."""
+    """Promise: RLIMIT_FSIZE holds for write, pwrite and truncate; the part that fits is written."""
     case.write("f", b"")
     descriptor = case.ok("open", "f", os.O_RDWR)
     case.ok("limit_file_size", 10_000)
@@ -91,7 +91,7 @@ def test_the_limit_of_a_process_is_efbig(case: Case) -> None:
 
 
 def test_who_may_truncate(users: Case) -> None:
-    """Promise: truncate needs write permission, the descriptor of a writer needs nothing more."""
+    """Promise: truncate needs write permission; ftruncate needs only an open writer."""
     case = users
     case.write("f", b"contents")
     for mode, number in ((0o644, errno.EACCES), (0o666, 0), (0o444, errno.EACCES), (0o602, 0)):
@@ -110,7 +110,7 @@ def test_who_may_truncate(users: Case) -> None:
 
 
 def test_blocks_count_what_is_stored(case: Case) -> None:
-    """Promise: st_blocks covers what was written and synced, and not the holes."""
+    """Promise: st_blocks counts written and synced blocks, and no holes."""
     for size in (4096, 65536, 1 << 20):
         case.write("f", os.urandom(size))
         descriptor = case.ok("open", "f", os.O_RDWR)
@@ -134,7 +134,7 @@ def test_blocks_count_what_is_stored(case: Case) -> None:
 
 
 def test_statvfs_is_consistent(case: Case) -> None:
-    """Promise: free is not above total, available not above free; names have 255 bytes."""
+    """Promise: free is not above total, available not above free; names have up to 255 bytes."""
     for path in (".", str(case.filesystem.root)):
         _, frsize, blocks, bfree, bavail, files, ffree, favail, _, namemax = case.ok(
             "statvfs", path

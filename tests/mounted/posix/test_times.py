@@ -1,4 +1,4 @@
-"""Tables of utimensat and futimens: which times, who may, and how far they reach."""
+"""Tables of utimensat and futimens: which times are set, by whom, and in what range."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ SET_NS = 1_234_567_890_987_654_321
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("follows", [False, True])
 def test_every_pair_of_times(case: Case, kind: str, follows: bool) -> None:
-    """Promise: each time is set, or now, or left alone, on its own; ctime moves with any of them."""
+    """Promise: each time is set, set to now, or left alone on its own; ctime moves with any."""
     case.make(kind, "f")
     path, flags = "f", 0 if follows else AT_SYMLINK_NOFOLLOW
     if kind == "symlink" and follows:
@@ -59,7 +59,7 @@ def test_every_pair_of_times(case: Case, kind: str, follows: bool) -> None:
 
 
 def test_a_descriptor_sets_times_as_a_name_does(case: Case) -> None:
-    """Promise: futimens, also of an unlinked file and a directory."""
+    """Promise: futimens works like utimensat, also on an unlinked file and a directory."""
     case.make("file", "f")
     case.make("dir", "d")
     for path in ("f", "d"):
@@ -81,7 +81,7 @@ def test_a_descriptor_sets_times_as_a_name_does(case: Case) -> None:
     [0, 1, -1, -2, 1 - (1 << 31), (1 << 31) - 1, 1 << 31, (1 << 32) + 5, 9_214_646_400],
 )
 def test_far_times_come_back(case: Case, seconds: int) -> None:
-    """Promise: from 1901 to 2262, to the nanosecond, also below zero."""
+    """Promise: times from 1901 to 2262, also below zero, come back to the nanosecond."""
     case.make("file", "f")
     for nanoseconds in (0, 1, 999_999_999, 500_000_000):
         case.ok("utimens", "f", [(seconds, nanoseconds), (seconds, nanoseconds)])
@@ -90,10 +90,10 @@ def test_far_times_come_back(case: Case, seconds: int) -> None:
 
 
 def test_times_beyond_the_range_are_cut_off_and_not_wrapped(case: Case) -> None:
-    """Promise: a year of 5 digits gives the last time there is, in 2262, never one in the past."""
+    """Promise: a year of 5 digits gives the last possible time, in 2262, never one in the past."""
     case.make("file", "f")
     largest, smallest = (1 << 63) - 1, -(1 << 63)
-    if case.is_cowfs:  # others reach further, or less far
+    if case.is_cowfs:  # the range of other filesystems differs
         for seconds in (9_223_372_037, 1 << 40, 1 << 62):
             case.ok("utimens", "f", [(seconds, 0), (seconds, 5)])
             case.has("f", atime_ns=largest, mtime_ns=largest)
@@ -109,7 +109,7 @@ def test_times_beyond_the_range_are_cut_off_and_not_wrapped(case: Case) -> None:
 
 @pytest.mark.parametrize("mode", [0o000, 0o444, 0o600, 0o622, 0o666, 0o066, 0o777])
 def test_who_may_set_times(users: Case, mode: int) -> None:
-    """Promise: to a given time the owner alone (EPERM); to now also who may write (else EACCES)."""
+    """Promise: only the owner sets a given time (EPERM); a writer may set now (else EACCES)."""
     case = users
     for kind in ("file", "dir", "fifo", "socket"):
         case.make(kind, "f", mode, ALICE)
@@ -143,7 +143,7 @@ def test_who_may_set_times(users: Case, mode: int) -> None:
 
 
 def test_extended_attributes_move_the_change_time(case: Case) -> None:
-    """Promise: setting and removing an xattr moves ctime alone; failing moves nothing."""
+    """Promise: setting and removing an xattr moves ctime alone; a refusal moves nothing."""
     case.make("file", "f")
     name = "user.x"
     with case.times(dot="", f="c"):
