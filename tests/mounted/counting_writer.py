@@ -1,9 +1,9 @@
-"""A program that counts up in a file, and says after each write() that returned how far it is.
+"""A program that counts up in a file, and notes after each write() how far it has come.
 
-Usage: counting_writer.py FILE MAP HOW. MAP is a file of 8 bytes outside of the mount: the number
-that was last written, stored after write() returned. n is at 8 * (n mod SLOTS) of FILE. HOW is
-`quiet`, or `cut`: then a second thread cuts the file behind the numbers all the time, during which the
-kernel keeps its pages to itself. Runs until it is killed.
+Usage: counting_writer.py FILE MAP HOW. MAP is a file of 8 bytes outside of the mount: it holds the
+last number written, stored after write() returned. The number n is at 8 * (n mod SLOTS) of FILE.
+HOW is `quiet` or `cut`: with `cut` a second thread truncates the file behind the numbers all the
+time, and during a truncation the kernel sends no pages. Runs until it is killed.
 """
 
 import mmap
@@ -16,7 +16,7 @@ SLOTS = 100_000
 
 
 def cut(file: int) -> None:
-    """Let the file end here and there behind the numbers."""
+    """Truncate the file at changing places behind the numbers."""
     size = 8 * SLOTS
     while True:
         size = 8 * SLOTS + (size + 4097) % 50_000
@@ -34,7 +34,7 @@ def main() -> None:
     while True:
         number += 1
         os.pwrite(file, struct.pack("<Q", number), 8 * (number % SLOTS))
-        done[:] = struct.pack("<Q", number)  # one copy of 8 bytes
+        done[:] = struct.pack("<Q", number)  # one copy of all 8 bytes
 
 
 if __name__ == "__main__":

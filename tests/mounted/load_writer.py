@@ -1,12 +1,12 @@
-"""Changes files under a directory without end, and says which changes were acknowledged as durable.
+"""Changes files under a directory without end, and logs which changes were acknowledged as durable.
 
 Run as a program: `load_writer.py DIRECTORY LOG WORKER SEED`. Each step changes one file, makes it
 durable with fsync, and only then adds a line to LOG, which is outside of the filesystem under test.
-That the filesystem ends below it is expected: the program ends then too, with status 0.
+When the filesystem goes away, as the tests intend, the program ends with status 0.
 
-What a version of a file holds is a function of the file's name and the version's number, so the
-reader of the log needs nothing else. `verify` is that reader: a file must be at the version that
-was acknowledged last, or at the one that was under way when the filesystem ended.
+The contents of a file are a function of its name and its version, so the reader of the log needs
+nothing else. `verify` is that reader: a file must be at the version that was acknowledged last, or
+at the one in progress when the filesystem went away.
 """
 
 import errno
@@ -15,7 +15,7 @@ import random
 import sys
 from pathlib import Path
 
-# What the kernel says when the daemon of a FUSE mount is gone.
+# The kernel's errors when the daemon of a FUSE mount is gone.
 GONE = {errno.ENOTCONN, errno.ECONNABORTED, errno.EIO, errno.ENODEV}
 
 BLOCK_BYTES = 4096
@@ -52,7 +52,7 @@ def sync_directory(folder: Path) -> None:
 
 
 class Writer:
-    """One process of load: it alone changes the files that carry its worker number."""
+    """One load process: it alone changes the files that carry its worker number."""
 
     def __init__(self, folder: Path, log: Path, worker: int, seed: int) -> None:
         self.folder = folder
@@ -73,7 +73,7 @@ class Writer:
                     acknowledged.write(f"{name} {version}\n")
 
     def replace(self) -> list[tuple[str, int]]:
-        """Write a new file, make it durable, rename it over the old one, make that durable."""
+        """Write a new file, fsync it, rename it over the old one, and fsync the directory."""
         name = f"{self.worker}-replaced-{self.generator.randrange(REPLACED_FILES)}"
         version = abs(self.state.get(name, 0)) + 1
         new = self.folder / f"{name}.new"
@@ -86,7 +86,7 @@ class Writer:
         return [(name, version)]
 
     def delete(self) -> list[tuple[str, int]]:
-        """Remove a replaced file; a negative version says that it must be gone."""
+        """Remove a replaced file; a negative version means that it must be gone."""
         name = f"{self.worker}-replaced-{self.generator.randrange(REPLACED_FILES)}"
         version = self.state.get(name, 0)
         if version <= 0:
@@ -100,7 +100,7 @@ class Writer:
         name = f"{self.worker}-appended-{self.generator.randrange(APPENDED_FILES)}"
         version = self.state.get(name, 0) + 1
         file = self.folder / name
-        # What an earlier crash left behind the last acknowledged record is cut off first.
+        # First cut off anything that a crash left behind the last acknowledged record.
         size = sum(len(record_of(name, number)) for number in range(1, version))
         with open(file, "ab") as stream:
             if stream.tell() != size:
@@ -133,7 +133,7 @@ class Writer:
 
 
 def read_log(log: Path) -> dict[str, int]:
-    """The last acknowledged version of each name; a line cut short was not acknowledged."""
+    """The last acknowledged version of each name; an incomplete line does not count."""
     state: dict[str, int] = {}
     if log.exists():
         for line in log.read_text(encoding="ascii").splitlines(keepends=True):
@@ -144,10 +144,10 @@ def read_log(log: Path) -> dict[str, int]:
 
 
 def verify(folder: Path, log: Path, worker: int) -> list[str]:
-    """Compare the files of one worker with its log; gives what is wrong, in words.
+    """Compare the files of one worker with its log; returns the differences, in words.
 
-    Where a step that was under way turns out to have happened, the log is told: what was seen after
-    a mount may not be undone by the next crash.
+    If a step that was in progress did happen, this adds it to the log: a state seen after a mount
+    must not be undone by the next crash.
     """
     state = read_log(log)
     wrong: list[str] = []

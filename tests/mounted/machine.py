@@ -1,9 +1,8 @@
-"""A machine of its own for tests of what only root and the system can do: a private mount namespace.
+"""A private mount namespace, for tests of what only root and the system can do.
 
-In it are helpers of mount(8) in /usr/sbin, an /etc/fstab and an /etc/fuse.conf of its own, and a
-/dev/fuse that every user may open; outside nothing changes. It ends with all its mounts and all
-processes in it; a daemon that does not end by itself fails the test. It has two more users, anna and
-bert.
+The namespace has its own helpers of mount(8) in /usr/sbin, its own /etc/fstab and /etc/fuse.conf, a
+/dev/fuse that every user may open, and two more users, anna and bert; outside nothing changes. It
+ends with all its mounts and processes; a daemon that does not end by itself fails the test.
 """
 
 import os
@@ -29,7 +28,7 @@ PYTHONPATH = os.environ.get("PYTHONPATH", "")
 HELPERS = {"mount.fuse.cowfs": "main", "umount.fuse.cowfs": "umount_main"}
 ANNA, BERT = 60_001, 60_002
 
-# What makes the namespace, as a shell program: $1 the folder with `sbin`, `fuse.conf`, `fstab`.
+# Shell program that sets up the namespace: $1 is the folder with `sbin`, `fuse.conf`, `fstab`.
 _SET_UP = """
 set -e
 # Copies of the mounts of others would keep their daemons from ending.
@@ -45,7 +44,7 @@ mount --bind "$1/fuse.conf" /etc/fuse.conf
 mount --bind "$1/fstab" /etc/fstab
 mount --bind "$1/passwd" /etc/passwd
 """
-# A home that others may not enter hides the interpreter: $2 is that folder, $3 what is needed below.
+# If the interpreter lies in a home that others may not enter: $2 is that home, $3 the needed part.
 _OPEN_A_WAY = """
 mount -t tmpfs -o mode=755 tmpfs "$1/way"
 mkdir -p "$1/way/$4"

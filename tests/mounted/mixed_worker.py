@@ -1,10 +1,10 @@
-"""One process of mixed work on files of its own, each byte of which it can tell.
+"""One process of mixed work on its own files, which knows every byte of them.
 
-Run as a program: `mixed_worker.py DIRECTORY SEED SECONDS`. DIRECTORY is made, or emptied first: what is
-in it was left by a worker that was killed. At the end everything is compared once more, and a line of
-JSON says how many operations were done and how many bytes were read and compared.
+Run as a program: `mixed_worker.py DIRECTORY SEED SECONDS`. DIRECTORY is made, or emptied first if a
+killed worker left files in it. At the end everything is compared once more, and a line of JSON
+gives the number of operations and of bytes read and compared.
 
-A difference ends the program with status 1 and words about it. It knows nothing of cowfs.
+A difference ends the program with status 1 and a message. It knows nothing of cowfs.
 """
 
 import json
@@ -21,7 +21,7 @@ XATTR = "user.worker"
 
 
 class Worker:
-    """Files, and what each must hold."""
+    """The files of this worker, and the contents each must have."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
@@ -51,7 +51,7 @@ class Worker:
             self.operations += 1
         self.compare_all()
 
-    # --- steps --------------------------------------------------------------------------------------
+    # --- steps ------------------------------------------------------------------------------------
 
     def create(self) -> None:
         if len(self.files) >= FILES_MAX:
@@ -98,7 +98,7 @@ class Worker:
                 self.xattrs[new] = self.xattrs.pop(name)
 
     def replace(self) -> None:
-        """Write another file and rename it over one that is there."""
+        """Write a new file and rename it over an existing one."""
         if name := self.any_file():
             data = self.some(self.random.randrange(60_000))
             new = self.folder / "new"
@@ -114,7 +114,7 @@ class Worker:
             self.xattrs.pop(name, None)
 
     def link(self) -> None:
-        """A second name shows the same bytes, and its removal leaves the first alone."""
+        """Make a second name with the same bytes; removing it leaves the first alone."""
         if name := self.any_file():
             second = self.folder / "second"
             os.link(self.folder / name, second)
@@ -133,7 +133,7 @@ class Worker:
             os.fsync(descriptor)
             os.close(descriptor)
 
-    # --- comparing ----------------------------------------------------------------------------------
+    # --- comparing --------------------------------------------------------------------------------
 
     def compare(self) -> None:
         if name := self.any_file():
@@ -173,7 +173,7 @@ class Worker:
         if not condition:
             sys.exit(f"{self.folder}: after {self.operations} operations: {message}")
 
-    # --- choosing -----------------------------------------------------------------------------------
+    # --- choosing ---------------------------------------------------------------------------------
 
     def any_file(self) -> str | None:
         return self.random.choice(list(self.files)) if self.files else None

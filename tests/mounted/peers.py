@@ -1,6 +1,6 @@
-"""cowfs beside filesystems of the kernel, and other users: for tables that must hold on all of them.
+"""cowfs beside the kernel's filesystems, and other users: for tables that must hold on all.
 
-Needs root, which can mount ext4 on a loop device and become somebody else.
+Needs root, to mount ext4 on a loop device and to become other users.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ needs_root = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class User:
-    """Who calls; the numbers belong to nobody on usual systems."""
+    """A user who calls; the numbers belong to nobody on usual systems."""
 
     uid: int
     gid: int
@@ -45,7 +45,7 @@ USERS = (ROOT, ANN, BOB, CARL, DORA)
 @contextlib.contextmanager
 def open_folder() -> Iterator[Path]:
     """A new folder that all users can reach."""
-    # Not below tmp_path: every pytest that starts closes that to others.
+    # Not below tmp_path: every pytest run closes that to others when it starts.
     with tempfile.TemporaryDirectory(prefix="cowfs-peers-") as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -54,7 +54,7 @@ def open_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def open_mount(size: str = "512M") -> Iterator[Mounted]:
-    """A cowfs mount that all users can reach, of an image of that size; checked in the end."""
+    """A cowfs mount of an image of that size that all users can reach; checked at the end."""
     with open_folder() as folder:
         mount = Mounted(folder, size, ("-o", "allow_other"))
         try:
@@ -69,7 +69,7 @@ def open_mount(size: str = "512M") -> Iterator[Mounted]:
 
 @contextlib.contextmanager
 def peer(kind: str) -> Iterator[Path]:
-    """An empty filesystem of one of KINDS, which all users can reach, mounted while the block runs."""
+    """An empty filesystem of one of KINDS, mounted while the block runs; all users can reach it."""
     if kind == "cowfs":
         with open_mount() as mount:
             yield mount.path
@@ -93,7 +93,7 @@ def peer(kind: str) -> Iterator[Path]:
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What a call answers, or the name of its errno."""
+    """The value that a call returns, or the name of its errno."""
     try:
         return call()
     except OSError as error:
@@ -101,7 +101,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 def as_user(user: User, call: Callable[[], Any]) -> Any:
-    """What a call answers to a user, or the name of its errno. Plain values only."""
+    """The value that a call returns to a user, or the name of its errno. Plain values only."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:

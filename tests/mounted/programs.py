@@ -1,7 +1,7 @@
-"""Runs the programs of others, and ends them with all their children whatever happens.
+"""Runs external programs, and ends them with all their children whatever happens.
 
-SECONDS is how long a program works on a mount before it is looked at, ROUNDS how often daemons are
-killed under one, and `--seed` repeats the moments.
+SECONDS is how long a program works on a mount before it is checked, ROUNDS how often daemons are
+killed under one, and `--seed` repeats the random moments.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ RUN_SECONDS_MAX = 2 * HANG_SECONDS + 20 * SECONDS  # each of forty stressors get
 
 
 def random_moments() -> random.Random:
-    """Other moments in each run; a failed test prints how to have the same again."""
+    """A random generator, different in each run; a failed test prints how to repeat it."""
     seed = chosen_seed(random.randrange(1 << 30))
     print(f"--seed {seed}")
     return random.Random(seed)
@@ -72,7 +72,7 @@ def started(
 
 
 def end_with_children(pid: int) -> None:
-    """Kill a process and all that it started, unless they have ended."""
+    """Kill a process and all its descendants that are still running."""
     family = [pid, *_descendants(pid)]
     for member in family:
         with contextlib.suppress(ProcessLookupError):
@@ -82,7 +82,7 @@ def end_with_children(pid: int) -> None:
 
 
 def _descendants(pid: int) -> list[int]:
-    """What a process started, directly or not, as far as it has not lost its parent."""
+    """The descendants of a process, except those that lost their parent."""
     children: dict[int, list[int]] = {}
     for place in Path("/proc").iterdir():
         if place.name.isdecimal():
@@ -90,13 +90,13 @@ def _descendants(pid: int) -> list[int]:
                 words = (place / "stat").read_text(errors="replace").rpartition(")")[2].split()
                 children.setdefault(int(words[1]), []).append(int(place.name))
     found = [pid]
-    for member in found:  # grows meanwhile
+    for member in found:  # the list grows meanwhile
         found += children.get(member, [])
     return found[1:]
 
 
 def git(folder: Path, *words: str | Path, given: str | None = None, **variables: str) -> str:
-    """Run git without the settings of the user or the machine."""
+    """Run git, ignoring the settings of the user and of the machine."""
     settings = ["user.name=Somebody", "user.email=somebody@example.org", "init.defaultBranch=main"]
     options = [word for setting in settings for word in ("-c", setting)]
     nothing = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_NOSYSTEM": "1"}

@@ -1,11 +1,11 @@
 """Commits one transaction after the other to an SQLite database, and prints the number of each.
 
-Usage: sqlite_writer.py FILE JOURNAL SYNCHRONOUS. A number is printed when its COMMIT has returned and
-an fsync of the directory, which was opened before, has succeeded. SQLite itself says that a transaction
-is committed also when it could not open the directory to make the removal of its journal durable, and
-that is what happens when the daemon dies at that moment.
-Goes on after the number that the database has, until the filesystem ends below it: then it ends with
-status 0. `contents_of` tells what belongs to a number.
+Usage: sqlite_writer.py FILE JOURNAL SYNCHRONOUS. A number is printed when its COMMIT has returned
+and an fsync of the directory, which was opened before, has succeeded. SQLite reports a transaction
+as committed even if it could not open the directory to make the removal of its journal durable,
+which happens when the daemon dies at that moment. The program continues after the database's last
+number until the filesystem goes away, and then ends with status 0. `contents_of` gives the contents
+that belong to a number.
 """
 
 import errno
@@ -14,7 +14,7 @@ import random
 import sqlite3
 import sys
 
-# What the kernel says when the daemon of a FUSE mount is gone. EIO would be an answer of the daemon.
+# The kernel's error when the daemon of a FUSE mount is gone. EIO would come from the daemon.
 GONE = {errno.ENOTCONN, errno.ECONNABORTED}
 
 TABLES = """
@@ -26,7 +26,7 @@ INSERT OR IGNORE INTO totals VALUES (1, 0, 0);
 
 
 def contents_of(number: int) -> bytes:
-    """The contents of one entry: some fill many pages."""
+    """The contents of one entry; some of them fill many pages."""
     generator = random.Random(number)
     return generator.randbytes(generator.choice((10, 300, 3000, 40_000)))
 
@@ -50,7 +50,8 @@ def main() -> None:
             database.execute(
                 "UPDATE totals SET count = count + 1, bytes = bytes + ?", [len(contents)]
             )
-            # An old one is replaced by zeros of the same size, so pages in the middle change too.
+            # Replace an old entry by zeros of the same size, so that pages in the middle change
+            # too.
             database.execute(
                 "UPDATE entries SET contents = zeroblob(length(contents)) WHERE number = ?",
                 [number - 10],

@@ -1,6 +1,6 @@
-"""Promises about POSIX ACLs on a mount: the same as on ext4 and tmpfs, decision by decision.
+"""Promises about POSIX ACLs on a mount: every decision is the same as on ext4 and tmpfs.
 
-Tables run on all three; what is random runs on cowfs and ext4 side by side and is compared.
+Tables run on all three; random tests run on cowfs and ext4 side by side and compare.
 """
 
 import functools
@@ -56,14 +56,14 @@ Places = dict[str, Path]
 
 @pytest.fixture(scope="module")
 def places() -> Iterator[Places]:
-    """One filesystem of each kind."""
+    """One mounted filesystem of each kind."""
     with peer("cowfs") as cowfs, peer("ext4") as ext4, peer("tmpfs") as tmpfs:
         yield {"cowfs": cowfs, "ext4": ext4, "tmpfs": tmpfs}
 
 
 @pytest.fixture(params=KINDS)
 def folder(places: Places, request: pytest.FixtureRequest) -> Path:
-    """An empty directory on each kind in turn."""
+    """An empty directory, on each kind of filesystem in turn."""
     place: Path = places[request.param] / re.sub(r"\W", "-", request.node.name)
     place.mkdir()
     place.chmod(0o755)
@@ -83,7 +83,7 @@ def pair(places: Places, request: pytest.FixtureRequest) -> tuple[Path, Path]:
 
 
 def acl(text: str) -> bytes:
-    """The value of an ACL in short form: `u::rwx,u:1001:r,g::rx,m::rwx,o::`."""
+    """The binary value of an ACL in short form: `u::rwx,u:1001:r,g::rx,m::rwx,o::`."""
     entries = []
     for word in text.split(","):
         kind, name, letters = word.split(":")
@@ -104,7 +104,7 @@ def mode(path: Path) -> int:
 
 
 def getfacl(folder: Path) -> str:
-    """All ACLs below a folder, as the program of that name shows them."""
+    """All ACLs below a folder, as getfacl(1) prints them."""
     words = ["getfacl", "--recursive", "--numeric", "."]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert not done.returncode, done.stderr
@@ -124,7 +124,7 @@ def programs(*words: str | os.PathLike[str], cwd: Path | None = None) -> str:
     return done.stdout
 
 
-# --- tables, on each filesystem ----------------------------------------------------------------------
+# --- tables, on each filesystem -------------------------------------------------------------------
 
 NAMED = "u::rwx,u:64001:rw,g::rx,g:64011:x,m::rwx,o::r"
 
@@ -142,12 +142,12 @@ NAMED = "u::rwx,u:64001:rw,g::rx,g:64011:x,m::rwx,o::r"
     ],
 )
 def test_an_access_acl_sets_the_mode(folder: Path, text: str, shown: int, is_stored: bool) -> None:
-    """Promise: owner, mask or group, other are the mode; nothing is stored if that is all."""
+    """Promise: an ACL's owner, mask or group, and other are the mode; more than that is stored."""
     for number, old in enumerate((0o000, 0o777, 0o7654)):
         for path in (folder / f"file {number}", folder / f"directory {number}"):
             path.touch() if path.name[0] == "f" else path.mkdir()
             path.chmod(old)
-            os.setxattr(path, ACCESS, acl(NAMED))  # what was there before plays no part
+            os.setxattr(path, ACCESS, acl(NAMED))  # an earlier ACL plays no part
             os.setxattr(path, ACCESS, acl(text))
             assert mode(path) == old & 0o7000 | shown
             assert acls(path) == ({ACCESS: acl(text)} if is_stored else {})
@@ -194,7 +194,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_what_is_no_acl_is_refused(folder: Path, what: str) -> None:
-    """Promise: nothing changes when a value is refused."""
+    """Promise: a malformed ACL is refused and nothing changes."""
     path = folder / "directory"
     path.mkdir()
     path.chmod(0o750)
@@ -205,7 +205,7 @@ def test_what_is_no_acl_is_refused(folder: Path, what: str) -> None:
 
 
 def test_acls_are_refused_where_there_can_be_none(folder: Path) -> None:
-    """Promise: default ACLs are for directories, symlinks have none, others' files are not ours."""
+    """Promise: only directories have default ACLs, symlinks none; only owners set a file's ACL."""
     file, link, fifo, ours = (folder / name for name in ("file", "link", "fifo", "ours"))
     file.touch()
     link.symlink_to("file")
@@ -231,7 +231,7 @@ def test_acls_are_refused_where_there_can_be_none(folder: Path) -> None:
 
 
 def test_removing_acls(folder: Path) -> None:
-    """Promise: what is not there can be removed; the mode stays as the ACL left it."""
+    """Promise: removing an absent ACL succeeds; the mode stays as the ACL left it."""
     path = folder / "directory"
     path.mkdir()
     for name in (ACCESS, DEFAULT):
@@ -241,7 +241,7 @@ def test_removing_acls(folder: Path) -> None:
         os.removexattr(path, name)
         assert acls(path) == {}
         os.setxattr(path, name, acl(NAMED))
-        os.setxattr(path, name, b"\2\0\0\0")  # an ACL without entries is none
+        os.setxattr(path, name, b"\2\0\0\0")  # an ACL without entries means no ACL
         assert acls(path) == {}
     assert mode(path) == 0o774
     programs("setfacl", "--remove-all", "--remove-default", path)
@@ -249,7 +249,7 @@ def test_removing_acls(folder: Path) -> None:
 
 @pytest.mark.parametrize("user", [ANN, BOB, CARL])
 def test_set_group_id_goes_when_an_outsider_sets_an_acl(folder: Path, user: User) -> None:
-    """Promise: the bit stays only for a member of the group, supplementary ones included; or root."""
+    """Promise: S_ISGID stays only for root and members of the group, supplementary ones too."""
     path = folder / "directory"
     path.mkdir()
     for group in (64001, 64010, 64012):
@@ -268,7 +268,7 @@ def test_set_group_id_goes_when_an_outsider_sets_an_acl(folder: Path, user: User
 
 
 def test_setfacl_and_getfacl(folder: Path) -> None:
-    """Promise: the programs that people use work, and say what they say elsewhere."""
+    """Promise: setfacl and getfacl work, and print what they print elsewhere."""
     path = folder / "directory"
     path.mkdir(mode=0o750)
     programs("setfacl", "-m", "u:64001:rwx,g:64011:r", path)
@@ -295,13 +295,13 @@ def test_setfacl_and_getfacl(folder: Path) -> None:
     assert acls(path / "file")[ACCESS]
 
 
-# --- inheritance -------------------------------------------------------------------------------------
+# --- inheritance ----------------------------------------------------------------------------------
 
 
 def random_acl(choice: random.Random, *, is_sorted: bool = False) -> bytes:
-    """A valid ACL; named entries from the users and groups of the tests.
+    """A valid ACL; named entries are for the users and groups of the tests.
 
-    Programs sort them by number (`is_sorted`), the kernel does not mind.
+    Programs sort them by number (`is_sorted`); the kernel accepts any order.
     """
     bits = lambda: choice.choice([0, 4, 5, 6, 7, 7, choice.randrange(8)])  # noqa: E731
     uids = [64001, 64002, 64003, 64004, 0]
@@ -321,7 +321,7 @@ def create(path: Path, kind: str, mode: int) -> None:
     elif kind == "nameless":
         descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, mode)
         try:
-            # Only with a directory given does Python follow the link.
+            # Python follows the link only if a directory is given.
             os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor)
         finally:
             os.close(descriptor)
@@ -355,7 +355,7 @@ KINDS_OF_FILES = (
 def test_new_files_inherit_as_on_ext4(
     pair: tuple[Path, Path], record_property: Callable[[str, object], None]
 ) -> None:
-    """Promise: any default ACL, mode, umask, type of file and creator: what ext4 makes, we make."""
+    """Promise: for any default ACL, mode, umask, file type and creator, a file is as on ext4."""
     choice = random.Random(20)
     plans = []
     for number in range(400):
@@ -363,7 +363,7 @@ def test_new_files_inherit_as_on_ext4(
         umask = choice.choice(UMASKS)
         kind, user = choice.choice(KINDS_OF_FILES), choice.choice(USERS)
         if kind == "nameless":
-            user = ROOT  # after a change of user nobody may follow /proc/self/fd
+            user = ROOT  # after a change of user /proc/self/fd cannot be followed
         asked = choice.choice([0o666, 0o777, 0o600, choice.randrange(0o10000)])
         parent_mode = choice.choice([0o777, 0o777, 0o2777])
         plans.append((number, default, umask, kind, user, asked))
@@ -394,7 +394,7 @@ def test_new_files_inherit_as_on_ext4(
 
 
 def test_a_tree_inherits_downwards_as_on_ext4(pair: tuple[Path, Path]) -> None:
-    """Promise: default ACLs go all the way down, through programs as well."""
+    """Promise: default ACLs are inherited all the way down, by files of programs as well."""
     for root in pair:
         os.setxattr(root, DEFAULT, acl("u::rwx,u:64001:rwx,g::rx,g:64011:rw,m::rwx,o::"))
         before = os.umask(0o077)
@@ -411,11 +411,11 @@ def test_a_tree_inherits_downwards_as_on_ext4(pair: tuple[Path, Path]) -> None:
     assert getfacl(pair[0]) == getfacl(pair[1])
 
 
-# --- decisions ---------------------------------------------------------------------------------------
+# --- decisions ------------------------------------------------------------------------------------
 
 
 def decisions(root: Path, count: int) -> list[Any]:
-    """What the caller may do with each of the files and directories of a folder."""
+    """The accesses that the caller has to each file and directory of a folder."""
 
     def opened(path: Path, flags: int) -> None:
         os.close(os.open(path, flags))
@@ -457,7 +457,7 @@ def change(path: Path, action: str, value: bytes, mode: int, owner: tuple[int, i
 def test_every_user_may_do_what_ext4_lets_them(
     pair: tuple[Path, Path], record_property: Callable[[str, object], None]
 ) -> None:
-    """Promise: decisions are those of ext4, also right after chmod, chown and changes of the ACL."""
+    """Promise: decisions equal ext4's, also right after chmod, chown and changes of the ACL."""
     choice = random.Random(4)
     count, compared = 40, 0
     names = [f"{letter}{number}" for number in range(count) for letter in "fd"]
@@ -486,7 +486,7 @@ def test_every_user_may_do_what_ext4_lets_them(
     record_property("count", ("decisions compared with ext4", compared))
 
 
-# --- round trips -------------------------------------------------------------------------------------
+# --- round trips ----------------------------------------------------------------------------------
 
 
 def populate(root: Path) -> None:
@@ -533,7 +533,7 @@ def test_programs_carry_acls_over_and_back(pair: tuple[Path, Path], program: str
     assert len(wanted) == 12 * 4
 
 
-# --- what only cowfs has -----------------------------------------------------------------------------
+# --- what only cowfs has --------------------------------------------------------------------------
 
 
 def remounted(mount: Mounted, options: str) -> None:
@@ -543,13 +543,13 @@ def remounted(mount: Mounted, options: str) -> None:
 
 @pytest.fixture
 def shared() -> Iterator[Mounted]:
-    """A mount of one test that other users can reach."""
+    """A mount for one test that other users can reach."""
     with open_mount() as mount:
         yield mount
 
 
 def test_noacl_and_noxattrs_leave_acls_alone(shared: Mounted) -> None:
-    """Promise: without ACLs they are hidden, refused and not enforced; none is lost or contradicts."""
+    """Promise: with noacl or noxattrs, ACLs are hidden, refused, not enforced, and none is lost."""
     path, below = shared.path / "file", shared.path / "directory"
     path.write_text("text")
     path.chmod(0o600)
@@ -581,7 +581,7 @@ def test_noacl_and_noxattrs_leave_acls_alone(shared: Mounted) -> None:
 
 
 def test_acls_of_snapshots_hold(shared: Mounted) -> None:
-    """Promise: a snapshot shows and enforces the ACLs of its time; rollback and undo bring them back."""
+    """Promise: a snapshot shows and enforces its own ACLs; rollback and undo restore ACLs."""
     root = shared.path
     path, below = root / "file", root / "directory"
     path.write_text("old")
@@ -604,7 +604,7 @@ def test_acls_of_snapshots_hold(shared: Mounted) -> None:
         with open(os.open(name, os.O_RDONLY, dir_fd=at)) as file:
             return file.read()
 
-    # .snapshots is the owner's alone: others only get in with a descriptor that root opened.
+    # Only the owner may enter .snapshots: others use a descriptor that root opened.
     inside = os.open(past, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for user, first, second in (
@@ -649,7 +649,7 @@ def test_acls_survive_a_crash_after_fsync(shared: Mounted) -> None:
 
 
 def test_a_malformed_acl_in_an_image_is_an_error_and_can_be_removed(shared: Mounted) -> None:
-    """Promise: EIO for those whom the ACL would concern; nothing else is lost, check names it."""
+    """Promise: EIO for users whom the ACL would concern; nothing else is lost, check names it."""
     path, below = shared.path / "file", shared.path / "directory"
     path.write_text("text")
     path.chmod(0o664)
@@ -683,7 +683,7 @@ def test_a_malformed_acl_in_an_image_is_an_error_and_can_be_removed(shared: Moun
             os.removexattr(each, attribute)
     assert as_user(ANN, path.read_text) == "text"
     assert as_user(ANN, lambda: os.mkdir(below / "new")) is None
-    path.unlink()  # the kernel does not even ask us to remove the default ACL of a file
+    path.unlink()  # the kernel does not ask the daemon to remove the default ACL of a file
 
 
 COUNTING = """
@@ -710,10 +710,10 @@ finally:
 
 @pytest.mark.parametrize("user", [ROOT, ANN])
 def test_the_kernel_asks_for_acls_once_and_not_for_the_owner(user: User) -> None:
-    """Promise: files without ACLs cost their owner nothing, others one question for each.
+    """Promise: files without ACLs cost their owner no request, others one request for each file.
 
-    Of the root directory the kernel may keep no ACL: it made that inode before it knew that we have
-    any. Others than its owner pay one question for each path that they walk from there.
+    The kernel may cache no ACL of the root directory: it made that inode before it knew that cowfs
+    has ACLs. Users other than its owner cost one request for each path that they walk from there.
     """
     with open_folder() as folder:
         image, root = folder / "test.img", folder / "mnt"

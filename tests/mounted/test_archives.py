@@ -1,7 +1,7 @@
-"""Promises that rsync, tar and cp carry everything a tree can hold onto a mount and back again.
+"""Promises that rsync, tar and cp carry everything a tree can hold onto a mount and back.
 
-Compared is all that a program can see of a file, ACLs and capabilities among its attributes, and where
-the holes are.
+The tests compare all that a program can see of a file, ACLs and capabilities included, and the
+places of holes.
 """
 
 import os
@@ -22,7 +22,7 @@ Copy = Callable[[Path, Path], None]
 
 
 def make_tree(root: Path) -> None:
-    """One of everything, and what asks most of a program that copies."""
+    """Make one file of every kind, and what is hardest for copying programs."""
     generator = random.Random(5)
     root.mkdir()
     make_one_of_everything(root)
@@ -73,7 +73,7 @@ def make_tree(root: Path) -> None:
     (deep / "bottom").write_bytes(b"bottom")
     modes = [0o400, 0o644, 0o755, 0o2755, 0o4711]
     if os.geteuid() == 0:
-        modes.append(0)  # others could not read them
+        modes.append(0)  # only root could read them
     for number in range(300):
         path = root / f"folder {number % 4}" / f"small {number}"
         path.write_bytes(generator.randbytes(generator.randrange(5000)))
@@ -84,7 +84,7 @@ def make_tree(root: Path) -> None:
 
 
 def islands(path: Path) -> list[tuple[int, int]]:
-    """Where a file has data: beginnings and ends, in blocks."""
+    """The ranges of a file that hold data: begin and end, in blocks."""
     found: list[tuple[int, int]] = []
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -93,7 +93,7 @@ def islands(path: Path) -> list[tuple[int, int]]:
             try:
                 begin = os.lseek(file.fileno(), end, os.SEEK_DATA)
             except OSError:
-                break  # a hole up to the end
+                break  # the rest is a hole
             end = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
             found.append((begin // BLOCK, -(-end // BLOCK)))
     return found
@@ -118,7 +118,7 @@ def tar(source: Path, target: Path) -> None:
 
 
 def cp(source: Path, target: Path) -> None:
-    """cp with all that it can keep, between filesystems, so nothing is shared."""
+    """cp with all that it can keep; between filesystems, so no blocks are shared."""
     run("cp", "--archive", "--sparse=always", source, target)
 
 
@@ -126,7 +126,7 @@ def cp(source: Path, target: Path) -> None:
 def test_copies_onto_a_mount_and_back_are_the_tree(
     mount: Mounted, tmp_path: Path, copy: Copy
 ) -> None:
-    """Promise: there, after a remount, and back again nothing that can be seen has changed."""
+    """Promise: after the copy, a remount and the copy back, nothing visible has changed."""
     make_tree(tmp_path / "original")
     expected = tree_state(tmp_path / "original")
     sparse = ("holes", "nothing but a hole", "one of everything/sparse", "large")
@@ -146,16 +146,16 @@ def test_copies_onto_a_mount_and_back_are_the_tree(
     for name in sparse:
         assert islands(tmp_path / "back" / name) == data[name], name
 
-    # Within the mount, where cp shares blocks if it may.
+    # Within the mount cp may share blocks.
     copy(mount.path / "copy", mount.path / "second")
     assert_same(expected, tree_state(mount.path / "second"))
 
 
 @pytest.mark.needs_cowfs
 def test_rsync_and_tar_find_in_a_snapshot_what_was_there(mount: Mounted, tmp_path: Path) -> None:
-    """Promise: a backup made from a snapshot, while the tree changes, is the tree of then."""
+    """Promise: a backup from a snapshot, made while the tree changes, is the tree of that time."""
     make_tree(mount.path / "tree")
-    # A snapshot lends nobody the rights of a file's owner: these bits do not show in it.
+    # A snapshot hides the set-id bits, since it lends nobody the rights of a file's owner.
     run("chmod", "-R", "u-s,g-s", mount.path / "tree")
     expected = tree_state(mount.path / "tree")
     snapshot = mount.snapshot("kept")

@@ -40,7 +40,7 @@ def assert_refused(result: Completed, *statuses: int, says: str | tuple[str, ...
 
 @pytest.fixture
 def image(tmp_path: Path) -> Iterator[Path]:
-    """A fresh image that is not mounted; whatever was tried with it, it is clean afterwards."""
+    """A fresh image that is not mounted; whatever the test tried, it must be clean at the end."""
     image = tmp_path / "image.img"
     require_success(run_command("mkfs", image, "--size", "256M"))
     yield image
@@ -49,7 +49,7 @@ def image(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
-    """An empty directory where nothing may be mounted afterwards."""
+    """An empty directory where nothing may be mounted at the end."""
     place = tmp_path / "place"
     place.mkdir()
     yield place
@@ -63,7 +63,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
     "command", ["mount", "check", "info", "snapshot list", "rollback", "cowdu"]
 )
 def test_missing_image_is_refused(tmp_path: Path, place: Path, command: str) -> None:
-    """Promise: every command says that there is no such image, with status 10."""
+    """Promise: every command says that the image does not exist, with status 10."""
     missing = tmp_path / "missing.img"
     more: dict[str, list[str | Path]] = {"mount": [place], "rollback": ["name"]}
     result = run_command(*command.split(), missing, *more.get(command, []))
@@ -76,7 +76,7 @@ def test_missing_image_is_refused(tmp_path: Path, place: Path, command: str) -> 
 def test_file_that_is_no_image_is_refused(
     tmp_path: Path, place: Path, command: str, kind: str
 ) -> None:
-    """Promise: a file that is something else is named as such and left as it is."""
+    """Promise: a file that is no image is refused by name and left as it is."""
     file = tmp_path / "file"
     file.write_bytes(
         {
@@ -94,7 +94,7 @@ def test_file_that_is_no_image_is_refused(
 
 
 def test_directory_as_image_is_refused(tmp_path: Path, place: Path) -> None:
-    """Promise: a directory in the place of an image is an error, not a crash."""
+    """Promise: a directory in place of an image is an error, not a crash."""
     (tmp_path / "directory").mkdir()
     assert_refused(run_command("mount", tmp_path / "directory", place), ERROR)
     assert_refused(run_command("mkfs", tmp_path / "directory", "--size", "1G"), ERROR, USAGE)
@@ -102,7 +102,7 @@ def test_directory_as_image_is_refused(tmp_path: Path, place: Path) -> None:
 
 @pytest.mark.parametrize("part", [0.5, 0.999, 0.0001])
 def test_truncated_image_is_refused(tmp_path: Path, place: Path, part: float) -> None:
-    """Promise: an image whose end is missing is not mounted, as reads would fail later."""
+    """Promise: an image whose end is missing is not mounted, since reads would fail later."""
     image = tmp_path / "image.img"
     require_success(run_command("mkfs", image, "--size", "256M"))
     os.truncate(image, int(image.stat().st_size * part) // 4096 * 4096)
@@ -112,14 +112,14 @@ def test_truncated_image_is_refused(tmp_path: Path, place: Path, part: float) ->
 
 @pytest.mark.parametrize("size", ["0", "-1", "1", "4K", "100K", "many", "", "10X", "1.5.2G", "nan"])
 def test_impossible_size_is_refused(tmp_path: Path, size: str) -> None:
-    """Promise: mkfs makes nothing when the size is too small or not a size."""
+    """Promise: mkfs makes no image when the size is too small or malformed."""
     image = tmp_path / "image.img"
     assert_refused(run_command("mkfs", image, f"--size={size}"), ERROR, USAGE)
     assert not image.exists()
 
 
 def test_mkfs_does_not_overwrite_an_image(image: Path) -> None:
-    """Promise: an image that is there is not made anew unasked."""
+    """Promise: mkfs does not overwrite an existing image unless asked to."""
     before = json_of(run_command("info", image, "--json"))
     assert_refused(run_command("mkfs", image, "--size", "1G"), ERROR, USAGE, says=str(image))
     assert json_of(run_command("info", image, "--json")) == before
@@ -137,7 +137,7 @@ def test_unknown_words_are_refused(image: Path) -> None:
 
 
 def test_mount_point_must_be_an_empty_directory(image: Path, tmp_path: Path, place: Path) -> None:
-    """Promise: what is in the way of a mount is named."""
+    """Promise: the error says why the mount point cannot be used."""
     missing, file = tmp_path / "missing", tmp_path / "file"
     file.write_bytes(b"")
     (place / "something").touch()
@@ -148,7 +148,7 @@ def test_mount_point_must_be_an_empty_directory(image: Path, tmp_path: Path, pla
 
 
 def test_image_inside_its_own_mount_is_refused(tmp_path: Path) -> None:
-    """Promise: an image cannot be hidden below its own mount, where every access would hang."""
+    """Promise: an image below its own mount point is refused, as every access to it would hang."""
     place = tmp_path / "place"
     (place / "below").mkdir(parents=True)
     for image in (place / "image.img", place / "below" / "image.img"):
@@ -182,7 +182,7 @@ def test_mount_point_in_use_is_refused(mount: Mounted, image: Path) -> None:
 
 
 def test_umount_of_what_is_not_mounted_is_refused(place: Path, tmp_path: Path) -> None:
-    """Promise: umount, df and sync say so when there is nothing to work on."""
+    """Promise: umount, df and sync say so when the directory is not mounted."""
     for command in ("umount", "df", "sync"):
         assert_refused(run_command(command, place), ERROR, says=str(place))
         missing = tmp_path / "missing"
@@ -215,7 +215,7 @@ def mount_with_snapshot(module_mount: Mounted) -> Mounted:
 
 @pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
 def test_bad_snapshot_name_is_refused(mount_with_snapshot: Mounted, image: Path, name: str) -> None:
-    """Promise: a name that no directory below .snapshots or no command could have is refused."""
+    """Promise: a name that no directory or no command could have is refused."""
     mount = mount_with_snapshot
     before = run_command("snapshot", "list", mount.path).stdout
     for target in (mount.path, image):
@@ -226,7 +226,7 @@ def test_bad_snapshot_name_is_refused(mount_with_snapshot: Mounted, image: Path,
 
 
 def test_unusual_snapshot_names_work(mount: Mounted) -> None:
-    """Promise: other file names work, of 255 bytes or not in English."""
+    """Promise: any other file name works, of 255 bytes or not in English."""
     names = ["n" * 255, "ü" * 127, "two words", "~", "#", "@", "a:b", "*", "日本語"]
     for name in names:
         (mount.path / "file").write_text(name, encoding="utf-8")
@@ -238,7 +238,7 @@ def test_unusual_snapshot_names_work(mount: Mounted) -> None:
 
 
 def test_duplicate_and_unknown_snapshots_are_refused(mount: Mounted) -> None:
-    """Promise: no snapshot is replaced, and none that is not there is acted upon."""
+    """Promise: no snapshot is replaced, and a command on an unknown snapshot is refused."""
     (mount.path / "file").write_bytes(b"first")
     require_success(run_command("snapshot", "create", mount.path, "one"))
     require_success(run_command("snapshot", "create", mount.path, "two"))
@@ -256,7 +256,7 @@ def test_duplicate_and_unknown_snapshots_are_refused(mount: Mounted) -> None:
         ("cowdu", mount.path, "nobody"),
     ):
         assert_refused(run_command(*words), ERROR, USAGE, says="nobody")
-    # Refused as a whole: of two names of which one is wrong, the other was not deleted either.
+    # Refused as a whole: if one of two names is wrong, the other is not deleted either.
     for name in ("one", "two"):
         assert (mount.path / ".snapshots" / name / "file").read_bytes() == b"first"
     assert (mount.path / "file").read_bytes() == b"second"
@@ -267,7 +267,7 @@ def test_duplicate_and_unknown_snapshots_are_refused(mount: Mounted) -> None:
 
 
 def test_rollback_under_an_open_file_is_refused_naming_it(mount: Mounted) -> None:
-    """Promise: rollback never pulls a file from under its writer, unless it is forced to."""
+    """Promise: without --force, rollback refuses while a file is open for writing, and names it."""
     (mount.path / "folder").mkdir()
     file = mount.path / "folder" / "being written"
     file.write_bytes(b"at the snapshot")
@@ -280,17 +280,17 @@ def test_rollback_under_an_open_file_is_refused_naming_it(mount: Mounted) -> Non
 
         require_success(run_command("rollback", mount.path, "before", "--force"))
         assert file.read_bytes() == b"at the snapshot"
-        with pytest.raises(OSError) as caught:  # noqa: PT011  # the number is looked at below
+        with pytest.raises(OSError) as caught:  # noqa: PT011  # the test checks errno below
             write_durably(stream.fileno(), b"into the past")
         assert caught.value.errno in (errno.ESTALE, errno.EROFS, errno.EBADF)
     assert file.read_bytes() == b"at the snapshot"
-    # A file that is only read stands in nobody's way.
+    # A file that is open only for reading does not prevent a rollback.
     with open(file, "rb"):
         require_success(run_command("rollback", mount.path, "before"))
 
 
 def write_durably(descriptor: int, data: bytes) -> None:
-    """Write and fsync: one of the two has to fail on a file that is no longer the live one."""
+    """Write and fsync: one of them must fail on a file of the old live volume."""
     os.write(descriptor, data)
     os.fsync(descriptor)
 
@@ -299,7 +299,7 @@ def write_durably(descriptor: int, data: bytes) -> None:
 
 
 def fill(file: Path) -> int:
-    """Write until the filesystem is full; gives the number of bytes that it took."""
+    """Write until the filesystem is full; returns the number of bytes that fit."""
     written = 0
     chunk = os.urandom(1 << 20)
     descriptor = os.open(file, os.O_CREAT | os.O_WRONLY)
@@ -332,14 +332,14 @@ def test_full_filesystem_says_so_and_can_always_delete(tmp_path: Path) -> None:
             try:
                 (mount.path / f"small {number}").write_bytes(os.urandom(4096))
             except OSError as error:
-                assert error.errno == errno.ENOSPC, error  # either way goes on
+                assert error.errno == errno.ENOSPC, error  # both outcomes are fine
                 break
         else:
             pytest.fail("a full filesystem took 10,000 files more")
         assert (mount.path / "kept").read_bytes() == kept
         assert json_of(mount.cowfs("df", mount.path, "--json"))["available_bytes"] < 16 << 20
 
-        # Deleting a snapshot needs no free space and gives room again.
+        # Deleting a snapshot needs no free space, and frees some.
         require_success(run_command("snapshot", "delete", mount.path, "holds old", "--wait"))
         assert fill(mount.path / "more") > 8 << 20
 

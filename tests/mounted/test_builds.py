@@ -1,6 +1,6 @@
-"""Promises that a C project is configured and built on a mount as anywhere: autoconf, automake, make.
+"""Promises that a C project builds on a mount as anywhere: autoconf, automake, make.
 
-What make does again, and what it leaves alone, is decided by times of files to the nanosecond.
+make decides by modification times, to the nanosecond, what it builds again.
 """
 
 import os
@@ -57,7 +57,7 @@ table.c: $(srcdir)/make-table
 
 
 def make_project(place: Path) -> None:
-    """Write the sources of a program of a hundred files: file n gives n, and knows its neighbour."""
+    """Write the sources of a program of 100 files: file n returns n and calls its neighbour."""
     (place / "source").mkdir(parents=True)
     (place / "aux").mkdir()
     files: dict[str, str] = {
@@ -97,12 +97,12 @@ def make_project(place: Path) -> None:
 
 
 def make(build: Path, *words: str) -> str:
-    """Run make with two jobs; gives what it said."""
+    """Run make with two jobs; returns its output."""
     return run("make", "-j2", *words, folder=build, CFLAGS="-O0", MAKEFLAGS="")
 
 
 def times(build: Path) -> dict[str, int]:
-    """When each file of a build was changed."""
+    """The modification time of each file of a build."""
     return {
         str(path.relative_to(build)): path.stat().st_mtime_ns
         for path in build.rglob("*")
@@ -117,7 +117,7 @@ def changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
 
 @pytest.fixture
 def build(mount: Mounted) -> Path:
-    """The folder where the project is built, beside its sources."""
+    """The build directory, beside the sources."""
     make_project(mount.path / "project")
     run("autoreconf", "--install", folder=mount.path / "project", WARNINGS="all,no-portability")
     place = mount.path / "build"
@@ -127,7 +127,7 @@ def build(mount: Mounted) -> Path:
 
 
 def test_project_is_built_checked_and_installed(mount: Mounted, build: Path) -> None:
-    """Promise: everything is built once, only what changed is built again, also after a remount."""
+    """Promise: everything is built once, then only what changed, also after a remount."""
     source, target = mount.path / "project" / "source", mount.path / "installed"
     make(build)
     assert run(build / "count") == f"{sum(range(FILES))}\n"
@@ -143,7 +143,7 @@ def test_project_is_built_checked_and_installed(mount: Mounted, build: Path) -> 
         "usr/lib/libcounting.a",
         "usr/share/man/man1/count.1",
     }
-    # install sets its own times; what it copied is what was built.
+    # install sets its own times, but the contents are those that were built.
     assert (target / "usr" / "bin" / "count").read_bytes() == (build / "count").read_bytes()
 
     finished = times(build)
@@ -153,11 +153,11 @@ def test_project_is_built_checked_and_installed(mount: Mounted, build: Path) -> 
         assert changed(finished, times(build)) == set(), "make did again what was done"
         mount.remount()
 
-    # Touched in the moment after the last look: a clock that is behind would not be noticed by make.
+    # Touch the file right after the last check: make would miss it if the clock were behind.
     os.utime(source / f"part{FILES // 2}.c")
     make(build)
     again = times(build)
-    # automake writes the dependencies of an object anew with it.
+    # automake also writes the dependencies of an object anew.
     assert changed(finished, again) == {
         "libcounting.a",
         "count",
@@ -169,14 +169,14 @@ def test_project_is_built_checked_and_installed(mount: Mounted, build: Path) -> 
     )
     make(build)
     objects = {name for name in changed(again, times(build)) if name.endswith(".o")}
-    assert len(objects) == FILES + 2  # all but those of the two programs that only `check` makes
+    assert len(objects) == FILES + 2  # all but the objects of two programs that only `check` builds
     make(build, "distclean")
     assert [path for path in build.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.needs_cowfs
 def test_rollback_brings_a_build_back_as_make_left_it(mount: Mounted, build: Path) -> None:
-    """Promise C6: after a rollback make finds nothing to do, and after an undo only what was new."""
+    """Promise C6: after a rollback make finds nothing to do, after an undo only what was new."""
     part = mount.path / "project" / "source" / "part3.c"
     make(build)
     finished = times(build)

@@ -1,4 +1,4 @@
-"""Promises that bytes which are no UTF-8 stop nothing: in paths, names, arguments, refusals, answers."""
+"""Promises that bytes which are not UTF-8 work in paths, names, arguments, errors and answers."""
 
 import json
 import os
@@ -21,7 +21,7 @@ STRICT = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in a locale li
 
 
 def run(*words: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """A command, its end looked at: no internal error, no broken connection, all of it text."""
+    """Run a command; require its status, and output without internal error that is all text."""
     program, *rest = map(os.fspath, words)
     done = subprocess.run(
         [str(COMMANDS / program), *rest],
@@ -56,7 +56,7 @@ def image(folder: Path) -> Path:
 
 @pytest.fixture
 def place(folder: Path, image: Path) -> Iterator[Path]:
-    """A mount with a snapshot, all of it at paths that are no text; clean afterwards."""
+    """A mount with a snapshot, all at paths that are not text; the image is clean at the end."""
     place = folder / f"mnt{BAD}"
     place.mkdir()
     run("cowfs", "mount", image, place)
@@ -90,7 +90,7 @@ COMMANDS_THAT_LOOK = [
 def test_every_command_works_on_paths_that_are_no_text(
     place: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: on the mount and on the image, in words and as JSON; and JSON names come back."""
+    """Promise: commands work on mount and image, in words and as JSON; JSON names convert back."""
     for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setitem(STRICT, name, str(tmp_path / name))
     (place / f"file{BAD}").unlink()
@@ -138,7 +138,7 @@ def test_every_command_works_on_paths_that_are_no_text(
 
 
 def test_refusal_names_open_files_that_are_no_text(place: Path) -> None:
-    """Promise: rollback says which file, by its bytes, and the daemon goes on."""
+    """Promise: rollback names the open file by its bytes, and the daemon goes on."""
     with (place / f"open{BAD}").open("wb"):
         refused = run("cowfs", "rollback", place, "monday", status=ERROR)
         assert r"\xff\xfe" in refused.stderr
@@ -150,7 +150,7 @@ def test_refusal_names_open_files_that_are_no_text(place: Path) -> None:
 
 
 def test_names_that_no_snapshot_can_have_are_refused_in_words(place: Path, image: Path) -> None:
-    """Promise: with the name, on the mount as on the image; nothing is changed, nothing breaks."""
+    """Promise: such a name is refused, quoted in the error, and nothing changes or breaks."""
 
     def refused(target: Path) -> None:
         for words, status, says in (
@@ -184,7 +184,7 @@ def test_names_that_no_snapshot_can_have_are_refused_in_words(place: Path, image
 
 
 def test_snapshot_directory_answers_any_bytes_as_a_directory_does(place: Path) -> None:
-    """Promise: what no snapshot is called is not there (ENOENT), and cannot be made (EROFS)."""
+    """Promise: an unknown name in .snapshots is ENOENT, and making it is EROFS."""
     name = os.fsencode(place / ".snapshots") + b"/\xff"
     for call, says in (
         (os.stat, "No such file"),
@@ -198,7 +198,7 @@ def test_snapshot_directory_answers_any_bytes_as_a_directory_does(place: Path) -
 
 
 def test_daemon_log_takes_paths_that_are_no_text(place: Path, image: Path) -> None:
-    """Promise: a line of the log with such a path is written, and the daemon in front ends clean."""
+    """Promise: the log line has such a path, and the daemon in the foreground ends cleanly."""
     run("cowfs", "umount", place)
     with subprocess.Popen(
         [str(COMMANDS / "cowfs"), "mount", "-f", str(image), str(place)],
@@ -208,7 +208,7 @@ def test_daemon_log_takes_paths_that_are_no_text(place: Path, image: Path) -> No
         try:
             assert daemon.stderr is not None
             line = daemon.stderr.readline()
-            assert rb"\xff\xfe, generation" in line  # all of it, for all the line breaks in it
+            assert rb"\xff\xfe, generation" in line  # complete, despite line breaks in the path
             run("cowfs", "umount", place)
             assert b"Logging error" not in daemon.stderr.read()
             assert daemon.wait(60) == 0

@@ -1,4 +1,4 @@
-"""Promises of cowdu on a mount: paths are those of the mount, numbers of now, nobody is disturbed."""
+"""Promises of cowdu on a mount: paths are the mount's, numbers are current, nobody is disturbed."""
 
 import os
 import random
@@ -20,7 +20,7 @@ MEBIBYTE = 1 << 20
 
 
 def du(*words: str | os.PathLike[str]) -> dict[str, tuple[int, int, int]]:
-    """Total, exclusive and set shared of each path that is told."""
+    """Total, exclusive and set shared bytes of each path that cowdu reports."""
     rows = json_of(run_command("cowdu", "du", *words, "--json"))["paths"]
     return {
         row["path"]: (row["total_bytes"], row["exclusive_bytes"], row["set_shared_bytes"])
@@ -34,10 +34,10 @@ def reclaim(place: Path, *names: str) -> dict[str, Any]:
 
 
 def test_du_is_right_where_btrfs_is_not(mount: Mounted) -> None:
-    """Promise (C11): a file that three snapshots hold, reflinks, and dead parts of an overwritten file.
+    """Promise (C11): three snapshots of one file, reflinks, and dead parts of overwritten files.
 
-    On Btrfs `filesystem du` tells for these: exclusive 0 of the directory of all three; a total of both
-    copies, and exclusive 0; nothing of the part that was overwritten.
+    Btrfs's `filesystem du` reports for these: exclusive 0 for the directory of all three; the total
+    of both copies, and exclusive 0; nothing for the part that was overwritten.
     """
     place, choice = mount.path, random.Random(9)
     snapshots = place / ".snapshots"
@@ -59,7 +59,7 @@ def test_du_is_right_where_btrfs_is_not(mount: Mounted) -> None:
     (place / "two").unlink()
     inside = du(snapshots / "s4")
     assert inside[str(snapshots / "s4")] == (6 * MEBIBYTE, 6 * MEBIBYTE, 0)
-    for name in ("one", "two"):  # neither frees anything without the other
+    for name in ("one", "two"):  # deleting only one of them frees nothing
         assert inside[str(snapshots / "s4" / name)] == (6 * MEBIBYTE, 0, 6 * MEBIBYTE)
 
     (place / "written over").write_bytes(choice.randbytes(8 * MEBIBYTE))
@@ -79,7 +79,7 @@ def test_du_is_right_where_btrfs_is_not(mount: Mounted) -> None:
 
 
 def test_paths_are_those_of_the_mount_wherever_one_stands(mount: Mounted) -> None:
-    """Promise: relative paths, links above the mount, deleted files and files in snapshots."""
+    """Promise: relative paths, links above the mount, deleted files and files in snapshots work."""
     folder = mount.path / "folder"
     folder.mkdir()
     (folder / "file").write_bytes(os.urandom(100_000))
@@ -127,7 +127,7 @@ def test_paths_are_those_of_the_mount_wherever_one_stands(mount: Mounted) -> Non
 
 
 def test_a_mount_of_a_snapshot_is_asked_about_that_snapshot(mount: Mounted) -> None:
-    """Promise: with -o snapshot=NAME a path is what one sees there."""
+    """Promise: with -o snapshot=NAME, a path means the file in that snapshot."""
     (mount.path / "file").write_bytes(os.urandom(40_960))
     mount.snapshot("then")
     (mount.path / "file").write_bytes(os.urandom(81_920))
@@ -142,7 +142,7 @@ def test_a_mount_of_a_snapshot_is_asked_about_that_snapshot(mount: Mounted) -> N
 
 
 def test_numbers_hold_while_programs_write(mount: Mounted) -> None:
-    """Promise (C11): a report of a busy mount is of one moment, and a deletion frees what was said."""
+    """Promise (C11): a report of a busy mount shows one moment, and deletion frees what it says."""
     choice = random.Random(4)
     stop = threading.Event()
 
@@ -177,7 +177,7 @@ def test_numbers_hold_while_programs_write(mount: Mounted) -> None:
 
 
 def test_files_that_are_open_without_a_name_have_a_row(mount: Mounted) -> None:
-    """Promise: what only open files keep is told, and it is gone when they are closed."""
+    """Promise: files that only open descriptors keep get a row, until they are closed."""
     path = mount.path / "open"
     path.write_bytes(os.urandom(2 * MEBIBYTE))
     with open(path, "rb"):
@@ -191,7 +191,7 @@ def test_files_that_are_open_without_a_name_have_a_row(mount: Mounted) -> None:
 
 
 def test_cowdu_stands_back_for_everybody_else(mount: Mounted) -> None:
-    """Promise: it gives way to others who want the processor."""
+    """Promise: cowdu runs at low priority, so that others get the processor first."""
     program = (
         "import os\n"
         "from cowfs_tools.cowdu.looking import look\n"

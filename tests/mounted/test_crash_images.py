@@ -1,7 +1,7 @@
 """Promises that the image under a mount is good whenever the daemon may die (C1, C2).
 
-The daemon is stopped again and again while a program works, and its image is copied as it stands: every
-copy is the prefix of some commit. tests/crash/ enumerates all other states, without a mount.
+The daemon is stopped again and again while a program works, and its image is copied as it is then:
+every copy is the prefix of some commit. tests/crash/ enumerates all other states, without a mount.
 """
 
 import os
@@ -23,7 +23,7 @@ from tests.image_files import require_clean
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
 COPIES = 25
-DEEP = 8  # files that exist at once
+DEEP = 8  # files that exist at the same time
 
 
 def content(number: int) -> bytes:
@@ -31,7 +31,7 @@ def content(number: int) -> bytes:
 
 
 class Writer(threading.Thread):
-    """Makes file after file under a name of its own, renames it into place, and has it made durable."""
+    """Makes file after file under another name, renames it into place, and makes it durable."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Writer(threading.Thread):
 
 
 def stop_and_copy(mount: Mounted, copy: Path) -> None:
-    """Stop the daemon wherever it is and copy what it has written until then."""
+    """Stop the daemon at any point, and copy the image as written so far."""
     assert mount.daemon_pid is not None
     os.kill(mount.daemon_pid, signal.SIGSTOP)
     try:
@@ -74,7 +74,7 @@ def stop_and_copy(mount: Mounted, copy: Path) -> None:
 def test_image_copied_at_any_moment_holds_what_was_acknowledged(
     mount: Mounted, tmp_path: Path
 ) -> None:
-    """Promise C1, C2: of files that were fsynced none is missing, and each is whole."""
+    """Promise C1, C2: every file that was fsynced is there and whole."""
     generator = random.Random(5)
     writer = Writer(mount.path)
     writer.start()

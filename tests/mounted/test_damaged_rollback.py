@@ -1,4 +1,4 @@
-"""Damage that an edit of a mount meets does not end its writing (C8, C9)."""
+"""Promises that damage met by an edit of a mount does not end its writing (C8, C9)."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.conftest import Mounted, require_success
 
 
 def _damage_a_leaf_of_names(image: Path) -> tuple[Pointer, bytes]:
-    """Spoil both copies of a leaf with names of the live root directory. Returns where, and what was."""
+    """Spoil both copies of a leaf with names of the live root. Returns its place and old bytes."""
     device = FileDevice(image, writable=True)
     tree = open_filesystem(device, writable=False).live.tree
     node = tree.root_node()
@@ -37,7 +37,7 @@ def _write_copies(image: Path, pointer: Pointer, data: bytes) -> None:
 
 
 def test_rollback_from_a_damaged_root_directory_is_the_remedy(mount: Mounted) -> None:
-    """Promise C8, C9: a lost leaf of the live tree does not stop the rollback that leads out."""
+    """Promise C8, C9: rollback works, and helps, when a leaf of the live tree is lost."""
     (mount.path / "kept").write_text("kept")
     mount.snapshot("good")
     for number in range(2000):
@@ -52,13 +52,13 @@ def test_rollback_from_a_damaged_root_directory_is_the_remedy(mount: Mounted) ->
     mount.remount()
     assert sorted(os.listdir(mount.path)) == ["after", "kept"]
     mount.umount()
-    _write_copies(mount.image, damaged, before)  # the snapshot of the state before still has it
+    _write_copies(mount.image, damaged, before)  # the snapshot of the old state still has this leaf
 
 
 def test_names_of_a_large_root_directory_are_forgotten_without_stopping_others(
     mount: Mounted,
 ) -> None:
-    """Promise: a rollback lists the root directory in slices, and the kernel knows none of its names."""
+    """Promise: rollback lists the root directory in slices; the kernel forgets all its names."""
     mount.snapshot("empty")
     for number in range(5000):
         (mount.path / f"{number}").touch()

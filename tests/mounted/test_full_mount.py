@@ -1,4 +1,4 @@
-"""A full filesystem through a mount (C10)."""
+"""Promises about a full filesystem through a mount (C10)."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from tests.conftest import Mounted, json_of, require_success
 @pytest.mark.mounted
 @pytest.mark.needs_cowfs
 def test_full_mount_names_the_snapshots_to_delete_and_can_be_emptied(mount: Mounted) -> None:
-    """Promise C10 through a mount: ENOSPC at write or fsync, `df` says what helps, rm works."""
+    """Promise C10: ENOSPC comes at write or fsync, `df` names what helps, and rm works."""
     mount.umount()
     mount.image.unlink()
     require_success(run_command("mkfs", mount.image, "--size", "64M"))

@@ -1,7 +1,7 @@
 """Promises that git works on a repository with thousands of commits as it does on the host.
 
-The same work is done on the mount and on a plain directory; names of commits and trees are sums of
-all that is in them, so equal names mean equal contents. git's own check, `fsck`, comes on top.
+The same work is done on the mount and on a plain directory. Names of commits and trees are hashes
+of all their contents, so equal names mean equal contents. git's own check, `fsck`, runs too.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ COMMITS = sized(900, 3000)
 FOLDERS, FILES = 20, 10
 SIDE_BEGINS, SIDE_COMMITS = COMMITS - 100, 25
 BEGIN = 1_700_000_000
-# What git would take from the clock is given, or no name of a commit would be the same twice.
+# Fixed dates: with dates from the clock, no commit would get the same name twice.
 DATES = {"GIT_AUTHOR_DATE": f"{BEGIN} +0000", "GIT_COMMITTER_DATE": f"{BEGIN} +0000"}
 
 
@@ -28,7 +28,7 @@ def path_of(number: int) -> str:
 
 
 def contents_of(number: int) -> str:
-    """What commit `number` writes there: one line of its own, others as before."""
+    """The text that commit `number` writes there: one line of its own, the others as before."""
     return "".join(f"line {line} of {number - number % (line + 1)}\n" for line in range(30))
 
 
@@ -51,7 +51,7 @@ def stream(first: int, end: int, branch: str, parent: str | None) -> str:
 
 
 def make_history(work: Path) -> None:
-    """A repository of thousands of commits: a pack, a thousand commits loose, and a side branch."""
+    """A repository of thousands of commits: a pack, a thousand loose commits, and a side branch."""
     work.mkdir()
     git(work, "init", "--quiet")
     packed = COMMITS * 2 // 3
@@ -63,7 +63,7 @@ def make_history(work: Path) -> None:
 
 
 def work_on(work: Path) -> dict[str, str]:
-    """What people do with a repository; gives what came out, without inodes and times."""
+    """Do everyday work on a repository; returns the outcome, without inodes and times."""
     seen = {"count": git(work, "rev-list", "--count", "--all")}
     seen["log"] = git(work, "log", "--format=%H %s", "--stat", "-n", "300")
     seen["blame"] = git(work, "blame", "--line-porcelain", path_of(COMMITS - 1))
@@ -106,7 +106,7 @@ def work_on(work: Path) -> dict[str, str]:
 
 
 def test_git_does_on_a_mount_what_it_does_on_the_host(mount: Mounted, tmp_path: Path) -> None:
-    """Promise: 3,000 commits, looked at, checked out, rebased, merged and packed, come out the same."""
+    """Promise: 3,000 commits, viewed, checked out, rebased, merged and packed, are the same."""
     (tmp_path / "host").mkdir()
     results = []
     for place in (tmp_path / "host", mount.path):
@@ -129,7 +129,7 @@ def test_git_does_on_a_mount_what_it_does_on_the_host(mount: Mounted, tmp_path: 
 
 
 def test_git_gets_back_from_a_snapshot_what_gc_has_thrown_away(mount: Mounted) -> None:
-    """Promise C6: after a rollback a repository has again what no command of git could bring back."""
+    """Promise C6: after a rollback, a repository has again the objects that git gc threw away."""
     work = mount.path / "repository"
     make_history(work)
     git(work, "repack", "-a", "-d", "--quiet")
@@ -143,7 +143,7 @@ def test_git_gets_back_from_a_snapshot_what_gc_has_thrown_away(mount: Mounted) -
     assert git(work, "for-each-ref") != references
     git(work, "cat-file", "-e", side, status=1)
     assert not inodes & {path.stat().st_ino for path in work.rglob("*.pack")}
-    # git can read from the snapshot, read-only as it is.
+    # git can read from the snapshot although it is read-only.
     only_read = ("-c", "safe.directory=*", f"--git-dir={snapshot}/repository/.git")
     assert git(mount.path, *only_read, "for-each-ref") == references
     git(mount.path, *only_read, "fsck", "--full")

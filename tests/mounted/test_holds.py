@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
-    """A mount with snapshots auto-1, auto-2 and auto-3; its image is clean afterwards."""
+    """A mount with snapshots auto-1, auto-2 and auto-3; its image is clean at the end."""
     image, place = tmp_path / "disk.img", tmp_path / "mnt"
     place.mkdir()
     require_success(run_command("mkfs", image, "--size", "64M"))
@@ -37,7 +37,7 @@ def names(place: Path, *, held: bool | None = None) -> list[str]:
 
 
 def test_hold_of_a_mounted_snapshot_outlives_the_mount(place: Path) -> None:
-    """Promise: the daemon refuses what is held, rules keep it, and it is held after a remount."""
+    """Promise: the daemon and the rules keep held snapshots, also after a remount."""
     image = place.parent / "disk.img"
     held = json_of(run_command("snapshot", "hold", place, "auto-1", "--json"))["snapshots"]
     assert [(found["name"], found["held"]) for found in held] == [("auto-1", True)]
@@ -46,7 +46,7 @@ def test_hold_of_a_mounted_snapshot_outlives_the_mount(place: Path) -> None:
     says = "snapshot 'auto-1' is held; cowfs snapshot release it first"
     assert says in refused.stderr
     with connect(place) as target, pytest.raises(SnapshotError, match=says):
-        target.delete_snapshots(["auto-2", "auto-1"])  # the daemon's own word
+        target.delete_snapshots(["auto-2", "auto-1"])  # the request goes to the daemon itself
     assert names(place) == ["auto-1", "auto-2", "auto-3"]
     require_success(
         run_command("snapshot", "delete", place, "auto-*", "--keep-last", "1", "--wait")

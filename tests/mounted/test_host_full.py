@@ -1,4 +1,4 @@
-"""Promises for the day on which the host has no room left below a sparse image (C8).
+"""Promises for a host without free space below a sparse image (C8).
 
 The image lies on a small tmpfs and could grow to many times its size.
 """
@@ -41,8 +41,8 @@ def grow(host: Path) -> None:
 
 
 def error_of(call: Callable[[], object]) -> int:
-    """The error with which a call must fail."""
-    with pytest.raises(OSError) as caught:  # noqa: PT011  # the caller looks at the number
+    """The errno with which a call must fail."""
+    with pytest.raises(OSError) as caught:  # noqa: PT011  # the caller looks at errno
         call()
     assert caught.value.errno is not None
     return caught.value.errno
@@ -52,7 +52,7 @@ def fill_host(folder: Path) -> tuple[dict[Path, bytes], int]:
     """Write files of 1 MiB, each with an fsync, until one fails.
 
     Returns:
-        What was acknowledged, and the descriptor of the file that was not.
+        The acknowledged files, and the descriptor of the file that failed.
     """
     acknowledged: dict[Path, bytes] = {}
     for number in range(64):
@@ -71,7 +71,7 @@ def fill_host(folder: Path) -> tuple[dict[Path, bytes], int]:
 
 
 def assert_readable(acknowledged: dict[Path, bytes]) -> None:
-    """Fails unless every file is there as it was written, read from the filesystem, not from a cache."""
+    """Require every file as it was written, read from the filesystem and not from a cache."""
     for path, contents in acknowledged.items():
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -81,7 +81,7 @@ def assert_readable(acknowledged: dict[Path, bytes]) -> None:
 def test_full_host_ends_all_writing_and_loses_nothing_acknowledged(
     small_host: Path, tmp_path: Path
 ) -> None:
-    """Promise (C8): EIO now and at every later fsync, reads go on, the last generation is intact."""
+    """Promise (C8): EIO now and at every later fsync; reads work; the last generation is intact."""
     mount = Mounted(tmp_path / "unused", size="1G")
     mount.image = small_host / "image.img"
     try:
@@ -94,7 +94,7 @@ def test_full_host_ends_all_writing_and_loses_nothing_acknowledged(
         acknowledged[mount.path / "early"] = b"at the beginning"
         assert len(acknowledged) > 16, "the host was full too soon to prove anything"
 
-        # Whoever asks is told, again and again: nothing will be durable any more.
+        # Every caller is told each time that nothing will be durable any more.
         directory = os.open(mount.path, os.O_RDONLY)
         for descriptor in (failed, early, directory) * 3:
             assert error_of(lambda d=descriptor: os.fsync(d)) == errno.EIO
@@ -107,7 +107,7 @@ def test_full_host_ends_all_writing_and_loses_nothing_acknowledged(
             assert "No space left" in refused.stderr, refused
             assert len(refused.stderr.strip().splitlines()) == 1, refused
 
-        # What is there can be read, files, snapshots and numbers.
+        # Files, snapshots and numbers can still be read.
         assert_readable(acknowledged)
         snapshot = mount.path / ".snapshots" / "kept"
         assert (snapshot / "early").read_bytes() == b"at the beginning"
@@ -117,7 +117,7 @@ def test_full_host_ends_all_writing_and_loses_nothing_acknowledged(
         for descriptor in (failed, early, directory):
             os.close(descriptor)
 
-        # The end is told as it is: not all that was written is in the image.
+        # umount reports that the image lacks the last commit.
         pid = mount.daemon_pid
         assert pid is not None
         ended = run_command("umount", mount.path)
@@ -126,7 +126,7 @@ def test_full_host_ends_all_writing_and_loses_nothing_acknowledged(
         assert wait_for_end(pid)
         mount.daemon_pid = None
 
-        # The last generation needs no room to be whole and to be looked at.
+        # The last generation is whole and readable without free space on the host.
         mount.check()
         require_success(run_command("mount", mount.image, mount.path, "-o", "ro"))
         assert_readable(acknowledged)

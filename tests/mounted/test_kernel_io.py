@@ -1,6 +1,6 @@
-"""Promises for the less usual ways into a file: direct I/O, pipes in the kernel, rings, handles, events.
+"""Promises for unusual file I/O: direct I/O, pipes in the kernel, rings, handles, events.
 
-Each is a call that the kernel serves on any local filesystem; the bytes must be the same as read()
+The kernel serves each of these calls on any local filesystem; the bytes must be the same as read()
 and write() would have moved.
 """
 
@@ -33,7 +33,7 @@ AT_EMPTY_PATH = 0x1000
 BLOCK = 4096
 SYS_OPENAT2 = 437
 SYS_CLOSE_RANGE = 436
-# The calls of asynchronous I/O: setup, destroy, getevents, submit.
+# The system calls of asynchronous I/O: setup, destroy, getevents, submit.
 AIO_CALLS = (206, 207, 208, 209) if os.uname().machine == "x86_64" else (0, 1, 4, 2)
 AIO_WRITE = 1  # IOCB_CMD_PWRITE
 RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT, RESOLVE_NO_XDEV = 4, 8, 16, 1
@@ -48,7 +48,7 @@ def folder(module_mount: Mounted, request: pytest.FixtureRequest) -> Path:
 
 
 def call(name: str, *arguments: object) -> int:
-    """A function of the C library; raises OSError when it gives -1."""
+    """Call a function of the C library; raises OSError when it returns -1."""
     result: int = getattr(LIBC, name)(*arguments)
     if result == -1:
         number = ctypes.get_errno()
@@ -57,7 +57,7 @@ def call(name: str, *arguments: object) -> int:
 
 
 def aligned(data: bytes) -> mmap.mmap:
-    """A buffer that begins at a page, as direct I/O wants it."""
+    """A buffer that begins at a page, as direct I/O requires."""
     memory = mmap.mmap(-1, max(len(data), 1))
     memory[: len(data)] = data
     return memory
@@ -67,7 +67,7 @@ def aligned(data: bytes) -> mmap.mmap:
 
 
 def test_direct_writes_and_reads_are_the_file(folder: Path) -> None:
-    """Promise: O_DIRECT at aligned places: written is read, beyond the end too, and the file grows."""
+    """Promise: aligned O_DIRECT reads what was written, also beyond the end; the file grows."""
     file = folder / "file"
     contents = os.urandom(64 * BLOCK)
     descriptor = os.open(file, os.O_CREAT | os.O_RDWR | os.O_DIRECT)
@@ -110,7 +110,7 @@ def test_direct_io_of_any_size_and_place_is_whole_or_refused(folder: Path) -> No
 
 
 def test_direct_and_buffered_io_on_one_file_agree(folder: Path) -> None:
-    """Promise: direct reads see buffered writes at once, and the other way round, mappings too."""
+    """Promise: direct I/O, buffered I/O and mappings see each other's writes at once."""
     generator = random.Random(5)
     file = folder / "file"
     size = 64 * BLOCK
@@ -144,7 +144,7 @@ def test_direct_and_buffered_io_on_one_file_agree(folder: Path) -> None:
 
 
 def test_direct_appends_lose_nothing(folder: Path) -> None:
-    """Promise: O_DIRECT with O_APPEND writes at the end of what others wrote."""
+    """Promise: O_DIRECT with O_APPEND writes at the end, after what others wrote."""
     file = folder / "file"
     direct = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_DIRECT)
     plain = os.open(file, os.O_WRONLY | os.O_APPEND)
@@ -178,7 +178,7 @@ class AioBlock(ctypes.Structure):
 
 
 def write_asynchronously(queue: ctypes.c_ulong, descriptor: int, pages: list[mmap.mmap]) -> None:
-    """Write the pages to the places 0, 1, 2... all at once; return when all are written."""
+    """Write the pages at places 0, 1, 2... all at once; returns when all are written."""
     count = len(pages)
     blocks = (AioBlock * count)()
     for index, page in enumerate(pages):
@@ -201,7 +201,7 @@ def test_asynchronous_direct_write_is_done_when_it_was_submitted(
 ) -> None:
     """Promise: io_submit returns when the filesystem has the bytes, not before.
 
-    Only then does every kernel drop the pages that were read beside the write: many do not when an
+    Only then does every kernel drop pages that were read during the write: many do not when an
     asynchronous write ends (generic_file_direct_write does).
     """
     file = folder / "file"
@@ -236,9 +236,9 @@ def test_asynchronous_direct_write_is_done_when_it_was_submitted(
 
 
 def test_buffered_readers_see_what_asynchronous_direct_writes_wrote(folder: Path) -> None:
-    """Promise: after an O_DIRECT write of AIO is done, no reader gets the bytes from before it.
+    """Promise: after an asynchronous O_DIRECT write is done, no reader gets the old bytes.
 
-    Readers run beside the writes: they fill pages of the kernel's cache while writes are on their way.
+    Readers run beside the writes, and fill pages of the kernel's cache meanwhile.
     """
     count, rounds, readers_count = 128, sized(25, 60), 3
     file = folder / "file"
@@ -257,7 +257,7 @@ def test_buffered_readers_see_what_asynchronous_direct_writes_wrote(folder: Path
     call("syscall", AIO_CALLS[0], count, ctypes.byref(queue))
     readers = [threading.Thread(target=read_on, args=(start,)) for start in range(readers_count)]
     try:
-        os.posix_fadvise(buffered, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead: page by page
+        os.posix_fadvise(buffered, 0, 0, os.POSIX_FADV_RANDOM)  # no readahead: page by page
         for reader in readers:
             reader.start()
         for version in range(1, rounds + 1):
@@ -278,7 +278,7 @@ def test_buffered_readers_see_what_asynchronous_direct_writes_wrote(folder: Path
 
 
 def test_bytes_moved_inside_the_kernel_are_the_same(folder: Path) -> None:
-    """Promise: sendfile, splice, tee, vmsplice and copying between files move what read() gives."""
+    """Promise: sendfile, splice, tee, vmsplice and copies between files move what read() gives."""
     contents = os.urandom(300_001)
     (folder / "source").write_bytes(contents)
     source = os.open(folder / "source", os.O_RDONLY)
@@ -328,9 +328,9 @@ def test_bytes_moved_inside_the_kernel_are_the_same(folder: Path) -> None:
 def test_random_io_of_every_engine_reads_what_it_wrote(
     module_mount: Mounted, tmp_path: Path, engine: str, direct: int
 ) -> None:
-    """Promise: rings, asynchronous I/O, mappings and pipes: fio verifies every block it wrote."""
+    """Promise: fio verifies what it wrote by rings, asynchronous I/O, mappings and pipes."""
     if engine in ("mmap", "splice") and direct:
-        engine = "psync"  # there is no direct kind of these two; another engine instead
+        engine = "psync"  # these two have no direct kind, so use another engine
     done = subprocess.run(
         [
             "fio",
@@ -359,7 +359,7 @@ def test_random_io_of_every_engine_reads_what_it_wrote(
 
 
 def test_flags_of_single_reads_and_writes_are_kept(folder: Path) -> None:
-    """Promise: RWF_APPEND goes to the end, RWF_DSYNC is written, RWF_NOWAIT gives bytes or none."""
+    """Promise: RWF_APPEND writes at the end, RWF_DSYNC works, RWF_NOWAIT gives bytes or none."""
     file = folder / "file"
     file.write_bytes(b"begin")
     descriptor = os.open(file, os.O_RDWR)
@@ -370,7 +370,7 @@ def test_flags_of_single_reads_and_writes_are_kept(folder: Path) -> None:
         try:
             count = os.preadv(descriptor, [buffer], 0, os.RWF_NOWAIT)
         except BlockingIOError:
-            pass  # not in memory: it may say so
+            pass  # allowed when the bytes are not in memory
         except OSError as error:
             assert error.errno == errno.EOPNOTSUPP
         else:
@@ -402,7 +402,7 @@ def test_advice_changes_no_bytes(folder: Path) -> None:
 
 
 def test_programs_scripts_and_libraries_run_from_the_mount(folder: Path) -> None:
-    """Promise: what is stored there can be executed, and loaded."""
+    """Promise: programs, scripts and libraries stored on the mount can be run and loaded."""
     program = folder / "program"
     shutil.copy(shutil.which("true") or "", program)
     assert subprocess.run([program], check=False).returncode == 0
@@ -424,12 +424,12 @@ def test_programs_scripts_and_libraries_run_from_the_mount(folder: Path) -> None
 
 
 def test_program_that_runs_is_not_written_to(folder: Path) -> None:
-    """Promise: ETXTBSY both ways: no writing to what runs, no running of what is being written."""
+    """Promise: ETXTBSY for writing to a running program and for running one open for writing."""
     program = folder / "program"
     shutil.copy(shutil.which("sleep") or "", program)
     with subprocess.Popen([program, "60"]) as running:
         try:
-            with pytest.raises(OSError) as caught:  # noqa: PT011  # the number is looked at
+            with pytest.raises(OSError) as caught:  # noqa: PT011  # the test checks errno
                 os.open(program, os.O_WRONLY)
             assert caught.value.errno == errno.ETXTBSY
             (folder / "new").write_bytes(program.read_bytes())
@@ -444,9 +444,9 @@ def test_program_that_runs_is_not_written_to(folder: Path) -> None:
 
 
 @pytest.mark.needs_cowfs
-@pytest.mark.needs_root  # only root can become somebody else to try it
+@pytest.mark.needs_root  # only root can become another user to try it
 def test_set_user_id_programs_give_nobody_rights(folder: Path, module_mount: Mounted) -> None:
-    """Promise: nosuid, unless asked otherwise: a set-id program runs as its caller."""
+    """Promise: by default (nosuid) a set-id program runs as its caller."""
     flags = os.statvfs(folder).f_flag
     assert flags & os.ST_NOSUID
     program = folder / "id"
@@ -528,7 +528,7 @@ def test_fanotify_watches_the_whole_mount(folder: Path, module_mount: Mounted) -
 
 @pytest.mark.needs_cowfs
 def test_watchers_work_on_after_a_rollback(mount: Mounted) -> None:
-    """Promise: a watcher of the root still hears of what happens after a rollback."""
+    """Promise: a watcher of the root directory still gets events after a rollback."""
     (mount.path / "kept").write_bytes(b"1")
     mount.snapshot("s")
     (mount.path / "gone").write_bytes(b"2")
@@ -548,10 +548,10 @@ def test_watchers_work_on_after_a_rollback(mount: Mounted) -> None:
 
 
 def test_fifo_without_waiting_says_when_nobody_reads(folder: Path) -> None:
-    """Promise: O_NONBLOCK on a fifo: ENXIO without a reader, EAGAIN without bytes, then the bytes."""
+    """Promise: O_NONBLOCK on a fifo: ENXIO without a reader, EAGAIN without bytes, else bytes."""
     fifo = folder / "fifo"
     os.mkfifo(fifo)
-    with pytest.raises(OSError) as caught:  # noqa: PT011  # the number is looked at
+    with pytest.raises(OSError) as caught:  # noqa: PT011  # the test checks errno
         os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
     assert caught.value.errno == errno.ENXIO
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
@@ -582,7 +582,7 @@ def openat2(directory: int, path: bytes, resolve: int) -> int:
 
 
 def test_resolving_under_rules_refuses_what_leaves(folder: Path) -> None:
-    """Promise: openat2: RESOLVE_BENEATH, IN_ROOT, NO_SYMLINKS and NO_XDEV hold on the mount."""
+    """Promise: openat2 on the mount obeys RESOLVE_BENEATH, IN_ROOT, NO_SYMLINKS and NO_XDEV."""
     (folder / "in").mkdir()
     (folder / "in" / "file").write_bytes(b"inside")
     (folder / "in" / "out").symlink_to("../secret")
@@ -596,7 +596,7 @@ def test_resolving_under_rules_refuses_what_leaves(folder: Path) -> None:
             (b"../secret", RESOLVE_BENEATH, errno.EXDEV),
             (b"link", RESOLVE_NO_SYMLINKS, errno.ELOOP),
         ):
-            with pytest.raises(OSError) as caught:  # noqa: PT011  # the number is looked at
+            with pytest.raises(OSError) as caught:  # noqa: PT011  # the test checks errno
                 openat2(directory, path, resolve)
             assert caught.value.errno == error, path
         for path, resolve in (
@@ -612,13 +612,13 @@ def test_resolving_under_rules_refuses_what_leaves(folder: Path) -> None:
 
 
 def test_descriptor_of_a_path_reads_nothing_but_leads_on(folder: Path) -> None:
-    """Promise: O_PATH gives attributes and a way, no contents; it follows renames."""
+    """Promise: O_PATH gives attributes and a starting place, no contents; it follows renames."""
     file = folder / "file"
     file.write_bytes(b"12345")
     descriptor = os.open(file, os.O_PATH)
     directory = os.open(folder, os.O_PATH | os.O_DIRECTORY)
     try:
-        with pytest.raises(OSError) as caught:  # noqa: PT011  # the number is looked at
+        with pytest.raises(OSError) as caught:  # noqa: PT011  # the test checks errno
             os.read(descriptor, 1)
         assert caught.value.errno == errno.EBADF
         file.rename(folder / "moved")
@@ -647,8 +647,10 @@ def test_descriptor_of_a_path_reads_nothing_but_leads_on(folder: Path) -> None:
 
 @pytest.mark.needs_root  # opening by handle is for root
 def test_file_handles_find_the_file_again_or_are_stale(folder: Path, module_mount: Mounted) -> None:
-    """Promise: a handle names one file for as long as it is there, also when nobody knows it any
-    more; afterwards it is stale and never another file."""
+    """Promise: a file handle opens its file as long as that exists, even after caches are dropped.
+
+    Afterwards the handle is stale, and never opens another file.
+    """
     file = folder / "file"
     file.write_bytes(b"by handle")
     handle = ctypes.create_string_buffer(struct.pack("Ii", 128, 0) + bytes(128))
@@ -665,7 +667,7 @@ def test_file_handles_find_the_file_again_or_are_stale(folder: Path, module_moun
         (folder / "elsewhere").unlink()
         for number in range(20):
             (folder / f"other {number}").write_bytes(b"other")
-        with pytest.raises(OSError) as caught:  # noqa: PT011  # the number is looked at
+        with pytest.raises(OSError) as caught:  # noqa: PT011  # the test checks errno
             call("open_by_handle_at", directory, handle, os.O_RDONLY)
         assert caught.value.errno == errno.ESTALE
     finally:
@@ -673,7 +675,7 @@ def test_file_handles_find_the_file_again_or_are_stale(folder: Path, module_moun
 
 
 def test_many_descriptors_closed_at_once_are_released(folder: Path) -> None:
-    """Promise: close_range releases every file: what was unlinked while open is given back."""
+    """Promise: close_range releases every file, and frees those that were unlinked while open."""
     program = """
 import ctypes, os, sys
 low = os.open(sys.argv[1], os.O_RDONLY)
@@ -689,7 +691,7 @@ assert len(os.listdir("/proc/self/fd")) <= low + 2
 
 
 def test_working_directory_is_followed_and_missed(folder: Path) -> None:
-    """Promise: getcwd follows renames of any directory on the way; a removed one is ENOENT."""
+    """Promise: getcwd follows renames of any directory above; a removed one is ENOENT."""
     (folder / "a" / "b").mkdir(parents=True)
     program = """
 import os, sys
@@ -715,7 +717,7 @@ assert os.getcwd() == folder + "/moved"
 
 
 class Statx(ctypes.Structure):
-    """The beginning of struct statx, and the rest of its 256 bytes."""
+    """The beginning of struct statx, padded to its 256 bytes."""
 
     _fields_ = (
         ("mask", ctypes.c_uint32),
@@ -745,7 +747,7 @@ class Statx(ctypes.Structure):
 
 @pytest.mark.parametrize("sync", [0, 0x2000, 0x4000], ids=["as stat", "force", "do not"])
 def test_statx_says_what_stat_says(folder: Path, sync: int) -> None:
-    """Promise: statx gives the same numbers, whatever it says about caches."""
+    """Promise: statx gives the same numbers as stat, whatever its cache flags."""
     file = folder / "file"
     file.write_bytes(b"x" * 10_000)
     file.chmod(0o640)
@@ -773,7 +775,7 @@ KERNEL = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2]))
 
 
 def born(path: Path, sync: int = 0) -> Statx:
-    """What statx says of a file when it is asked for everything and the time of birth."""
+    """statx of a file with all its fields and the time of birth."""
     found = Statx()
     call("statx", AT_FDCWD, os.fsencode(path), sync | 0x100, 0x7FF | BIRTH, ctypes.byref(found))
     return found
@@ -783,7 +785,7 @@ if KERNEL >= (6, 6):
 
     @pytest.mark.needs_cowfs
     def test_time_of_birth_is_told_and_stays(mount: Mounted) -> None:
-        """Promise: statx tells when a file was made, whatever happens to it, in snapshots too."""
+        """Promise: statx gives the time a file was made, always the same, in snapshots too."""
         before_ns = time.time_ns()
         file, folder = mount.path / "file", mount.path / "folder"
         file.write_bytes(b"x")
@@ -803,7 +805,7 @@ if KERNEL >= (6, 6):
         os.link(folder / "moved", file)
         snapshot = mount.snapshot("monday")
         for path in (file, folder / "moved", snapshot / "file", snapshot / "folder" / "moved"):
-            for sync in (0x2000, 0x4000, 0):  # asked, from the cache, as stat
+            for sync in (0x2000, 0x4000, 0):  # from the server, from the cache, as stat
                 assert born(path, sync).time_ns(1) == births["file"], (path, sync)
         mount.remount()
         for name, birth_ns in births.items():
@@ -815,7 +817,7 @@ if KERNEL >= (6, 6):
 
     @pytest.mark.needs_cowfs
     def test_statx_with_birth_says_what_stat_says(mount: Mounted) -> None:
-        """Promise: the other way to ask gives the same numbers, for every type of file."""
+        """Promise: statx with birth time gives the same numbers as stat, for every type of file."""
         file = mount.path / "file"
         file.write_bytes(b"x" * 10_000)
         os.chown(file, 1234, 5678)

@@ -2,7 +2,7 @@
 
 Several programs write, make durable, and note outside of the mount what was acknowledged; the
 daemon is killed under them again and again. The image must mount without repair, be clean and hold
-it all.
+all of it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.mounted]
 def test_kill_under_load_loses_nothing_that_was_acknowledged(
     mount: Mounted, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """Promise: after each kill everything made durable is there, with the right contents."""
+    """Promise: after each kill everything acknowledged as durable is there and right."""
     folder = mount.path / "load"
     folder.mkdir()
     logs = [tmp_path / f"acknowledged {worker}" for worker in range(WORKERS)]
@@ -62,7 +62,7 @@ def test_kill_under_load_loses_nothing_that_was_acknowledged(
             time.sleep(generator.uniform(0.2, 1.2))
             mount.kill()
         finally:
-            # On a mount each ends by itself: a program may not hang on a daemon that is gone.
+            # On a mount each program ends by itself: none may hang on a daemon that is gone.
             for writer in writers:
                 if mount.plain:
                     writer.kill()
@@ -87,7 +87,7 @@ def test_kill_under_load_loses_nothing_that_was_acknowledged(
 
 @pytest.mark.needs_cowfs
 def test_kill_after_sync_keeps_what_was_written_without_fsync(mount: Mounted) -> None:
-    """Promise: `cowfs sync` makes everything durable that was written before, by anybody."""
+    """Promise: `cowfs sync` makes durable everything that any program wrote before."""
     for number in range(200):
         (mount.path / f"file {number}").write_bytes(bytes([number]) * 5000)
     assert mount.cowfs("sync", mount.path).returncode == 0
@@ -101,7 +101,7 @@ def test_kill_after_sync_keeps_what_was_written_without_fsync(mount: Mounted) ->
 
 @pytest.mark.needs_cowfs
 def test_kill_keeps_snapshots_and_frees_files_without_a_name(mount: Mounted) -> None:
-    """Promise: a snapshot taken is durable (C6); a file unlinked while open is reclaimed (C7)."""
+    """Promise: a snapshot taken is durable (C6); a file unlinked while open is freed (C7)."""
     (mount.path / "kept").write_bytes(b"kept" * 1000)
     with open(mount.path / "nameless", "wb") as nameless:
         nameless.write(b"x" * (8 << 20))
@@ -122,7 +122,7 @@ def test_kill_keeps_snapshots_and_frees_files_without_a_name(mount: Mounted) -> 
 @pytest.mark.needs_cowfs
 @pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC], ids=["O_SYNC", "O_DSYNC"])
 def test_synchronous_write_is_durable_when_it_returns(mount: Mounted, flag: int) -> None:
-    """Promise C4: after write() to a file opened so, a kill loses nothing of it, its name neither."""
+    """Promise C4: a kill loses nothing of a synchronous write() that returned, nor its name."""
     descriptor = os.open(mount.path / "log", os.O_CREAT | os.O_WRONLY | flag)
     try:
         for number in range(5):
@@ -139,7 +139,7 @@ def test_synchronous_write_is_durable_when_it_returns(mount: Mounted, flag: int)
 
 @pytest.mark.needs_cowfs
 def test_commit_interval_is_all_that_a_kill_may_lose(mount: Mounted) -> None:
-    """Promise C5: what is older than the interval is there, without any fsync."""
+    """Promise C5: data older than the commit interval survives a kill without any fsync."""
     (mount.path / "old").write_bytes(b"old" * 10_000)
     (mount.path / "gone").write_bytes(b"gone")
     (mount.path / "gone").unlink()

@@ -1,7 +1,7 @@
-"""Promises for large things: many entries, many files, deep paths, long files, lists that change.
+"""Promises for many entries, many files, deep paths, long files, and lists that change.
 
-Small here, so that every run of the tests has it; `--long` makes a directory of a million entries and
-half a million files, which takes half an hour. Rates and memory are printed.
+The sizes are small here, so that they run with all tests; `--long` makes a directory of a million
+entries and half a million files, which takes half an hour. Rates and memory are printed.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from tests.sizes import HANG_SECONDS, sized
 ENTRIES = sized(10_000, 1_000_000)
 FILES = sized(6_000, 500_000)
 PARTS = 10
-# The last part of a million entries no longer finds all nodes in the cache; and the machines that run
-# the tests change their speed by themselves.
+# The last part of a million entries does not find all nodes in the cache; and the speed of the
+# machines that run the tests varies.
 SLOWDOWN_MAX = 8
-# Of the daemon, beside what it has at the start, with cache=16M and dirty=16M.
+# Growth of the daemon's memory since its start, with cache=16M and dirty=16M.
 GROWTH_MIB_MAX = 250
 
 pytestmark = [pytest.mark.mounted]
@@ -44,7 +44,7 @@ def folder(module_mount: Mounted, request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def small(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mounted]:
-    """A mount with small bounds of memory."""
+    """A mount with small caches."""
     with mounted(
         tmp_path / "cowfs",
         lambda: request.node.stash.get(FAILED, False),
@@ -60,7 +60,7 @@ def memory_mib(mount: Mounted) -> float:
 
 
 def busy_seconds(mount: Mounted) -> float:
-    """Of CPU that this process and the daemon have used: others on the machine add nothing."""
+    """CPU seconds of this process and the daemon: other load on the machine does not count."""
     busy = time.process_time()
     if mount.daemon_pid is not None:
         nanoseconds = 0
@@ -72,7 +72,7 @@ def busy_seconds(mount: Mounted) -> float:
 
 
 def rates(mount: Mounted, count: int, steps: Iterator[object]) -> list[float]:
-    """Steps for each second of CPU, of each of the ten parts of so many."""
+    """Steps per second of CPU, for each tenth of `count` steps."""
     found = []
     start = busy_seconds(mount)
     done = 0
@@ -86,7 +86,7 @@ def rates(mount: Mounted, count: int, steps: Iterator[object]) -> list[float]:
 
 
 def drop_kernel_caches() -> None:
-    """As root, let the kernel forget what it can."""
+    """As root, make the kernel drop its caches."""
     if os.getuid() == 0:
         Path("/proc/sys/vm/drop_caches").write_text("2", encoding="ascii")
 
@@ -97,7 +97,7 @@ def drop_kernel_caches() -> None:
 def test_directory_of_many_entries_has_no_slow_part(
     mount: Mounted, record_property: Record
 ) -> None:
-    """Promise: making, listing, looking at and deleting go on at one rate, however many there are."""
+    """Promise: creating, listing, stat and deleting keep one rate, however many entries exist."""
     folder = mount.path / "many"
     folder.mkdir()
     directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -147,7 +147,7 @@ def test_directory_of_many_entries_has_no_slow_part(
 def test_memory_of_the_daemon_is_bounded_with_many_files(
     small: Mounted, record_property: Record
 ) -> None:
-    """Promise: what the daemon keeps is bounded by its options, and not by the number of files."""
+    """Promise: the daemon's memory is bounded by its options, not by the number of files."""
     start = memory_mib(small)
     shown = []
 
@@ -175,7 +175,7 @@ def test_memory_of_the_daemon_is_bounded_with_many_files(
         "summary", f"{FILES:,} files: after find {found:.0f} MiB, after drop_caches {after:.0f} MiB"
     )
     assert max(*shown, found) - start < GROWTH_MIB_MAX, words
-    # The bounds of the caches are reached in the first half; what comes then must not be more.
+    # The caches reach their bounds in the first half; memory must not grow after that.
     assert shown[-1] - shown[PARTS // 2] < 40, words
     assert min(speeds) * SLOWDOWN_MAX > speeds[0], speeds
 
@@ -184,7 +184,7 @@ def test_memory_of_the_daemon_is_bounded_with_many_files(
 
 
 def test_list_under_changes_shows_what_stayed_exactly_once(folder: Path) -> None:
-    """Promise: while others make, delete and rename, nothing is listed twice, what stays is listed."""
+    """Promise: while others change a directory, entries that stay are listed exactly once."""
     staying = {f"stays {number}" for number in range(3000)}
     for name in staying:
         (folder / name).touch()
@@ -218,7 +218,7 @@ while True:
                         seen.append(entry.name)
                         if not position % 500:
                             time.sleep(0.002)
-                # A name that went and came again may be met twice: it is another entry.
+                # A name that was removed and made again may be listed twice: it is another entry.
                 stayed = [name for name in seen if name.startswith("stays")]
                 assert len(stayed) == len(set(stayed)) == 3000
             assert busy.poll() is None
@@ -292,7 +292,7 @@ def test_places_in_a_list_stay_valid_and_buffers_may_be_small(folder: Path) -> N
 
 @pytest.mark.needs_cowfs
 def test_list_of_snapshots_behaves_as_one_of_files(mount: Mounted) -> None:
-    """Promise: the same for .snapshots, while snapshots come and go."""
+    """Promise: .snapshots lists in the same way while snapshots come and go."""
     names = {f"s{number}" for number in range(12)}
     for name in names:
         mount.snapshot(name)
@@ -312,7 +312,7 @@ def test_list_of_snapshots_behaves_as_one_of_files(mount: Mounted) -> None:
 
 
 def test_tree_of_great_depth_can_be_walked_renamed_and_removed(folder: Path) -> None:
-    """Promise: depth has no limit but a path's; beyond it relative steps go on."""
+    """Promise: only a path's length limits the depth; relative steps go deeper."""
     top = folder / "top"
     top.mkdir()
     program = """
@@ -346,7 +346,7 @@ else:
 
 
 def test_very_long_sparse_file_is_read_copied_and_cut(folder: Path) -> None:
-    """Promise: 100 GiB with bytes at both ends and between them take a few blocks, everywhere."""
+    """Promise: 100 GiB with bytes at both ends and between take a few blocks, copies too."""
     file = folder / "long"
     size = 100 << 30
     places = {0: b"begin", 50 << 30: b"middle", size - 3: b"end"}

@@ -1,4 +1,4 @@
-"""Promises about the beginning and the end of a mount: all of it or nothing, and nothing left behind."""
+"""Promises about the start and end of a mount: it is whole or absent, and leaves nothing behind."""
 
 import os
 import resource
@@ -25,13 +25,14 @@ from tests.conftest import (
 )
 from tests.sizes import HANG_SECONDS, wait_until
 
-# A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
+# A mount namespace copies all mounts, so tests that make namespaces run in turn with those they
+# disturb.
 NAMESPACES = pytest.mark.xdist_group("mount namespaces")
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs, NAMESPACES]
 
 
 def runtime_files(image: Path) -> set[str]:
-    """What lies in the runtime directory for an image."""
+    """The names of an image's files in the runtime directory."""
     stem = Path(places.socket_name(image)).stem
     return {entry.name for entry in places.make_directory().iterdir() if stem in entry.name}
 
@@ -45,9 +46,9 @@ def image(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def blocked_socket(image: Path) -> Iterator[Path]:
-    """A directory where the control socket would be: the last step of a start cannot succeed."""
+    """A directory at the control socket's path, so that the last step of a start fails."""
     path = places.make_directory() / places.socket_name(image)
-    for name in runtime_files(image):  # of an image that is gone, whose inode this one has now
+    for name in runtime_files(image):  # of a lost image whose inode this one got
         (path.parent / name).unlink()
     path.mkdir()
     yield path
@@ -58,7 +59,7 @@ def blocked_socket(image: Path) -> Iterator[Path]:
 def test_mount_whose_start_fails_leaves_nothing_behind(
     image: Path, tmp_path: Path, blocked_socket: Path, foreground: bool
 ) -> None:
-    """Promise: after a failure there is no mount, no daemon and no lock, and one line says why."""
+    """Promise: after a failed start there is no mount, daemon or lock, and one line says why."""
     place = tmp_path / "place"
     place.mkdir()
     result = run_command("mount", image, place, *(["-f"] if foreground else []))
@@ -72,10 +73,10 @@ def test_mount_whose_start_fails_leaves_nothing_behind(
 
 
 def test_daemon_killed_during_its_start_leaves_no_mount(image: Path, tmp_path: Path) -> None:
-    """Promise: `cowfs mount` clears away what a daemon left that was killed before it answered."""
+    """Promise: `cowfs mount` removes the mount of a daemon that was killed during its start."""
     place = tmp_path / "place"
     place.mkdir()
-    # The first system call of a mount that is alive is answered by nobody any more.
+    # The first system call on the new mount is never answered.
     program = (
         "import os, signal, sys\n"
         "from cowfs.daemon import mount\n"
@@ -101,7 +102,7 @@ def test_daemon_killed_during_its_start_leaves_no_mount(image: Path, tmp_path: P
 
 @pytest.mark.parametrize("how", ["cowfs umount", "umount", "SIGTERM", "SIGINT", "SIGHUP"])
 def test_every_orderly_end_is_a_clean_commit(mount: Mounted, how: str) -> None:
-    """Promise: however a mount ends, what was written is in the image, and no file is left over."""
+    """Promise: however a mount ends, the image has all data, and no runtime file is left."""
     (mount.path / "file").write_bytes(b"never synced")
     assert len(runtime_files(mount.image)) == 2, "the socket and the log"
     pid = mount.daemon_pid
@@ -133,7 +134,7 @@ STORMS = {
 def test_signals_after_the_first_do_not_cost_the_last_commit(
     image: Path, tmp_path: Path, storm: str, foreground: bool
 ) -> None:
-    """Promise: the last commit is written and the mount goes, whatever signals come meanwhile."""
+    """Promise: later signals neither stop the last commit nor keep the mount from ending."""
     place = tmp_path / "place"
     place.mkdir()
     data = os.urandom(48 << 20)
@@ -178,7 +179,7 @@ def test_signals_after_the_first_do_not_cost_the_last_commit(
 
 
 def test_signal_during_the_start_leaves_no_mount(image: Path, tmp_path: Path) -> None:
-    """Promise: a signal that comes before the mount answers ends it as one that comes later does."""
+    """Promise: a signal before the mount answers ends it as a later one does."""
     place = tmp_path / "place"
     place.mkdir()
     program = (
@@ -207,7 +208,7 @@ def test_signal_during_the_start_leaves_no_mount(image: Path, tmp_path: Path) ->
 
 
 def test_daemon_keeps_no_descriptor_of_its_caller(image: Path, tmp_path: Path) -> None:
-    """Promise: a lock that the caller of `cowfs mount` holds ends with the caller; so does a pipe."""
+    """Promise: the daemon holds no descriptor of its caller, so locks and pipes end with that."""
     place = tmp_path / "place"
     place.mkdir()
     lock = tmp_path / "lock"
@@ -231,7 +232,7 @@ def test_daemon_keeps_no_descriptor_of_its_caller(image: Path, tmp_path: Path) -
 
 
 def test_daemon_has_the_descriptors_that_it_needs_or_says_so(image: Path, tmp_path: Path) -> None:
-    """Promise: a caller's `ulimit -n 16` costs nobody a mount that then fails in the middle."""
+    """Promise: despite a caller's `ulimit -n 16` the daemon gets enough descriptors, or says so."""
     place = tmp_path / "place"
     place.mkdir()
 
@@ -250,7 +251,7 @@ def test_daemon_has_the_descriptors_that_it_needs_or_says_so(image: Path, tmp_pa
     refused = limited([cowfs, "mount", image, place], "-f 1024")
     assert refused.returncode == 1
     assert "ulimit -f unlimited" in refused.stderr
-    # Soft limits only, as a shell's profile sets them.
+    # Set the soft limits only, as a shell's profile does.
     done = limited([cowfs, "mount", image, place], "-S -n 16; ulimit -S -f 1024")
     assert done.returncode == 0, done.stderr
     try:
@@ -269,12 +270,12 @@ def test_daemon_has_the_descriptors_that_it_needs_or_says_so(image: Path, tmp_pa
 def test_two_images_on_one_directory_at_once_are_one_mount_and_one_refusal(
     image: Path, tmp_path: Path
 ) -> None:
-    """Promise: no mount lies hidden below another that was begun at the same moment."""
+    """Promise: no mount is hidden below another that was started at the same moment."""
     place = tmp_path / "place"
     place.mkdir()
     other = tmp_path / "other.img"
     require_success(run_command("mkfs", other, "--size", "64M"))
-    # Both have looked at the directory before either mounts.
+    # Both look at the directory before either mounts.
     program = (
         "import sys\n"
         "from cowfs.daemon import mount\n"
@@ -319,7 +320,7 @@ def test_two_images_on_one_directory_at_once_are_one_mount_and_one_refusal(
 
 @pytest.mark.needs_root
 def test_dead_mount_of_another_filesystem_is_left_alone(image: Path, tmp_path: Path) -> None:
-    """Promise: only what a cowfs daemon left behind is cleared away."""
+    """Promise: only a dead mount of a cowfs daemon is cleared away."""
     place = tmp_path / "place"
     place.mkdir()
     program = (
@@ -330,7 +331,7 @@ def test_dead_mount_of_another_filesystem_is_left_alone(image: Path, tmp_path: P
         "sys.exit(ctypes.CDLL(None).mount(b'other', place, b'fuse.other', 0, options))\n"
     )
     for below in (False, True):
-        if below:  # a living cowfs mount under it
+        if below:  # with a living cowfs mount below it
             require_success(run_command("mount", image, place))
         subprocess.run([sys.executable, "-c", program, place], check=True)
         try:
@@ -346,7 +347,7 @@ def test_dead_mount_of_another_filesystem_is_left_alone(image: Path, tmp_path: P
 
 @pytest.mark.needs_root
 def test_rollback_names_who_keeps_the_state_before(mount: Mounted, tmp_path: Path) -> None:
-    """Promise: a program in a directory below the root, and a bind mount of one, are warned about."""
+    """Promise: rollback warns about programs in a subdirectory and about a bind mount of one."""
     (mount.path / "inner").mkdir()
     mount.snapshot("before")
     quiet = mount.cowfs("rollback", mount.path, "before")

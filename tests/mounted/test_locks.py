@@ -1,4 +1,4 @@
-"""Promises of locks between processes: the kernel keeps them, for all who use one mount.
+"""Promises of locks between processes: the kernel keeps them, for all users of one mount.
 
 Another process takes or asks for each lock, so that none is tried against its own holder.
 """
@@ -56,7 +56,7 @@ def file(module_mount: Mounted, request: pytest.FixtureRequest) -> Path:
 def other(
     kind: str, path: Path, start: int = 0, length: int = 10
 ) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds a lock; a line lets it end."""
+    """Another process that holds a lock; a line on its input ends it."""
     with subprocess.Popen(
         [sys.executable, "-c", OTHER, kind, path, str(start), str(length)],
         stdin=subprocess.PIPE,
@@ -74,7 +74,7 @@ def other(
 def seen_by(
     stream: object, start: int, length: int, command: int = fcntl.F_GETLK
 ) -> tuple[int, ...]:
-    """What F_GETLK says of a lock for writing: type, whence, start, length, pid."""
+    """F_GETLK's answer about a write lock: type, whence, start, length, pid."""
     asked = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
     return FLOCK.unpack(fcntl.fcntl(stream, command, asked))  # type: ignore[call-overload,no-any-return]
 
@@ -93,19 +93,19 @@ def test_record_locks_of_another_process_are_seen_and_respected(file: Path) -> N
 
 
 def test_record_locks_end_with_any_descriptor_and_with_the_process(file: Path) -> None:
-    """Promise: POSIX: a close of any descriptor of the file, or the end, releases its locks."""
+    """Promise: as in POSIX, closing any descriptor of the file, or exit, releases the locks."""
     with open(file, "r+b") as stream:
         with other("record", file) as process:
             process.send_signal(signal.SIGKILL)
             process.wait(timeout=HANG_SECONDS)
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(os.open(file, os.O_RDONLY))
-        with other("record", file):  # would wait for ever if ours were still held
+        with other("record", file):  # would wait forever if our lock were still held
             pass
 
 
 def test_open_file_locks_belong_to_the_open_file(file: Path) -> None:
-    """Promise: OFD locks hold between two descriptors of one process and survive another's close."""
+    """Promise: OFD locks hold between two descriptors of a process; each survives other closes."""
     exclusive = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 50, 0)
     with open(file, "r+b") as one, open(file, "r+b") as two:
         fcntl.fcntl(one, fcntl.F_OFD_SETLK, exclusive)
@@ -124,7 +124,7 @@ def test_open_file_locks_belong_to_the_open_file(file: Path) -> None:
 
 
 def test_flock_holds_between_processes_and_is_shared_or_exclusive(file: Path) -> None:
-    """Promise: flock(2): many shared or one exclusive, released at the last close."""
+    """Promise: flock(2) gives many shared locks or one exclusive, released at the last close."""
     with open(file, "rb") as one, open(file, "rb") as two:
         fcntl.flock(one, fcntl.LOCK_SH)
         fcntl.flock(two, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -136,11 +136,11 @@ def test_flock_holds_between_processes_and_is_shared_or_exclusive(file: Path) ->
         with pytest.raises(BlockingIOError):
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
         process.kill()
-        fcntl.flock(stream, fcntl.LOCK_EX)  # waits for its end
+        fcntl.flock(stream, fcntl.LOCK_EX)  # waits until the other process ends
 
 
 def test_crossed_waits_are_refused_as_a_deadlock(file: Path) -> None:
-    """Promise: two processes that wait for each other's records: one gets EDEADLK, none hangs."""
+    """Promise: if two processes wait for each other's locks, one gets EDEADLK and none hangs."""
     with open(file, "r+b") as stream:
         fcntl.lockf(stream, fcntl.LOCK_EX, 10, 0)
         with other("cross", file, 50, 10) as process:
@@ -157,8 +157,10 @@ def test_crossed_waits_are_refused_as_a_deadlock(file: Path) -> None:
 
 
 def test_lease_is_broken_by_another_open(file: Path) -> None:
-    """Promise: a lease is given, and its holder is told before another opens the file; or EAGAIN
-    says that there are no leases. Never a lease that nobody keeps."""
+    """Promise: a lease's holder is signalled before another process opens the file.
+
+    If there are no leases, asking for one is EAGAIN: a lease that is granted is kept.
+    """
     descriptor = os.open(file, os.O_RDONLY)
     told: list[int] = []
     before = signal.signal(signal.SIGIO, lambda number, frame: told.append(number))

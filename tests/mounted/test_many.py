@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
 SECONDS = seconds(8, 20)  # of mixed work
 WORKERS = 8
-# Of the daemon: caches as they are bounded (node cache 128 MiB, dirty data 256 MiB, refcounts 24
+# Memory of the daemon: its bounded caches (node cache 128 MiB, dirty data 256 MiB, refcounts 24
 # MiB, the buffers of 16 requests) and Python itself. It must not grow with time.
 MEMORY_MIB_MAX = 700
 GROWTH_MIB_MAX = 64
@@ -38,7 +38,7 @@ GROWTH_MIB_MAX = 64
 def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(
         "XDG_STATE_HOME", str(tmp_path / "state")
-    )  # where scrubs leave their results
+    )  # where scrubs store their results
 
 
 def start_worker(folder: Path, seed: int, seconds: float) -> subprocess.Popen[str]:
@@ -71,10 +71,10 @@ def tree_digest(folder: Path) -> str:
 def test_eight_programs_with_snapshots_reports_and_scrubs_read_what_they_wrote(
     mount: Mounted,
 ) -> None:
-    """Promise: every byte read is the one written, whatever else goes on.
+    """Promise: every byte that a program reads is the one it wrote, whatever else goes on.
 
-    Snapshots come, are counted, and go; scrubs read all copies. Two of the programs are killed and
-    started anew in between. Memory of the daemon stays flat.
+    Snapshots are made, counted by cowdu, and deleted; scrubs read all copies. Two of the programs
+    are killed and restarted meanwhile. The daemon's memory stays flat.
     """
     pid = mount.daemon_pid
     assert pid is not None
@@ -132,7 +132,7 @@ def test_eight_programs_with_snapshots_reports_and_scrubs_read_what_they_wrote(
 
 
 def test_second_daemon_on_one_image_is_refused(mount: Mounted, tmp_path: Path) -> None:
-    """Promise: one writer; the message names the process that has the image."""
+    """Promise: an image has one writer; the error names the process that has the image."""
     place = tmp_path / "second"
     place.mkdir()
     result = run_command("mount", mount.image, place)
@@ -143,7 +143,7 @@ def test_second_daemon_on_one_image_is_refused(mount: Mounted, tmp_path: Path) -
 
 
 def test_stopped_daemon_makes_programs_wait_and_loses_nothing(mount: Mounted) -> None:
-    """Promise: SIGSTOP stops the filesystem, not the work: after SIGCONT all of it is done."""
+    """Promise: SIGSTOP only delays programs: after SIGCONT all their work is done."""
     assert mount.daemon_pid is not None
     program = (
         "import os, sys\n"
@@ -165,7 +165,7 @@ def test_stopped_daemon_makes_programs_wait_and_loses_nothing(mount: Mounted) ->
 
 
 def test_sigterm_in_the_middle_of_commits_ends_with_all_that_was_written(mount: Mounted) -> None:
-    """Promise: SIGTERM while a commit is written: that one is finished, and a last one follows."""
+    """Promise: SIGTERM during a commit lets that one finish, and a last commit follows."""
     data = os.urandom(1 << 20)
     for round_number in range(4):
         pid = mount.daemon_pid
@@ -186,7 +186,7 @@ def test_sigterm_in_the_middle_of_commits_ends_with_all_that_was_written(mount: 
 
 
 def test_full_table_of_descriptors_stops_new_commands_only(mount: Mounted) -> None:
-    """Promise: a daemon without a free descriptor serves files, uses no CPU for it, and recovers."""
+    """Promise: a daemon without a free descriptor serves files, uses no CPU on it, and recovers."""
     pid = mount.daemon_pid
     assert pid is not None
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
@@ -206,7 +206,7 @@ def test_full_table_of_descriptors_stops_new_commands_only(mount: Mounted) -> No
         assert spent < 0.5, f"{spent} s of CPU in one second of nothing to do"
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
-    command.wait(timeout=HANG_SECONDS)  # refused or served late: it may not hang
+    command.wait(timeout=HANG_SECONDS)  # it is refused or served late, but must not hang
     require_success(run_command("sync", mount.path))
 
 
@@ -216,7 +216,7 @@ def _cpu_ticks(pid: int) -> int:
 
 
 def test_small_address_space_is_enough_for_much_data_and_many_files(mount: Mounted) -> None:
-    """Promise: what the daemon needs does not grow with what is written (512 MiB, 4,000 files)."""
+    """Promise: the daemon's memory does not grow with what is written (512 MiB, 4,000 files)."""
     pid = mount.daemon_pid
     assert pid is not None
     size = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[0])
@@ -239,7 +239,7 @@ def test_small_address_space_is_enough_for_much_data_and_many_files(mount: Mount
 
 @pytest.fixture
 def future(mount: Mounted) -> Mounted:
-    """The mount again, served by a daemon whose clock is ten years ahead."""
+    """The mount, served by a daemon whose clock is ten years ahead."""
     mount.umount()
     program = (
         "import sys, time\n"
@@ -255,7 +255,7 @@ def future(mount: Mounted) -> Mounted:
 
 
 def test_clock_set_back_changes_no_order(future: Mounted) -> None:
-    """Promise: generations decide, not times: after the clock went back nothing older wins."""
+    """Promise: generations decide the order, so a clock set back makes nothing older win."""
     mount = future
     (mount.path / "file").write_bytes(b"in the future")
     assert os.stat(mount.path / "file").st_mtime > time.time() + 9 * 365 * 86400

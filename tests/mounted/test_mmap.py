@@ -1,6 +1,6 @@
-"""Promises of mappings: what a program stores in memory is the file, for everybody, to the byte.
+"""Promises of mappings: what one process stores in mapped memory, all see in the file.
 
-Where a mapping ends in a signal, a child takes it.
+A test whose mapping ends in a signal runs it in a child process.
 """
 
 import errno
@@ -31,7 +31,7 @@ def folder(module_mount: Mounted, request: pytest.FixtureRequest) -> Path:
 
 
 def run_child(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a program of Python in another process; the caller looks at its end."""
+    """Run a Python program in another process; the caller checks its exit."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), *arguments],
         capture_output=True,
@@ -73,7 +73,7 @@ def test_private_mapping_never_reaches_the_file(folder: Path) -> None:
         memory[PAGE : PAGE + 7] = b"private"
         memory.flush()
         assert file.read_bytes() == contents
-        # a page that was not touched follows the file
+        # an untouched page follows the file
         with open(file, "r+b") as writer:
             writer.write(b"written")
         assert memory[:7] == b"written"
@@ -83,7 +83,7 @@ def test_private_mapping_never_reaches_the_file(folder: Path) -> None:
 
 @pytest.mark.needs_cowfs
 def test_msync_is_durable_when_it_returns(mount: Mounted) -> None:
-    """Promise C2: what msync(MS_SYNC) covered survives a kill of the daemon at once."""
+    """Promise C2: data covered by msync(MS_SYNC) survives an immediate kill of the daemon."""
     file = mount.path / "file"
     file.write_bytes(bytes(64 * PAGE))
     with open(file, "r+b") as stream:
@@ -94,7 +94,7 @@ def test_msync_is_durable_when_it_returns(mount: Mounted) -> None:
         mount.kill()
         with pytest.raises(OSError) as caught:  # noqa: PT011  # the kernel says the daemon is gone
             os.fstat(stream.fileno())
-        # The second is the kernel's answer while it is still ending the connection.
+        # The second errno comes while the kernel is still ending the connection.
         assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
         memory.close()
     mount.check()
@@ -104,7 +104,7 @@ def test_msync_is_durable_when_it_returns(mount: Mounted) -> None:
 
 
 def test_truncate_under_a_mapping_is_a_bus_error_beyond_the_end(folder: Path) -> None:
-    """Promise: pages beyond the new end are gone for who has them mapped, those before it stay."""
+    """Promise: mapped pages beyond the new end give SIGBUS, those before it stay."""
     file = folder / "file"
     file.write_bytes(b"x" * 4 * PAGE)
     program = """
@@ -128,12 +128,12 @@ def test_truncate_under_a_mapping_is_a_bus_error_beyond_the_end(folder: Path) ->
 def test_rest_of_the_last_page_is_zero_and_never_stored(
     folder: Path, module_mount: Mounted
 ) -> None:
-    """Promise: stores beyond the end in the last page do not come back when the file grows."""
+    """Promise: bytes stored beyond the end in the last page stay zero when the file grows."""
     file = folder / "file"
     file.write_bytes(b"y" * (PAGE + 100))
     with open(file, "r+b") as stream, mmap.mmap(stream.fileno(), PAGE + 100) as memory:
         memory[50] = 1
-    # Python's mmap ends with the file; the C library's shows the rest of the page.
+    # Python's mmap ends with the file; the C library's reaches the end of the page.
     program = """
         import ctypes, mmap, os, sys
         libc = ctypes.CDLL(None, use_errno=True)
@@ -162,7 +162,7 @@ def test_rest_of_the_last_page_is_zero_and_never_stored(
 
 
 def test_mapping_outlives_the_name_and_the_descriptor(folder: Path) -> None:
-    """Promise: a mapped file without a name keeps its contents, also written ones."""
+    """Promise: a mapped file without a name keeps its contents, also those written later."""
     file = folder / "file"
     contents = os.urandom(300_000)
     file.write_bytes(contents)
@@ -172,7 +172,7 @@ def test_mapping_outlives_the_name_and_the_descriptor(folder: Path) -> None:
     file.write_bytes(b"another")
     memory[100_000:100_003] = b"new"
     memory.flush()
-    memory.madvise(mmap.MADV_DONTNEED)  # read again, from the file that has no name
+    memory.madvise(mmap.MADV_DONTNEED)  # read again, from the file without a name
     assert memory[:100_000] == contents[:100_000]
     assert memory[100_000:100_003] == b"new"
     assert memory[100_003:] == contents[100_003:]
@@ -181,7 +181,7 @@ def test_mapping_outlives_the_name_and_the_descriptor(folder: Path) -> None:
 
 
 def test_mapping_and_calls_see_each_other_at_every_step(folder: Path) -> None:
-    """Promise: stores, write(), read(), truncate() and append on one file are one history."""
+    """Promise: stores, write(), read(), truncate() and append on a file see each other in order."""
     file = folder / "file"
     size = 16 * PAGE
     file.write_bytes(bytes(size))
@@ -211,7 +211,7 @@ def test_mapping_and_calls_see_each_other_at_every_step(folder: Path) -> None:
 
 
 def test_read_only_mapping_refuses_stores_and_protection_can_be_changed(folder: Path) -> None:
-    """Promise: mprotect gives what the descriptor allows, and code can be run from a mapping."""
+    """Promise: mprotect allows what the descriptor allows, and code can run from a mapping."""
     file = folder / "code"
     file.write_bytes(bytes.fromhex("b82a000000c3").ljust(PAGE, b"\x90"))  # mov eax, 42; ret
     program = """
@@ -237,7 +237,7 @@ def test_read_only_mapping_refuses_stores_and_protection_can_be_changed(folder: 
 
 
 def test_mapping_of_a_hole_stores_only_what_was_touched(folder: Path) -> None:
-    """Promise: a store into a hole fills that page alone."""
+    """Promise: a store into a hole fills only that page."""
     file = folder / "sparse"
     with open(file, "w+b") as stream:
         stream.truncate(1 << 30)

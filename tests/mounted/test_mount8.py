@@ -1,6 +1,6 @@
 """Promises about mount(8), umount(8) and fstab: they work as for any other filesystem.
 
-The real programs run, as root, in a private mount namespace with an /etc/fstab of its own.
+The real programs run, as root, in a private mount namespace with its own /etc/fstab.
 """
 
 import json
@@ -19,7 +19,8 @@ from tests.conftest import json_of, require_clean, require_success, wait_for_end
 from tests.mounted.machine import AS_ROOT, Machine, machine
 from tests.sizes import HANG_SECONDS
 
-# A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
+# A mount namespace copies all mounts, so tests that make namespaces run in turn with those they
+# disturb.
 NAMESPACES = pytest.mark.xdist_group("mount namespaces")
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs, NAMESPACES]
 
@@ -38,7 +39,7 @@ def shared_machine() -> Iterator[Machine]:
 
 @pytest.fixture
 def place(shared_machine: Machine, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A mount point beside an image of 64 MiB named `disk.img`; unmounted and checked afterwards."""
+    """A mount point beside an image `disk.img` of 64 MiB; unmounted and checked at the end."""
     folder = shared_machine.folder / request.node.name.replace("/", "-")
     (folder / "mnt").mkdir(parents=True)
     image = folder / "disk.img"
@@ -56,7 +57,7 @@ def image_of(place: Path) -> Path:
 
 
 def options_of(shared_machine: Machine, place: Path) -> set[str]:
-    """The options of what is mounted there."""
+    """The options of the mount there."""
     found = [line for line in shared_machine.mounts() if line[1] == str(place)]
     assert len(found) == 1, shared_machine.mounts()
     assert found[0][0] == str(image_of(place))
@@ -66,9 +67,9 @@ def options_of(shared_machine: Machine, place: Path) -> set[str]:
 def test_mount_with_the_type_and_umount_end_in_a_clean_commit(
     shared_machine: Machine, place: Path
 ) -> None:
-    """Promise: `mount -t fuse.cowfs IMG DIR` mounts, and after umount the daemon commits and ends.
+    """Promise: `mount -t fuse.cowfs IMG DIR` mounts; after umount the daemon commits and ends.
 
-    findmnt, mount and df show what it is.
+    findmnt, mount and df show its type, source and size.
     """
     run = shared_machine
     run.succeed("mount", "-t", "fuse.cowfs", image_of(place), place, "-o", "noatime,commit=60")
@@ -89,9 +90,9 @@ def test_mount_with_the_type_and_umount_end_in_a_clean_commit(
 
 
 def test_fstab_line_with_the_usual_words_mounts(shared_machine: Machine, place: Path) -> None:
-    """Promise: mount DIR, mount IMG, mount -a and umount find the line, in an empty environment.
+    """Promise: mount DIR, mount IMG, mount -a and umount use the line, with no environment.
 
-    With a word of user space in the line umount returns when the last commit is durable.
+    With a user-space option in the line, umount returns when the last commit is durable.
     """
     run = shared_machine
     run.fstab.write_text(f"{image_of(place)} {place} fuse.cowfs {USUAL} 0 0\n")
@@ -102,7 +103,7 @@ def test_fstab_line_with_the_usual_words_mounts(shared_machine: Machine, place: 
         assert not run.processes(), "umount returned before the daemon had ended"
     run.fstab.write_text(f"{image_of(place)} {place} fuse.cowfs ro,nofail 0 0\n")
     run.succeed("mount", "-a")
-    run.succeed("mount", "-a")  # mounted already: nothing to do
+    run.succeed("mount", "-a")  # already mounted, so nothing to do
     assert "ro" in options_of(run, place)
     assert run.run("touch", place / "file").returncode
     run.succeed("umount", "-a", "-t", "fuse.cowfs")
@@ -112,9 +113,9 @@ def test_fstab_line_with_the_usual_words_mounts(shared_machine: Machine, place: 
 def test_fstab_switches_on_set_id_programs_devices_and_strict_times(
     shared_machine: Machine, place: Path
 ) -> None:
-    """Promise: setuid, devices and strictatime reach the daemon; a read after an open is an access.
+    """Promise: setuid, devices and strictatime reach the daemon; a read after an open moves atime.
 
-    mount(8) keeps suid and dev, its own defaults, to itself.
+    mount(8) does not pass on suid and dev, since they are its defaults.
     """
     run = shared_machine
     line = f"{image_of(place)} {place} fuse.cowfs {{}} 0 0\n"
@@ -156,7 +157,7 @@ def test_fstab_given_to_mount_is_used(shared_machine: Machine, place: Path) -> N
 
 
 def test_flags_of_mount_reach_the_helper(shared_machine: Machine, place: Path) -> None:
-    """Promise: -f mounts nothing, -v tells, -s skips unknown words, -n and -r do what they say."""
+    """Promise: mount's -f mounts nothing, -v reports, -s skips unknown options, -n and -r work."""
     run, words = shared_machine, ["-t", "fuse.cowfs", image_of(place), place]
     told = run.succeed("mount", "-f", "-v", *words)
     assert f"mounting {image_of(place)} on {place}" in told
@@ -169,7 +170,7 @@ def test_flags_of_mount_reach_the_helper(shared_machine: Machine, place: Path) -
 
 
 def test_what_went_wrong_is_the_exit_status_of_mount(shared_machine: Machine, place: Path) -> None:
-    """Promise: 1 for wrong words, 32 for what cannot be mounted, one line each, and no mount."""
+    """Promise: usage errors are status 1, failed mounts 32, with one line each and no mount."""
     run, image = shared_machine, image_of(place)
     run.fstab.write_text(f"{image}.gone {place} fuse.cowfs nofail 0 0\n")
     for words, status, said in (
@@ -187,13 +188,13 @@ def test_what_went_wrong_is_the_exit_status_of_mount(shared_machine: Machine, pl
 
 
 def info_of(run: Machine, place: Path) -> dict[str, Any]:
-    """What the daemon says of the mount and of itself."""
+    """The daemon's information about the mount and about itself."""
     found: dict[str, Any] = json.loads(run.succeed("cowfs", "info", place, "--json"))
     return found
 
 
 def require_paused(run: Machine, place: Path) -> None:
-    """Nothing is written to the image, whatever is read, and edits are refused in words."""
+    """Require that reading does not write to the image and that edits are refused in words."""
     info = info_of(run, place)
     assert info["clean"] is True
     assert info["daemon_settings"]["read_only"] is True
@@ -208,7 +209,7 @@ def require_paused(run: Machine, place: Path) -> None:
 
 
 def require_writing(run: Machine, place: Path) -> None:
-    """Files and snapshots are made again, and the image is marked as in use."""
+    """Require that files and snapshots can be made, and the image is marked as in use."""
     run.succeed("sh", "-c", f"echo kept >{place}/file")
     run.succeed("cowfs", "sync", place)
     info = info_of(run, place)
@@ -220,13 +221,13 @@ def require_writing(run: Machine, place: Path) -> None:
 def test_remount_makes_read_only_and_writable_again(
     shared_machine: Machine, place: Path, helper: bool
 ) -> None:
-    """Promise: remount,ro ends in a clean commit and silence; remount,rw goes on in the same daemon.
+    """Promise: remount,ro commits, then writes nothing; remount,rw resumes in the same daemon.
 
-    Without the helper the daemon sees it a little later.
+    Without the helper the daemon notices a little later.
     """
     run = shared_machine
     words = [] if helper else ["-i"]
-    # Without the helper mount(8) sets the flags that this line has, and clears the others.
+    # Without the helper mount(8) sets the flags of this line, and clears the others.
     options = f"commit={COMMIT_SECONDS},strictatime,nosuid,nodev,noexec"
     run.fstab.write_text(f"{image_of(place)} {place} fuse.cowfs {options} 0 0\n")
     run.succeed("mount", place)
@@ -249,7 +250,7 @@ def test_remount_makes_read_only_and_writable_again(
             user.stdin.close()
         require_writing(run, place)
         for wanted, require in (("ro", require_paused), ("rw", require_writing)):
-            for _ in range(2):  # again it changes nothing
+            for _ in range(2):  # the second time changes nothing
                 run.succeed("mount", *words, "-o", f"remount,{wanted}", place)
             assert options_of(run, place) >= {wanted, "nosuid", "nodev", "noexec"}
             deadline = time.monotonic() + (0 if helper else HANG_SECONDS)
@@ -300,7 +301,7 @@ def test_what_was_mounted_read_only_becomes_writable(shared_machine: Machine, pl
 def test_remount_with_other_options_is_refused_and_says_what_to_do(
     shared_machine: Machine, place: Path
 ) -> None:
-    """Promise: nothing but ro and rw changes, and the message says so."""
+    """Promise: other options than ro and rw change nothing, and the error says what to do."""
     run = shared_machine
     run.succeed("mount", "-t", "fuse.cowfs", image_of(place), place)
     for words in ("remount,ro,commit=1", "remount,noatime", "remount,rw,setuid"):
@@ -351,7 +352,7 @@ def test_umount_of_a_busy_mount_is_refused_and_lazy_is_not(
 def test_mount_after_a_kill_clears_the_dead_mount_away(
     shared_machine: Machine, place: Path
 ) -> None:
-    """Promise: mount DIR just works after the daemon was killed; umount of a dead mount too."""
+    """Promise: after a kill of the daemon, mount DIR just works, and umount of the dead mount."""
     run = shared_machine
     run.fstab.write_text(f"{image_of(place)} {place} fuse.cowfs x-helper 0 0\n")
     run.succeed("mount", place)
@@ -368,7 +369,7 @@ def test_mount_after_a_kill_clears_the_dead_mount_away(
 
 
 def test_umount_works_when_the_image_was_moved(shared_machine: Machine, place: Path) -> None:
-    """Promise: what has lost its name is unmounted all the same, as a shutdown needs it."""
+    """Promise: umount works when the image was moved, as a shutdown needs it."""
     run = shared_machine
     run.succeed("mount", "-t", "fuse.cowfs", image_of(place), place, "-o", "x-helper")
     moved = image_of(place).with_suffix(".moved")

@@ -1,4 +1,4 @@
-"""Promises about the numbers of files, st_ino and d_ino: backup programs, du, old programs use them."""
+"""Promises about inode numbers, st_ino and d_ino, as backup programs, du and old programs need."""
 
 import ctypes
 import os
@@ -18,8 +18,8 @@ LIBC.opendir.argtypes = [ctypes.c_char_p]
 LIBC.readdir64.restype = ctypes.c_void_p
 LIBC.readdir64.argtypes = LIBC.closedir.argtypes = [ctypes.c_void_p]
 
-# What ls would do, without a C library that may be missing: names by getdents64, numbers and positions
-# that do not fit into 32 bits told.
+# Lists a directory as ls does, without a 32-bit C library, which may be missing: names by
+# getdents64. It reports numbers and positions that do not fit into 32 bits.
 OLD_PROGRAM = """
 static int call(int number, int one, void *two, int three) {
     int result;
@@ -59,7 +59,7 @@ class Entry(ctypes.Structure):
 
 
 def listed_numbers(directory: Path) -> dict[str, int]:
-    """The number that readdir gives for each name, `.` and `..` too."""
+    """The d_ino that readdir gives for each name, also for `.` and `..`."""
     stream = LIBC.opendir(os.fsencode(directory))
     assert stream
     found = {}
@@ -71,7 +71,7 @@ def listed_numbers(directory: Path) -> dict[str, int]:
 
 
 def numbers_below(top: Path) -> dict[str, int]:
-    """st_ino by path of everything, after a look that readdir says the same."""
+    """st_ino by path of everything below `top`; readdir must give the same numbers."""
     found = {".": top.stat().st_ino}
     for directory, folders, files in os.walk(top):
         place = Path(directory)
@@ -86,7 +86,7 @@ def numbers_below(top: Path) -> dict[str, int]:
 
 
 def automatic_snapshot(mount: Mounted) -> str:
-    """The newest of those that a rollback made."""
+    """The newest of the snapshots that a rollback made."""
     snapshots = json_of(mount.cowfs("snapshot", "list", mount.path, "--json"))["snapshots"]
     return str([each["name"] for each in snapshots if each["automatic"]][-1])
 
@@ -106,7 +106,7 @@ def make_files(top: Path) -> None:
 
 
 def test_numbers_of_live_files_are_small_and_outlive_rollback_and_undo(visible: Mounted) -> None:
-    """Promise: 32 bits are enough, and a backup program finds every file under its number again."""
+    """Promise: st_ino fits into 32 bits, and every file keeps its number over rollback and undo."""
     make_files(visible.path)
     before = {k: v for k, v in numbers_below(visible.path).items() if ".snapshots" not in k}
     assert before["one"] == before["folder/linked"]
@@ -130,7 +130,7 @@ def test_numbers_of_live_files_are_small_and_outlive_rollback_and_undo(visible: 
 
 
 def test_no_number_is_shown_twice(visible: Mounted) -> None:
-    """Promise: a number is one file: of the live tree, of one snapshot, or .snapshots itself."""
+    """Promise: files of the live tree, of each snapshot and .snapshots differ in st_ino."""
     make_files(visible.path)
     visible.snapshot("monday")
     visible.snapshot("tuesday")
@@ -144,7 +144,7 @@ def test_no_number_is_shown_twice(visible: Mounted) -> None:
 
 
 def test_du_and_tar_count_each_file_of_a_snapshot(visible: Mounted) -> None:
-    """Promise: du and tar of the whole take no file of a snapshot for a link to the live one."""
+    """Promise: du and tar of everything do not take snapshot files for links to live ones."""
     make_files(visible.path)
     (visible.path / "large").write_bytes(os.urandom(1 << 20))
     os.link(visible.path / "large", visible.path / "large too")
@@ -162,7 +162,7 @@ def test_du_and_tar_count_each_file_of_a_snapshot(visible: Mounted) -> None:
 
 
 def test_what_stays_open_over_a_rollback_is_a_file_of_the_snapshot(visible: Mounted) -> None:
-    """Promise: what is open, and the directories above it, do not share a number with live files."""
+    """Promise: open files, and directories above them, share no number with live files."""
     make_files(visible.path)
     visible.snapshot("monday")
     deep = visible.path / "folder" / "deeper" / "three"

@@ -1,7 +1,7 @@
-"""Promise: overlayfs takes a directory of cowfs as its upper layer, as container programs use it.
+"""Promises that overlayfs takes a cowfs directory as its upper layer, as container programs do.
 
-The image's lower layers are read-only; what a container changes goes to the upper one: whiteouts for
-what it deletes, opaque directories for what it makes anew, redirects for directories that it moves.
+The image's lower layers are read-only. A container's changes go to the upper layer: whiteouts for
+deletions, opaque directories for directories made anew, redirects for directories that were moved.
 """
 
 import os
@@ -15,7 +15,8 @@ import pytest
 from tests.conftest import Mounted
 from tests.sizes import HANG_SECONDS
 
-# A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
+# A mount namespace copies all mounts, so tests that make namespaces run in turn with those they
+# disturb.
 NAMESPACES = pytest.mark.xdist_group("mount namespaces")
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_root, NAMESPACES]
 
@@ -23,7 +24,7 @@ OPTIONS = "lowerdir={0}/two:{0}/one,upperdir={1}/upper,workdir={1}/work,redirect
 
 
 def in_overlay(layers: Path, place: Path, program: str) -> str:
-    """Run a shell program in the merged tree, in a mount namespace of its own; what it printed."""
+    """Run a shell program in the merged tree, in a new mount namespace; returns its output."""
 
     for each in (place / "upper", place / "work", layers / "merged"):
         each.mkdir(exist_ok=True)
@@ -60,7 +61,7 @@ def layers(tmp_path: Path) -> Path:
 def test_files_deleted_renamed_and_changed_in_a_container_stay_so(
     layers: Path, mount: Mounted
 ) -> None:
-    """Promise: delete, rename and write in the merged tree, and find it so after a remount."""
+    """Promise: deletes, renames and writes in the merged tree are the same after a remount."""
     place = mount.path / "container"
     place.mkdir()
     in_overlay(

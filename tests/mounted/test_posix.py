@@ -1,6 +1,6 @@
 """Promises that files, directories and attributes behave as POSIX and Linux say they do.
 
-Every test works in a directory of its own on a mount that all share; in the end it is checked.
+Every test works in its own directory on one shared mount, which is checked at the end.
 """
 
 import ctypes
@@ -37,8 +37,8 @@ def folder(module_mount: Mounted, request: pytest.FixtureRequest) -> Path:
 
 
 def refused_with(number: int, call: Callable[[], object]) -> None:
-    """Fails unless the call is refused with exactly this error."""
-    with pytest.raises(OSError) as caught:  # noqa: PT011  # the number is looked at below
+    """Require that the call fails with exactly this errno."""
+    with pytest.raises(OSError) as caught:  # noqa: PT011  # the test checks errno below
         call()
     found = errno.errorcode.get(caught.value.errno or 0)
     assert found == errno.errorcode[number], f"{found} instead of {errno.errorcode[number]}"
@@ -71,7 +71,7 @@ def test_hard_link_shares_contents_and_counts_names(folder: Path) -> None:
 
 
 def test_symlink_keeps_its_target_to_the_byte(folder: Path) -> None:
-    """Promise: symlinks of any length and to anywhere are kept; a loop is found."""
+    """Promise: symlinks of any length and to any target are kept; a loop is ELOOP."""
     for number, target in enumerate(["x", "nowhere/at all", "ü" * 100, "a" * 4000]):
         link = folder / f"link {number}"
         link.symlink_to(target)
@@ -117,7 +117,7 @@ def test_names_are_bytes(folder: Path) -> None:
 
 
 def test_wrong_paths_are_refused_with_the_right_error(folder: Path) -> None:
-    """Promise: each mistake gets the error number that programs look for."""
+    """Promise: each wrong path gets the errno that programs look for."""
     file, full, empty = folder / "file", folder / "full", folder / "empty"
     file.write_bytes(b"x")
     full.mkdir()
@@ -150,7 +150,7 @@ def test_wrong_paths_are_refused_with_the_right_error(folder: Path) -> None:
 
 
 def test_rename_replaces_atomically_and_keeps_the_open_file(folder: Path) -> None:
-    """Promise: rename over a file always leaves one; who has the old file open keeps it."""
+    """Promise: rename over a file always leaves one; an open old file can still be read."""
     old, new = folder / "old", folder / "new"
     new.write_bytes(b"replaced, but still open")
     old.write_bytes(b"replacement")
@@ -173,7 +173,7 @@ def test_rename_between_two_names_of_one_file_does_nothing(folder: Path) -> None
 
 
 def test_rename_of_a_directory_moves_its_parent_link(folder: Path) -> None:
-    """Promise: a moved directory has the new parent as `..`, and both parents count right."""
+    """Promise: a moved directory has the new parent as `..`, and both parents' nlink is right."""
     (folder / "from").mkdir()
     (folder / "to").mkdir()
     (folder / "from" / "child").mkdir()
@@ -188,7 +188,7 @@ def test_rename_of_a_directory_moves_its_parent_link(folder: Path) -> None:
 
 
 def test_rename_noreplace_never_replaces(folder: Path) -> None:
-    """Promise: RENAME_NOREPLACE refuses with EEXIST, else renames."""
+    """Promise: RENAME_NOREPLACE refuses an existing target with EEXIST, else renames."""
     (folder / "a").write_bytes(b"a")
     (folder / "b").write_bytes(b"b")
     refused_with(
@@ -223,7 +223,7 @@ def test_rename_exchange_swaps_a_file_and_a_directory(folder: Path) -> None:
 
 
 def test_fifo_carries_bytes(folder: Path) -> None:
-    """Promise: a fifo on the filesystem is one."""
+    """Promise: a fifo on the filesystem passes bytes from writer to reader."""
     fifo = folder / "fifo"
     os.mkfifo(fifo, 0o640)
     assert stat.S_ISFIFO(fifo.stat().st_mode)
@@ -236,7 +236,7 @@ def test_fifo_carries_bytes(folder: Path) -> None:
 
 def test_socket_can_be_bound_and_reached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Promise: a Unix socket on the filesystem connects two programs."""
-    monkeypatch.chdir(folder)  # the path of a socket may have 107 bytes only
+    monkeypatch.chdir(folder)  # a socket's path is limited to 107 bytes
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
         server.bind("socket")
         assert stat.S_ISSOCK(os.stat("socket").st_mode)
@@ -249,7 +249,7 @@ def test_socket_can_be_bound_and_reached(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_device_node_keeps_its_number(folder: Path) -> None:
-    """Promise: root can make device nodes, nobody else can; their numbers are kept."""
+    """Promise: only root can make device nodes, and their numbers are kept."""
     for kind, major, minor in ((stat.S_IFCHR, 1, 3), (stat.S_IFBLK, 259, 70_000)):
         node = folder / f"node {major}"
         if os.geteuid() == 0:
@@ -300,7 +300,7 @@ def test_writing_clears_the_set_user_id_bit(folder: Path) -> None:
 
 
 def test_umask_and_set_group_id_directories_are_honoured(folder: Path) -> None:
-    """Promise: new files get the mode asked for less the umask, and such a directory's group."""
+    """Promise: new files get their mode less the umask, in set-group-ID directories the group."""
     previous = os.umask(0o027)
     try:
         os.close(os.open(folder / "file", os.O_CREAT | os.O_WRONLY, 0o666))
@@ -332,7 +332,7 @@ def test_times_are_kept_to_the_nanosecond(folder: Path) -> None:
 
 
 def test_times_move_when_something_changes(folder: Path) -> None:
-    """Promise: writing moves mtime and ctime, chmod and link only ctime, names the folder's."""
+    """Promise: writing moves mtime and ctime; chmod and link ctime; a new name the folder's."""
     file = folder / "file"
     file.write_bytes(b"1")
 
@@ -359,7 +359,7 @@ def test_times_move_when_something_changes(folder: Path) -> None:
 
 
 def test_directory_counts_its_links(folder: Path) -> None:
-    """Promise: a directory has two links and one for each directory in it, as find expects."""
+    """Promise: a directory has two links and one for each subdirectory, as find expects."""
     assert folder.stat().st_nlink == 2
     for number in range(5):
         (folder / f"directory {number}").mkdir()
@@ -397,8 +397,8 @@ def test_xattrs_can_be_set_listed_replaced_and_removed(folder: Path) -> None:
 
 
 def test_statfs_is_consistent(folder: Path, module_mount: Mounted) -> None:
-    """Promise: df's numbers fit together and fall when something is written."""
-    if not module_mount.plain:  # what earlier tests wrote has its final size only in a commit
+    """Promise: df's numbers are consistent, and free space falls when data is written."""
+    if not module_mount.plain:  # earlier tests' data gets its final size only in a commit
         require_success(module_mount.cowfs("sync", module_mount.path))
     before = os.statvfs(folder)
     assert before.f_bavail <= before.f_bfree <= before.f_blocks
@@ -437,7 +437,7 @@ def test_sparse_file_reads_zeros_and_takes_no_space(folder: Path) -> None:
 
 
 def test_truncate_both_ways_shows_no_old_bytes(folder: Path) -> None:
-    """Promise: what was cut off never comes back; growing shows zeros. At every odd size."""
+    """Promise: at every odd size, bytes cut off never return, and growing adds zeros."""
     file = folder / "file"
     contents = os.urandom(300_000)
     for shorter in (0, 1, 100, 4095, 4096, 4097, 70_000, 131_072, 299_999):
@@ -456,7 +456,7 @@ def test_truncate_both_ways_shows_no_old_bytes(folder: Path) -> None:
 
 def test_offsets_reach_as_far_as_the_kernel_allows(folder: Path, module_mount: Mounted) -> None:
     """Promise: a file may have bytes at an offset of 2^62."""
-    # A host's filesystem ends earlier; ext4 at 16 TiB.
+    # The host's filesystem has a lower limit, such as 16 TiB on ext4.
     offset = 1 << 43 if module_mount.plain else 1 << 62
     file = folder / "far"
     with open(file, "wb") as stream:
@@ -487,7 +487,7 @@ def test_append_always_writes_at_the_end(folder: Path) -> None:
 
 
 def test_open_with_truncate_empties_the_file(folder: Path) -> None:
-    """Promise: O_TRUNC leaves nothing of the old contents, also for who has it open."""
+    """Promise: O_TRUNC leaves none of the old contents, also for others who have the file open."""
     file = folder / "file"
     file.write_bytes(b"old" * 10_000)
     with open(file, "rb") as reader:
@@ -503,7 +503,7 @@ def test_open_with_truncate_empties_the_file(folder: Path) -> None:
 
 
 def test_random_writes_read_back_as_written(folder: Path) -> None:
-    """Promise: any mix of overwrites, at any offset and size, gives what a plain array would."""
+    """Promise: overwrites at any offsets and sizes give the same as on a plain array."""
     generator = random.Random(20)
     size_max = 2 << 20
     expected = bytearray()
@@ -527,7 +527,7 @@ def test_random_writes_read_back_as_written(folder: Path) -> None:
 
 
 def test_mapped_file_shares_its_writes(folder: Path) -> None:
-    """Promise: what is written through a shared mapping is in the file, and the other way round."""
+    """Promise: a write through a shared mapping is in the file, and the other way round."""
     file = folder / "mapped"
     file.write_bytes(bytes(200_000))
     with open(file, "r+b") as stream, mmap.mmap(stream.fileno(), 0) as memory:
@@ -564,7 +564,7 @@ def test_unlinked_file_lives_while_it_is_open(folder: Path) -> None:
 
 
 def test_removed_directory_that_is_open_is_empty(folder: Path) -> None:
-    """Promise: a directory removed while open lists nothing and takes nothing new."""
+    """Promise: a directory removed while open lists nothing, and nothing can be made in it."""
     place = folder / "place"
     place.mkdir()
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
@@ -579,7 +579,7 @@ def test_removed_directory_that_is_open_is_empty(folder: Path) -> None:
 
 
 def test_now_of_utimensat_is_not_before_a_write_that_was_made(folder: Path) -> None:
-    """Promise: what is touched after a write is not older than it, so that make(1) is right."""
+    """Promise: touch after a write gives a time not before the write's, as make(1) needs."""
     written, touched = folder / "written", folder / "touched"
     touched.touch()
     for _ in range(50):

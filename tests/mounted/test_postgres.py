@@ -1,7 +1,8 @@
-"""Promises that PostgreSQL keeps what it has committed: through kills of the daemon, and in snapshots.
+"""Promises that PostgreSQL keeps its commits through kills of the daemon and in snapshots.
 
-pgbench moves money between accounts and notes each move in a history, with a number of its own. Whatever
-happens, balances and history must agree, and what pgbench was told is committed must be there.
+pgbench moves money between accounts and notes each move in a history, with a number of its own.
+Whatever happens, balances and history must agree, and all commits that pgbench was told of must be
+there.
 """
 
 import contextlib
@@ -28,15 +29,15 @@ pytestmark = [
 CLIENTS = 2
 SETTINGS = {
     "listen_addresses": "''",
-    "shared_buffers": "'16MB'",  # little, so that pages are written all the time
-    "max_wal_size": "'32MB'",  # a checkpoint each few seconds
+    "shared_buffers": "'16MB'",  # small, so that pages are written all the time
+    "max_wal_size": "'32MB'",  # small, for a checkpoint every few seconds
     "min_wal_size": "'32MB'",
     "checkpoint_timeout": "'30s'",
     "bgwriter_delay": "'20ms'",
     "max_connections": "10",
     "log_timezone": "'UTC'",
 }
-# What pgbench does by itself, with a number in the history that its own log can be compared with.
+# pgbench's own transaction, with a number in the history that its log can be compared with.
 TRANSACTION = """
 \\set n :n + 1
 \\set aid random(1, 100000 * :scale)
@@ -60,7 +61,7 @@ SELECT (SELECT sum(abalance) FROM pgbench_accounts), (SELECT sum(tbalance) FROM 
 
 
 def programs_folder() -> Path:
-    """Where the programs are that Debian keeps out of PATH, the newest if there are several."""
+    """The folder of programs that Debian keeps out of PATH, the newest if there are several."""
     found = [*Path("/usr/lib/postgresql").glob("*/bin/initdb")]
     if not found and (elsewhere := shutil.which("initdb")):
         found.append(Path(elsewhere).resolve())
@@ -100,11 +101,11 @@ class Cluster:
         return [*self.as_user, str(self.programs / program), *map(str, words)]
 
     def call(self, program: str, *words: str | Path) -> str:
-        """Run one of PostgreSQL's programs, which must succeed; gives its output."""
+        """Run one of PostgreSQL's programs, which must succeed; returns its output."""
         return run(*self.words(program, *words), folder=self.outside)
 
     def query(self, text: str) -> list[tuple[str, ...]]:
-        """The rows that a query gives."""
+        """The rows that a query returns."""
         words = ("--no-psqlrc", "--tuples-only", "--no-align", "--set=ON_ERROR_STOP=1")
         output = self.call("psql", *words, *self.connection(), "--command", text, "postgres")
         return [tuple(line.split("|")) for line in output.splitlines()]
@@ -133,7 +134,7 @@ class Cluster:
             time.sleep(0.1)
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """End the server: SIGINT with a checkpoint, SIGQUIT at once."""
+        """Stop the server: SIGINT with a checkpoint, SIGQUIT at once."""
         server, self.server = self.server, None
         if server is None:
             return
@@ -147,7 +148,7 @@ class Cluster:
 
     @contextlib.contextmanager
     def load(self, number: int, count: int) -> Iterator[subprocess.Popen[str]]:
-        """pgbench, for `count` transactions of each client; `acknowledged` reads its log."""
+        """Run pgbench for `count` transactions of each client; `acknowledged` reads its log."""
         script = self.outside / "transaction.sql"
         script.write_text(TRANSACTION, encoding="ascii")
         words = self.words(
@@ -165,7 +166,7 @@ class Cluster:
             process.communicate(timeout=HANG_SECONDS)
 
     def acknowledged(self, number: int) -> set[str]:
-        """Names in the history of all transactions that were told to be committed in one round."""
+        """Names in the history of all transactions of one round that were reported as committed."""
         names = set()
         for file in self.outside.glob(f"round{number}.*"):
             for line in file.read_text(encoding="ascii").splitlines():
@@ -175,12 +176,12 @@ class Cluster:
         return names
 
     def moves(self) -> int:
-        """How many transactions are in the history."""
+        """The number of transactions in the history."""
         ((count,),) = self.query("SELECT count(*) FROM pgbench_history")
         return int(count)
 
     def history(self) -> set[str]:
-        """Names of all transactions in the history, none twice; balances agree with them."""
+        """Names of all transactions in the history; each is there once, and balances agree."""
         ((accounts, tellers, branches, history),) = self.query(BALANCES)
         assert accounts == tellers == branches == history
         names = [name.strip() for (name,) in self.query("SELECT filler FROM pgbench_history")]
@@ -188,7 +189,7 @@ class Cluster:
         return set(names)
 
     def verify(self) -> None:
-        """PostgreSQL's own checks of all tables and indexes, running, and of all pages, stopped."""
+        """Run PostgreSQL's checks: of tables and indexes while it runs, of pages when stopped."""
         self.query("CREATE EXTENSION IF NOT EXISTS amcheck")
         checks = ("--heapallindexed", "--parent-check")
         self.call("pg_amcheck", *checks, *self.connection(), "postgres")
@@ -198,7 +199,7 @@ class Cluster:
 
 @pytest.fixture
 def place(request: pytest.FixtureRequest) -> Iterator[tuple[Mounted, Path]]:
-    """A mount that the server's user may enter, and a folder outside of it with a short name."""
+    """A mount that the server's user may enter, and a folder outside of it with a short path."""
     options = ("-o", "allow_other") if os.geteuid() == 0 else ()
     folder = Path(tempfile.mkdtemp(prefix="cowfs-pg-", dir="/tmp"))
     folder.chmod(0o755)
@@ -236,7 +237,7 @@ def test_postgres_recovers_every_transaction_when_the_daemon_is_killed(
     cluster: Cluster,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Promise C1, C2: the server recovers by itself, with all that it told to be committed."""
+    """Promise C1, C2: the server recovers by itself, with all commits that it reported."""
     mount, _ = place
     moments = random_moments()
     options = mount.mount_options
@@ -252,7 +253,7 @@ def test_postgres_recovers_every_transaction_when_the_daemon_is_killed(
             assert load.returncode != 0, output
         cluster.stop(signal.SIGQUIT)
         mount.check()
-        # The next round under the other of the two ways to write.
+        # The next round uses the other of the two cache modes.
         mount.mount_options = (*options, "-o", "writeback") if number % 2 == 0 else options
         mount.remount()
         cluster.start()
@@ -261,7 +262,7 @@ def test_postgres_recovers_every_transaction_when_the_daemon_is_killed(
         acknowledged |= new
         history = cluster.history()
         assert not acknowledged - history, f"lost: {sorted(acknowledged - history)[:10]}"
-        # Of each client one more may have been committed without its knowing.
+        # Each client may have one more commit that it was not told of.
         assert len(history) <= len(acknowledged) + CLIENTS * (number + 1)
     assert "database system was not properly shut down" in (cluster.outside / "log").read_text()
     cluster.verify()
@@ -275,7 +276,7 @@ def test_postgres_recovers_every_transaction_when_the_daemon_is_killed(
 def test_postgres_recovers_from_a_snapshot_taken_under_load(
     place: tuple[Mounted, Path], cluster: Cluster
 ) -> None:
-    """Promise C6: a snapshot of a busy server is a database that recovers, with all committed before."""
+    """Promise C6: a database in a snapshot of a busy server recovers, with all earlier commits."""
     mount, _ = place
     with cluster.load(0, round(100 * SECONDS)) as load:
         wait_until(lambda: cluster.moves() > 20, "the server does nothing")

@@ -1,7 +1,7 @@
 """Promises that the programs people use every day work on a mount as on any other filesystem.
 
-git, Python environments, SQLite, tar, rsync, find and du run as they are; what they made is then
-put to their own checks and compared with what they make elsewhere.
+git, Python environments, SQLite, tar, rsync, find and du run unchanged. Their results must pass
+their own checks, and equal the results made elsewhere.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ def test_python_environment_with_pip_works(mount: Mounted) -> None:
 
 @pytest.mark.parametrize("journal", ["wal", "delete"])
 def test_sqlite_database_is_whole_after_remount(mount: Mounted, journal: str) -> None:
-    """Promise: with two connections, locks and shared memory what was committed is kept."""
+    """Promise: committed data is kept, with two connections, locks and shared memory."""
     file = mount.path / "data.sqlite"
     with (
         contextlib.closing(sqlite3.connect(file, isolation_level=None)) as writer,
@@ -132,7 +132,7 @@ def test_tar_there_and_back_keeps_everything(mount: Mounted, tmp_path: Path) -> 
     original = tmp_path / "library"
     make_library(original)
     expected = tree_state(original)
-    # Holes are found by reading: not every filesystem can be asked where they are.
+    # tar finds holes by reading: not every filesystem can report them.
     pack = ("tar", "--create", "--sparse", "--hole-detection=raw", "--xattrs", "--format=posix")
     unpack = ("tar", "--extract", "--xattrs", "--xattrs-include=*", "--preserve-permissions")
     run(*pack, "--file", tmp_path / "one.tar", "library", folder=tmp_path)
@@ -165,7 +165,7 @@ def test_rsync_both_ways_keeps_links_and_attributes(mount: Mounted, tmp_path: Pa
     run("rsync", "-aHAX", "--sparse", f"{mount.path}/copy/", tmp_path / "back")
     assert_same(expected, tree_state(tmp_path / "back"))
 
-    # Changes are carried over in place, and what is gone at the source goes.
+    # rsync updates files in place, and deletes what is gone at the source.
     (original / "one of everything" / "file").write_bytes(b"changed\n")
     with open(original / "one of everything" / "sparse", "r+b") as file:
         file.seek(15 << 20)
@@ -188,7 +188,7 @@ def test_rsync_both_ways_keeps_links_and_attributes(mount: Mounted, tmp_path: Pa
 
 
 def test_find_and_du_agree_with_the_attributes(mount: Mounted, tmp_path: Path) -> None:
-    """Promise: find sees each name once, du counts each file once, in blocks that stat shows."""
+    """Promise: find sees each name once; du counts each file once, in the blocks of stat."""
     original = tmp_path / "library"
     make_library(original)
     run("cp", "-a", original, mount.path)
@@ -225,7 +225,7 @@ def test_find_and_du_agree_with_the_attributes(mount: Mounted, tmp_path: Path) -
 
 @pytest.mark.needs_cowfs
 def test_find_on_one_filesystem_does_not_enter_snapshots(mount: Mounted) -> None:
-    """Promise: a search of the whole mount never wanders through the snapshots."""
+    """Promise: a search of the whole mount with -xdev does not enter the snapshots."""
     for number in range(10):
         (mount.path / f"file {number}").write_bytes(b"x")
     snapshot = mount.snapshot("kept")

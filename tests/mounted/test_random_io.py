@@ -1,8 +1,8 @@
-"""Promise: whatever calls and mappings do to a file, in any order, it is what an array would be.
+"""Promise: whatever calls and mappings do to a file, in any order, it equals a plain array.
 
-Random work on a few files, through several descriptors and a mapping, each result compared with a model
-in memory. With and without the kernel's write-back cache. A failure names the seed, and `--seed` repeats
-it.
+Random work goes on a few files, through several descriptors and a mapping, and each result is
+compared with a model in memory; with and without the kernel's write-back cache. A failure names the
+seed, and `--seed` repeats it.
 """
 
 import ctypes
@@ -27,14 +27,14 @@ pytestmark = [pytest.mark.mounted]
 
 
 class File:
-    """One file, open several times, and what it should hold."""
+    """One file, opened several times, and the contents it should have."""
 
     def __init__(self, path: Path, choice: random.Random) -> None:
         self.path = path
         self.choice = choice
         self.expected = bytearray()
         self.mtime_ns = 0
-        self.files = [self]  # that it may copy from
+        self.files = [self]  # the files that it may copy from
         flags = os.O_CREAT | os.O_RDWR
         self.plain = os.open(path, flags)
         self.appending = os.open(path, flags | os.O_APPEND)
@@ -46,7 +46,7 @@ class File:
             os.close(descriptor)
 
     def step(self) -> None:
-        """Do something, and look at something."""
+        """Make one random change and one random check."""
         getattr(self, self.choice.choice(self.CHANGES))()
         status = os.fstat(self.choice.choice((self.plain, self.writing)))
         assert status.st_size == len(self.expected), "size"
@@ -55,7 +55,7 @@ class File:
         getattr(self, self.choice.choice(self.LOOKS))()
 
     def place(self) -> tuple[int, int]:
-        """An offset, near what is there, and a size."""
+        """A random offset near existing data, and a size."""
         offset = self.choice.randrange(min(SIZE_MAX, len(self.expected) + 3 * PAGE))
         if self.choice.random() < 0.3:
             offset -= offset % PAGE
@@ -129,7 +129,7 @@ class File:
         self.mtime_ns = 0
 
     def copy(self) -> None:
-        """copy_file_range(2), from another file, or to the place behind it or before it."""
+        """copy_file_range(2), from another file, or within the file, ahead or back."""
         origin = self.choice.choice(self.files)
         source, size = origin.place()
         target = self.place()[0]
@@ -170,7 +170,7 @@ class File:
             )
 
     def read_again(self) -> None:
-        """The whole file, without the kernel's pages as far as it lets them go."""
+        """Read the whole file, after dropping the kernel's pages as far as it allows."""
         os.posix_fadvise(self.plain, 0, 0, os.POSIX_FADV_DONTNEED)
         self.read_whole()
 
@@ -178,7 +178,7 @@ class File:
         assert self.path.read_bytes() == self.expected, "contents"
 
     def seek(self) -> None:
-        """What is not data for SEEK_DATA and SEEK_HOLE must be zeros."""
+        """Bytes that SEEK_DATA and SEEK_HOLE count as a hole must be zeros."""
         at = 0
         while at < len(self.expected):
             try:
@@ -200,7 +200,7 @@ class File:
 def test_random_work_on_files_gives_what_an_array_would(
     tmp_path: Path, request: pytest.FixtureRequest, options: str
 ) -> None:
-    """Promise: sizes, times and contents at every step, in snapshots, and after mounting again."""
+    """Promise: sizes, times and contents are right at every step, in snapshots, after a remount."""
     with mounted(
         tmp_path / "cowfs",
         lambda: request.node.stash.get(FAILED, False),

@@ -1,7 +1,7 @@
-"""Promises about parts of files: holes, fallocate, blocks that files share, files without a name.
+"""Promises about parts of files: holes, fallocate, shared blocks, and files without a name.
 
-What needs no command of ours also runs on a directory of the host (COWFS_TEST_BASE), where the kernel's
-own filesystem must pass it: so it says what Linux says.
+Tests that need no cowfs command also run on a directory of the host (COWFS_TEST_BASE), where the
+kernel's own filesystem must pass them: this shows that they say what Linux does.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def copy_range(source: int, target: int, length: int, offset: int = 0, to: int =
 
 
 def tree_bytes(mount: Mounted) -> int:
-    """What files and snapshots take in the image, all of it written."""
+    """The space that files and snapshots take in the image, after everything is written."""
     require_success(run_command("sync", mount.path))
     return int(json_of(run_command("df", mount.path, "--json"))["tree_bytes"])
 
@@ -88,7 +88,7 @@ def file(folder: Path) -> Iterator[int]:
 
 
 def test_seek_finds_data_and_holes(file: int) -> None:
-    """Promise: SEEK_DATA and SEEK_HOLE find both, before and after the data is on disk."""
+    """Promise: SEEK_DATA and SEEK_HOLE are right, before and after the data is on disk."""
     os.pwrite(file, b"a" * (3 * BLOCK), 0)
     os.pwrite(file, b"b" * 100, 100 * BLOCK)
     os.ftruncate(file, 200 * BLOCK)
@@ -107,7 +107,7 @@ def test_seek_finds_data_and_holes(file: int) -> None:
 
 
 def test_seek_in_small_files(folder: Path) -> None:
-    """Promise: a file that lives in its leaf is data to its end; an empty one has none."""
+    """Promise: an inline file is data up to its end; an empty one has no data."""
     small, empty = folder / "small", folder / "empty"
     small.write_bytes(b"x" * 300)
     empty.touch()
@@ -123,7 +123,7 @@ def test_seek_in_small_files(folder: Path) -> None:
 
 
 def test_punched_holes_read_as_zeros_and_free_their_blocks(file: int) -> None:
-    """Promise: a hole takes no space, what is beside it stays, and the size too."""
+    """Promise: a hole takes no space; the data beside it and the size stay."""
     os.pwrite(file, b"x" * (64 * BLOCK), 0)
     os.fsync(file)
     before = os.fstat(file).st_blocks
@@ -172,7 +172,7 @@ def test_zero_range_may_set_the_size(file: int) -> None:
 
 
 def test_fallocate_marks_the_file_as_changed(file: int) -> None:
-    """Promise: mtime and ctime follow, as for a write."""
+    """Promise: fallocate moves mtime and ctime, as a write does."""
     os.pwrite(file, b"x" * BLOCK, 0)
     os.utime(file, ns=(5, 5))
     before = os.fstat(file)
@@ -188,7 +188,7 @@ def test_fallocate_marks_the_file_as_changed(file: int) -> None:
 @pytest.mark.needs_cowfs
 @pytest.mark.parametrize("command", ["cp", "cp-reflink-auto", "cowfs-cp", "copy_file_range"])
 def test_copies_share_blocks(folder: Path, module_mount: Mounted, command: str) -> None:
-    """Promise: a copy takes no blocks for its data, and is not changed when the other is."""
+    """Promise: a copy takes no blocks for its data, and does not change with the original."""
     original, copy = folder / "original", folder / "copy"
     data = random.Random(5).randbytes(20 * 1024 * 1024 + 77)
     original.write_bytes(data)
@@ -222,7 +222,7 @@ def test_copies_share_blocks(folder: Path, module_mount: Mounted, command: str) 
 
 @pytest.mark.needs_cowfs
 def test_a_file_comes_out_of_a_snapshot_for_nothing(mount: Mounted) -> None:
-    """Promise: snapshots, copies and deletions compose, and cowdu stays right to the block (C11)."""
+    """Promise: snapshots, copies and deletions combine, and cowdu is right to the block (C11)."""
     folder = mount.path / "folder"
     folder.mkdir()
     choice = random.Random(6)
@@ -287,7 +287,7 @@ def test_cowfs_cp_keeps_what_cp_a_keeps(folder: Path, module_mount: Mounted) -> 
 
 @pytest.mark.needs_cowfs
 def test_cowfs_cp_refuses_what_would_surprise(folder: Path, tmp_path: Path) -> None:
-    """Promise: nothing is replaced, copied into itself or taken from another mount unasked."""
+    """Promise: unless asked, no file is replaced, copied into itself or from another mount."""
     one, two = folder / "one", folder / "two"
     one.write_bytes(b"1" * 5000)
     two.write_bytes(b"2" * 5000)
@@ -310,7 +310,7 @@ def test_cowfs_cp_refuses_what_would_surprise(folder: Path, tmp_path: Path) -> N
 
 
 def test_unnamed_files_hold_data_and_may_get_a_name(folder: Path, module_mount: Mounted) -> None:
-    """Promise: O_TMPFILE makes a file that nobody sees, until it is linked."""
+    """Promise: O_TMPFILE makes a file without a name, which can be linked later."""
     descriptor = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o640)
     os.write(descriptor, b"hidden" * 1000)
     assert os.fstat(descriptor).st_nlink == 0
@@ -352,7 +352,7 @@ _OLD_MODULE = "import sys, types\nsys.modules['cowfs.daemon._session'] = types.M
 def test_a_mount_without_the_compiled_module_works_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, instead: str
 ) -> None:
-    """Promise: where the module could not be built, or is stale, a mount does all but what needs it."""
+    """Promise: without the module, or with a stale one, a mount does all that does not need it."""
     (tmp_path / "hide").mkdir()
     (tmp_path / "hide" / "sitecustomize.py").write_text(instead, encoding="utf-8")
     known = os.environ.get("PYTHONPATH")
@@ -383,7 +383,7 @@ def test_a_mount_without_the_compiled_module_works_and_says_so(
 
 @pytest.mark.needs_cowfs
 def test_this_mount_has_the_module(module_mount: Mounted) -> None:
-    """Promise: the module was built here, so that the tests above tested it."""
+    """Promise: the module was built here, so the tests above did test it."""
     features = json_of(run_command("info", module_mount.path, "--json"))["features"]
     assert {"fallocate", "seek_hole", "copy_file_range", "tmpfile"} <= set(features), json.dumps(
         [features, sys.path]

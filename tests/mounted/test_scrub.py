@@ -1,4 +1,4 @@
-"""Promises of `cowfs scrub`, on mounts and on images, and of the repairs that a mount makes itself."""
+"""Promises of `cowfs scrub`, on mounts and on images, and of a mount's own repairs."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def flip(image: Path, block: int, at: int = 99) -> None:
 
 
 def blocks(image: Path, choose: Callable[[Filesystem], list[int]]) -> list[int]:
-    """Blocks of an image, found through its own trees."""
+    """The blocks of an image that `choose` finds through its trees."""
     filesystem = open_filesystem(FileDevice(image, writable=False), writable=False)
     try:
         return choose(filesystem)
@@ -72,7 +72,7 @@ def scrub(*words: str | Path) -> Completed:
     return run_command("scrub", *words)
 
 
-# Commands come in the midst of a scrub also where they take seconds.
+# Commands come in the middle of a scrub even if each takes seconds.
 RATE_BYTES = 10 << 20
 SECONDS_OF_SCRUB = 8
 
@@ -85,13 +85,13 @@ def fill(mount: Mounted, large_bytes: int = 3 << 20) -> None:
 
 
 def done_bytes(mount: Mounted) -> int:
-    """How far the scrub of a mount says that it is."""
+    """How many bytes the scrub of a mount has done."""
     state = json_of(scrub("status", "--json", mount.path))["scrub"]
     return state["done_bytes"] if state else 0
 
 
 def test_scrub_of_a_mount_repairs_every_bad_copy_and_its_result_is_kept(mount: Mounted) -> None:
-    """Promise C9: a good twin brings back its copy, while programs work; status and info tell."""
+    """Promise C9: a good twin restores each bad copy while programs work; status and info tell."""
     fill(mount)
     hit = blocks(mount.image, bad_copies)
     for block in hit:
@@ -111,7 +111,7 @@ def test_scrub_of_a_mount_repairs_every_bad_copy_and_its_result_is_kept(mount: M
 
 
 def test_mount_repairs_what_it_reads(mount: Mounted) -> None:
-    """Promise C9: a copy that a read finds bad is good again after the next commit."""
+    """Promise C9: a copy that a read finds bad is repaired by the next commit."""
     fill(mount)
     mount.umount()
 
@@ -133,7 +133,7 @@ def test_mount_repairs_what_it_reads(mount: Mounted) -> None:
 
 
 def test_scrub_that_is_cancelled_goes_on_after_a_remount(mount: Mounted) -> None:
-    """Promise: what was read is not read again, also by another mount at a later generation."""
+    """Promise: a scrub resumes without reading again, also in another mount and generation."""
     fill(mount, SECONDS_OF_SCRUB * RATE_BYTES)
     nothing = scrub("resume", "-B", mount.path)
     assert nothing.returncode == 2
@@ -157,7 +157,7 @@ def test_scrub_that_is_cancelled_goes_on_after_a_remount(mount: Mounted) -> None
 def test_scrub_keeps_its_state_through_many_signals(
     mount: Mounted, numbers: list[signal.Signals]
 ) -> None:
-    """Promise: signals after the first do not cost the marks of what was read."""
+    """Promise: signals after the first do not lose the record of what was read."""
     fill(mount, SECONDS_OF_SCRUB * RATE_BYTES)
     words = ["scrub", "start", "-B", "--rate", str(RATE_BYTES), str(mount.path)]
     with subprocess.Popen(
@@ -181,7 +181,7 @@ def test_scrub_keeps_its_state_through_many_signals(
 
 
 def test_scrub_in_the_background_does_not_keep_its_callers_directory(mount: Mounted) -> None:
-    """Promise: a scrub that was started inside the mount is no reason that it is busy."""
+    """Promise: a scrub that was started inside the mount does not keep the mount busy."""
     fill(mount)
     (mount.path / "dir").mkdir()
     words = [COMMANDS / "cowfs", "scrub", "start", "--rate", "1M", ".."]
@@ -199,7 +199,7 @@ def test_scrub_in_the_background_does_not_keep_its_callers_directory(mount: Moun
 
 
 def test_scrub_names_lost_data_by_all_its_paths(tmp_path: Path) -> None:
-    """Promise C9: what no copy is good of is told, in the live volume and in every snapshot."""
+    """Promise C9: data without a good copy is reported, in the live volume and every snapshot."""
     image = make_image(tmp_path / "image")
     change(image, write("kept", 50_000), write("lost", 50_000), snapshot("monday"))
     change(image, write("later", 50_000), snapshot("friday"))
@@ -216,7 +216,7 @@ def test_scrub_names_lost_data_by_all_its_paths(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rate", ["0", "fast", "-5M", "5X"])
 def test_scrub_refuses_a_rate_that_is_none(tmp_path: Path, rate: str) -> None:
-    """Promise: a limit that cannot be is refused in words."""
+    """Promise: a malformed rate is refused in words."""
     image = make_image(tmp_path / "image")
     refused = scrub("start", "-B", f"--rate={rate}", image)
     assert refused.returncode == 2

@@ -1,6 +1,6 @@
-"""Promises to a service manager: told when the mount answers and when the last commit begins.
+"""Promises to a service manager: it is told when the mount answers and when it stops.
 
-The unit's own command lines are run, and the test listens where systemd would: at NOTIFY_SOCKET.
+The test runs the unit's own command lines, and listens at NOTIFY_SOCKET as systemd would.
 """
 
 import os
@@ -23,7 +23,7 @@ QUIET_SECONDS = 0.3
 
 
 class Service:
-    """cowfs@data as its unit starts and stops it, and what it tells."""
+    """cowfs@data as its unit starts and stops it, and the messages it sends."""
 
     def __init__(self, folder: Path, address: str) -> None:
         self.image, self.place = folder / "disk.img", folder / "mnt"
@@ -42,7 +42,7 @@ class Service:
         self.process: subprocess.Popen[str] | None = None
 
     def words(self, name: str) -> list[str]:
-        """A command line of the unit with the instance's settings in it."""
+        """A command line of the unit, with the instance's settings filled in."""
         settings = {"IMAGE": self.image, "DIRECTORY": self.place, "OPTIONS": "commit=60"}
         text = self._lines[name].removeprefix("-")
         for variable, value in settings.items():
@@ -62,7 +62,7 @@ class Service:
         return dict(line.split("=", 1) for line in text.splitlines())
 
     def end(self) -> tuple[int, str]:
-        """Wait for the end; the exit status and the log."""
+        """Wait for the end; returns the exit status and the log."""
         assert self.process is not None
         _, log = self.process.communicate(timeout=HANG_SECONDS)
         return self.process.returncode, log
@@ -103,7 +103,7 @@ def test_service_is_ready_when_the_mount_answers_and_stops_in_a_clean_commit(
 
 
 def test_service_that_is_busy_ends_by_sigterm_in_a_clean_commit(service: Service) -> None:
-    """Promise: ExecStop is refused while a file is open; SIGTERM, which follows, ends it well."""
+    """Promise: ExecStop is refused while a file is open; the SIGTERM after it ends cleanly."""
     pid = service.start()
     service.notice()
     with (service.place / "open").open("w") as file:
@@ -138,7 +138,7 @@ def test_service_starts_again_after_a_kill(service: Service) -> None:
 
 
 def test_start_that_fails_is_never_ready(service: Service) -> None:
-    """Promise: the exit status tells, and nobody was told that it is ready."""
+    """Promise: a failed start has an error status and sends no READY=1."""
     service.image.rename(service.image.with_suffix(".away"))
     service.start()
     code, log = service.end()
@@ -177,7 +177,7 @@ def test_mount_lives_without_a_service_manager_that_listens(
 
 
 def test_mount_in_the_background_tells_a_service_manager_nothing(tmp_path: Path) -> None:
-    """Promise: only the process that was started as the service speaks for it."""
+    """Promise: only the process that was started as the service sends messages for it."""
     place, image = tmp_path / "mnt", tmp_path / "disk.img"
     place.mkdir()
     require_success(run_command("mkfs", image, "--size", "64M"))

@@ -38,7 +38,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_snapshot_is_mounted_as_it_was_and_nothing_changes(place: Path) -> None:
-    """Promise: its files and modes, no .snapshots, nothing writable, and not a byte of the image."""
+    """Promise: its files and modes, no .snapshots; all is read-only, and the image unchanged."""
     image = place.parent / "disk.img"
     before = image.read_bytes()
     require_success(run_command("mount", image, place, "-o", "snapshot=monday"))
@@ -66,7 +66,7 @@ def test_snapshot_is_mounted_as_it_was_and_nothing_changes(place: Path) -> None:
 
 
 def test_snapshot_of_an_earlier_commit_is_mounted(place: Path) -> None:
-    """Promise: generation= and snapshot= together: the snapshot as that commit had it."""
+    """Promise: generation= with snapshot= mounts the snapshot as that commit had it."""
     image = place.parent / "disk.img"
     generation = json_of(run_command("info", image, "--json"))["generation"]
     require_success(run_command("snapshot", "delete", image, "monday"))
@@ -79,7 +79,7 @@ def test_snapshot_of_an_earlier_commit_is_mounted(place: Path) -> None:
 
 
 def test_unknown_snapshot_is_refused_with_names_that_are_near(place: Path) -> None:
-    """Promise: an error that names what there is, and no mount."""
+    """Promise: the error names similar snapshots, and nothing is mounted."""
     image = place.parent / "disk.img"
     for words in (
         ["mount", image, place, "-o", "snapshot=mondy"],
@@ -93,7 +93,7 @@ def test_unknown_snapshot_is_refused_with_names_that_are_near(place: Path) -> No
 
 
 def test_image_that_is_mounted_is_not_mounted_again_but_shown(place: Path, tmp_path: Path) -> None:
-    """Promise: the refusal says where the snapshot can be read now, and a reader keeps writers away."""
+    """Promise: the error says where the snapshot can be read; a reader keeps writers away."""
     image, other = place.parent / "disk.img", tmp_path / "other"
     other.mkdir()
     require_success(run_command("mount", image, place))

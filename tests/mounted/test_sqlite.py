@@ -1,7 +1,7 @@
 """Promises that SQLite keeps what it has committed when the daemon is killed under it.
 
-A program commits as fast as it can and prints the number of each transaction; the daemon is killed at a
-random moment. The database must be whole, and hold everything that was printed.
+A program commits as fast as it can and prints the number of each transaction; the daemon is killed
+at a random moment. The database must be whole, and hold every printed number.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ WRITER = Path(__file__).with_name("sqlite_writer.py")
 
 
 def require_database(file: Path, printed: int) -> None:
-    """Fails unless a database is whole and holds the numbers printed, and at most one more."""
+    """Require that a database is whole and holds the printed numbers, and at most one more."""
     with contextlib.closing(sqlite3.connect(file)) as database:
         assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         entries = database.execute(
@@ -51,7 +51,7 @@ def test_sqlite_loses_nothing_that_was_committed_when_the_daemon_is_killed(
     synchronous: str,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Promise C1, C2: after each kill the database is whole, with every acknowledged transaction."""
+    """Promise C1, C2: after each kill the database is whole, with all acknowledged transactions."""
     file = mount.path / "data.sqlite"
     moments = random_moments()
     before = 0
@@ -62,12 +62,13 @@ def test_sqlite_loses_nothing_that_was_committed_when_the_daemon_is_killed(
             time.sleep(moments.uniform(0, 0.8))
             assert writer.poll() is None, writer.communicate()
             mount.kill()
-            # Memory of the WAL's index that the kernel cannot read any more ends the program (SIGBUS).
+            # If the kernel can no longer read the WAL index, which is mapped, the program ends
+            # (SIGBUS).
             numbers += [int(line) for line in writer.stdout]
         printed = numbers[-1]
         assert numbers == list(range(before + 1, printed + 1))
         mount.check()
-        # The next round under the other of the two ways to write.
+        # The next round uses the other of the two cache modes.
         mount.mount_options = ("-o", "writeback") if number % 2 == 0 else ()
         mount.remount()
         require_database(file, printed)

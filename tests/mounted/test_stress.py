@@ -1,6 +1,6 @@
-"""Promises under the load programs that filesystems are tried with: fio, dbench and stress-ng.
+"""Promises under the usual load programs for filesystems: fio, dbench and stress-ng.
 
-Each compares or checks what it reads itself; none may fail, and none may leave the image unclean.
+Each program verifies what it reads; none may fail, and none may leave the image unclean.
 """
 
 import os
@@ -18,7 +18,8 @@ pytestmark = [
 
 # ------------------------------------------------------------------- fio
 
-# Pieces that are no whole blocks too. Each job writes every place of its file once, in random order.
+# Also pieces that are not whole blocks. Each job writes every place of its file once, in random
+# order.
 FIO_JOBS = """
 [global]
 rw=randwrite
@@ -80,7 +81,7 @@ bs=32k
 def test_fio_reads_back_what_it_wrote_after_a_remount_too(
     mount: Mounted, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
-    """Promise: what each kind of I/O wrote at random places is what each reads, now and later."""
+    """Promise: each kind of I/O reads what it wrote at random places, now and after a remount."""
     if options:
         mount.mount_options = options
         mount.remount()
@@ -94,7 +95,7 @@ def test_fio_reads_back_what_it_wrote_after_a_remount_too(
     mount.remount()
     run(*words, "--verify_only", jobs, folder=tmp_path)
 
-    # fio does notice: one byte in the middle of one file.
+    # Prove that fio notices one changed byte in the middle of one file.
     with open(files[0], "r+b") as file:
         file.seek(5 << 20)
         (byte,) = file.read(1)
@@ -108,14 +109,14 @@ def test_fio_reads_back_what_it_wrote_after_a_remount_too(
 
 
 def test_dbench_finds_no_error(mount: Mounted, tmp_path: Path) -> None:
-    """Promise: the calls of an office's file server, as they were recorded, all do what they did."""
+    """Promise: the recorded calls of an office file server all end as they did when recorded."""
     seconds = max(3, round(SECONDS))
     script = "/usr/share/dbench/client.txt"
     output = run("dbench", "-t", str(seconds), "-c", script, "-D", mount.path, "2", folder=tmp_path)
     throughput = re.search(r"^Throughput ([0-9.]+) MB/sec", output, re.MULTILINE)
     assert throughput, output
     assert float(throughput[1]) > 0
-    # Where there are no semaphores of the machine to be had, clients start a little apart.
+    # Without a machine-wide semaphore, clients start a little apart.
     told = output.replace("failed to create barrier semaphore", "")
     assert not re.search(r"error|failed|expected", told, re.IGNORECASE), output
     left = [*mount.path.rglob("*")]
@@ -134,11 +135,11 @@ LEFT_OUT = {
     "fanotify": "watches every mount of the machine, and hangs where one of them is dead",
     "io": "calls sync(2) for all filesystems of the machine",
 }
-SKIPPED = {"verity", "fiemap"}  # FUSE passes on neither
+SKIPPED = {"verity", "fiemap"}  # FUSE supports neither
 
 
 def test_stressors_of_file_systems_find_nothing_wrong(mount: Mounted, tmp_path: Path) -> None:
-    """Promise: stress-ng's class `filesystem`, one after the other, with what it can verify verified."""
+    """Promise: every stressor of stress-ng's class `filesystem` passes, verifying where it can."""
     log = tmp_path / "log"
     run(
         *("stress-ng", "--class", "filesystem", "--sequential", "1", "--verify"),

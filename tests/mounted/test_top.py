@@ -1,4 +1,4 @@
-"""Promises of `cowdu top` as it is installed: on a real terminal, and on a mounted filesystem."""
+"""Promises of `cowdu top` as installed: on a real terminal, and on a mounted filesystem."""
 
 import asyncio
 import fcntl
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept between looks is kept for one test."""
+    """Keep the cache of earlier looks separate for each test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -60,7 +60,7 @@ class Terminal:
                 self.output += os.read(self.master, 65536).decode(errors="replace")
 
     def text(self) -> str:
-        """What was written, without the words that move and paint."""
+        """The output, without the sequences that move the cursor and set colours."""
         return re.sub(r"\x1b(\[[0-9;?<>=]*[a-zA-Z]|\].*?(\x07|\x1b\\)|.)", "", self.output)
 
     def send(self, keys: str) -> None:
@@ -78,7 +78,7 @@ class Terminal:
 def test_installed_command_on_a_terminal_shows_the_list_and_leaves_it_as_it_was(
     tmp_path: Path, key: str
 ) -> None:
-    """Promise: it ends with 0, back on the screen of before, without a word, the terminal as it was."""
+    """Promise: it exits with 0 on the former screen, prints nothing, and restores the terminal."""
     image = make_image(tmp_path / "disk.img")
     change(image, *history())
     terminal = Terminal(COMMANDS / "cowdu", "top", image)
@@ -101,7 +101,7 @@ def test_installed_command_on_a_terminal_shows_the_list_and_leaves_it_as_it_was(
 def test_installed_command_tells_a_wrong_target_before_it_takes_the_screen(
     tmp_path: Path, target: str, status: int
 ) -> None:
-    """Promise: one line, and the exit status of the error."""
+    """Promise: the error is one line, with the error's exit status."""
     (tmp_path / "foreign.img").write_bytes(b"something else" * 100_000)
     terminal = Terminal(COMMANDS / "cowdu", "top", tmp_path / target)
     try:
@@ -113,13 +113,13 @@ def test_installed_command_tells_a_wrong_target_before_it_takes_the_screen(
 
 
 def allocated(mount: Mounted) -> int:
-    """What volumes and snapshots hold, when all is written and given back."""
+    """The space that volumes and snapshots hold, when all is written and freed."""
     require_success(run_command("sync", mount.path))
     return int(json_of(run_command("df", mount.path, "--json"))["tree_bytes"])
 
 
 def test_delete_of_a_mounted_filesystem_goes_through_its_daemon(mount: Mounted) -> None:
-    """Promise (C11): the daemon deletes, exactly what was told comes free, nothing stays pinned."""
+    """Promise (C11): the daemon frees exactly the announced space, and nothing stays pinned."""
     for name in ("monday", "tuesday", "wednesday"):
         if name == "wednesday":
             (mount.path / "monday").unlink()
@@ -142,7 +142,7 @@ def test_delete_of_a_mounted_filesystem_goes_through_its_daemon(mount: Mounted) 
         async with top.run_test(size=(80, 24)) as pilot:
             await until(pilot, lambda: not top.is_working)
             assert names() == ["main", "wednesday", "tuesday", "monday"]
-            mount.snapshot("thursday")  # somebody else
+            mount.snapshot("thursday")  # another user's snapshot
             await until(pilot, lambda: "thursday" in names())
             for name in ("monday", "tuesday"):
                 top.page.listing.cursor = names().index(name)
@@ -152,7 +152,7 @@ def test_delete_of_a_mounted_filesystem_goes_through_its_daemon(mount: Mounted) 
             await until(pilot, lambda: isinstance(top.screen, Question))
             assert isinstance(top.screen, Question)
             told = top.screen.freed_bytes
-            assert told > 400_000  # the file of monday is in both
+            assert told > 400_000  # both snapshots have the file of monday
             await pilot.press("y")
             await until(pilot, lambda: not top.is_working)
             assert names() == ["main", "thursday", "wednesday"]
@@ -174,7 +174,7 @@ def test_delete_of_a_mounted_filesystem_goes_through_its_daemon(mount: Mounted) 
 
 
 def test_list_of_a_mounted_filesystem_does_not_make_it_commit(mount: Mounted) -> None:
-    """Promise: to look whether something changed changes nothing; R shows what is not committed."""
+    """Promise: checking for changes causes no commit; R shows what is not yet committed."""
     mount.mount_options = ("-o", "commit=3600")
     mount.remount()
     (mount.path / "file").write_bytes(os.urandom(400_000))
@@ -189,9 +189,9 @@ def test_list_of_a_mounted_filesystem_does_not_make_it_commit(mount: Mounted) ->
                 await pilot.pause(0.01)
             first = await asyncio.to_thread(generation)
             (mount.path / "file").write_bytes(os.urandom(500_000))
-            await pilot.pause(0.4)  # many looks
+            await pilot.pause(0.4)  # time for many checks
             assert await asyncio.to_thread(generation) == first
-            # Somebody commits, and writes on before anybody can look.
+            # Another program commits, and writes on before the list can refresh.
             mount.snapshot("somebody")
             (mount.path / "file").write_bytes(os.urandom(600_000))
             second = generation()

@@ -1,6 +1,6 @@
 """Promises that a real tree of thousands of files is kept exactly, in snapshots and after rollback.
 
-Compared are contents and every attribute that a program can see: see tree_state.py.
+The tests compare contents and every attribute that a program can see: see tree_state.py.
 """
 
 import subprocess
@@ -59,7 +59,7 @@ def test_tree_copied_changed_and_rolled_back_is_the_same_tree(
 
 
 def test_tree_rolled_back_can_be_changed_and_rolled_back_again(mount: Mounted) -> None:
-    """Promise: rolling back once does not wear the snapshot out, and later snapshots stay."""
+    """Promise: a snapshot can be rolled back to many times, and later snapshots stay."""
     tree = mount.path / "tree"
     tree.mkdir()
     for number in range(200):
@@ -81,7 +81,7 @@ def test_tree_rolled_back_can_be_changed_and_rolled_back_again(mount: Mounted) -
 
 @pytest.mark.needs_cowfs
 def test_tree_undo_after_rollback_gives_the_newer_tree_back(mount: Mounted) -> None:
-    """Promise: what a rollback took away is kept, and `cowfs undo` brings it back."""
+    """Promise: the state before a rollback is kept, and `cowfs undo` restores it."""
     (mount.path / "old").write_bytes(b"old")
     mount.snapshot("before")
     (mount.path / "new").write_bytes(b"new" * 10_000)
@@ -115,7 +115,7 @@ def test_tree_in_a_snapshot_cannot_be_changed(mount: Mounted) -> None:
 
 @pytest.mark.needs_cowfs
 def test_tree_deleting_a_snapshot_frees_what_was_announced(mount: Mounted) -> None:
-    """Promise (C11): the number that the dry run names is the number freed, to the byte."""
+    """Promise (C11): the dry run names exactly the number of bytes that deletion frees."""
     tree = mount.path / "tree"
     tree.mkdir()
     for number in range(300):

@@ -1,4 +1,4 @@
-"""Promises of real mounts: deleted files take nothing of the host any more, and trim harms nobody."""
+"""Promises of real mounts: deleted files take no space of the host, and trim harms nothing."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def delete_in_three_commits(mount: Mounted, files: int) -> None:
 def test_deleted_files_give_their_space_back_while_mounted(
     tmp_path: Path, files: int, size: int
 ) -> None:
-    """Promise: a mount that rests gives back what was deleted, large files and small ones."""
+    """Promise: an idle mount discards the space of deleted files, large and small."""
     with mounted(tmp_path / "cowfs", size="256M", mount_options=("-o", "commit=1")) as mount:
         fill(mount, files, size)
         delete_in_three_commits(mount, files)
@@ -49,7 +49,7 @@ def test_deleted_files_give_their_space_back_while_mounted(
 
 
 def test_deleted_files_give_their_space_back_at_unmount(tmp_path: Path) -> None:
-    """Promise: after umount the image takes of the host what is in use."""
+    """Promise: after umount the image takes of the host only the space in use."""
     with mounted(tmp_path / "cowfs", size="256M") as mount:
         fill(mount, 60, MIB)
         delete_in_three_commits(mount, 60)
@@ -58,7 +58,7 @@ def test_deleted_files_give_their_space_back_at_unmount(tmp_path: Path) -> None:
 
 
 def test_nodiscard_keeps_the_space_until_trim_is_asked_for(tmp_path: Path) -> None:
-    """Promise: -o nodiscard holds to the end; cowfs trim works on a mount and on an image."""
+    """Promise: -o nodiscard lasts to the end; cowfs trim works on a mount and on an image."""
     options = ("-o", "commit=1,nodiscard")
     with mounted(tmp_path / "cowfs", size="256M", mount_options=options) as mount:
         fill(mount, 60, MIB)
@@ -82,7 +82,7 @@ def test_nodiscard_keeps_the_space_until_trim_is_asked_for(tmp_path: Path) -> No
 
 
 def test_trim_beside_writers_leaves_every_byte(mount: Mounted) -> None:
-    """Promise: blocks that are allocated while trim goes over them are never punched out."""
+    """Promise: blocks that are allocated while trim passes over them are never punched out."""
     ended = threading.Event()
     contents: dict[str, bytes] = {}
 
@@ -109,7 +109,7 @@ def test_trim_beside_writers_leaves_every_byte(mount: Mounted) -> None:
     finally:
         ended.set()
         writer.join(HANG_SECONDS)
-    mount.remount()  # nothing is read from what the kernel has
+    mount.remount()  # so that nothing is read from the kernel's cache
     for name, data in contents.items():
         assert (mount.path / name).read_bytes() == data
 
@@ -128,11 +128,11 @@ def test_requests_go_on_while_trim_works(mount: Mounted) -> None:
             slowest = max(slowest, time.monotonic() - begun)
         assert trim.stdout is not None
         assert json.loads(trim.stdout.read())["trimmed_bytes"] > 1 << 30
-    assert slowest < 1.0  # of a machine that others use; 10 ms when it is idle
+    assert slowest < 1.0  # the machine may be shared; 10 ms when it is idle
 
 
 def test_trim_of_what_nobody_may_write_is_refused_in_words(mount: Mounted) -> None:
-    """Promise: a read-only mount, and an image that it uses, say why they are not trimmed."""
+    """Promise: trim of a read-only mount, or of the image under it, is refused with the reason."""
     mount.umount()
     require_success(run_command("mount", mount.image, mount.path, "-o", "ro"))
     for target in (mount.path, mount.image):

@@ -1,4 +1,4 @@
-"""Promises of `cowfs umount`: it says nothing that it does not know, and names who is in the way."""
+"""Promises of `cowfs umount`: it claims only what it knows, and names who keeps a mount busy."""
 
 import contextlib
 import os
@@ -28,11 +28,12 @@ from tests.conftest import (
 from tests.mounted.machine import ANNA, AS_ROOT, machine
 from tests.sizes import HANG_SECONDS
 
-# A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
+# A mount namespace copies all mounts, so tests that make namespaces run in turn with those they
+# disturb.
 NAMESPACES = pytest.mark.xdist_group("mount namespaces")
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs, NAMESPACES]
 
-# Less than umount waits for the last commit where nobody is in the way.
+# Less than umount waits for the last commit of a mount that nobody uses.
 NAMED_SECONDS_MAX = min(HANG_SECONDS, UMOUNT_WAIT_S_MAX / 2)
 
 
@@ -42,7 +43,7 @@ def socket_of(mount: Mounted) -> Path:
 
 @contextlib.contextmanager
 def program(*words: str | os.PathLike[str], cwd: Path | None = None) -> Iterator[int]:
-    """A program that runs while the block does, and has said that it is ready. Yields its pid."""
+    """A program that runs during the block, once it has said that it is ready. Yields its pid."""
     with subprocess.Popen(
         [*words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=cwd
     ) as process:
@@ -56,7 +57,7 @@ def program(*words: str | os.PathLike[str], cwd: Path | None = None) -> Iterator
             process.wait(timeout=HANG_SECONDS)
 
 
-# Copies of the mounts of others would keep their daemons from ending: $1 is the one to keep.
+# Copies of other mounts would keep their daemons from ending: $1 is the one to keep.
 _ALONE = """
 findmnt -n -r -o TARGET -t fuse.cowfs | while read -r place; do
     place="$(printf '%b' "$place")"
@@ -69,17 +70,17 @@ read x
 
 @contextlib.contextmanager
 def namespace(propagation: str, kept: Path) -> Iterator[int]:
-    """A mount namespace of its own, with a copy of the mount at `kept`."""
+    """A new mount namespace, with a copy of the mount at `kept`."""
     words = ["unshare", "--mount", f"--propagation={propagation}", "bash", "-c", _ALONE, "sh", kept]
     with program(*words) as pid:
         yield pid
 
 
-# --- a daemon without a socket ---------------------------------------------------------------------
+# --- a daemon without a socket --------------------------------------------------------------------
 
 
 def test_socket_that_was_removed_is_made_again(mount: Mounted) -> None:
-    """Promise: a cleaner of /run or /tmp cuts nobody off from a living daemon."""
+    """Promise: when a cleaner of /run or /tmp removed the socket, the daemon makes a new one."""
     path = socket_of(mount)
     for number, target in enumerate((mount.path, mount.image)):
         path.unlink()
@@ -91,12 +92,12 @@ def test_socket_that_was_removed_is_made_again(mount: Mounted) -> None:
 
 
 def test_umount_without_a_socket_waits_for_the_daemon(mount: Mounted) -> None:
-    """Promise: a daemon that lives is not called gone, and its last commit is waited for."""
+    """Promise: a living daemon is not called gone, and umount waits for its last commit."""
     data = os.urandom(64 << 20)
     assert mount.daemon_pid is not None
     path = socket_of(mount)
     path.unlink()
-    path.mkdir()  # so it cannot be made again
+    path.mkdir()  # so that the socket cannot be made again
     try:
         done = run_command("info", mount.path)
         assert done.returncode == 11
@@ -114,7 +115,7 @@ def test_umount_without_a_socket_waits_for_the_daemon(mount: Mounted) -> None:
 
 
 def test_umount_of_a_dead_mount_says_that_the_daemon_was_gone(mount: Mounted) -> None:
-    """Promise: it is said when it is so, also while the image is mounted again elsewhere."""
+    """Promise: umount says if the daemon was gone, even when the image is mounted elsewhere."""
     pid, mount.daemon_pid = mount.daemon_pid, None
     assert pid is not None
     other = mount.path.with_name("other")
@@ -159,7 +160,7 @@ def test_mount_of_an_image_without_its_name_works_to_the_end(
     assert (mount.path / "file").read_bytes() == b"kept"
 
 
-# --- who is in the way -----------------------------------------------------------------------------
+# --- who is in the way ----------------------------------------------------------------------------
 
 
 def busy_words(mount: Mounted) -> str:
@@ -171,7 +172,7 @@ def busy_words(mount: Mounted) -> str:
 
 
 def test_busy_refusal_names_the_processes(mount: Mounted) -> None:
-    """Promise: files open and mapped, working directories and programs are told by process."""
+    """Promise: the error names processes that use its files, directories, mappings or programs."""
     (mount.path / "dir").mkdir()
     (mount.path / "file").write_bytes(bytes(8192))
     shutil.copy(shutil.which("sleep") or "", mount.path / "sleeper")
@@ -187,7 +188,7 @@ def test_busy_refusal_names_the_processes(mount: Mounted) -> None:
         "print('ready', flush=True)\n"
         "sys.stdin.read()\n"
     )
-    # mmap keeps a descriptor of its own: closed here, so that only the mapping is left.
+    # mmap keeps a descriptor of its own: close it, so that only the mapping is left.
     mapping = mapping.replace("os.close(fd)", "os.closerange(3, 100)")
     with program(sys.executable, "-c", mapping, mount.path / "file") as pid:
         assert f"process {pid} (" in (words := busy_words(mount))
@@ -201,7 +202,7 @@ def test_busy_refusal_names_the_processes(mount: Mounted) -> None:
 
 @pytest.mark.needs_root
 def test_busy_refusal_names_loop_devices_and_inner_mounts(mount: Mounted) -> None:
-    """Promise: what no process holds is named too."""
+    """Promise: a busy mount without a process names loop devices and inner mounts."""
     (mount.path / "inner").mkdir()
     with open(mount.path / "disk", "wb") as file:
         file.truncate(8 << 20)
@@ -224,7 +225,7 @@ def test_busy_refusal_names_loop_devices_and_inner_mounts(mount: Mounted) -> Non
 def test_umount_names_who_else_has_the_mount_before_it_takes_it_away(
     mount: Mounted, tmp_path: Path
 ) -> None:
-    """Promise: a bind mount, a copy in another mount namespace and an overlay are seen before."""
+    """Promise: umount first names bind mounts, copies in other namespaces and overlays."""
     place, upper, work = tmp_path / "place", tmp_path / "upper", tmp_path / "work"
     for folder in (place, upper, work):
         folder.mkdir()
@@ -250,7 +251,7 @@ def test_umount_names_who_else_has_the_mount_before_it_takes_it_away(
 
 @pytest.mark.needs_root
 def test_copy_that_goes_with_the_mount_is_not_in_the_way(tmp_path: Path) -> None:
-    """Promise: a namespace that follows ours, as services have it, holds up no umount."""
+    """Promise: a namespace that follows ours, as services have it, does not delay umount."""
     shared = tmp_path / "shared"
     shared.mkdir()
     subprocess.run(["mount", "--bind", shared, shared], check=True)
@@ -269,7 +270,7 @@ def test_copy_that_goes_with_the_mount_is_not_in_the_way(tmp_path: Path) -> None
 
 @pytest.mark.needs_root
 def test_umount_of_the_last_bind_mount_ends_the_daemon(mount: Mounted, tmp_path: Path) -> None:
-    """Promise: whichever place goes last, its umount is the one that waits for the last commit."""
+    """Promise: the umount of the last bind mount, whichever it is, waits for the last commit."""
     place = tmp_path / "place"
     place.mkdir()
     subprocess.run(["mount", "--bind", mount.path, place], check=True)
@@ -287,7 +288,7 @@ def test_umount_of_the_last_bind_mount_ends_the_daemon(mount: Mounted, tmp_path:
 def test_helper_of_umount_leaves_the_other_places_of_a_mount(
     mount: Mounted, tmp_path: Path
 ) -> None:
-    """Promise: umount(8) unmounts the place that it is given, says who has the mount, and succeeds."""
+    """Promise: umount(8) unmounts the given place, says who else has the mount, and succeeds."""
     place = tmp_path / "place"
     place.mkdir()
     helper = [sys.executable, "-c", "from cowfs.cli.mount_helper import umount_main; umount_main()"]
@@ -314,7 +315,7 @@ def test_helper_of_umount_leaves_the_other_places_of_a_mount(
 
 @pytest.mark.needs_root
 def test_busy_refusal_names_what_only_root_sees(tmp_path: Path) -> None:
-    """Promise: root's umount of a user's mount names processes that the user's daemon cannot see."""
+    """Promise: root's umount names processes that the daemon of an ordinary user cannot see."""
     with machine() as run:
         place = run.folder / "place"
         run.folder.chmod(0o777)
@@ -333,10 +334,10 @@ def test_busy_refusal_names_what_only_root_sees(tmp_path: Path) -> None:
 
 
 def test_umount_says_at_once_who_holds_a_mount_that_is_gone_from_sight(mount: Mounted) -> None:
-    """Promise: it does not wait in silence, and what it calls safe is in the image."""
+    """Promise: umount says at once whom it waits for, and what it calls safe is in the image."""
     (mount.path / "file").write_bytes(b"safe")
     script = f"exec 9<{mount.path}/file; echo ready; read x"
-    # As a lazy unmount beside ours does: the directory is free and the file stays open.
+    # As with a lazy unmount by another: the directory is free and the file stays open.
     lazily = (
         "import sys\n"
         "from cowfs.daemon import mount\n"
@@ -368,14 +369,16 @@ def test_umount_says_at_once_who_holds_a_mount_that_is_gone_from_sight(mount: Mo
     assert (mount.path / "more").read_bytes() == b"written last"
 
 
-# --- another PID namespace -------------------------------------------------------------------------
+# --- another PID namespace ------------------------------------------------------------------------
 
 
 @pytest.mark.needs_root
 @pytest.mark.parametrize("shares_run", [True, False])
 def test_mount_from_another_pid_namespace_leaves_living_sockets_alone(shares_run: bool) -> None:
-    """Promise: a container that shares /run cannot tell who our daemons are, and takes none of
-    them for dead; from outside its own daemons are found and waited for, wherever their sockets."""
+    """Promise: a container that shares /run does not take our daemons for dead.
+
+    From outside, its own daemons are found and waited for, wherever their sockets are.
+    """
     with machine() as run:
         run.succeed("mkdir", "-p", "/run/cowfs")
         run.succeed("mount", "-t", "tmpfs", "-o", "mode=700", "none", "/run/cowfs")

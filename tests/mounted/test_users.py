@@ -1,7 +1,7 @@
-"""Promises about users: permission bits decide among many, and an ordinary user mounts for himself.
+"""Promises about users: permission bits separate them, and ordinary users can mount.
 
-Their mounts go through the set-uid fusermount3, in a private mount namespace where /dev/fuse is open to
-all.
+Their mounts go through the set-uid fusermount3, in a private mount namespace where /dev/fuse is
+open to all.
 """
 
 import json
@@ -14,7 +14,8 @@ from tests.commands import run_command
 from tests.conftest import require_clean, require_success
 from tests.mounted.machine import ANNA, BERT, Machine, machine
 
-# A mount namespace has copies of all mounts: its makers and those it disturbs run in turn.
+# A mount namespace copies all mounts, so tests that make namespaces run in turn with those they
+# disturb.
 NAMESPACES = pytest.mark.xdist_group("mount namespaces")
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs, NAMESPACES]
 
@@ -27,7 +28,7 @@ def shared_machine() -> Iterator[Machine]:
 
 @pytest.fixture
 def folder(shared_machine: Machine, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A folder for anybody; mounts below it are gone afterwards and the image in it is clean."""
+    """A folder for any user; at the end mounts below it are gone and the image in it is clean."""
     folder = shared_machine.folder / request.node.name
     (folder / "mnt").mkdir(parents=True)
     folder.chmod(0o777)
@@ -39,12 +40,12 @@ def folder(shared_machine: Machine, request: pytest.FixtureRequest) -> Iterator[
 
 
 def shell(run: Machine, user: int, program: str, *words: Path | int) -> str:
-    """What a shell program of a user printed; it ends with 0."""
+    """Run a user's shell program, which must succeed; returns its output."""
     return run.succeed("sh", "-ec", program, "sh", *map(str, words), user=user)
 
 
 def refused(run: Machine, user: int, program: str, *words: Path | int) -> str:
-    """What a shell program of a user complained about; it fails."""
+    """Run a user's shell program, which must fail; returns its error output."""
     done = run.run("sh", "-ec", program, "sh", *map(str, words), user=user)
     assert done.returncode, done
     return done.stderr
@@ -53,7 +54,7 @@ def refused(run: Machine, user: int, program: str, *words: Path | int) -> str:
 def test_users_share_a_mount_of_root_by_permission_bits(
     shared_machine: Machine, folder: Path
 ) -> None:
-    """Promise: with allow_other each user has what modes and owners say, across a remount too."""
+    """Promise: with allow_other, modes and owners decide for each user, also after a remount."""
     run, place = shared_machine, folder / "mnt"
     require_success(run_command("mkfs", folder / "disk.img", "--size", "64M"))
     for remounted in (False, True):
@@ -103,7 +104,7 @@ def test_mount_of_root_without_allow_other_is_closed_to_others(
 
 
 def test_an_ordinary_user_mounts_works_and_unmounts(shared_machine: Machine, folder: Path) -> None:
-    """Promise: everything works without root: mount, snapshots, rollback, umount, a dead mount."""
+    """Promise: without root: mount, snapshots, rollback, umount, and clearing a dead mount work."""
     run, place, image = shared_machine, folder / "home" / "data", folder / "disk.img"
     shell(run, ANNA, 'mkdir -p "$1"', place)
 
@@ -136,21 +137,21 @@ def test_an_ordinary_user_mounts_works_and_unmounts(shared_machine: Machine, fol
         run.wait_until_empty()
         cowfs("mount", image, place)
         assert shell(run, ANNA, 'cat "$1/file"', place) == "three\n"
-    # The daemon is killed: the next mount clears what it left.
+    # Kill the daemon: the next mount clears the dead mount away.
     daemon = run.processes()
     shell(run, ANNA, f"kill -9 {' '.join(map(str, daemon))}")
     run.wait_until_empty()
     assert refused(run, ANNA, 'ls "$1"', place), "somebody still serves"
     cowfs("mount", image, place)
     assert shell(run, ANNA, 'cat "$1/file"', place)
-    # SIGTERM: the mount is taken away by the daemon itself.
+    # After SIGTERM the daemon itself unmounts.
     shell(run, ANNA, f"kill {' '.join(map(str, run.processes()))}")
     run.wait_until_empty()
     assert not run.mounts()
 
 
 def test_an_ordinary_user_is_refused_what_is_not_his(shared_machine: Machine, folder: Path) -> None:
-    """Promise: another's directory or image, and allow_other against fuse.conf, end in a reason."""
+    """Promise: another's directory or image, or allow_other against fuse.conf, is refused."""
     run, place, image = shared_machine, folder / "home", folder / "disk.img"
     shell(run, ANNA, 'mkdir "$1"', place)
     run.succeed("cowfs", "mkfs", image, "--size", "64M", user=ANNA)
@@ -181,7 +182,7 @@ def test_an_ordinary_user_is_refused_what_is_not_his(shared_machine: Machine, fo
 def test_a_mount_that_reads_keeps_the_writers_of_others_away(
     shared_machine: Machine, folder: Path
 ) -> None:
-    """Promise: one image has readers or a writer, whoever they are and wherever their sockets lie."""
+    """Promise: one image has readers or one writer, whichever users run them."""
     run, place, image = shared_machine, folder / "home", folder / "disk.img"
     shell(run, ANNA, 'mkdir "$1"', place)
     run.succeed("cowfs", "mkfs", image, "--size", "64M", user=ANNA)

@@ -1,7 +1,7 @@
-"""Promises with the kernel's write-back cache (`-o writeback`): what write() took is not lost to us.
+"""Promises with the kernel's write-back cache (`-o writeback`): no returned write() is lost.
 
-The kernel then holds pages back that nobody has told the daemon of. Snapshots, fsync and sync must hold
-them all the same, and sizes, times and contents must be those of any other mount.
+The kernel then holds back pages that the daemon has not seen. Snapshots, fsync and sync must
+include them all the same, and sizes, times and contents must be those of any other mount.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ SNAPSHOTS = 20
 
 @pytest.fixture
 def held(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mounted]:
-    """A mount with the write-back cache whose timer does not come to our help."""
+    """A mount with the write-back cache and a timer too slow to help."""
     with mounted(
         tmp_path / "cowfs",
         lambda: request.node.stash.get(FAILED, False),
@@ -43,7 +43,7 @@ def held(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Mounted]:
 
 
 def close_of_a_dead_mount(file: int) -> None:
-    """The kernel may say at close that there was something left to write."""
+    """Close; the kernel may report that there were pages left to write."""
     with contextlib.suppress(OSError):
         os.close(file)
 
@@ -52,7 +52,7 @@ def close_of_a_dead_mount(file: int) -> None:
 def test_snapshot_holds_every_write_that_returned_before(
     held: Mounted, tmp_path: Path, how: str
 ) -> None:
-    """Promise C6: under load, also while the kernel keeps pages to itself for a moment."""
+    """Promise C6: this holds under load, also while the kernel holds pages back for a moment."""
     program = Path(__file__).with_name("counting_writer.py")
     shared = [tmp_path / f"done {number}" for number in range(WRITERS)]
     writers = []
@@ -89,13 +89,13 @@ def test_snapshot_holds_every_write_that_returned_before(
 
 
 def test_snapshot_waits_for_pages_that_are_on_their_way(tmp_path: Path) -> None:
-    """Promise C6: also when there is more than the kernel sends at once."""
+    """Promise C6: this holds also when there is more than the kernel sends at once."""
     options = ("-o", "writeback,commit=3600,dirty=1G")
     size, times = 60, []
     with mounted(tmp_path / "cowfs", mount_options=options) as mount:
         device = mount.path.stat().st_dev
         limits = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}")
-        if os.getuid() == 0:  # else the kernel lets a few MiB gather, and the test tells less
+        if os.getuid() == 0:  # otherwise the kernel collects a few MiB, and the test proves less
             (limits / "strict_limit").write_text("0")
             (limits / "max_ratio").write_text("100")
         file = os.open(mount.path / "file", os.O_CREAT | os.O_WRONLY)
@@ -115,7 +115,7 @@ def test_snapshot_waits_for_pages_that_are_on_their_way(tmp_path: Path) -> None:
 
 
 def test_sync_makes_all_durable_and_fsync_its_file(held: Mounted) -> None:
-    """Promise C2, as it is with this option: fsync covers its file, and `cowfs sync` everything."""
+    """Promise C2, weakened by this option: fsync covers its file, `cowfs sync` everything."""
     for round_number, how in enumerate(("fsync", "sync")):
         data = os.urandom(70_000)
         flags = os.O_CREAT | os.O_WRONLY
@@ -136,7 +136,7 @@ def test_sync_makes_all_durable_and_fsync_its_file(held: Mounted) -> None:
 
 
 def test_timer_fetches_what_the_kernel_holds(tmp_path: Path) -> None:
-    """Promise C5: a kill loses no more than the interval, though nobody asked for durability."""
+    """Promise C5: a kill loses no more than the interval, though nobody called fsync."""
     options = ("-o", "writeback,commit=0.5")
     with mounted(tmp_path / "cowfs", mount_options=options) as mount:
         file = os.open(mount.path / "file", os.O_CREAT | os.O_WRONLY)
@@ -169,14 +169,14 @@ def test_orderly_end_keeps_what_was_written(held: Mounted, how: str) -> None:
 
 
 def test_rollback_and_undo_keep_the_pages_of_the_state_they_leave(held: Mounted) -> None:
-    """Promise C6: the state that a rollback leaves holds what was written through open files."""
+    """Promise C6: the state that a rollback leaves holds all writes through open files."""
     (held.path / "file").write_bytes(b"first" * 1000)
     held.snapshot("s")
     file = os.open(held.path / "file", os.O_RDWR)
     os.write(file, b"second")
     require_success(run_command("rollback", held.path, "s", "--force"))
     assert (held.path / "file").read_bytes() == b"first" * 1000
-    os.write(file, b"too late")  # into the kernel's pages; who asks is told
+    os.write(file, b"too late")  # goes into the kernel's pages; an fsync would fail
     with pytest.raises(OSError, match="Stale"):
         os.fsync(file)
     with contextlib.suppress(OSError):
@@ -186,7 +186,7 @@ def test_rollback_and_undo_keep_the_pages_of_the_state_they_leave(held: Mounted)
 
 
 def test_times_and_sizes_are_those_of_the_program(held: Mounted) -> None:
-    """Promise: mtime and ctime are of write(), not of when it came to us; explicit ones stay."""
+    """Promise: mtime and ctime are of write(), not of write-back; explicitly set ones stay."""
     file = held.path / "file"
     with open(file, "wb", buffering=0) as stream:
         stream.write(b"x" * 5000)
@@ -222,7 +222,7 @@ def test_times_and_sizes_are_those_of_the_program(held: Mounted) -> None:
 
 
 def test_data_that_has_not_come_yet_is_no_hole(held: Mounted) -> None:
-    """Promise: SEEK_DATA skips no data that write() took, so that copies of sparse files have it."""
+    """Promise: SEEK_DATA skips no data that write() took, so copies of sparse files have it."""
     file = os.open(held.path / "file", os.O_CREAT | os.O_RDWR)
     os.ftruncate(file, 1 << 20)
     os.fsync(file)
@@ -234,12 +234,12 @@ def test_data_that_has_not_come_yet_is_no_hole(held: Mounted) -> None:
 
 
 def test_full_filesystem_says_so_at_fsync(tmp_path: Path) -> None:
-    """Promise: what cannot be stored is an error of fsync or close, and the rest is whole."""
+    """Promise: data that cannot be stored is an error of fsync or close, and the rest is whole."""
     options = ("-o", "writeback,commit=3600")
     with mounted(tmp_path / "cowfs", size="32M", mount_options=options) as mount:
         (mount.path / "kept").write_bytes(b"kept" * 1000)
         descriptor = os.open(mount.path / "large", os.O_CREAT | os.O_WRONLY)
-        with contextlib.suppress(OSError):  # write() may know it already
+        with contextlib.suppress(OSError):  # write() may already fail
             for _ in range(64):
                 os.write(descriptor, bytes(1 << 20))
         with pytest.raises(OSError, match="space"):
@@ -253,7 +253,7 @@ def test_full_filesystem_says_so_at_fsync(tmp_path: Path) -> None:
 
 
 def test_unmount_is_not_disturbed_by_the_fetching(tmp_path: Path) -> None:
-    """Promise: a file that was closed a moment ago keeps no mount busy."""
+    """Promise: fetching the kernel's pages keeps no mount busy."""
     options = ("-o", "writeback,commit=0.05")
     with mounted(tmp_path / "cowfs", mount_options=options) as mount:
         for _ in range(4):
@@ -292,7 +292,7 @@ for number in range(15):
 
 @pytest.mark.needs_root  # only root can mount something on top
 def test_snapshot_holds_the_pages_below_another_mount(held: Mounted) -> None:
-    """Promise C6: also where the root of the mount can no longer be reached by its path."""
+    """Promise C6: this holds also where a mount on top hides the root of this one."""
     file = os.open(held.path / "file", os.O_CREAT | os.O_WRONLY)
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", held.path], check=True)
     try:

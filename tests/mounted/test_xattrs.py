@@ -1,4 +1,4 @@
-"""Promises about extended attributes on a mount: the same answers as ext4 and tmpfs give.
+"""Promises about extended attributes on a mount: answers are those of ext4 and tmpfs.
 
 Every table runs on all three where their limits allow; what only cowfs can hold runs on it alone.
 """
@@ -53,7 +53,7 @@ def places() -> Iterator[dict[str, Path]]:
 
 @pytest.fixture(params=KINDS)
 def folder(places: dict[str, Path], request: pytest.FixtureRequest) -> Path:
-    """An empty directory on each kind in turn; everybody may do everything there."""
+    """An empty directory, on each kind of filesystem in turn; everybody may write to it."""
     place: Path = places[request.param] / re.sub(r"\W", "-", request.node.name)
     place.mkdir()
     place.chmod(0o777)
@@ -71,7 +71,7 @@ def file(folder: Path) -> Path:
 
 
 def get_into(path: Path, name: str, size: int) -> int | str:
-    """getxattr(2) with a buffer of that size: the length it tells, or the name of its errno."""
+    """getxattr(2) with a buffer of that size: the returned length, or the name of the errno."""
     buffer = ctypes.create_string_buffer(max(size, 1))
     return told(LIBC.getxattr(os.fsencode(path), name.encode(), buffer, ctypes.c_size_t(size)))
 
@@ -104,11 +104,11 @@ def remover(path: Path, name: str) -> Callable[[], None]:
     return lambda: os.removexattr(path, name, follow_symlinks=False)
 
 
-# --- who may -----------------------------------------------------------------------------------------
+# --- who may --------------------------------------------------------------------------------------
 
 
 def test_trusted_attributes_are_roots_alone(file: Path) -> None:
-    """Promise: others can neither see, read, set nor remove them, not even the owner of the file."""
+    """Promise: others, even the file's owner, cannot see, read, set or remove them."""
     os.setxattr(file, "trusted.t", b"secret")
     os.setxattr(file, "user.u", b"open")
     assert sorted(os.listxattr(file)) == ["trusted.t", "user.u"]
@@ -122,7 +122,7 @@ def test_trusted_attributes_are_roots_alone(file: Path) -> None:
 
 
 def test_security_attributes_are_set_by_root_and_read_by_all(file: Path) -> None:
-    """Promise: what programs trust for security nobody but root writes."""
+    """Promise: only root sets security attributes; everybody can read them."""
     os.setxattr(file, "security.s", b"label")
     for user in (ANN, BOB):
         assert as_user(user, getter(file, "security.s")) == b"label"
@@ -136,7 +136,7 @@ CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
 
 
 def test_a_capability_goes_with_a_write(file: Path) -> None:
-    """Promise: a program that is changed loses the rights that its file had."""
+    """Promise: a program that is changed loses its file capability."""
     os.setxattr(file, "security.capability", CAPABILITY)
     assert os.getxattr(file, "security.capability") == CAPABILITY
     assert as_user(ANN, lambda: file.write_bytes(b"changed")) == 7
@@ -148,7 +148,7 @@ def test_a_capability_goes_with_a_write(file: Path) -> None:
     ("mode", "reads", "writes"), [(0o644, True, False), (0o600, False, False), (0o622, False, True)]
 )
 def test_user_attributes_follow_the_mode(file: Path, mode: int, reads: bool, writes: bool) -> None:
-    """Promise: who may read the file reads them, who may write it sets them; all see the names."""
+    """Promise: readers of the file read them, writers set them; everybody sees the names."""
     os.setxattr(file, "user.u", b"v")
     file.chmod(mode)
     assert as_user(BOB, getter(file, "user.u")) == (b"v" if reads else "EACCES")
@@ -162,7 +162,7 @@ def test_user_attributes_follow_the_mode(file: Path, mode: int, reads: bool, wri
 
 
 def test_a_sticky_directory_takes_attributes_from_its_owner_only(folder: Path) -> None:
-    """Promise: in /tmp, nobody leaves notes on the directory itself."""
+    """Promise: in a sticky directory, such as /tmp, only its owner sets attributes of it."""
     os.chown(folder, ANN.uid, ANN.gid)
     assert as_user(BOB, setter(folder, "user.b")) is None
     folder.chmod(0o1777)
@@ -175,7 +175,7 @@ def test_a_sticky_directory_takes_attributes_from_its_owner_only(folder: Path) -
 
 @pytest.mark.parametrize("kind", ["symlink", "dangling", "fifo", "socket", "character", "block"])
 def test_user_attributes_are_for_files_and_directories(folder: Path, kind: str) -> None:
-    """Promise: EPERM for others, where a mode means something else; root has its own namespaces."""
+    """Promise: user attributes are EPERM on other types; root's namespaces work on all."""
     path = folder / kind
     types = {"fifo": stat.S_IFIFO, "socket": stat.S_IFSOCK, "character": stat.S_IFCHR}
     if kind in ("symlink", "dangling"):
@@ -198,7 +198,7 @@ def test_user_attributes_are_for_files_and_directories(folder: Path, kind: str) 
     os.removexattr(path, "trusted.t", follow_symlinks=False)
 
 
-# --- names and flags ---------------------------------------------------------------------------------
+# --- names and flags ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_user_attributes_are_for_files_and_directories(folder: Path, kind: str) 
     ],
 )
 def test_impossible_names_are_refused(file: Path, name: str, answer: str) -> None:
-    """Promise: other namespaces are EOPNOTSUPP, and nothing is made up for them."""
+    """Promise: names in other namespaces are EOPNOTSUPP, and nothing is stored."""
     assert outcome(setter(file, name)) == answer
     assert outcome(getter(file, name)) == answer
     assert outcome(remover(file, name)) == answer
@@ -254,7 +254,7 @@ def test_any_name_keeps_its_value(file: Path, name: str) -> None:
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_create_and_replace(file: Path, namespace: str) -> None:
-    """Promise: XATTR_CREATE never replaces, XATTR_REPLACE never creates; both have one answer."""
+    """Promise: XATTR_CREATE never replaces and XATTR_REPLACE never creates."""
     name = f"{namespace}.flags"
     assert outcome(setter(file, name, b"1", os.XATTR_REPLACE)) == "ENODATA"
     assert outcome(getter(file, name)) == "ENODATA"
@@ -274,7 +274,7 @@ def test_create_and_replace(file: Path, namespace: str) -> None:
 
 
 def test_small_buffers_and_questions_of_size(file: Path) -> None:
-    """Promise: size 0 asks, a buffer too small is ERANGE, one that fits is filled."""
+    """Promise: size 0 asks for the length; a small buffer is ERANGE; one that fits is filled."""
     assert list_into(file, 0) == 0
     for size in (0, 1, 2, 100, 1000, 2000):
         name = f"user.{size}"
@@ -294,7 +294,7 @@ def test_small_buffers_and_questions_of_size(file: Path) -> None:
 
 
 def test_what_an_attribute_does_to_times(file: Path) -> None:
-    """Promise: ctime moves when one is set or removed, mtime does not; reading moves none."""
+    """Promise: setting or removing an attribute moves ctime, not mtime; reading moves none."""
 
     def times() -> tuple[int, int]:
         status = file.stat()
@@ -309,7 +309,7 @@ def test_what_an_attribute_does_to_times(file: Path) -> None:
         (remover(file, "user.u"), False),
         (setter(file, "user.u", b"", os.XATTR_REPLACE), False),
     ):
-        time.sleep(0.012)  # the clock of files stands still for up to 10 ms
+        time.sleep(0.012)  # the clock of files advances every 10 ms at most
         outcome(call)
         after = times()
         assert after[0] == before[0]
@@ -318,7 +318,7 @@ def test_what_an_attribute_does_to_times(file: Path) -> None:
 
 
 def test_descriptors_hard_links_and_renames(folder: Path) -> None:
-    """Promise: attributes are the inode's, by whatever name or descriptor."""
+    """Promise: attributes belong to the inode, whatever name or descriptor is used."""
     path, link, moved = folder / "a", folder / "b", folder / "c"
     path.touch()
     descriptor = os.open(path, os.O_RDONLY)
@@ -341,7 +341,7 @@ def test_descriptors_hard_links_and_renames(folder: Path) -> None:
 
 
 def test_attributes_follow_a_model(file: Path) -> None:
-    """Promise: any sequence of settings, larger, smaller, and removals leaves what a dictionary has."""
+    """Promise: after any settings, larger or smaller, and removals they equal a dictionary."""
     choice = random.Random(11)
     model: dict[str, bytes] = {}
     names = [f"{space}.{number}" for space in NAMESPACES for number in range(4)]
@@ -357,7 +357,7 @@ def test_attributes_follow_a_model(file: Path) -> None:
     assert len(os.listxattr(file)) == len(model)
 
 
-# --- limits: cowfs alone, for ext4 ends at a block ---------------------------------------------------
+# --- limits: cowfs alone, for ext4 ends at a block ------------------------------------------------
 
 
 @pytest.fixture
@@ -368,7 +368,7 @@ def large(places: dict[str, Path], request: pytest.FixtureRequest) -> Path:
 
 
 def test_values_up_to_64_kib(large: Path) -> None:
-    """Promise: every size around a chunk and up to the limit of Linux, replaced by any other."""
+    """Promise: every size around a chunk and up to Linux's limit works, replacing any other."""
     choice = random.Random(3)
     sizes = [0, 1, 2047, 2048, 2049, 4095, 4096, 4097, 30_000, VALUE_MAX - 1, VALUE_MAX]
     for size in sizes + choice.sample(sizes, len(sizes)) + [VALUE_MAX, 0, VALUE_MAX, 1]:
@@ -385,7 +385,7 @@ def test_values_up_to_64_kib(large: Path) -> None:
 
 
 def test_thousands_on_one_file(large: Path) -> None:
-    """Promise: thousands can be set, read and removed; a list beyond 64 KiB is E2BIG, as elsewhere."""
+    """Promise: thousands can be set, read, removed; a list over 64 KiB is E2BIG as elsewhere."""
     names = [f"user.number {number:06d}" for number in range(5000)]
     size = len(names[0]) + 1
     fits = LIST_MAX // size
@@ -409,7 +409,7 @@ def test_thousands_on_one_file(large: Path) -> None:
 
 
 def test_a_full_filesystem_refuses_attributes_whole() -> None:
-    """Promise: ENOSPC, never half a value; removing goes on, and makes room (C10)."""
+    """Promise C10: ENOSPC, never half a value; removing works and makes room."""
     with open_mount(size="64M") as mount:
         root = mount.path
         path = root / "file"
@@ -432,7 +432,7 @@ def test_a_full_filesystem_refuses_attributes_whole() -> None:
         os.setxattr(root / "file 0", "user.again", value)
 
 
-# --- the past, and crashes ---------------------------------------------------------------------------
+# --- the past, and crashes ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -446,7 +446,7 @@ def everything(path: Path) -> dict[str, bytes]:
 
 
 def test_snapshots_and_rollback_keep_attributes(own: Mounted) -> None:
-    """Promise: a snapshot keeps names and values; rollback brings them back, undo takes them away."""
+    """Promise: a snapshot keeps names and values; rollback restores them, and undo reverts that."""
     file, root = own.path / "file", own.path
     file.touch()
     old = {"user.large": os.urandom(VALUE_MAX), "user.empty": b"", "trusted.t": b"t"}
@@ -474,7 +474,7 @@ def test_snapshots_and_rollback_keep_attributes(own: Mounted) -> None:
 
 @pytest.mark.parametrize("turn", range(3))
 def test_attributes_survive_a_crash_after_fsync(own: Mounted, turn: int) -> None:
-    """Promise: fsync makes attributes durable; those set after it are there whole or not (C1, C2)."""
+    """Promise C1, C2: fsync makes attributes durable; later ones are there whole or not at all."""
     file = own.path / "file"
     file.touch()
     choice = random.Random(turn)

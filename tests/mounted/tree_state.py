@@ -1,8 +1,8 @@
-"""Says everything about a tree of files that a program can see, so that two trees can be compared.
+"""Describes all that a program can see of a tree of files, so that two trees can be compared.
 
 `tree_state` maps each path to a record of type, mode, owner, times, size, links, extended
-attributes and a hash of the contents. Left out is what may differ between equal trees: inode
-numbers (but which names share one is kept), access and change times, the sizes of directories.
+attributes and a hash of the contents. It leaves out what may differ between equal trees: inode
+numbers (but keeps which names share one), access and change times, the sizes of directories.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ def tree_state(root: Path, directory_times: bool = True) -> State:
 
     Args:
         root: a directory.
-        directory_times: false where a program that is not asked to keep them made the directories.
+        directory_times: false if the directories were made by a program that does not keep times.
     """
     state: State = {}
     first_names: dict[tuple[int, int], str] = {}
@@ -30,7 +30,7 @@ def tree_state(root: Path, directory_times: bool = True) -> State:
         folder_names.sort()
         for name in [b"", *folder_names, *sorted(file_names)]:
             if name in folder_names and not os.path.islink(os.path.join(folder, name)):
-                continue  # gets its record when the walk is inside
+                continue  # recorded when the walk is inside
             path = os.path.join(folder, name) if name else folder
             relative = os.fsdecode(os.path.relpath(path, os.fsencode(root)))
             record = _record(path)
@@ -70,9 +70,9 @@ def _record(path: bytes) -> Record:
 
 
 def in_snapshot(state: State) -> State:
-    """The same tree as `.snapshots` shows it: no file there lends its owner's rights to whoever runs it.
+    """The same tree as `.snapshots` shows it: without bits that lend the owner's rights.
 
-    A hole that was fixed since would be open again through the old program.
+    An old program could open again a hole that was fixed since.
     """
     shown = {}
     for path, record in state.items():
@@ -84,7 +84,7 @@ def in_snapshot(state: State) -> State:
 
 
 def differences(left: State, right: State) -> list[str]:
-    """What distinguishes two trees, in words; nothing if they are equal."""
+    """The differences between two trees, in words; empty if they are equal."""
     found = []
     for path in sorted(left.keys() | right.keys()):
         if path not in right:
@@ -101,7 +101,7 @@ def differences(left: State, right: State) -> list[str]:
 
 
 def assert_same(left: State, right: State) -> None:
-    """Fails, naming the first differences, unless two trees are equal."""
+    """Require that two trees are equal; names the first differences."""
     found = differences(left, right)
     assert not found, f"{len(found)} differences:\n" + "\n".join(found[:20])
 
@@ -119,7 +119,7 @@ def make_library(target: Path) -> None:
         ignore=shutil.ignore_patterns("site-packages", "dist-packages", "config-*", "test", "*.so"),
     )
     make_one_of_everything(target)
-    # As below.
+    # As in `make_one_of_everything`.
     os.utime(target, ns=(0, 1_500_000_000_123_456_789))
 
 
