@@ -1,8 +1,9 @@
-"""The process that commands of tests are forked from; tests/commands.py starts it, and says why.
+"""Forks the commands that tests run; tests/commands.py starts this process and says why.
 
-Run as a program: `command_server.py DESCRIPTOR`. Each message on that socket comes with a socket to
-answer on, a file with the request as JSON, and the command's standard output and error. The answers are
-the number of the process, and then its exit status as subprocess gives it.
+Run as a program: `command_server.py DESCRIPTOR`. Each message on that socket brings four
+descriptors: a socket to answer on, a file with the request as JSON, and the command's standard
+output and error. The answers are the process id of the command and then its exit status, as
+`subprocess` reports it.
 """
 
 import contextlib
@@ -38,12 +39,13 @@ STATUS = struct.Struct("<i")
 
 
 def serve(requests: socket.socket) -> None:
-    """Fork for each request until the client's end is closed. Does not return, in a fork neither."""
+    """Fork for each request until the client closes its end. Never returns, in a fork either."""
     for module in (*MODULES.values(), *_PRELOADED):
         importlib.import_module(module)
     gc.collect()
-    gc.freeze()  # or each fork copies what its collections touch
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who waits for a command is its own parent
+    gc.freeze()  # else each fork copies the pages that its collector touches
+    # A fork of the server waits for the command; the server itself waits for no one.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, 1, 4)
         if not message:
@@ -71,7 +73,7 @@ def serve(requests: socket.socket) -> None:
     for descriptor, standard in ((output, 1), (errors, 2)):
         os.dup2(descriptor, standard)
         os.close(descriptor)
-    # Not those of the server: what they know of their descriptors is that of other files.
+    # The inherited objects describe other files: those that the server had at these descriptors.
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  for as long as the process
     sys.stderr = open(2, "w", closefd=False, errors="backslashreplace", buffering=1)  # noqa: SIM115
     os.chdir(wanted["cwd"])
@@ -83,7 +85,7 @@ def serve(requests: socket.socket) -> None:
     except SystemExit as end:
         assert isinstance(end.code, int)
         sys.stdout.flush()
-        os._exit(end.code)  # taking Python down takes longer than most commands
+        os._exit(end.code)  # shutting Python down takes longer than most commands
 
 
 if __name__ == "__main__":

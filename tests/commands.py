@@ -1,11 +1,12 @@
-"""Runs `cowfs`, `cowdu` and `cowdump` as processes of their own, without the price of their imports.
+"""Runs `cowfs`, `cowdu` and `cowdump` in processes of their own, without paying for their imports.
 
-Most of what a short command costs is Python's start and numpy. So one process, the *server*, imports the
-commands once, and each command runs in a fork of it, with arguments, environment, directory and output
-of its own: it ends as any process does, and no command sees another. The server has no threads.
+Most of what a short command costs is the start of Python and numpy. So one process, the *server*,
+imports the commands once, and each command runs in a fork of it, with arguments, environment,
+directory and output of its own: it ends as any process does, and no command sees another. The
+server has no threads.
 
-`run_command("mount", ...)` starts the installed program itself, and so does each command of which the
-test asks for the program; the mounts that fixtures make come from the server.
+`run_command("mount", ...)` starts the installed program itself, and so does every call with
+`program=True`; the mounts that fixtures make come from the server.
 """
 
 import contextlib
@@ -36,10 +37,10 @@ SERVER = Path(__file__).with_name("command_server.py")
 def run_command(
     *arguments: str | os.PathLike[str], timeout: float = HANG_SECONDS, program: bool | None = None
 ) -> Completed:
-    """Run `cowfs`, or `cowdu` or `cowdump` when named first; gives output and exit status.
+    """Run `cowfs`, or the `cowdu` or `cowdump` named first; return output and exit status.
 
     Args:
-        program: start the installed program, and no fork of the server; None does so for mounts.
+        program: start the installed program instead of a fork of the server; None: only for mounts.
     """
     words = [os.fspath(argument) for argument in arguments]
     name = words.pop(0) if words[0] in MODULES else "cowfs"
@@ -65,7 +66,7 @@ def run_command(
 
 
 class _Server:
-    """The client's side: starts the server with the first command, and ends it with the tests."""
+    """The client's side: starts the server with the first command and stops it after the tests."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -75,7 +76,7 @@ class _Server:
         """Run a command.
 
         Raises:
-            subprocess.TimeoutExpired: it was killed.
+            subprocess.TimeoutExpired: the command took too long and was killed.
         """
         request = {
             "name": name,
@@ -108,7 +109,7 @@ class _Server:
         return Completed([str(COMMANDS / name), *words], status, *texts)
 
     def end(self) -> None:
-        """Let the server end: nobody will ask it again."""
+        """Let the server end; no request follows."""
         if self._socket is not None and self._process is not None:
             self._socket.close()
             self._process.wait(timeout=HANG_SECONDS)
@@ -134,7 +135,7 @@ end_server = _SERVER.end
 
 
 def _read(streams: dict[int, bytearray], deadline: float) -> bool:
-    """Read descriptors to their ends and close them; false if that takes until the deadline."""
+    """Read the descriptors to their ends and close them; false if the deadline comes first."""
     with selectors.DefaultSelector() as selector:
         for descriptor in streams:
             selector.register(descriptor, selectors.EVENT_READ)

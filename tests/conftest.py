@@ -33,7 +33,7 @@ PLAIN_BASE = os.environ.get("COWFS_TEST_BASE")
 
 
 def require_success(result: Completed) -> Completed:
-    """The result itself, if the command succeeded; else the test fails with all that it said."""
+    """Return the result if the command succeeded; else fail the test with all that it printed."""
     if result.returncode != 0:
         pytest.fail(
             f"{result.args} ended with {result.returncode}\n"
@@ -43,7 +43,7 @@ def require_success(result: Completed) -> Completed:
 
 
 def json_of(result: Completed) -> dict[str, Any]:
-    """What a command with --json answered, after a look at the envelope."""
+    """The answer of a command with --json, after checking its envelope."""
     answer: dict[str, Any] = json.loads(require_success(result).stdout)
     version = answer["output_version"]
     assert isinstance(version["command"], str)
@@ -53,7 +53,7 @@ def json_of(result: Completed) -> dict[str, Any]:
 
 
 def require_clean(image: Path) -> None:
-    """Fails the test unless `cowfs check` finds nothing wrong with the image."""
+    """Fail the test unless `cowfs check` finds nothing wrong with the image."""
     result = run_command("check", image, "--json")
     if result.returncode != 0:
         pytest.fail(
@@ -64,7 +64,7 @@ def require_clean(image: Path) -> None:
 
 
 def process_is_alive(pid: int) -> bool:
-    """True while a process runs; one that ended but was not waited for yet does not count."""
+    """True while a process runs; a process that ended but was not yet waited for does not count."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
@@ -73,7 +73,7 @@ def process_is_alive(pid: int) -> bool:
 
 
 def wait_for_end(pid: int, seconds_max: float = HANG_SECONDS) -> bool:
-    """Wait for a process to end; false if it has not in time."""
+    """Wait for a process to end; false if it has not ended in time."""
     deadline = time.monotonic() + seconds_max
     while process_is_alive(pid):
         if time.monotonic() > deadline:
@@ -83,15 +83,15 @@ def wait_for_end(pid: int, seconds_max: float = HANG_SECONDS) -> bool:
 
 
 def is_mount_point(path: Path) -> bool:
-    """True if something is mounted exactly there, alive or dead."""
+    """True if something is mounted exactly at this path, alive or dead."""
     with open("/proc/self/mountinfo", "rb") as table:
-        # Octal escapes, and for the rest the bytes as they are, which need not be text.
+        # Octal escapes are decoded; the other bytes stay as they are and need not be valid text.
         places = {line.split()[4].decode("unicode_escape").encode("latin-1") for line in table}
     return os.fsencode(path) in places
 
 
 def unmount_lazily(path: Path) -> None:
-    """Takes a mount out of the tree, even a dead or busy one."""
+    """Detach a mount from the tree, even a dead or busy one."""
     subprocess.run(
         ["fusermount3", "-uz", str(path)], capture_output=True, check=True, timeout=HANG_SECONDS
     )
@@ -113,17 +113,17 @@ class Mounted:
         self.daemon_pid: int | None = None
 
     def start(self) -> None:
-        """Make the image and mount it. If this fails half way, `close` still clears up."""
+        """Make the image and mount it. If this fails half way, `close` still cleans up."""
         self.path.mkdir(parents=True)
         require_success(run_command("mkfs", self.image, "--size", self.size))
         self.remount()
 
     def cowfs(self, *arguments: str | os.PathLike[str]) -> Completed:
-        """Run `cowfs ARGUMENTS`; the caller looks at the exit status."""
+        """Run `cowfs ARGUMENTS`; the caller checks the exit status."""
         return run_command(*arguments)
 
     def remount(self) -> None:
-        """Mount, after unmounting if it is mounted."""
+        """Unmount if mounted, then mount."""
         if is_mount_point(self.path):
             self.umount()
         words = ("mount", self.image, self.path, *self.mount_options)
@@ -134,9 +134,9 @@ class Mounted:
         assert process_is_alive(self.daemon_pid)
 
     def umount(self) -> None:
-        """Unmount as a user does, and see that the daemon ends.
+        """Unmount as a user does, and check that the daemon ends.
 
-        A mount namespace of a test beside this one may have a copy of the mount for a moment.
+        A mount namespace of another test may hold a copy of the mount for a moment.
         """
         result = run_command("umount", self.path)
         deadline = time.monotonic() + HANG_SECONDS
@@ -151,7 +151,7 @@ class Mounted:
             pytest.fail(f"the daemon {pid} outlived its mount by {HANG_SECONDS} s")
 
     def kill(self) -> None:
-        """Kill the daemon without warning, then clear the dead mount away."""
+        """Kill the daemon without warning, then remove the dead mount."""
         pid, self.daemon_pid = self.daemon_pid, None
         assert pid is not None, "not mounted"
         os.kill(pid, signal.SIGKILL)
@@ -159,11 +159,11 @@ class Mounted:
         unmount_lazily(self.path)
 
     def check(self) -> None:
-        """Fails the test unless the (unmounted) image is clean."""
+        """Fail the test unless the (unmounted) image is clean."""
         require_clean(self.image)
 
     def wait_for_commit(self) -> None:
-        """Wait until the daemon has by itself made durable what was written before."""
+        """Wait until the daemon's own commit has made everything written before durable."""
 
         def generation() -> int:
             number: int = json_of(run_command("info", self.path, "--json"))["generation"]
@@ -173,7 +173,7 @@ class Mounted:
         wait_until(lambda: generation() > before, "no commit came by itself")
 
     def snapshot(self, name: str) -> Path:
-        """Take a snapshot; gives the place where its tree can be read."""
+        """Take a snapshot; return the path where its tree can be read."""
         require_success(run_command("snapshot", "create", self.path, name))
         return self.path / ".snapshots" / name
 
@@ -186,10 +186,10 @@ class Mounted:
         require_success(run_command("snapshot", "delete", self.path, name, "--wait"))
 
     def close(self) -> str | None:
-        """Unmount and end the daemon by whatever means it takes.
+        """Unmount and end the daemon, by force if need be.
 
         Returns:
-            None if the ordinary means were enough, else what was wrong.
+            None if an ordinary unmount was enough, else what was wrong.
         """
         trouble = None
         pid = self.daemon_pid
@@ -209,7 +209,7 @@ class Mounted:
 
 
 class PlainDirectory(Mounted):
-    """The same on a directory of the host: for proving the tests, not cowfs."""
+    """The same interface on a directory of the host: it proves the tests, not cowfs."""
 
     plain = True
 
@@ -267,7 +267,7 @@ def mounted(
 
     Args:
         folder: where image and mount point are made.
-        has_failed: whether a test on this mount failed; then the image is kept.
+        has_failed: tells whether a test on this mount failed; then the image is kept.
         size: of the image, as for `cowfs mkfs --size`.
         mount_options: more words for `cowfs mount`.
     """
@@ -304,7 +304,7 @@ FAILED: pytest.StashKey[bool] = pytest.StashKey()
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Remembers on each test, and on its file, that it failed: teardown then keeps the image."""
+    """Record on each test, and on its file, that it failed: teardown then keeps the image."""
     report = yield
     if report.failed:
         item.stash[FAILED] = True
@@ -314,7 +314,7 @@ def pytest_runtest_makereport(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options for how much a run does."""
+    """Add the options that say how much a run does."""
     group = parser.getgroup("cowfs")
     group.addoption("--long", action="store_true", help="all tests, at their long sizes")
     group.addoption(
@@ -329,15 +329,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Sets the sizes of this run before any test is imported.
+    """Set the sizes of this run before any test is imported.
 
-    What commands keep between calls goes to a place of this run, and not to the user's own.
+    The caches of commands go to a directory of this run, not to the user's own.
     """
     is_long, times = config.getoption("--long"), config.getoption("--times")
     if times <= 0 or (times != 1 and not is_long):
         raise pytest.UsageError("--times takes a number above 0, and only together with --long")
     config.add_cleanup(end_server)
-    # Tests call in this process what gives way to others: all tests after them would give way too.
+    # Commands that tests call in this process lower its priority, and all later tests would keep
+    # it.
     for name in ("nice", "setpriority"):
         patch = pytest.MonkeyPatch()
         patch.setattr(os, name, lambda *_: 0)
@@ -350,7 +351,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what has no meaning on a plain directory, what only root may do, what takes long."""
+    """Skip what has no meaning on a plain directory, what only root may do, and what takes long."""
     unmet = set()
     if not sizes.is_long():
         unmet.add("long")
@@ -370,7 +371,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_report_header() -> list[str]:
-    """Says what this run does not try."""
+    """Say which tests this run leaves out."""
     told = []
     if not sizes.is_long():
         told.append("short run: scripts/test --long has longer ones, and the tests marked long")
@@ -382,7 +383,7 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints figures that are worth seeing in every run, which tests have recorded as properties.
+    """Print figures that are worth seeing in every run; tests record them as properties.
 
     `summary` is a line; `count` is a pair of a name and a number, summed over all tests.
     """

@@ -28,7 +28,7 @@ def make_image(path: Path, *, duplicate_metadata: bool = True) -> Path:
 
 
 def change(path: Path, *steps: Callable[[Filesystem], object]) -> None:
-    """Do something to an image that is not mounted."""
+    """Apply steps to an image that is not mounted."""
     filesystem = open_filesystem(FileDevice(path, writable=True), writable=True)
     try:
         for step in steps:
@@ -51,7 +51,7 @@ def write(name: str, size_bytes: int, *, offset: int = 0) -> Callable[[Filesyste
 
 
 def remove(name: str) -> Callable[[Filesystem], None]:
-    """A step for `change`: remove a file, and give its blocks back."""
+    """A step for `change`: remove a file and give its blocks back."""
 
     def step(filesystem: Filesystem) -> None:
         inode = filesystem.live.unlink(ROOT_INO, name.encode())
@@ -71,7 +71,7 @@ def snapshot(name: str) -> Callable[[Filesystem], None]:
 
 
 def dated(name: str, created_ns: int) -> Callable[[Filesystem], None]:
-    """A step for `change`: let a snapshot have been made when a clock said this time."""
+    """A step for `change`: set the creation time of a snapshot, as a wrong clock would."""
 
     def step(filesystem: Filesystem) -> None:
         record = replace(filesystem.catalog.snapshot(name), created_ns=created_ns)
@@ -100,7 +100,7 @@ def history(
 
 
 def require_clean(path: Path) -> None:
-    """Fails the test unless the image keeps every promise."""
+    """Fail the test unless the checker finds the image clean."""
     device = FileDevice(path, writable=False)
     try:
         report = check_image(device)
@@ -110,7 +110,7 @@ def require_clean(path: Path) -> None:
 
 
 def tree_bytes(path: Path) -> int:
-    """What all volumes and snapshots of an image hold."""
+    """The number of bytes that all volumes and snapshots of an image hold."""
     filesystem = open_filesystem(FileDevice(path, writable=False), writable=False)
     try:
         return space_report(filesystem).tree_bytes

@@ -1,8 +1,9 @@
 """How much one run of the tests does, and how long it waits for what must come.
 
-Each size that matters stands in its test as `sized(short, long)`: the short run is the default, `--long`
-takes the long sizes and the tests marked `long` too, `--long --times N` takes N times the long sizes.
-`--seed N` replaces the seeds of tests that choose at random. tests/conftest.py has these options.
+Each size that matters stands in its test as `sized(short, long)`. The short run is the default;
+`--long` takes the long sizes and also runs the tests marked `long`; `--long --times N` takes N
+times the long sizes. `--seed N` replaces the seeds of tests that choose at random.
+tests/conftest.py has these options.
 """
 
 import time
@@ -10,14 +11,14 @@ from collections.abc import Callable
 
 from hypothesis import HealthCheck, settings
 
-# How long anything may take before it counts as hung. A machine that is ten times slower than an idle
-# one must not come near it: speed is compared within a run, and never with a clock.
+# How long anything may take before it counts as hung. A machine that is ten times slower than an
+# idle one must not come near it: speed is compared within a run, and never with a clock.
 HANG_SECONDS = 300
-TEST_SECONDS_MAX = 1800  # of one test of the short run
-LONG_TEST_SECONDS_MAX = 8 * 3600  # of `--long`, times `--times`; shrinking a failure takes long
+TEST_SECONDS_MAX = 1800  # limit for one test of the short run
+LONG_TEST_SECONDS_MAX = 8 * 3600  # the same of `--long`, times `--times`; shrinking takes long
 
 _POLL_SECONDS = 0.01
-# How fast examples are made says how busy the machine is.
+# The speed at which hypothesis makes examples depends on how busy the machine is.
 _CHECKS_OFF = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
 
 
@@ -44,32 +45,32 @@ def is_long() -> bool:
 
 
 def sized(short: int, long: int) -> int:
-    """The size for this run."""
+    """`short` or `long`, as this run wants it, with `--times` applied."""
     return round(long * _Run.times) if _Run.long else short
 
 
 def seconds(short: float, long: float) -> float:
-    """The same for how long some work goes on."""
+    """The same for a duration."""
     return long * _Run.times if _Run.long else short
 
 
 def chosen_seed(usual: int) -> int:
-    """The seed of `--seed`, else the usual one."""
+    """The seed given with `--seed`, else the usual one."""
     return usual if _Run.seed is None else _Run.seed
 
 
 def seeds(short: int, long: int, first: int = 0) -> range:
-    """The seeds of so many histories by chance."""
+    """The seeds of that many random histories."""
     return range(first, first + sized(short, long))
 
 
 def machine_settings(short: int, long: int, steps: int) -> settings:
-    """Settings of a state machine: the examples of a run, and the steps of each."""
+    """Settings of a state machine: the number of examples, and of steps in each."""
     return settings(max_examples=sized(short, long), stateful_step_count=steps)
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Wait for something that must come; fails with these words when it does not."""
+    """Wait until `condition` holds; fail with the words `what` if it does not in HANG_SECONDS."""
     deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline, what

@@ -1,8 +1,8 @@
 """Promises that the documents say what is there: links, names, commands, options, and lines of 100.
 
-All Markdown files of the checkout are read. A command or a mount option has one home: exactly one row
-of one table, so nobody writes two descriptions that drift apart. The second half of this file breaks
-the rules on purpose, to show that breaking them is noticed.
+All Markdown files of the checkout are read. A command or a mount option has one home: exactly one
+row of one table, so nobody writes two descriptions that drift apart. The second half of this file
+breaks the rules on purpose, to show that breaking them is noticed.
 """
 
 import ast
@@ -39,11 +39,11 @@ def name_of(document: Path) -> str:
     return str(document.relative_to(CHECKOUT))
 
 
-# --- reading Markdown -------------------------------------------------------------------------------
+# --- reading Markdown -----------------------------------------------------------------------------
 
 
 def prose(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not in a block of code, with their numbers."""
+    """The lines outside of code blocks, with their numbers."""
     fenced = False
     for number, line in enumerate(text.splitlines(), 1):
         if line.lstrip().startswith("```"):
@@ -58,13 +58,13 @@ def without_code(text: str) -> str:
 
 
 def spans(text: str) -> list[str]:
-    """The spans of code in the prose, also those that go over the end of a line."""
+    """The spans of code in the prose, including those that continue on the next line."""
     paragraphs = "\n".join(line for _, line in prose(text)).split("\n\n")
     return [" ".join(span.split()) for part in paragraphs for span in SPAN.findall(part)]
 
 
 def anchors(text: str) -> set[str]:
-    """What `#...` may lead to: each heading in lower case, words joined by dashes, signs left out."""
+    """The anchors of a document: headings in lower case, words joined by dashes, no punctuation."""
     found: set[str] = set()
     for _, line in prose(text):
         heading = HEADING.fullmatch(line)
@@ -89,11 +89,11 @@ def tables(text: str, first_title: str) -> Iterator[list[str]]:
         rows = []
 
 
-# --- links ------------------------------------------------------------------------------------------
+# --- links ----------------------------------------------------------------------------------------
 
 
 def broken_links(document: Path) -> list[str]:
-    """The links of a document that lead to no file, or to no heading of a document."""
+    """The links of a document whose target file or heading does not exist."""
     broken = []
     for link in LINK.findall(without_code(document.read_text(encoding="utf-8"))):
         if re.match(r"[a-z]+:", link):
@@ -114,7 +114,7 @@ def test_every_link_leads_to_a_file_and_a_heading(document: Path) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_every_page_is_reached_from_the_readme(document: Path) -> None:
-    """Promise: who begins at the README finds every page by links."""
+    """Promise: a reader who begins at the README reaches every page by links."""
     reached: set[Path] = set()
     waiting = [CHECKOUT / "README.md"]
     while waiting:
@@ -128,7 +128,7 @@ def test_every_page_is_reached_from_the_readme(document: Path) -> None:
     assert document in reached
 
 
-# --- lines ------------------------------------------------------------------------------------------
+# --- lines ----------------------------------------------------------------------------------------
 
 
 def long_lines(text: str) -> list[int]:
@@ -142,11 +142,11 @@ def long_lines(text: str) -> list[int]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_no_line_of_prose_is_longer_than_100(document: Path) -> None:
-    """Promise: documents can be read in a terminal, and their changes in a review."""
+    """Promise: prose wraps at 100, so documents fit a terminal and their changes a review."""
     assert long_lines(document.read_text(encoding="utf-8")) == []
 
 
-# --- names ------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -189,12 +189,12 @@ def is_there(place: str) -> bool:
 
 
 def missing_places(text: str) -> list[str]:
-    """The places that a text names, from the top of the checkout, and that do not exist."""
+    """The places that a text names relative to the checkout and that do not exist."""
     return [span for span in spans(text) if PLACE.fullmatch(span) and not is_there(span)]
 
 
 def missing_files(text: str) -> list[str]:
-    """The Python files that a text names in short (`files/data.py`, `data.py`), and that are none."""
+    """The missing Python files that a text names in short (`files/data.py`, `data.py`)."""
     named = [span for span in spans(text) if re.fullmatch(r"[\w/]+\.pyx?", span)]
     known = [f"/{file.relative_to(CHECKOUT)}" for file in code_files()]
     known += [f"/{file.relative_to(CHECKOUT)}" for file in (CHECKOUT / "cowfs").rglob("*.pyx")]
@@ -202,14 +202,14 @@ def missing_files(text: str) -> list[str]:
 
 
 def missing_members(text: str) -> list[str]:
-    """What a text writes as `Class.member`, and what no class of that name has."""
+    """Each `Class.member` of a text whose class has no such member."""
     known = frozenset().union(*(members(file) for file in code_files()))
     return [span for span in spans(text) if MEMBER.fullmatch(span) and span not in known]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_every_file_and_function_that_is_named_exists(document: Path) -> None:
-    """Promise: a name that a document gives can be opened."""
+    """Promise: every file and function that a document names exists."""
     text = document.read_text(encoding="utf-8")
     assert missing_places(text) == []
     assert missing_files(text) == []
@@ -234,11 +234,11 @@ def test_every_promise_and_invariant_has_a_place_and_a_test() -> None:
     assert promised == [f"C{number + 1}" for number in range(11)]
 
 
-# --- commands and options ---------------------------------------------------------------------------
+# --- commands and options -------------------------------------------------------------------------
 
 
 def commands() -> list[str]:
-    """Every command that does something itself: `cowfs snapshot create`, `cowdump`."""
+    """Every command that does something itself, such as `cowfs snapshot create` or `cowdump`."""
     found = []
     waiting: list[tuple[click.Command, click.Context]] = []
     for program in PROGRAMS:
@@ -273,7 +273,7 @@ def homes_of_commands(texts: list[str]) -> Counter[str]:
 
 
 def homes_of_options(texts: list[str]) -> Counter[str]:
-    """How often each mount option stands in the first column of a table of them."""
+    """How often each mount option stands in the first column of a table of mount options."""
     found: Counter[str] = Counter()
     for text in texts:
         for row in tables(text, "`-o`"):
@@ -287,27 +287,27 @@ def all_texts() -> tuple[str, ...]:
 
 
 def test_every_command_is_described_in_one_row_of_one_page() -> None:
-    """Promise: each command has one home, and no page describes a command that is not there."""
+    """Promise: each command has one home, and no page describes a command that does not exist."""
     found = homes_of_commands([*all_texts()])
     assert found == Counter(commands())
 
 
 def test_every_mount_option_is_described_in_one_row_of_one_page() -> None:
-    """Promise: each mount option has one home, and no page describes one that is not there."""
+    """Promise: each mount option has one home, and no page describes one that does not exist."""
     assert homes_of_options([*all_texts()]) == Counter(option_words())
 
 
 def test_every_column_of_cowdu_is_named_where_numbers_are_explained() -> None:
-    """Promise: no column of cowdu has to be guessed."""
+    """Promise: the page about numbers explains every column of cowdu."""
     named = {*spans(SPACE.read_text(encoding="utf-8"))}
     assert {*COLUMNS} <= named
 
 
-# --- the package ------------------------------------------------------------------------------------
+# --- the package ----------------------------------------------------------------------------------
 
 
 def test_every_document_of_the_package_is_installed_with_it() -> None:
-    """Promise: who installs cowfs has its documents; the README is that of the package index."""
+    """Promise: the package contains its documents, and its README is that of the package index."""
     settings = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))
     assert settings["project"]["readme"] == "README.md"
     package = CHECKOUT / "cowfs"
@@ -319,7 +319,7 @@ def test_every_document_of_the_package_is_installed_with_it() -> None:
     assert {*package.rglob("*.md")} <= installed
 
 
-# --- that breaking the rules is noticed -------------------------------------------------------------
+# --- breaking the rules is noticed ----------------------------------------------------------------
 
 
 def test_broken_links_are_noticed(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_long_lines_are_noticed_outside_of_tables_and_code() -> None:
 
 
 def test_names_that_are_gone_are_noticed() -> None:
-    """Promise: a file or a function that was renamed is found in the documents."""
+    """Promise: a document that names a removed file or function is found."""
     here = "tests/test_documents.py"
     text = f"`{here}` `{here}::anchors` `tests/` `documents` `test_documents.py` `Store.shadow`\n"
     assert missing_places(text) + missing_files(text) + missing_members(text) == []
@@ -354,8 +354,11 @@ def test_names_that_are_gone_are_noticed() -> None:
 
 
 def test_commands_and_options_with_two_homes_or_none_are_noticed() -> None:
-    """Promise: a second description of a command or an option is found."""
-    one = "| command | does |\n|---|---|\n| `cowfs mount IMG DIR` | mounts |\n| `scripts/run` | runs |\n"
+    """Promise: a command or option with a second description, or with none, is found."""
+    one = (
+        "| command | does |\n|---|---|\n| `cowfs mount IMG DIR` | mounts |\n"
+        "| `scripts/run` | runs |\n"
+    )
     assert homes_of_commands([one]) == {"cowfs mount": 1}
     gone = one.replace("cowfs mount", "cowfs mounted")
     assert homes_of_commands([one, one, gone]) == {"cowfs mount": 2, "cowfs mounted IMG DIR": 1}

@@ -1,4 +1,4 @@
-"""Promises of names as text: any bytes become a line that prints, and come back as they were."""
+"""Promises of names as text: any bytes become one printable line and come back unchanged."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ TEXTS = st.text(st.characters(exclude_categories=()), max_size=20)
 
 @given(name=NAMES)
 def test_escaped_name_is_one_line_of_text_and_comes_back(name: bytes) -> None:
-    """Promise: valid Unicode that no terminal obeys, and the same bytes again; no two names are one."""
+    """Promise: an escaped name is printable Unicode; unescaping it gives the same bytes."""
     text = escaped(name)
     assert text.encode().decode() == text
     assert text.isprintable()
@@ -49,7 +49,7 @@ def test_escaped_name_is_one_line_of_text_and_comes_back(name: bytes) -> None:
     ],
 )
 def test_escaped_name_is_what_people_expect(name: bytes, text: str) -> None:
-    """Promise: what prints is as it is, and what does not is told by its bytes."""
+    """Promise: printable characters stay as they are; all others are escaped by their bytes."""
     assert escaped(name) == text
     assert unescaped(text) == name
     assert host_path(escaped_path(os.fsdecode(name))) == os.fsdecode(name)
@@ -57,7 +57,7 @@ def test_escaped_name_is_what_people_expect(name: bytes, text: str) -> None:
 
 @given(text=TEXTS)
 def test_words_with_any_character_can_be_printed_and_sent(text: str) -> None:
-    """Promise: lone surrogates, of bytes or not, stop no message."""
+    """Promise: no lone surrogate keeps a message from being printed or sent."""
     assert printable(text).isprintable()
     printable(text).encode()
     encodable(text).encode()
@@ -67,7 +67,7 @@ def test_words_with_any_character_can_be_printed_and_sent(text: str) -> None:
 
 
 def test_words_show_bytes_that_are_no_text_by_their_value() -> None:
-    """Promise: \\xff and not the number of a surrogate; a line break stays in a log, not on a line."""
+    """Promise: an invalid byte shows as \\xff; only a log keeps line breaks."""
     word = os.fsdecode(b"a\xff\nb")
     assert printable(word) == r"a\xff\nb"
     assert encodable(word) == "a\\xff\nb"
@@ -78,7 +78,7 @@ def test_words_show_bytes_that_are_no_text_by_their_value() -> None:
 
 @given(name=st.binary(min_size=1, max_size=20).filter(lambda name: b"\0" not in name))
 def test_shell_word_is_that_name_to_a_shell(name: bytes) -> None:
-    """Promise: a command that is printed can be pasted, whatever bytes a path has."""
+    """Promise: a printed command can be pasted into a shell, whatever bytes a path has."""
     word = shell_word(os.fsdecode(name))
     assert word.isprintable()
     told = subprocess.run(
@@ -88,7 +88,7 @@ def test_shell_word_is_that_name_to_a_shell(name: bytes) -> None:
 
 
 def test_error_with_bytes_that_are_no_text_arrives() -> None:
-    """Promise: a refusal that names a file travels, and is the same kind of error afterwards."""
+    """Promise: an error that names a file with invalid bytes arrives as the same kind of error."""
     for error in (
         BusyError(os.fsdecode(b"files are open: /mnt/\xff")),
         CorruptError(os.fsdecode(b"node \xff"), 7, "checksum is wrong"),
@@ -101,7 +101,7 @@ def test_error_with_bytes_that_are_no_text_arrives() -> None:
 
 
 def test_request_that_cannot_be_text_is_refused_in_words() -> None:
-    """Promise: what no image could store is a usage error that shows it, not an internal one."""
+    """Promise: text that no image could store is a usage error that shows the text."""
     bad = os.fsdecode(b"d\xff")
     for request, says in (
         (edits.CreateSnapshot(name=bad), r"snapshot name 'd\\xff' is not valid UTF-8"),

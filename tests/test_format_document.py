@@ -1,7 +1,7 @@
 """Promises that FORMAT.md and the code say the same: offsets, sizes, fields, constants, examples.
 
-A record with distinct values is encoded for each table, and every field must be found at the offset
-and in the size that its row gives.
+The test encodes a record with distinct values for each table, and must find every field at the
+offset and in the size that its row gives.
 """
 
 import re
@@ -32,7 +32,7 @@ def sections() -> dict[str, str]:
 
 
 def tables(text: str, header: list[str]) -> list[list[list[str]]]:
-    """The tables in a text that have that header, as rows of cells."""
+    """The tables of a text with that header, as rows of cells."""
     found = []
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         rows = [
@@ -301,7 +301,7 @@ RECORDS: dict[str, tuple[struct.Struct | int, bytes, dict[str, Any]]] = {
 
 
 def test_every_record_table_of_the_document_is_tested() -> None:
-    """Promise: no table of a record escapes this file."""
+    """Promise: every table of a record in the document is tested here."""
     with_table = {title for title, text in sections().items() if tables(text, HEADER)}
     assert with_table == set(RECORDS)
 
@@ -328,7 +328,7 @@ def test_record_table_has_the_members_of_the_struct(title: str) -> None:
 
 
 def test_index_entry_table_has_the_members_of_the_array_type() -> None:
-    """Promise: the same for the one record that is a numpy type."""
+    """Promise: the same for the index entry, the one record that is a numpy type."""
     fields = index_pages.INDEX_ENTRY.fields
     assert fields is not None
     assert {name: (member[1], member[0].itemsize) for name, member in fields.items()} == {
@@ -338,7 +338,7 @@ def test_index_entry_table_has_the_members_of_the_array_type() -> None:
 
 @pytest.mark.parametrize("title", RECORDS)
 def test_every_field_is_found_at_its_offset(title: str) -> None:
-    """Promise: what the encoder writes is where the table says, reserved bytes are zero."""
+    """Promise: the encoder writes each field where its row says; reserved bytes are zero."""
     _, data, values = RECORDS[title]
     rows = record_rows(title)
     assert {field for _, _, field in rows} - {"reserved"} == set(values)
@@ -352,14 +352,14 @@ def test_every_field_is_found_at_its_offset(title: str) -> None:
 
 
 def test_distinct_values_tell_fields_apart() -> None:
-    """Promise: two fields of a record that changed places would be noticed."""
+    """Promise: two fields of a record that swapped places would be noticed."""
     for title, (_, _, values) in RECORDS.items():
         told = [value for value in values.values() if value not in (0, 1, 2, 3, 4, 4096, 16384)]
         assert len(told) == len(set(told)), title
 
 
 def test_constants_of_the_document_are_those_of_the_code() -> None:
-    """Promise: a constant has one value."""
+    """Promise: every constant has the same value in the document and in the code."""
     (table,) = tables(sections()["Constants"], ["constant", "value", "meaning"])
     names = [row[0].strip("`") for row in table]
     assert len(names) == len(set(names))
@@ -382,14 +382,14 @@ def test_constants_of_the_document_are_those_of_the_code() -> None:
 
 
 def test_acl_tags_of_the_document_are_those_of_the_code() -> None:
-    """Promise: each tag is named with its number."""
+    """Promise: the document names each ACL tag with its number."""
     words = sections()["ACL entry"].splitlines()[4].split("|")[4]
     numbers = [int(word) for word in re.findall(r"\d+", words)]
     assert numbers == [value for name, value in vars(acl).items() if name.startswith("TAG_")]
 
 
 def test_known_feature_flags_are_documented() -> None:
-    """Promise: a new feature flag cannot come without its paragraph."""
+    """Promise: every feature flag of the code has its paragraph in the document."""
     assert storage_format.KNOWN_COMPAT == 0
     assert storage_format.KNOWN_RO_COMPAT == 0
     assert storage_format.KNOWN_INCOMPAT == storage_format.INCOMPAT_DUPLICATED_METADATA
@@ -397,13 +397,13 @@ def test_known_feature_flags_are_documented() -> None:
 
 
 def test_item_types_of_the_document_are_those_of_the_code() -> None:
-    """Promise: the table of items has every type."""
+    """Promise: the table of items has every item type of the code."""
     (table,) = tables(sections()["Item key"], ["type", "item", "offset", "value"])
     assert {int(row[0]) for row in table} == items.TYPES
 
 
 def test_body_of_a_node_is_as_described() -> None:
-    """Promise: lengths of keys, lengths of values, keys, values, zeros."""
+    """Promise: a node's body is lengths of keys, lengths of values, keys, values, zeros."""
     data = NODE[0]
     assert data[64:77] == struct.pack("<4H", 2, 2, 1, 0) + b"k1k2v"
     assert not any(data[77:])
@@ -412,7 +412,7 @@ def test_body_of_a_node_is_as_described() -> None:
 
 
 def test_catalog_keys_are_as_described() -> None:
-    """Promise: a letter, then a number or a name."""
+    """Promise: a catalog key is a letter, then a number or a name."""
     assert records.root_key(258) == b"R" + bytes([0, 0, 0, 0, 0, 0, 1, 2])
     assert records.drop_key(258) == b"D" + bytes([0, 0, 0, 0, 0, 0, 1, 2])
     assert records.snapshot_key("né") == b"Sn\xc3\xa9"
@@ -421,7 +421,7 @@ def test_catalog_keys_are_as_described() -> None:
 
 
 def dump(data: bytes) -> str:
-    """Bytes as the document shows them."""
+    """Bytes in the notation of the document's dumps."""
     lines = []
     for at in range(0, len(data), 16):
         piece = data[at : at + 16]
@@ -460,7 +460,7 @@ def examples() -> dict[str, str]:
 
 @pytest.mark.parametrize("name", ["key", "extent", "superblock"])
 def test_worked_example_is_what_the_encoders_write(name: str) -> None:
-    """Promise: the dumps are real."""
+    """Promise: each dump in the document is what the encoders write."""
     found = re.search(rf"^```hex {name}\n(.*?)\n```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
     assert found
     assert found[1] == examples()[name]

@@ -1,8 +1,8 @@
-"""Promises that the floors of the house stay floors: each folder imports only from those above it.
+"""Promises that the floors of the house stay floors: each folder imports only from lower floors.
 
-The tables below are the rule (cowfs/DESIGN.md, "Floors of the house"). Every import of every file
-under cowfs/ and tools/ is read, wherever in the file it stands; nothing is run. The second half
-of this file breaks the rule on purpose, to show that breaking it is noticed.
+The tables below are the rule (cowfs/DESIGN.md, "Floors of the house"). Every import in every file
+under cowfs/ and tools/ is read, wherever in the file it stands; nothing is run. The second half of
+this file breaks the rule on purpose, to show that breaking it is noticed.
 """
 
 import ast
@@ -13,7 +13,7 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
-# From the lowest to the highest: a floor may import itself and whatever stands before it.
+# From the lowest to the highest: a floor may import itself and the floors listed before it.
 FLOORS = (
     "errors",
     "storage",
@@ -36,7 +36,7 @@ TOP_LEVEL_FILES = {
     "__main__": "cli",
 }
 
-# The checker shares no code with what it checks: not the allocator, not the trees, not the volume.
+# The checker shares no code with what it checks: not the allocator, the trees or the volume.
 CARE_MAY_IMPORT = (
     "cowfs.care",
     "cowfs.errors",
@@ -45,20 +45,20 @@ CARE_MAY_IMPORT = (
     "cowfs.storage.format",
     "cowfs.storage.index_pages",
     "cowfs.files.items",
-    "cowfs.files.acl",  # the codec of two xattrs' values; no code of trees or volumes
-    "cowfs.history.records",  # the codecs of the catalog, as files.items are those of a tree
+    "cowfs.files.acl",  # only the codec of two xattr values; no code of trees or volumes
+    "cowfs.history.records",  # the codecs of the catalog, as files.items has those of a tree
 )
 
-# Libraries that only some floors may know.
+# Libraries that only some floors may import.
 LIBRARY_FLOORS = {"pyfuse3": ("daemon",), "trio": ("daemon", "cli")}
 
-# Libraries that only one file may import, because something must happen first.
+# Libraries that only one file may import, because other work must come before the import.
 LIBRARY_FILES = {"pyfuse3": "cowfs.daemon.fuse"}
 
-# What the package itself may import: `cowfs.connect` is a door, opened when it is asked for.
+# What the package itself may import: `cowfs.connect` loads cowfs.api only when it is used.
 FRONT_DOOR = ("cowfs.__init__", "cowfs.api")
 
-# Names that promise nothing about what is inside.
+# Module names that say nothing about their contents.
 NAMELESS = {"utils", "util", "common", "helpers", "helper", "types", "misc"}
 
 
@@ -90,7 +90,7 @@ def violations(package: Path, tools: Path) -> list[str]:
 
 
 def _modules(folder: Path, package_name: str) -> dict[str, Path]:
-    """The files of a folder by the name under which they are imported."""
+    """The files of a folder by the names under which they are imported."""
     modules = {}
     for file in sorted(folder.rglob("*.py")):
         words = [package_name, *file.relative_to(folder).with_suffix("").parts]
@@ -101,7 +101,7 @@ def _modules(folder: Path, package_name: str) -> dict[str, Path]:
 
 
 def _floor(module: str) -> str | None:
-    """The floor of a module of the project, None if it stands on none."""
+    """The floor of a module of the project; None if it is on no floor."""
     words = module.split(".")
     if words[0] == "cowfs_tools":
         return "tools"
@@ -114,7 +114,7 @@ def _floor(module: str) -> str | None:
 
 
 def _objection(floor: str, module: str, target: str) -> str | None:
-    """Why a module on `floor` may not import the module `target`, None if it may."""
+    """Why a module on `floor` may not import the module `target`; None if it may."""
     library = target.split(".")[0]
     if library in LIBRARY_FLOORS and floor not in LIBRARY_FLOORS[library]:
         return f"{floor} imports {target}: only {' and '.join(LIBRARY_FLOORS[library])} may"
@@ -139,7 +139,7 @@ def _objection(floor: str, module: str, target: str) -> str | None:
 
 
 def _imports(file: Path, module: str, modules: dict[str, Path]) -> Iterator[tuple[int, str]]:
-    """Line and full module name of each import in a file, also of those hidden in a call."""
+    """Line and full module name of each import in a file, including those inside functions."""
     is_package = file.name == "__init__.py"
     package = module.removesuffix(".__init__").split(".")
     if not is_package:
@@ -153,7 +153,8 @@ def _imports(file: Path, module: str, modules: dict[str, Path]) -> Iterator[tupl
             words = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*words, *(node.module or "").split(".")]).strip(".")
             for alias in node.names:
-                # `from cowfs import storage` is a module, `from cowfs import __version__` a name.
+                # `from cowfs import storage` gives a module, `from cowfs import __version__` a
+                # name.
                 inner = f"{source}.{alias.name}"
                 is_module = inner in modules or any(
                     name.startswith(inner + ".") for name in modules
@@ -170,13 +171,13 @@ def _imports(file: Path, module: str, modules: dict[str, Path]) -> Iterator[tupl
 
 
 def test_layering_of_this_checkout_has_no_violation() -> None:
-    """Promise: a floor imports only from the floors above it in the list, in every file."""
+    """Promise: in every file a floor imports only from itself and the floors below it."""
     found = violations(CHECKOUT / "cowfs", CHECKOUT / "tools")
     assert not found, "\n" + "\n".join(found)
 
 
 def test_layering_reads_every_folder_of_the_list() -> None:
-    """Promise: the check is not passed by looking at nothing."""
+    """Promise: the check reads every folder, so it cannot pass by looking at nothing."""
     for floor in set(FLOORS[1:-1]) - set(TOP_LEVEL_FILES):
         assert list((CHECKOUT / "cowfs" / floor).glob("*.py")), f"no file in cowfs/{floor}"
     assert list((CHECKOUT / "tools").glob("*.py")), "no file in tools"
@@ -186,7 +187,7 @@ def test_layering_reads_every_folder_of_the_list() -> None:
 
 
 def _violations_of(folder: Path, files: dict[str, str]) -> list[str]:
-    """What the check says of a small project that is sound but for `files`."""
+    """The violations found in a small project that is sound apart from `files`."""
     sound = {
         "cowfs/__init__.py": "__version__ = '1'\n",
         "cowfs/errors.py": "import errno\n",
@@ -210,7 +211,7 @@ def _violations_of(folder: Path, files: dict[str, str]) -> list[str]:
 
 
 def test_layering_of_a_sound_project_is_accepted(tmp_path: Path) -> None:
-    """Promise: what the list allows is not complained about, so the other tests prove something."""
+    """Promise: allowed imports are accepted, so the rejections below prove something."""
     assert _violations_of(tmp_path, {}) == []
 
 

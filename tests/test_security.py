@@ -1,6 +1,6 @@
-"""Promises of cowfs/docs/security.md: what the code never does, and what another user may not.
+"""Promises of cowfs/docs/security.md: what the code never does, and what other users may not do.
 
-The second half needs root, because it becomes somebody else.
+The second half needs root, because it runs commands as another user.
 """
 
 import ast
@@ -21,7 +21,7 @@ from tests.conftest import Mounted, require_success
 from tests.sizes import HANG_SECONDS
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-# What turns bytes into behaviour. None of it may ever be near an image or a socket.
+# Functions that turn bytes into behaviour. None may be used on data of an image or a socket.
 FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "yaml", "jsonpickle", "code", "runpy"}
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 
@@ -29,7 +29,7 @@ IS_ROOT = os.geteuid() == 0
 
 
 def dangers(source: str) -> list[str]:
-    """What in a Python text could run what it reads."""
+    """The calls in a Python source that could execute the data they read."""
     found = []
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
@@ -70,14 +70,14 @@ def test_nothing_that_is_read_is_ever_run(folder: str) -> None:
     ],
 )
 def test_what_would_run_data_is_noticed(text: str) -> None:
-    """The rule above can fail."""
+    """Promise: the rule above can fail."""
     assert dangers(text)
 
 
 @pytest.fixture
 def shared_mount() -> Iterator[Mounted]:
     """A mount that other users can reach, as far as permissions let them."""
-    # Not below tmp_path: every pytest that starts closes that to others.
+    # Not below tmp_path: pytest closes that directory to other users at each start.
     with tempfile.TemporaryDirectory(prefix="cowfs-shared-") as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -107,7 +107,7 @@ def as_nobody(*command: str | os.PathLike[str]) -> subprocess.CompletedProcess[s
 def test_another_user_gets_what_permissions_say_and_nothing_of_the_past(
     shared_mount: Mounted,
 ) -> None:
-    """Promise: permissions hold for everybody, sticky directories too; snapshots are the owner's."""
+    """Promise: permissions and sticky bits bind other users; only the owner sees snapshots."""
     root = shared_mount.path
     root.chmod(0o755)
     secret, public, sticky = root / "secret", root / "public", root / "sticky"
@@ -135,9 +135,9 @@ def test_another_user_gets_what_permissions_say_and_nothing_of_the_past(
 @pytest.mark.mounted
 @pytest.mark.needs_cowfs
 def test_nothing_that_roots_daemon_starts_can_gain_rights(shared_mount: Mounted) -> None:
-    """Promise: no set-uid program helps whoever takes the daemon over (prctl no_new_privs).
+    """Promise: with no_new_privs a hijacked root daemon gains nothing from set-uid programs.
 
-    An ordinary user's daemon keeps the way to fusermount3.
+    The daemon of an ordinary user can still run fusermount3.
     """
     status = Path(f"/proc/{shared_mount.daemon_pid}/status").read_text(encoding="utf-8")
     assert f"NoNewPrivs:\t{IS_ROOT:d}\n" in status
@@ -162,7 +162,7 @@ def test_another_user_cannot_reach_the_control_socket(shared_mount: Mounted) -> 
 @pytest.mark.mounted
 @pytest.mark.needs_cowfs
 def test_set_id_bits_go_with_a_write_and_are_never_in_a_snapshot(shared_mount: Mounted) -> None:
-    """Promise: nosuid and nodev; a write by another user clears the bits, and the past has none."""
+    """Promise: nosuid, nodev; another user's write clears set-id bits; snapshots have none."""
     program = shared_mount.path / "program"
     program.write_text("old")
     program.chmod(0o6777)
