@@ -1,6 +1,6 @@
-"""What snapshots cost (C11): every algorithm against sets of blocks, and against real deletions.
+"""Promise C11: what snapshots cost; every algorithm against sets of blocks and real deletions.
 
-Histories by chance (tests/model/histories.py); a failure names the seed.
+The histories are random (tests/model/histories.py); a failure names the seed.
 """
 
 import random
@@ -33,7 +33,7 @@ from tests.model.holdings import Holdings, Key, holdings
 from tests.model.recount import recount
 from tests.sizes import seeds
 
-HISTORIES = (3, 8)  # in the short run, in the long one
+HISTORIES = (3, 8)  # in the short and in the long run
 MOMENTS = 4
 STEPS = 60
 
@@ -41,7 +41,7 @@ STEPS = 60
 def each_moment(
     seed: int, look: Callable[[History, random.Random], None], **wanted: object
 ) -> None:
-    """Let a history run on, and look at it now and then, right after a commit."""
+    """Run a history, and call `look` now and then, right after a commit."""
     history = History(seed, **wanted)  # type: ignore[arg-type]
     choice = random.Random(seed)
     for moment in range(MOMENTS):
@@ -58,7 +58,7 @@ def key_of(owner: Owner) -> Key:
 
 
 def by_bits(found: Holdings, owners: Sequence[Owner]) -> dict[int, list[int]]:
-    """Blocks of nodes and of data by the roots that reach them, as an int of their bits."""
+    """Counts of node and data blocks by the roots that reach them, the roots as bits of an int."""
     bits = {key_of(owner): bit for bit, owner in enumerate(owners)}
     nodes = set().union(*(held.node_blocks for held in found.held.values()))
     table: dict[int, list[int]] = {}
@@ -69,7 +69,7 @@ def by_bits(found: Holdings, owners: Sequence[Owner]) -> dict[int, list[int]]:
 
 
 def table_of(sets: OwnerSets) -> dict[int, list[int]]:
-    """The same of owner sets."""
+    """The same counts, from owner sets."""
     rows = members(sets.sets, len(sets.owners))
     masks = [sum(1 << int(bit) for bit in np.flatnonzero(row)) for row in rows]
     assert len(set(masks)) == len(masks), "a set twice"
@@ -79,7 +79,7 @@ def table_of(sets: OwnerSets) -> dict[int, list[int]]:
 
 
 def some_sets(records: Sequence[RootRecord], choice: random.Random) -> list[list[RootRecord]]:
-    """Each alone, all together, and some by chance; the oldest first."""
+    """Each record alone, all together, and some random sets; the oldest first."""
     count = len(records)
     found = [[record] for record in records] + [list(records)] * (count > 1)
     for _ in range(4 if count > 2 else 0):
@@ -99,12 +99,12 @@ def keys_of(records: Iterable[RootRecord]) -> list[Key]:
     return [("snapshot", record.root_id) for record in records]
 
 
-# --- owner sets -------------------------------------------------------------------------------------
+# --- owner sets -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", seeds(*HISTORIES))
 def test_owner_sets_are_those_of_every_block(seed: int) -> None:
-    """Promise: each block is in exactly one set, and that is the set of the roots that reach it."""
+    """Promise: each block is in exactly one set: that of all the roots that reach it."""
 
     def look(history: History, _choice: random.Random) -> None:
         found = holdings(history.disk)
@@ -127,7 +127,7 @@ def test_owner_sets_are_those_of_every_block(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", seeds(*HISTORIES))
 def test_labels_of_nodes_are_the_roots_that_reach_them(seed: int) -> None:
-    """Promise: what a survey says of each node is what walking each root finds."""
+    """Promise: a survey labels each node with the roots from which a walk reaches it."""
 
     def look(history: History, _choice: random.Random) -> None:
         found = holdings(history.disk)
@@ -153,7 +153,7 @@ def require_labels(found: Holdings, surveyed: Survey) -> None:
 
 @pytest.mark.parametrize("seed", seeds(*HISTORIES))
 def test_numbers_of_every_root_at_once_are_those_of_each(seed: int) -> None:
-    """Promise: referenced, exclusive, written, cumulative and pairs are those of the blocks."""
+    """Promise: the numbers of every root, and of pairs, match sets of its blocks."""
 
     def look(history: History, _choice: random.Random) -> None:
         found = holdings(history.disk)
@@ -205,7 +205,7 @@ def test_numbers_of_every_root_at_once_are_those_of_each(seed: int) -> None:
 def test_numbers_do_not_depend_on_how_many_are_counted_at_a_time(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: parts of the tables give what the whole tables give."""
+    """Promise: counting the tables in parts gives the same numbers as counting them whole."""
 
     def look(history: History, _choice: random.Random) -> None:
         whole = owner_sets(history.filesystem)
@@ -222,7 +222,7 @@ def test_numbers_do_not_depend_on_how_many_are_counted_at_a_time(
 
 
 def test_seventy_snapshots_need_two_words() -> None:
-    """Promise: more roots than bits of a word are counted as well as few."""
+    """Promise: more roots than a word has bits are counted as well as few."""
     history = History(5, small_files=20)
     choice = random.Random(5)
     for number in range(70):
@@ -265,7 +265,7 @@ def test_seventy_snapshots_need_two_words() -> None:
 
 
 class FirstOnes:
-    """Numbers by chance, but at first such as do not tell sets apart."""
+    """A random generator whose first numbers are all 1, so that sums do not tell sets apart."""
 
     def __init__(self) -> None:
         self.drawn = 0
@@ -281,10 +281,10 @@ class FirstOnes:
 
 
 def test_sets_that_look_alike_by_their_sums_are_told_apart() -> None:
-    """Promise: which sets are the same is seen by looking at them, whatever numbers are drawn."""
+    """Promise: sets are compared by their members, so equal sums never merge two sets."""
     table = _SetTable(70)
     table._random = FirstOnes()  # type: ignore[assignment]
-    # With these sums the set of 0 and 3 looks like that of 64 and 67, in the other word.
+    # With these sums {0, 3} looks like {64, 67}, whose bits are in the other word.
     groups, members_of = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 3, 64, 67, 0, 3])
     numbers = table.unions(groups, members_of)
     assert table._random.drawn == 2  # type: ignore[attr-defined]
@@ -310,7 +310,7 @@ def test_tree_of_three_levels_is_counted() -> None:
 
 @pytest.mark.parametrize("seed", seeds(2, 4))
 def test_what_sets_free_is_monotone_and_supermodular(seed: int) -> None:
-    """Promise: more snapshots free more, and two sets together at least what each frees alone."""
+    """Promise: more snapshots free more, and two sets together at least the sum of both."""
 
     def look(history: History, choice: random.Random) -> None:
         sets = owner_sets(history.filesystem)
@@ -330,12 +330,15 @@ def test_what_sets_free_is_monotone_and_supermodular(seed: int) -> None:
     each_moment(seed, look)
 
 
-# --- deletions --------------------------------------------------------------------------------------
+# --- deletions ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", seeds(*HISTORIES, 100))
 def test_deletion_frees_what_every_algorithm_says(seed: int) -> None:
-    """Promise: virtual drop, owner sets, simulation, sets of blocks and the real deletion are one."""
+    """Promise: all four ways to compute what a deletion frees agree with the real deletion.
+
+    The ways are virtual drop, owner sets, simulation and sets of blocks.
+    """
 
     def look(history: History, choice: random.Random) -> None:
         found = holdings(history.disk)
@@ -356,15 +359,15 @@ def test_deletion_frees_what_every_algorithm_says(seed: int) -> None:
 
 
 def freed_really(history: History, records: Sequence[RootRecord], *, drain: bool) -> int:
-    """Delete these, on a copy, and see what that gave back.
+    """Delete these snapshots on a copy of the image; return what that gave back.
 
     Args:
-        drain: what was in the queue before goes as well; else it stays where it is.
+        drain: empty the drop queue of earlier deletions too; else those stay in it.
     """
     filesystem = history.copy()
     before = filesystem.space().tree
     if not drain:
-        filesystem.drops._waiting.clear()  # as if damage was in the way of each
+        filesystem.drops._waiting.clear()  # as if damage kept each from proceeding
     filesystem.apply(DeleteSnapshots(tuple([record.name for record in records])))
     filesystem.work_drops()
     assert len(filesystem.drops.progress()) == (
@@ -375,7 +378,7 @@ def freed_really(history: History, records: Sequence[RootRecord], *, drain: bool
 
 @pytest.mark.parametrize("seed", seeds(*HISTORIES, 200))
 def test_simulation_knows_blocks_roots_and_files(seed: int) -> None:
-    """Promise: each piece of a simulated deletion is told with all its roots and all its files."""
+    """Promise: a simulated deletion names all roots and all files of each piece it frees."""
 
     def look(history: History, choice: random.Random) -> None:
         found = holdings(history.disk)
@@ -412,14 +415,14 @@ def test_simulation_knows_blocks_roots_and_files(seed: int) -> None:
     each_moment(seed, look)
 
 
-# --- what earlier generations show ------------------------------------------------------------------
+# --- what earlier generations retain --------------------------------------------------------------
 
 
 def retained_by_hand(device: Device, generations: Sequence[int]) -> list[int]:
-    """Blocks of each of these generations that no newer one of them has, the newest first.
+    """For each generation, newest first, the number of its blocks that no newer one of them has.
 
     Args:
-        generations: the first is the one that is looked through.
+        generations: the first is the one that is surveyed.
     """
     met: set[int] = set()
     amounts = []
@@ -432,7 +435,7 @@ def retained_by_hand(device: Device, generations: Sequence[int]) -> list[int]:
 
 
 def require_retained(filesystem: Filesystem, device: Device) -> int:
-    """Held against walking the earlier generations. Returns the sum."""
+    """Compare `retained` with a walk of the earlier generations. Returns the sum."""
     superblock = filesystem.store.superblock
     generations = range(superblock.generation, superblock.oldest_retained - 1, -1)
     retained = owner_sets(filesystem).retained
@@ -444,10 +447,10 @@ def require_retained(filesystem: Filesystem, device: Device) -> int:
 
 
 class Unseen:
-    """Blocks that were taken and given back between two commits: no generation ever shows them.
+    """Blocks that were allocated and freed between two commits: no generation ever shows them.
 
-    They wait like all that was freed. Data gets its place before the commit where it is shared, or
-    where much is written.
+    They are pending like everything that was freed. Data is written before the commit where it is
+    shared or where much is written.
     """
 
     def __init__(self, filesystem: Filesystem, patch: pytest.MonkeyPatch) -> None:
@@ -480,9 +483,9 @@ class Unseen:
 def test_retained_generations_are_what_is_pending(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: what is neither in use nor free is shown by an earlier generation, to the block.
+    """Promise: blocks neither in use nor free are those of earlier generations, to the block.
 
-    But for what came and went between two commits.
+    Blocks that were allocated and freed between two commits are the exception.
     """
     history = History(seed)
     history.commit()
@@ -500,12 +503,12 @@ def test_retained_generations_are_what_is_pending(
 
 
 def test_data_that_is_shared_and_overwritten_before_a_commit_waits_unseen() -> None:
-    """Promise: what no generation shows is not said to be retained, though it waits for its time."""
+    """Promise: blocks that no generation shows are pending, but not counted as retained."""
     history = History(0, small_files=0)
     live = history.live
     one, two = (live.create(1, name, 0o100644, 0, 0).ino for name in (b"one", b"two"))
     live.write(one, 0, b"1" * 40960)
-    live.reflink(live, one, 0, two, 0, 4096)  # gives the data of `one` its place
+    live.reflink(live, one, 0, two, 0, 4096)  # writes the data of `one` to its blocks
     live.write(one, 4096, b"2" * 36864)
     for _ in range(3):
         history.commit()
@@ -516,7 +519,7 @@ def test_data_that_is_shared_and_overwritten_before_a_commit_waits_unseen() -> N
 
 
 def test_generation_that_was_restored_retains_what_the_others_show() -> None:
-    """Promise: after a restore the generations before it are counted as after any commit."""
+    """Promise: after a restore, the generations before it are counted as after any commit."""
     history = History(7)
     history.run(60)
     before = history.filesystem.store.superblock.generation
@@ -532,7 +535,7 @@ def test_generation_that_was_restored_retains_what_the_others_show() -> None:
 
 
 def test_earlier_generation_that_is_damaged_is_not_told() -> None:
-    """Promise: retained is None where it cannot be counted, and the sets are as before."""
+    """Promise: with a damaged earlier generation `retained` is None, and the sets are as before."""
     history = History(3)
     history.run(60)
     sets = owner_sets(history.filesystem)
@@ -546,7 +549,7 @@ def test_earlier_generation_that_is_damaged_is_not_told() -> None:
 
 
 def test_new_image_holds_only_its_root() -> None:
-    """Promise: an image without snapshots has numbers too."""
+    """Promise: an image without snapshots has numbers too: it holds its root only."""
     disk = MemoryDevice(4096)
     make_filesystem(disk, label="new")
     filesystem = open_filesystem(disk, writable=False)

@@ -1,4 +1,4 @@
-"""Every block of an image explained, against counting and walking by hand."""
+"""Promises that every block of an image is explained, checked by counting and walking by hand."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from tests.sizes import seeds
 
 @pytest.mark.parametrize("seed", seeds(2, 5))
 def test_every_block_is_explained(seed: int) -> None:
-    """Promise: kind, references, birth, owners and files of each block are what walking finds."""
+    """Promise: a walk finds the same kind, references, birth, owners and files of each block."""
     history = History(seed, small_files=30, total_blocks=4096)
     for _ in range(2):
         history.run(50)
@@ -81,7 +81,7 @@ def require_report(found: Holdings, report: BlockReport) -> None:
             else:
                 assert held.paths()[place.path] == place.ino
             told.add((place.ino, at))
-        # Each file of a volume or snapshot that has it is told, by the newest root of its leaf.
+        # Every file that has the block is named, in the newest root that shares its leaf.
         expected = {
             (ino, at)
             for held in found.held.values()
@@ -97,7 +97,7 @@ def require_report(found: Holdings, report: BlockReport) -> None:
 
 
 def test_block_is_told_where_the_newest_root_shows_it() -> None:
-    """Promise: of the roots that share a leaf the live volume tells the path, else the newest."""
+    """Promise: of the roots that share a leaf, the live volume gives the path, else the newest."""
     history = History(0, small_files=0)
     live, filesystem = history.live, history.filesystem
     ino = live.create(1, b"file", 0o100644, 0, 0).ino
@@ -118,7 +118,7 @@ def test_block_is_told_where_the_newest_root_shows_it() -> None:
 
 
 def test_block_of_more_files_than_are_told_has_some_of_them() -> None:
-    """Promise: the list of files ends, and what it names is right."""
+    """Promise: the list of a block's files has a limit, and every file in it is right."""
     history = History(0, small_files=0)
     live, filesystem = history.live, history.filesystem
     source = live.create(1, b"source", 0o100644, 0, 0).ino

@@ -1,4 +1,4 @@
-"""Promises about counters of an image that lie: nothing that exists is overwritten."""
+"""Promises about wrong counters in an image: nothing that exists is overwritten."""
 
 import logging
 from collections.abc import Callable
@@ -33,21 +33,21 @@ def image(tmp_path: Path) -> Path:
 
 
 def lie(image: Path, **members: int) -> None:
-    """Let the newest superblock say something else, with a right checksum."""
+    """Change members of the newest superblock, with a right checksum."""
     device = FileDevice(image, writable=True)
     write_slot(device, replace(read_newest(device), **members))  # type: ignore[arg-type]
     device.close()
 
 
 def lie_in_record(image: Path, edit: Callable[[Filesystem], object]) -> None:
-    """Write something into the catalog as the last thing of all."""
+    """Change the catalog in the image's last commit."""
     device = FileDevice(image, writable=True)
     edit_by_hand(open_filesystem(device, writable=True), edit)
     device.close()
 
 
 def files_of(image: Path, *names: str) -> dict[str, dict[bytes, bytes]]:
-    """What each snapshot holds."""
+    """The contents of each snapshot."""
     filesystem = open_filesystem(FileDevice(image, writable=False), writable=False)
     found = {}
     for name in names:
@@ -63,7 +63,7 @@ def files_of(image: Path, *names: str) -> dict[str, dict[bytes, bytes]]:
 def test_next_root_id_that_is_too_low_costs_no_root(
     image: Path, next_root_id: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Promise: new snapshots and rollbacks get numbers of their own, and the image is right again."""
+    """Promise: new snapshots and rollbacks get unused ids, and they correct the counter."""
     before = files_of(image, *NAMES)
     lie(image, next_root_id=next_root_id)
     assert not _is_clean(image)
@@ -78,7 +78,7 @@ def test_next_root_id_that_is_too_low_costs_no_root(
 def test_next_ino_that_is_too_low_costs_no_file(
     image: Path, next_ino: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Promise: a new file is a new inode, on the live files and after a rollback to such a snapshot."""
+    """Promise: a new file gets an unused inode number, also after a rollback to such a snapshot."""
 
     def low(filesystem: Filesystem) -> None:
         for record in (filesystem.record, filesystem.catalog.snapshot("two")):
@@ -102,7 +102,7 @@ def test_next_ino_that_is_too_low_costs_no_file(
     for name, grew_from in (("made", {}), ("last", before["two"])):
         assert after[name][b"new"] == after[name][b"newer"] == b"x" * 5000
         assert after[name].items() >= grew_from.items()
-    # The record of the snapshot itself still says so: only a repair writes it anew.
+    # The record of the snapshot itself keeps the wrong number: only a repair corrects it.
     device = FileDevice(image, writable=True)
     repair_image(device)
     device.close()
@@ -110,7 +110,7 @@ def test_next_ino_that_is_too_low_costs_no_file(
 
 
 def test_highest_inode_that_exists_leaves_no_number(image: Path) -> None:
-    """Promise: an item with the last number of all is not overwritten; there is no room, then."""
+    """Promise: with the highest inode number in use, creating a file fails with ENOSPC."""
 
     def step(filesystem: Filesystem) -> None:
         tree = filesystem.live.tree
@@ -125,12 +125,12 @@ def test_highest_inode_that_exists_leaves_no_number(image: Path) -> None:
     change(image, step)
 
 
-# --- generations ------------------------------------------------------------------------------------
+# --- generations ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("generation", [GENERATION_MAX + 1, 1 << 63, (1 << 64) - 1])
 def test_generation_that_cannot_be_is_no_superblock(image: Path, generation: int) -> None:
-    """Promise: such a slot is torn like any other, so the commit before it is the newest."""
+    """Promise: a slot of an impossible generation is invalid: the commit before is the newest."""
     device = FileDevice(image, writable=False)
     newest = read_newest(device).generation
     device.close()
@@ -144,7 +144,7 @@ def test_generation_that_cannot_be_is_no_superblock(image: Path, generation: int
 
 @pytest.mark.parametrize("generation", [GENERATION_WRITABLE_MAX + 1, GENERATION_MAX])
 def test_image_without_a_number_for_a_commit_is_only_read(image: Path, generation: int) -> None:
-    """Promise: no commit is acknowledged that nobody would find again; what is there can be read."""
+    """Promise: an image without a generation number for another commit can be read only."""
     device = FileDevice(image, writable=False)
     earlier = read_newest(device).generation
     device.close()
@@ -165,7 +165,7 @@ def test_image_without_a_number_for_a_commit_is_only_read(image: Path, generatio
 
 
 def test_highest_generation_that_is_written_to_goes_on(image: Path) -> None:
-    """Promise: up to there everything works: commits, snapshots, counting, the check."""
+    """Promise: at the highest writable generation commits, snapshots, usage and check work."""
     lie(image, generation=GENERATION_WRITABLE_MAX)
     change(image, _make("made"), _roll_back("made"))
     filesystem = open_filesystem(FileDevice(image, writable=False), writable=False)
@@ -175,7 +175,7 @@ def test_highest_generation_that_is_written_to_goes_on(image: Path) -> None:
 
 
 def test_root_record_with_numbers_that_cannot_be_is_damage(image: Path) -> None:
-    """Promise: a root id or a generation that fits into no node id or number is refused when read."""
+    """Promise: a root record whose root id or generation is out of range is damage."""
     filesystem = open_filesystem(FileDevice(image, writable=False), writable=False)
     record = filesystem.catalog.snapshot("one")
     filesystem.close()

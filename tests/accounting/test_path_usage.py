@@ -1,4 +1,4 @@
-"""What paths hold and what deleting them would free, against every reference of every root."""
+"""Promises of what paths hold and deleting them frees, against every reference of every root."""
 
 import random
 import stat
@@ -43,7 +43,7 @@ def root_key(history: History, record: RootRecord) -> Key:
 
 
 def removed(found: Holdings, goes: dict[Key, set[int]], whole: Iterable[Key] = ()) -> set[int]:
-    """The blocks of data that no reference reaches but those of these inodes, and of whole roots."""
+    """The data blocks that only these inodes, and the roots in `whole`, refer to."""
     inside: set[int] = set()
     outside: set[int] = set()
     entire = set(whole)
@@ -66,12 +66,12 @@ def path_of(place: Place, top: bytes) -> bytes:
     return b"/".join(([top] if top else []) + names[::-1])
 
 
-# --- one argument -----------------------------------------------------------------------------------
+# --- one argument ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", seeds(3, 8))
 def test_every_place_is_what_its_references_say(seed: int) -> None:
-    """Promise: total and exclusive of every file and directory are those of the definition."""
+    """Promise: total and exclusive of every file and directory match a count of all references."""
 
     def look(history: History, choice: random.Random) -> None:
         found = holdings(history.disk)
@@ -103,7 +103,7 @@ def test_every_place_is_what_its_references_say(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", seeds(3, 8, 50))
 def test_orphans_are_what_their_references_say(seed: int) -> None:
-    """Promise: what files hold that were deleted while open is told, and nothing else is."""
+    """Promise: orphans are all files deleted while open, with what each of them holds."""
 
     def look(history: History, _choice: random.Random) -> None:
         found = holdings(history.disk)
@@ -126,7 +126,7 @@ def test_orphans_are_what_their_references_say(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", seeds(2, 4, 60))
 def test_snapshots_as_a_whole_are_what_their_references_say(seed: int) -> None:
-    """Promise: the directory of all snapshots has the numbers of them together, and of each."""
+    """Promise: the directory of all snapshots has the numbers of their union, and of each."""
 
     def look(history: History, _choice: random.Random) -> None:
         found = holdings(history.disk)
@@ -142,12 +142,12 @@ def test_snapshots_as_a_whole_are_what_their_references_say(seed: int) -> None:
     each_moment(seed, look)
 
 
-# --- several ----------------------------------------------------------------------------------------
+# --- several --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", seeds(3, 8, 100))
 def test_several_together_are_what_their_references_say(seed: int) -> None:
-    """Promise: arguments as one set, of any roots, also such as lie in each other or come twice."""
+    """Promise: arguments of any roots count as one set, also when nested or named twice."""
 
     def look(history: History, choice: random.Random) -> None:
         found = holdings(history.disk)
@@ -211,7 +211,7 @@ def require_together(
 
 
 def whole_of(history: History, records: Sequence[RootRecord]) -> Whole:
-    """Roots as a whole, with the runs of every leaf below them."""
+    """Whole roots as arguments, with the runs of every leaf below them."""
     surveyed = survey(history.filesystem)
     sets, structure = surveyed.sets, surveyed.structure
     bits = {sets.bit(OwnerKind.SNAPSHOT, record.root_id) for record in records}
@@ -221,7 +221,7 @@ def whole_of(history: History, records: Sequence[RootRecord]) -> Whole:
 
 
 def test_file_that_is_named_beside_its_directory_goes_once() -> None:
-    """Promise: a file that is below one argument and is another is the same file, however often."""
+    """Promise: a file named beside the directory that holds it is counted once."""
     history = History(0, small_files=0)
     live, filesystem = history.live, history.filesystem
     below = live.create(1, b"below", 0o040755, 0, 0).ino
@@ -247,11 +247,11 @@ def test_file_that_is_named_beside_its_directory_goes_once() -> None:
     assert together(b"below", b"outside") == (10, 10)
 
 
-# --- where `btrfs filesystem du` is wrong -----------------------------------------------------------
+# --- where `btrfs filesystem du` is wrong ---------------------------------------------------------
 
 
 class Cases:
-    """A filesystem in which files have their size in MiB."""
+    """A filesystem of files whose sizes are given in MiB."""
 
     def __init__(self) -> None:
         self.history = History(0, small_files=0, copies=2)
@@ -289,7 +289,7 @@ class Cases:
 
 
 def test_three_snapshots_of_a_deleted_file_free_it_together() -> None:
-    """Promise: 10 MiB that three snapshots hold are exclusive of none of them, and of all of them."""
+    """Promise: 10 MiB that three snapshots share are exclusive to the three, but to none alone."""
     cases = Cases()
     cases.write(b"file", 10)
     records = [cases.snapshot(f"s{number}") for number in range(3)]
@@ -305,7 +305,7 @@ def test_three_snapshots_of_a_deleted_file_free_it_together() -> None:
 
 
 def test_file_and_its_reflink_in_one_snapshot_count_once() -> None:
-    """Promise: sharing within one snapshot is neither counted twice nor taken for shared."""
+    """Promise: blocks shared within one snapshot count once, and as exclusive to it."""
     cases = Cases()
     live = cases.history.live
     source = cases.write(b"file", 6)
@@ -321,7 +321,7 @@ def test_file_and_its_reflink_in_one_snapshot_count_once() -> None:
 
 
 def test_rewritten_part_of_a_file_is_not_pinned_by_the_rest() -> None:
-    """Promise: of 8 MiB of which 7 are rewritten, the old ones are the snapshot's: nothing is dead."""
+    """Promise: of 8 MiB with 7 rewritten, the snapshot alone keeps the old 7; no block is lost."""
     cases = Cases()
     cases.write(b"file", 8)
     record = cases.snapshot("before")
@@ -341,7 +341,7 @@ def test_rewritten_part_of_a_file_is_not_pinned_by_the_rest() -> None:
 
 
 def test_what_a_path_cannot_free_is_not_exclusive() -> None:
-    """Promise: hard links outside, an open file and the drop queue keep what they hold."""
+    """Promise: what a hard link outside, an open file or the drop queue keeps is not exclusive."""
     history = History(0, small_files=0)
     live, filesystem = history.live, history.filesystem
     folder = live.create(1, b"folder", 0o040755, 0, 0).ino
@@ -368,7 +368,7 @@ def test_what_a_path_cannot_free_is_not_exclusive() -> None:
 
 
 def test_paths_are_followed_as_they_stand() -> None:
-    """Promise: a path leads where it says, nothing where there is nothing, and never out."""
+    """Promise: a path resolves to its inode or to none, and one with '..' is refused."""
     history = History(0, small_files=0)
     live = history.live
     folder = live.create(1, b"folder", 0o040755, 0, 0).ino

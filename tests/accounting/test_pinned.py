@@ -1,4 +1,4 @@
-"""Which files only some snapshots keep, against the blocks of every file of every root."""
+"""Promises about the files that only some snapshots keep, against the blocks of every file."""
 
 import random
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from tests.sizes import seeds
 
 
 def by_set(pinned: Pinned) -> dict[int, list[int]]:
-    """Blocks of nodes and of data by the snapshots that keep them."""
+    """Counts of node and data blocks by the snapshots that keep them."""
     table = {owners: [blocks, 0] for owners, blocks in pinned.metadata.items()}
     for file in pinned.files:
         table.setdefault(file.owners, [0, 0])[1] += file.blocks
@@ -32,7 +32,7 @@ def by_set(pinned: Pinned) -> dict[int, list[int]]:
 
 
 def sets_within(sets: OwnerSets, records: Sequence[RootRecord]) -> dict[int, list[int]]:
-    """Owner sets of only these, by their number among them."""
+    """Owner sets of these records only, as bits of their positions in `records`."""
     bits = bits_of(sets, records)
     found = {}
     for mask, amounts in table_of(sets).items():
@@ -44,7 +44,7 @@ def sets_within(sets: OwnerSets, records: Sequence[RootRecord]) -> dict[int, lis
 
 @pytest.mark.parametrize("seed", seeds(4, 10))
 def test_files_and_metadata_are_all_that_a_deletion_frees(seed: int) -> None:
-    """Promise: each block is told once, at the file of the newest snapshot that has it."""
+    """Promise: each block is listed once, at the file that the newest snapshot has it in."""
     nameless = 0
 
     def look(history: History, choice: random.Random) -> None:
@@ -103,7 +103,7 @@ def expected_files(gone: set[int], held: Sequence[Held]) -> dict[tuple[int, int,
 
 
 def test_file_that_was_deleted_while_open_has_no_name() -> None:
-    """Promise: what a snapshot keeps of a file without a name is told as that."""
+    """Promise: a file without a name in the snapshot is listed by its inode number."""
     history = History(0, small_files=0)
     live = history.live
     ino = live.create(1, b"open", 0o100644, 0, 0).ino
@@ -118,7 +118,7 @@ def test_file_that_was_deleted_while_open_has_no_name() -> None:
 
 
 def test_path_is_that_of_the_newest_snapshot_of_the_set() -> None:
-    """Promise: a file that moved is told where the newest of the snapshots has it."""
+    """Promise: a file that moved is listed under its path in the newest of the snapshots."""
     history = History(0, small_files=0)
     live, filesystem = history.live, history.filesystem
     below = live.create(1, b"below", 0o040755, 0, 0).ino

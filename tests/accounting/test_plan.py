@@ -1,4 +1,4 @@
-"""The plan that frees enough and loses least, against trying every set of snapshots."""
+"""Promises of the plan that frees enough and loses least, against trying every set of snapshots."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -15,11 +15,11 @@ from tests.sizes import seeds, sized
 CASES = sized(150, 400)  # of made-up owner sets
 LEAST_SHARE = 0.95  # measured: 0.97 to 0.99
 
-Masks = dict[int, int]  # blocks by the owners that have them, as bits
+Masks = dict[int, int]  # number of blocks by owners, the owners as bits
 
 
 def made_up(masks: Masks, snapshots: int) -> OwnerSets:
-    """Owner sets of so many snapshots and a volume, the highest bit."""
+    """Owner sets of that many snapshots, and of a volume, which is the highest bit."""
     words = snapshots // 64 + 1
     rows = [[mask >> 64 * word & (1 << 64) - 1 for word in range(words)] for mask in masks]
     amounts = np.array(list(masks.values()), np.int64)
@@ -33,7 +33,7 @@ def made_up(masks: Masks, snapshots: int) -> OwnerSets:
 
 
 def masks_by_chance(choice: random.Random, snapshots: int, *, runs: bool) -> Masks:
-    """Sets of owners, of which a third are in the volume too."""
+    """Random sets of owners; a third of them include the volume."""
     masks: Masks = {}
     for _ in range(choice.randrange(1, 40)):
         if runs:
@@ -56,7 +56,7 @@ def freed(masks: Masks, bits: Iterable[int]) -> int:
 
 
 def fewest(masks: Masks, allowed: Sequence[int], wanted: int) -> int:
-    """By trying every set."""
+    """The fewest snapshots that free enough, by trying every set."""
     for count in range(len(allowed) + 1):
         if any(freed(masks, bits) >= wanted for bits in combinations(allowed, count)):
             return count
@@ -64,7 +64,7 @@ def fewest(masks: Masks, allowed: Sequence[int], wanted: int) -> int:
 
 
 def newest_of_oldest(masks: Masks, allowed: Sequence[int], wanted: int) -> list[int]:
-    """The shortest beginning that is enough."""
+    """The shortest run of the oldest snapshots that frees enough."""
     for count in range(len(allowed) + 1):
         if freed(masks, allowed[:count]) >= wanted:
             return list(allowed[:count])
@@ -74,7 +74,7 @@ def newest_of_oldest(masks: Masks, allowed: Sequence[int], wanted: int) -> list[
 def require_right(
     masks: Masks, allowed: Sequence[int], wanted: int, loss: Loss, plan: Plan
 ) -> tuple[int, int]:
-    """A plan against brute force. Returns how many it takes and how many it took."""
+    """Check a plan by brute force. Returns the fewest snapshots and the plan's number of them."""
     bits = [chosen.bit for chosen in plan.chosen]
     assert bits == sorted(set(bits))
     assert set(bits) <= set(allowed)
@@ -121,7 +121,7 @@ def is_run(mask: int, among: Sequence[int]) -> bool:
 @pytest.mark.parametrize("loss", list(Loss))
 @pytest.mark.parametrize("runs", [True, False])
 def test_plan_of_made_up_sets_is_right(runs: bool, loss: Loss) -> None:
-    """Promise: a plan frees enough and what it says, is never below its bound, and exact is exact."""
+    """Promise: a plan frees enough, tells how much, keeps its bound, and `exact` means fewest."""
     exact = least = plans = 0
     for seed in range(CASES):
         choice = random.Random(seed)
@@ -147,14 +147,14 @@ def test_plan_of_made_up_sets_is_right(runs: bool, loss: Loss) -> None:
         with pytest.raises(NotEnoughError) as caught:
             plan_reclaim(sets, allowed, most + 1, loss)
         assert caught.value.most_blocks == most
-    # How often the fewest are found where that cannot be proved: no promise, but it must not get worse.
+    # How often a plan not proved to be least is least: no promise, but it must not get worse.
     assert exact <= least
     assert least >= plans * (1 if runs else LEAST_SHARE)
 
 
 @pytest.mark.parametrize("loss", list(Loss))
 def test_plan_beyond_the_exact_tables_is_right(loss: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Promise: with more snapshots than the tables are made for, a plan is right, if not the least."""
+    """Promise: with more snapshots than the exact tables take, a plan is right if not least."""
     monkeypatch.setattr("cowfs.accounting.plan.EXACT_SNAPSHOTS_MAX", 2)
     for seed in range(sized(80, 200)):
         choice = random.Random(seed)
@@ -174,8 +174,8 @@ def test_plan_beyond_the_exact_tables_is_right(loss: Loss, monkeypatch: pytest.M
 
 
 def test_plan_of_many_small_steps_is_exact_in_a_linear_history() -> None:
-    """Promise: a run of neighbours that each free nothing is found, also where many must go."""
-    snapshots = 90  # two words, and more than the tables are made for at first
+    """Promise: long runs of neighbours that each free nothing alone are found."""
+    snapshots = 90  # two words, and more than the tables are first made for
     for seed in range(20):
         choice = random.Random(seed)
         masks: Masks = {}
@@ -199,13 +199,16 @@ def test_plan_of_many_small_steps_is_exact_in_a_linear_history() -> None:
 
 
 def most_by_count(masks: Masks, allowed: Sequence[int]) -> list[int]:
-    """The most that so many can free, of runs alone: another recurrence, over the runs that go."""
+    """The most that n snapshots can free, for each n, by another recurrence than the plan's.
+
+    Every set of owners must be a run of snapshots.
+    """
     count = len(allowed)
     within = [[0] * count for _ in range(count)]
     for first in range(count):
         for last in range(first, count):
             within[first][last] = freed(masks, allowed[first : last + 1])
-    # best[last][gone]: of the first `last` snapshots, the last of which stays
+    # best[last][gone]: of the first `last` snapshots, of which the last stays
     never = -1
     best = [[never] * (count + 1) for _ in range(count + 2)]
     best[0][0] = 0
@@ -221,7 +224,7 @@ def most_by_count(masks: Masks, allowed: Sequence[int]) -> list[int]:
 
 @pytest.mark.parametrize("loss", list(Loss))
 def test_nothing_is_wanted_and_nothing_goes(loss: Loss) -> None:
-    """Promise: for nothing wanted the plan is empty and exact, also where nothing may go."""
+    """Promise: a plan for zero bytes is empty and exact, also when no snapshot may go."""
     for masks, snapshots in (({0b1: 5, 0b110: 7}, 3), ({}, 0), ({0b10: 3}, 1)):
         sets = made_up(masks, snapshots)
         for allowed in (list(range(snapshots)), []):
@@ -230,7 +233,7 @@ def test_nothing_is_wanted_and_nothing_goes(loss: Loss) -> None:
 
 
 def test_what_may_not_go_is_never_in_a_plan() -> None:
-    """Promise: held and kept snapshots stay, and what they share with others stays with them."""
+    """Promise: no plan has held or kept snapshots, nor counts what they share as freed."""
     masks = {0b001: 1000, 0b010: 10, 0b111: 500, 0b110: 70}
     sets = made_up(masks, 3)
     plan = plan_reclaim(sets, [1, 2], 75)
@@ -242,7 +245,7 @@ def test_what_may_not_go_is_never_in_a_plan() -> None:
 
 
 def test_two_that_free_nothing_alone_are_the_plan() -> None:
-    """Promise: what no snapshot frees alone is found."""
+    """Promise: two snapshots that free nothing alone are found as a plan."""
     masks = {0b0011: 1000, 0b0100: 300, 0b1000: 300}
     plan = plan_reclaim(made_up(masks, 4), range(4), 900)
     assert [(chosen.bit, chosen.alone, chosen.needed) for chosen in plan.chosen] == [
@@ -255,7 +258,7 @@ def test_two_that_free_nothing_alone_are_the_plan() -> None:
 
 @pytest.mark.parametrize("seed", seeds(4, 10))
 def test_plan_of_a_linear_history_is_exact(seed: int) -> None:
-    """Promise: without rollbacks and copies out of snapshots the fewest snapshots are found."""
+    """Promise: a plan has the fewest snapshots without rollbacks and copies out of snapshots."""
     history = History(seed, linear=True)
     for _ in range(4):
         history.run(50)
@@ -267,7 +270,7 @@ def test_plan_of_a_linear_history_is_exact(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", seeds(4, 10, 50))
 def test_plan_of_any_history_is_right(seed: int) -> None:
-    """Promise: with rollbacks and shared blocks a plan is right, and says whether it is the least."""
+    """Promise: with rollbacks and shared blocks a plan is right; `exact` says if it is least."""
     history = History(seed)
     choice = random.Random(seed)
     for _ in range(4):

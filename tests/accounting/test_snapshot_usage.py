@@ -1,4 +1,4 @@
-"""The numbers of snapshots whose files share blocks, against counting them one by one."""
+"""Promises of the numbers of snapshots whose files share blocks, against counting one by one."""
 
 import random
 
@@ -36,7 +36,7 @@ def snapshot(filesystem: Filesystem, name: str) -> RootRecord:
 
 
 def require_exact(disk: MemoryDevice, filesystem: Filesystem, record: RootRecord) -> None:
-    """All numbers of a snapshot are what its blocks are when they are looked at."""
+    """Fail unless all numbers of a snapshot match a count of its blocks."""
     own = reachable_from(disk, record.pointer)
     assert referenced_blocks(filesystem, record) == len(own)
     owners = owner_sets(filesystem)
@@ -51,7 +51,7 @@ def require_exact(disk: MemoryDevice, filesystem: Filesystem, record: RootRecord
 
 
 def test_blocks_that_files_share_are_counted_once() -> None:
-    """Promise: referenced and written are of distinct blocks, also when files share them."""
+    """Promise: referenced and written count distinct blocks, also when files share them."""
     disk, filesystem = make()
     live = filesystem.live
     one = create(filesystem, b"one", 1)
@@ -68,7 +68,7 @@ def test_blocks_that_files_share_are_counted_once() -> None:
 
 
 def test_blocks_that_came_back_from_an_older_snapshot_were_written() -> None:
-    """Promise: what the parent does not hold is written, however old its blocks are."""
+    """Promise: a block that the parent does not hold counts as written, however old it is."""
     disk, filesystem = make()
     live = filesystem.live
     one = create(filesystem, b"one", 1)
@@ -86,7 +86,7 @@ def test_blocks_that_came_back_from_an_older_snapshot_were_written() -> None:
 
 
 def test_rollback_and_what_it_keeps_know_that_files_share() -> None:
-    """Promise: a tree that goes on from a snapshot, or is kept, is still counted block by block."""
+    """Promise: after a rollback the live tree and the kept one are still counted block by block."""
     disk, filesystem = make()
     live = filesystem.live
     one, two = create(filesystem, b"one", 1), create(filesystem, b"two")

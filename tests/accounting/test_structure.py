@@ -1,4 +1,4 @@
-"""What points at what: every node and pointer against the formats, and nothing read twice."""
+"""Promises of the structure: it holds every node and pointer, and no node is read twice."""
 
 import random
 
@@ -37,7 +37,7 @@ ARRAYS = (
 
 
 class RecordingDevice(FaultDevice):
-    """Remembers which blocks were read first in each read."""
+    """Records the first block of each read."""
 
     def __init__(self, device: Device) -> None:
         super().__init__(device)
@@ -49,7 +49,7 @@ class RecordingDevice(FaultDevice):
 
 
 def require_same(one: Survey, two: Survey) -> None:
-    """The same, whichever way it was learned."""
+    """Fail unless two surveys are equal, however they were made."""
     for name in ARRAYS:
         left, right = getattr(one.structure, name), getattr(two.structure, name)
         assert left.dtype == right.dtype, name
@@ -61,7 +61,7 @@ def require_same(one: Survey, two: Survey) -> None:
 
 
 def require_true(structure: Structure, disk: MemoryDevice) -> None:
-    """Every node, pointer and run of the newest generation, and no other."""
+    """Fail unless it has every node, pointer and run of the newest generation, and no other."""
     found = holdings(disk)
     superblock = found.superblock
     expected = {
@@ -104,7 +104,7 @@ def require_true(structure: Structure, disk: MemoryDevice) -> None:
 
 @pytest.mark.parametrize("seed", seeds(3, 6))
 def test_structure_is_what_the_nodes_say(seed: int) -> None:
-    """Promise: each node once, with its level, place, twin, birth and all that it points at."""
+    """Promise: each node is there once, with level, place, twin, birth and all its pointers."""
     history = History(seed)
     for _ in range(3):
         history.run(60)
@@ -112,7 +112,7 @@ def test_structure_is_what_the_nodes_say(seed: int) -> None:
 
 
 def test_structure_of_three_levels_is_what_the_nodes_say() -> None:
-    """Promise: the same of trees with inner nodes below inner nodes, learned at once or in steps."""
+    """Promise: the same for trees of three levels, surveyed at once or in steps."""
     history = History(4, small_files=1750)
     known = None
     for _ in range(3):
@@ -127,7 +127,7 @@ def test_structure_of_three_levels_is_what_the_nodes_say() -> None:
 
 @pytest.mark.parametrize("seed", seeds(3, 8, 20))
 def test_what_is_known_changes_nothing(seed: int) -> None:
-    """Promise: an older structure, or one of a copy that went another way, gives the same survey."""
+    """Promise: an older structure, or that of a diverged copy, does not change the survey."""
     history = History(seed)
     known = [empty_structure()]
     for moment in range(4):
@@ -136,14 +136,14 @@ def test_what_is_known_changes_nothing(seed: int) -> None:
         for structure in known:
             require_same(survey(history.filesystem, structure), fresh)
             require_same(survey(open_filesystem(history.disk, writable=False), structure), fresh)
-        # A copy in which other things happened: the same places, the same births, other nodes.
+        # A copy that went another way: the same places and births, but other nodes.
         other = history.fork(seed + 1000 + moment)
         other.run(30)
         known += [fresh.structure, survey(other.filesystem, fresh.structure).structure]
 
 
 def test_places_that_were_freed_and_used_again_are_read_anew() -> None:
-    """Promise: what a place held before it was freed is not taken for what it holds now."""
+    """Promise: a place that was freed and reused is read anew, not taken from the old structure."""
     history = History(2, small_files=60, total_blocks=4096)
     live = history.live
     inos = [live.create(1, b"large %d" % number, 0o100644, 0, 0).ino for number in range(10)]
@@ -174,7 +174,7 @@ def places_with_other_nodes(one: Structure, two: Structure) -> int:
 
 
 def test_copy_that_diverged_has_other_nodes_of_the_same_birth_in_the_same_place() -> None:
-    """Promise: only the checksum tells them apart, and it does."""
+    """Promise: nodes of the same place and birth are told apart by their checksums."""
     met = 0
     for seed in range(4):
         history = History(seed, small_files=20)
@@ -195,7 +195,7 @@ def test_copy_that_diverged_has_other_nodes_of_the_same_birth_in_the_same_place(
 
 @pytest.mark.parametrize("seed", seeds(3, 6, 40))
 def test_known_nodes_are_not_read_again(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Promise: a look costs the reads of what is new: each new node once, a new root once more."""
+    """Promise: a survey reads only new nodes: each once, and a new root at most twice."""
     monkeypatch.setattr("cowfs.accounting.owners._retained", lambda *_: None)
     history = History(seed, small_files=100)
     history.run(60)
@@ -226,7 +226,7 @@ def test_known_nodes_are_not_read_again(seed: int, monkeypatch: pytest.MonkeyPat
 
 
 def test_progress_is_told_of_what_is_read() -> None:
-    """Promise: progress rises, and never says that more was read than is known to be there."""
+    """Promise: progress rises, and never exceeds the number of known nodes."""
     history = History(4, small_files=1750)
     history.run(10)
     told: list[tuple[str, int, int]] = []

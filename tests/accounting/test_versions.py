@@ -1,4 +1,4 @@
-"""The versions of a path, against what every root says about each block of the file."""
+"""Promises of the versions of a path, against what every root has in each block of the file."""
 
 import random
 import stat
@@ -17,7 +17,7 @@ from tests.sizes import seeds
 
 
 def identity_of(held: Held, paths: dict[bytes, int], path: bytes) -> object:
-    """What the path is made of in one root."""
+    """What one root has at the path: equal values are the same version."""
     ino = paths.get(path)
     if ino is None:
         return None
@@ -38,7 +38,7 @@ def identity_of(held: Held, paths: dict[bytes, int], path: bytes) -> object:
 
 @pytest.mark.parametrize("seed", seeds(4, 10))
 def test_versions_are_the_distinct_states_of_a_path(seed: int) -> None:
-    """Promise: each state once, in the order it was met, with its roots and its blocks."""
+    """Promise: each state is a version once, in the order of the roots, with roots and blocks."""
     changed = 0
 
     def look(history: History, choice: random.Random) -> None:
@@ -110,7 +110,7 @@ def test_versions_tell_changes_of_content_only() -> None:
     live.allocate(ino, PUNCH_HOLE | KEEP_SIZE, 0, BLOCK_SIZE_BYTES)
     snapshot()  # 5: a hole
     live.unlink(1, b"file")
-    snapshot()  # 6: absent, though the file is there by another name
+    snapshot()  # absent, though the file is there under another name
     live.rename(1, b"again", 1, b"file", 0)
     history.commit()
     records = [*history.records, filesystem.record]
@@ -132,7 +132,7 @@ def test_versions_tell_changes_of_content_only() -> None:
 
 
 def test_version_does_not_depend_on_how_extents_are_cut() -> None:
-    """Promise: the same blocks in the same places are one version, in however many extents."""
+    """Promise: the same blocks at the same places are one version, in however many extents."""
     history = History(0, small_files=0)
     live, filesystem = history.live, history.filesystem
     one = live.create(1, b"file", 0o100644, 0, 0).ino
@@ -151,7 +151,7 @@ def test_version_does_not_depend_on_how_extents_are_cut() -> None:
 
 
 def test_symlinks_and_replaced_kinds_are_versions() -> None:
-    """Promise: another target, and another kind of file at the path, is another version."""
+    """Promise: a new target of a symlink, or another file type at the path, is a new version."""
     history = History(0, small_files=0)
     live, filesystem = history.live, history.filesystem
     for number, target in enumerate((b"one", b"two", b"one")):
