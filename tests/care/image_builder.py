@@ -1,7 +1,8 @@
-"""Writes small images by hand, from the encoders alone: an independent writer of the format.
+"""Writes small images by hand with the encoders alone: an independent writer of the format.
 
-Counts its own references: each node adds one to what it points at when it is made. A test changes a
-record, a count or a byte before or after `finish`, and then knows exactly what is wrong.
+The builder counts references itself: each node adds one to everything it points at when it is made.
+A test changes a record, a count or a byte before or after `finish`, and so knows exactly what is
+wrong.
 """
 
 import stat
@@ -99,20 +100,20 @@ class MemoryDevice:
             self.blocks[(offset + at) // BLOCK_SIZE_BYTES] = data[at : at + BLOCK_SIZE_BYTES]
 
     def flush(self) -> None:
-        """Nothing to wait for."""
+        """Nothing to do: all writes are durable at once."""
 
     def discard(self, offset: int, size: int) -> bool:
-        """Keeps what is there, as a device may."""
+        """Leave the blocks as they are, which a device may do."""
         return True
 
     def prefetch(self, offset: int, size: int) -> None:
-        """Everything is in memory."""
+        """Nothing to do: everything is in memory."""
 
     def close(self) -> None:
         """Nothing to close."""
 
     def damage(self, block: int, at: int = 100) -> None:
-        """Flip one bit."""
+        """Flip one bit of a block."""
         data = bytearray(self.blocks.get(block, bytes(BLOCK_SIZE_BYTES)))
         data[at] ^= 1
         self.blocks[block] = bytes(data)
@@ -150,7 +151,7 @@ class ImageBuilder:
         self.device.write(block * BLOCK_SIZE_BYTES, [data])
 
     def point_at(self, pointer: Pointer) -> None:
-        """Count one more pointer at a node."""
+        """Count one more pointer to a node."""
         for first in (pointer.block, pointer.twin):
             if first:
                 self.references.update(range(first, first + NODE_BLOCKS))
@@ -166,7 +167,7 @@ class ImageBuilder:
         owner: int = 1,
         count: bool = True,
     ) -> Pointer:
-        """A node; counts a reference for all that it points at."""
+        """Write a node; count a reference for everything it points at."""
         birth = self.generation if birth is None else birth
         block = self.allocate(NODE_BLOCKS)
         twin = self.allocate(NODE_BLOCKS) if self.duplicated else 0
@@ -198,7 +199,7 @@ class ImageBuilder:
         birth: int | None = None,
         owner: int = 1,
     ) -> tuple[Pointer, int]:
-        """A tree of those items, and its number of nodes."""
+        """Write a tree of those items; return its root and its number of nodes."""
         level = 0
         nodes = 0
         here = list(entries)
@@ -215,7 +216,7 @@ class ImageBuilder:
             level += 1
 
     def data(self, content: bytes, birth: int | None = None) -> Extent:
-        """Data in consecutive blocks, as an extent; counted when an item holds it."""
+        """Write data in consecutive blocks; the extent is counted once an item holds it."""
         count = -(-len(content) // BLOCK_SIZE_BYTES)
         content = content.ljust(count * BLOCK_SIZE_BYTES, b"\0")
         block = self.allocate(count)
@@ -358,7 +359,7 @@ class ImageBuilder:
 
 @dataclass
 class VolumeItems:
-    """The contents of a tree, to be changed by a test before it is written."""
+    """The contents of a tree; a test changes them before they are written."""
 
     inodes: dict[int, Inode] = field(default_factory=dict)
     names: dict[int, list[tuple[bytes, int]]] = field(default_factory=dict)
@@ -379,7 +380,7 @@ class VolumeItems:
         return inode
 
     def name(self, directory: int, name: bytes, ino: int) -> None:
-        """Add a name, and honest numbers for the directory."""
+        """Add a name, and update the counters of the directory."""
         self.names[directory].append((name, ino))
         self.inodes[directory].size_bytes += len(name)
         if stat.S_ISDIR(self.inodes[ino].mode):
@@ -400,7 +401,7 @@ class VolumeItems:
         return sum(inode.data_blocks for inode in self.inodes.values())
 
     def entries(self) -> list[tuple[bytes, bytes]]:
-        """All items in key order; an item with the value b"" that is no orphan mark is left out."""
+        """All items in key order, except those of value b"" that are not orphan marks."""
         items = {}
         for ino, inode in self.inodes.items():
             items[inode_key(ino)] = inode.encode()
@@ -422,7 +423,7 @@ class VolumeItems:
 
 
 def sample_volume(builder: ImageBuilder) -> VolumeItems:
-    """A small tree with one of everything.
+    """A small tree with one of each kind.
 
     /hello (2, inline; also /sub/hard), /big (3: two extents, a hole, two xattrs), /link (4),
     /sub (5), /sub/deep (6), an orphan (7), /fifo (8), /empty (9).

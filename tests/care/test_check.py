@@ -61,7 +61,7 @@ def sample_image(**options: int) -> tuple[ImageBuilder, VolumeItems]:
 def checked(
     change: Change | None = None, *, per_node: int = 4, **superblock: object
 ) -> CheckReport:
-    """The report on an image of a volume and a snapshot of it, changed before it was written."""
+    """The report on an image of a volume and its snapshot; `change` alters the volume first."""
     builder, volume = sample_image()
     if change:
         change(builder, volume)
@@ -72,7 +72,7 @@ def checked(
 
 
 def the_error(report: CheckReport, text: str) -> Finding:
-    """The only error, which must say `text`."""
+    """The only error of a report; it must say `text`."""
     assert [finding for finding in report.errors if text in finding.what], report.findings
     assert len(report.errors) == 1, "\n".join(map(str, report.findings))
     assert not report.clean
@@ -87,7 +87,7 @@ def the_error(report: CheckReport, text: str) -> Finding:
 def test_sound_image_is_clean_however_its_items_fall_into_leaves(
     per_node: int, duplicated: bool
 ) -> None:
-    """Promise: no false alarm, also for inodes whose items lie in several leaves."""
+    """Promise: a sound image is clean, also when the items of an inode span several leaves."""
     builder = ImageBuilder(duplicated=duplicated)
     volume = sample_volume(builder)
     record = builder.add_root(volume, per_node=per_node)
@@ -129,7 +129,7 @@ def test_data_false_leaves_data_unread() -> None:
 
 
 def test_shared_nodes_are_read_once_for_all_snapshots() -> None:
-    """Promise: a snapshot that shares everything costs nothing but its root record."""
+    """Promise: a snapshot that shares every node costs only the read of its root record."""
     builder, volume = sample_image()
     record = builder.add_root(volume, per_node=3)
     alone = check_image(builder.finish())
@@ -149,7 +149,7 @@ def test_shared_nodes_are_read_once_for_all_snapshots() -> None:
 
 
 def test_progress_ends_at_what_the_superblock_promises() -> None:
-    """Promise: a progress bar reaches its end, and never runs backwards."""
+    """Promise: a progress bar reaches its end and never runs backwards."""
     builder, volume = sample_image()
     builder.add_root(volume)
     told: list[CheckProgress] = []
@@ -163,7 +163,7 @@ def test_progress_ends_at_what_the_superblock_promises() -> None:
 
 
 def test_file_without_superblock_is_no_image() -> None:
-    """Promise: a foreign file is refused in one line."""
+    """Promise: a file that is not an image is refused in one line."""
     with pytest.raises(ImageError, match="has no valid superblock"):
         check_image(MemoryDevice(4096))
     with pytest.raises(ImageError, match="too small"):
@@ -180,7 +180,7 @@ def test_newer_format_is_refused() -> None:
 
 
 def test_generation_that_is_gone_is_refused() -> None:
-    """Promise: asking for a generation outside of the ring says so."""
+    """Promise: asking for a generation outside of the ring is an error that says so."""
     builder, volume = sample_image()
     builder.add_root(volume)
     with pytest.raises(ImageError, match="no superblock of generation 3"):
@@ -212,7 +212,7 @@ def test_second_ring_is_enough() -> None:
 
 
 def test_torn_copy_of_a_slot_is_a_warning() -> None:
-    """Promise: one valid copy is an image; the other is told, and it is no error."""
+    """Promise: with one valid copy of a slot, the torn copy is a warning and not an error."""
     builder, volume = sample_image()
     builder.add_root(volume)
     device = builder.finish()
@@ -225,7 +225,7 @@ def test_torn_copy_of_a_slot_is_a_warning() -> None:
 
 
 def test_newest_valid_slot_of_both_copies_wins() -> None:
-    """Promise: the highest generation, wherever it stands; an earlier one on demand."""
+    """Promise: the highest valid generation is checked, whichever copy has it, or one asked for."""
     builder, volume = sample_image()
     builder.add_root(volume)
     device = builder.finish()
@@ -236,7 +236,7 @@ def test_newest_valid_slot_of_both_copies_wins() -> None:
 
 
 def test_superblock_in_the_wrong_slot_does_not_count() -> None:
-    """Promise: a misplaced superblock is no state of the image, and is told."""
+    """Promise: a superblock in the wrong slot is reported and not used."""
     builder, volume = sample_image()
     builder.add_root(volume)
     device = builder.finish()
@@ -251,7 +251,7 @@ def test_superblock_in_the_wrong_slot_does_not_count() -> None:
 
 
 def test_leaked_blocks_are_found_with_their_place() -> None:
-    """Promise: a refcount without a pointer is a leak, whole runs in one finding."""
+    """Promise: a refcount without a pointer is a leak; a run of leaked blocks is one finding."""
     builder, volume = sample_image()
     leak = builder.allocate(3)
     builder.references.update(range(leak, leak + 3))
@@ -297,7 +297,7 @@ def test_wrong_refcount_of_a_twin_is_found() -> None:
 
 
 def test_refcount_beyond_the_end_is_found() -> None:
-    """Promise: blocks of the last group that do not exist have refcount zero."""
+    """Promise: blocks of the last group that lie beyond the image have refcount zero."""
     builder = ImageBuilder(total_blocks=4096 + 100)
     volume = sample_volume(builder)
     builder.references[4096 + 300] = 1
@@ -314,7 +314,7 @@ def test_refcount_beyond_the_end_is_found() -> None:
 
 
 def half_dropped(*, done: int = 1, wrong_step: bool = False) -> tuple[ImageBuilder, list[Pointer]]:
-    """An image with a dropped tree of three leaves, the first given back already."""
+    """An image with a dropped tree of three leaves, of which the first was given back already."""
     builder, volume = sample_image()
     builder.add_root(volume)
     gone = VolumeItems()
@@ -326,7 +326,7 @@ def half_dropped(*, done: int = 1, wrong_step: bool = False) -> tuple[ImageBuild
     root, _ = builder.tree(gone.entries(), per_node=3)
     leaves = builder.node_pointers[before:-1]
     first = node_bytes(builder.device, leaves[0].block)
-    # What was given back: the first leaf with its extent, and the first item of the second.
+    # Already given back: the first leaf with its extent, and the first item of the second leaf.
     builder.references.subtract(
         block for start in (leaves[0].block, leaves[0].twin) for block in range(start, start + 4)
     )
@@ -339,14 +339,14 @@ def half_dropped(*, done: int = 1, wrong_step: bool = False) -> tuple[ImageBuild
         builder.references.subtract(range(extent.block, extent.block + extent.count))
     assert first[:16] == leaves[0].checksum
     for block in range(leaves[0].block, leaves[0].block + 4):
-        builder.device.blocks[block] = b"\xaa" * BLOCK_SIZE_BYTES  # used for something else
+        builder.device.blocks[block] = b"\xaa" * BLOCK_SIZE_BYTES  # reused for something else
     second = leaves[2] if wrong_step else leaves[1]
     builder.add_drop([DropStep(root, 1), DropStep(second, done)])
     return builder, [root, *leaves]
 
 
 def test_half_done_drop_is_clean() -> None:
-    """Promise: what a drop has given back already is neither missed nor followed."""
+    """Promise: what a drop has already given back is neither missed nor followed."""
     builder, _ = half_dropped()
     report = check_image(builder.finish())
     assert report.findings == ()
@@ -354,14 +354,14 @@ def test_half_done_drop_is_clean() -> None:
 
 
 def test_drop_record_that_forgot_its_progress_is_found() -> None:
-    """Promise: an entry that was given back and is still counted in the record is found."""
+    """Promise: an entry that was given back while the record still counts it is found."""
     builder, _ = half_dropped(done=0)
     found = the_error(check_image(builder.finish()), "1 block counted as free, but 1 pointers")
     assert found.invariant == "I1"
 
 
 def test_drop_record_whose_steps_do_not_follow_is_found() -> None:
-    """Promise: each step is the entry of the step before."""
+    """Promise: each step of a drop record must be an entry of the step before."""
     builder, pointers = half_dropped(wrong_step=True)
     report = check_image(builder.finish())
     found = [f for f in report.errors if "next step is not entry 1" in f.what]
@@ -371,14 +371,14 @@ def test_drop_record_whose_steps_do_not_follow_is_found() -> None:
 
 
 def test_drop_record_that_is_too_far_is_found() -> None:
-    """Promise: a drop cannot have done more entries than there are."""
+    """Promise: a drop record that counts more entries than its node has is found."""
     builder, _ = half_dropped(done=99)
     report = check_image(builder.finish())
     assert any("has dropped 99 entries of 3" in finding.what for finding in report.errors)
 
 
 def test_half_dropped_node_that_is_shared_is_found() -> None:
-    """Promise: only a node without other parents may lose its entries."""
+    """Promise: a half-dropped node must not have other parents."""
     builder, pointers = half_dropped()
     builder.add_drop([DropStep(pointers[2], 0)], "other")
     report = check_image(builder.finish())
@@ -390,7 +390,7 @@ def test_half_dropped_node_that_is_shared_is_found() -> None:
 
 
 def with_retained() -> tuple[MemoryDevice, Pointer, Extent]:
-    """Generations 69 and 70; the older one has a node and data that the newer one gave up."""
+    """Generations 69 and 70; the older has a node and data that the newer one freed."""
     builder = ImageBuilder(generation=69)
     volume = sample_volume(builder)
     extent = builder.data(b"old" * 1000)
@@ -408,7 +408,7 @@ def with_retained() -> tuple[MemoryDevice, Pointer, Extent]:
 
 
 def test_retained_generation_is_walked_too() -> None:
-    """Promise: the report says which generations could still be mounted."""
+    """Promise: the report lists the generations that could still be mounted."""
     device, _, _ = with_retained()
     report = check_image(device)
     assert report.findings == ()
@@ -436,7 +436,7 @@ def test_data_of_a_retained_generation_overwritten_is_found() -> None:
 
 
 def test_child_newer_than_its_parent_is_found() -> None:
-    """Promise: births never rise on the way down."""
+    """Promise: no child is younger than its parent."""
     builder, volume = sample_image()
     entries = volume.entries()
     leaves = [builder.node(0, entries[:8], birth=60), builder.node(0, entries[8:], birth=70)]
@@ -453,7 +453,7 @@ def test_child_newer_than_its_parent_is_found() -> None:
 
 
 def test_data_newer_than_its_node_is_found() -> None:
-    """Promise: an extent cannot be younger than the leaf that names it."""
+    """Promise: no extent is younger than the leaf that names it."""
 
     def change(builder: ImageBuilder, volume: VolumeItems) -> None:
         extent = decode_extent(3, volume.items[key(3, TYPE_EXTENT, 0)])
@@ -464,7 +464,7 @@ def test_data_newer_than_its_node_is_found() -> None:
 
 
 def test_inode_newer_than_its_node_is_found() -> None:
-    """Promise: the same for inodes."""
+    """Promise: no inode is younger than the leaf that holds it."""
 
     def change(builder: ImageBuilder, volume: VolumeItems) -> None:
         volume.inodes[9].birth = 80
@@ -473,7 +473,7 @@ def test_inode_newer_than_its_node_is_found() -> None:
 
 
 def test_snapshot_with_a_tree_born_after_it_is_found() -> None:
-    """Promise: nothing in a snapshot is newer than the snapshot."""
+    """Promise: no node of a snapshot is younger than the snapshot."""
     builder, volume = sample_image()
     record = builder.add_root(volume)
     builder.add_root(volume, "s", RootKind.SNAPSHOT, tree=(record.pointer, record.node_count))
@@ -483,7 +483,7 @@ def test_snapshot_with_a_tree_born_after_it_is_found() -> None:
 
 
 def test_root_of_a_generation_to_come_is_found() -> None:
-    """Promise: a root record cannot be younger than the superblock."""
+    """Promise: no root record is younger than the superblock."""
     builder, volume = sample_image()
     builder.add_root(volume)
     builder.roots[0] = replace(builder.roots[0], created_generation=71)
@@ -494,7 +494,7 @@ def test_root_of_a_generation_to_come_is_found() -> None:
 
 
 def test_damaged_copy_of_a_node_is_found_and_the_twin_serves() -> None:
-    """Promise: both copies are read; one bad copy is an error that hides nothing below it."""
+    """Promise: both copies are read; a bad one is an error, and the subtree is still checked."""
     builder, volume = sample_image()
     record = builder.add_root(volume, per_node=3)
     device = builder.finish()
@@ -520,7 +520,7 @@ def test_damaged_twin_is_found() -> None:
 
 
 def test_unreadable_node_is_found_and_its_subtree_is_not_called_leaked() -> None:
-    """Promise: one lost leaf is one error; what it held is a warning, not a thousand leaks."""
+    """Promise: a lost leaf is one error and one warning of lost contents, not many leaks."""
     builder, volume = sample_image(duplicated=False)
     before = len(builder.node_pointers)
     builder.add_root(volume, per_node=4)
@@ -534,7 +534,7 @@ def test_unreadable_node_is_found_and_its_subtree_is_not_called_leaked() -> None
 
 
 def test_pointer_out_of_the_image_is_found() -> None:
-    """Promise: a pointer into a ring, or from where a node would reach into one, is refused."""
+    """Promise: a pointer whose node would lie in a ring, wholly or in part, is found."""
     for block in (0, 63, 4096 - RING_SLOTS - 3, 1 << 50):
         builder, volume = sample_image()
         record = builder.add_root(volume)
@@ -545,7 +545,7 @@ def test_pointer_out_of_the_image_is_found() -> None:
 
 
 def test_extent_out_of_the_image_is_found() -> None:
-    """Promise: the same for data; the file is named."""
+    """Promise: an extent beyond the image is found, and its file is named."""
 
     def change(builder: ImageBuilder, volume: VolumeItems) -> None:
         builder.point_at = lambda pointer: None  # type: ignore[method-assign]
@@ -559,7 +559,7 @@ def test_extent_out_of_the_image_is_found() -> None:
 
 
 def test_cycle_is_found_and_the_walk_ends() -> None:
-    """Promise: a node below itself does not trap the checker."""
+    """Promise: a node below itself is found and does not trap the checker."""
     # A node cannot hold its own checksum, so the cycle is one of block numbers.
     builder, volume = sample_image()
     leaf = builder.node(0, volume.entries())
@@ -574,7 +574,7 @@ def test_cycle_is_found_and_the_walk_ends() -> None:
 
 
 def test_key_below_its_bound_is_found() -> None:
-    """Promise: the key of an entry is a lower bound of all below it."""
+    """Promise: no key below an entry is smaller than the entry's key."""
     builder, volume = sample_image()
     entries = volume.entries()
     leaves = [builder.node(0, entries[:8]), builder.node(0, entries[8:])]
@@ -598,7 +598,7 @@ def test_key_beyond_the_next_bound_is_found() -> None:
 
 
 def test_level_that_does_not_fall_by_one_is_found() -> None:
-    """Promise: every path from a root to a leaf has the same length."""
+    """Promise: all paths from a root to a leaf have the same length."""
     builder, volume = sample_image()
     leaf = builder.node(0, volume.entries())
     root = builder.node(2, [(b"\0", leaf.encode())])
@@ -608,7 +608,7 @@ def test_level_that_does_not_fall_by_one_is_found() -> None:
 
 
 def test_empty_leaf_below_a_root_is_found() -> None:
-    """Promise: only a whole tree may be empty."""
+    """Promise: an empty leaf is valid only as the root of an empty tree."""
     builder, volume = sample_image()
     leaves = [builder.node(0, volume.entries()), builder.node(0, [])]
     root = builder.node(1, [(b"\0", leaves[0].encode()), (b"\xff" * 17, leaves[1].encode())])
@@ -618,7 +618,7 @@ def test_empty_leaf_below_a_root_is_found() -> None:
 
 
 def test_two_pointers_that_disagree_are_found() -> None:
-    """Promise: a shared node is the same node for all its parents."""
+    """Promise: pointers to a shared node that differ are found."""
     builder, volume = sample_image()
     record = builder.add_root(volume)
     other = record.pointer._replace(checksum=bytes(16))
@@ -628,7 +628,7 @@ def test_two_pointers_that_disagree_are_found() -> None:
 
 
 def test_node_on_data_is_found() -> None:
-    """Promise: a block is never both, even when its refcount would add up."""
+    """Promise: a block that is both node and data is found, even when its refcount adds up."""
     builder, volume = sample_image()
     record = builder.add_root(volume)
     inside = Extent(record.pointer.block, 4, 1, bytes(32))
@@ -642,7 +642,7 @@ def test_node_on_data_is_found() -> None:
 
 
 def test_missing_twin_is_found() -> None:
-    """Promise: an image with duplicated metadata has a twin of every node."""
+    """Promise: an image with duplicated metadata has a twin for every node."""
     builder, volume = sample_image()
     record = builder.add_root(volume)
     single = record.pointer._replace(twin=0)
@@ -652,7 +652,7 @@ def test_missing_twin_is_found() -> None:
 
 
 def test_unknown_and_damaged_catalog_entries_are_found() -> None:
-    """Promise: an entry of the catalog that nobody can read is an error, and says which."""
+    """Promise: an unreadable entry of the catalog is an error that names the entry."""
     builder, volume = sample_image()
     builder.add_root(volume)
     builder.catalog_items[b"X1"] = b"?"
@@ -663,7 +663,7 @@ def test_unknown_and_damaged_catalog_entries_are_found() -> None:
 
 
 def test_catalog_name_and_root_that_do_not_fit_are_found() -> None:
-    """Promise: each root has exactly its name, each name its root."""
+    """Promise: each root has exactly one name, and each name its root."""
     builder, volume = sample_image()
     builder.add_root(volume)
     builder.catalog_items[snapshot_key("ghost")] = encode_id(77)
@@ -679,7 +679,7 @@ def test_catalog_name_and_root_that_do_not_fit_are_found() -> None:
 
 
 def test_root_id_that_will_be_given_again_is_found() -> None:
-    """Promise: ids of roots are never used twice."""
+    """Promise: a next root id that is already in use is found."""
     found = the_error(checked(next_root_id=2), "root id is 2, but the next root id is 2")
     assert found.root == "snapshot monday"
 
@@ -696,12 +696,12 @@ def test_root_id_that_will_be_given_again_is_found() -> None:
     ],
 )
 def test_wrong_counter_of_the_superblock_is_found(member: str, text: str) -> None:
-    """Promise: df's numbers are the image's."""
+    """Promise: a counter of the superblock that differs from the image is found."""
     assert the_error(checked(**{member: 7}), text).invariant == "I6"
 
 
 def test_wrong_free_count_of_a_group_is_found() -> None:
-    """Promise: the summaries that the allocator trusts are true."""
+    """Promise: a summary in the space map that differs from its group is found."""
     builder, volume = sample_image()
     builder.add_root(volume)
 
@@ -735,7 +735,7 @@ def test_impossible_index_entry_is_found(
 
 
 def test_damaged_page_of_the_space_map_is_found() -> None:
-    """Promise: both copies of each page are read; lost in both, it raises no false alarm."""
+    """Promise: both copies of each page are read; a page lost in both raises no false alarm."""
     builder, volume = sample_image()
     builder.add_root(volume)
     device = builder.finish()
@@ -754,7 +754,7 @@ def test_damaged_page_of_the_space_map_is_found() -> None:
 
 
 def test_page_of_the_space_map_that_lies_on_a_node_is_found() -> None:
-    """Promise: system blocks are nobody else's."""
+    """Promise: a system block that is used for something else is found."""
     builder, volume = sample_image()
     page_block = builder.allocate(2)
     extent = Extent(page_block, 1, 1, bytes(8))
@@ -769,7 +769,7 @@ def test_page_of_the_space_map_that_lies_on_a_node_is_found() -> None:
 
 
 def test_truncated_image_is_found() -> None:
-    """Promise: an image cut short is told as that."""
+    """Promise: an image that was cut short is reported as truncated."""
     builder, volume = sample_image()
     builder.add_root(volume)
     device = builder.finish()
@@ -782,7 +782,7 @@ def test_truncated_image_is_found() -> None:
 
 
 def test_damaged_data_is_found_with_file_and_offset() -> None:
-    """Promise: a flipped bit in a file names the file, the byte and the block."""
+    """Promise: a flipped bit in a file is reported with the file, the byte and the block."""
     builder, volume = sample_image()
     builder.add_root(volume, per_node=3)
     device = builder.finish()
@@ -813,7 +813,7 @@ def test_unreadable_data_is_found_block_by_block() -> None:
 
 
 def test_one_block_with_two_checksums_is_found() -> None:
-    """Promise: a block verified for one file is verified again when another expects other bytes."""
+    """Promise: a block is verified against the checksum of each file that has it."""
 
     def change(builder: ImageBuilder, volume: VolumeItems) -> None:
         extent = decode_extent(3, volume.items[key(3, TYPE_EXTENT, 0)])
@@ -836,7 +836,7 @@ def set_member(ino: int, member: str, value: int) -> Change:
 
 
 def put(item_key: bytes, value: bytes) -> Change:
-    """Replace an item, or leave it out (the empty value)."""
+    """Replace an item, or leave it out if the value is empty."""
 
     def change(builder: ImageBuilder, volume: VolumeItems) -> None:
         volume.items[item_key] = value
@@ -870,7 +870,7 @@ def _wrong_type(builder: ImageBuilder, volume: VolumeItems) -> None:
 
 
 def _loop(builder: ImageBuilder, volume: VolumeItems) -> None:
-    """Two directories that are each other's parent."""
+    """Make two directories each other's parent."""
     volume.directory(20)
     volume.directory(21)
     volume.name(20, b"down", 21)
@@ -939,7 +939,7 @@ def _no_inode(builder: ImageBuilder, volume: VolumeItems) -> None:
 def test_contents_that_do_not_fit_are_found_and_named(
     change: Change, text: str, ino: int, path: str | None, per_node: int
 ) -> None:
-    """Promise: every rule of I7, wherever the leaves are cut; the file is named by its path."""
+    """Promise: every rule of I7 is checked wherever leaves are cut; findings give the path."""
     report = checked(change, per_node=per_node)
     found = [finding for finding in report.errors if text in finding.what and finding.ino == ino]
     assert len(found) == 1, "\n".join(map(str, report.findings))
@@ -952,7 +952,7 @@ def test_contents_that_do_not_fit_are_found_and_named(
 
 
 def test_inline_data_beyond_its_limit_is_found() -> None:
-    """Promise: more than 2 KiB belongs into blocks."""
+    """Promise: inline data of more than 2 KiB is found."""
 
     def change(builder: ImageBuilder, volume: VolumeItems) -> None:
         volume.items[key(9, TYPE_INLINE, 0)] = bytes(2049)
@@ -964,7 +964,7 @@ def test_inline_data_beyond_its_limit_is_found() -> None:
 
 @pytest.mark.parametrize("per_node", [2, 3, 1000])
 def test_overlapping_extents_are_found(per_node: int) -> None:
-    """Promise: a file block has one place, also when its extents lie in two leaves."""
+    """Promise: extents that overlap are found, also when they lie in two leaves."""
 
     def change(builder: ImageBuilder, volume: VolumeItems) -> None:
         volume.extent(3, 2, builder.data(b"c" * BLOCK_SIZE_BYTES))
@@ -1001,14 +1001,14 @@ LARGE = xattr_hash(b"user.large", NAME_SEED)
     ],
 )
 def test_broken_xattrs_are_found(change: Change, text: str, per_node: int) -> None:
-    """Promise: an attribute is whole or it is an error."""
+    """Promise: an xattr that is incomplete or malformed is an error."""
     report = checked(change, per_node=per_node)
     assert any(text in finding.what for finding in report.errors), report.findings
     assert {finding.path for finding in report.errors} <= {"/big", "/empty"}
 
 
 def acl_item(ino: int, name: bytes, value: bytes) -> Change:
-    """One more xattr of an inode that has none, counted."""
+    """Add an xattr to an inode that has none, and count it."""
 
     def change(builder: ImageBuilder, volume: VolumeItems) -> None:
         for chunk, part in enumerate(encode_xattr(name, value)):
@@ -1050,7 +1050,7 @@ ACCESS, DEFAULT = b"system.posix_acl_access", b"system.posix_acl_default"
     ],
 )
 def test_broken_acls_are_found(name: bytes, value: bytes, text: str | None) -> None:
-    """Promise: an ACL is valid and agrees with the mode, or it is an error of that file."""
+    """Promise: an ACL that is invalid or contradicts the mode is an error of that file."""
     ino = 9  # /empty, of mode 644
     report = checked(acl_item(ino, name, value))
     if text is None:
@@ -1061,7 +1061,7 @@ def test_broken_acls_are_found(name: bytes, value: bytes, text: str | None) -> N
 
 
 def test_orphan_among_directories_and_special_keys_are_told() -> None:
-    """Promise: keys that no volume has are errors."""
+    """Promise: keys that no volume may have are errors."""
 
     def change(builder: ImageBuilder, volume: VolumeItems) -> None:
         volume.items[b"short"] = b"x"
@@ -1070,7 +1070,7 @@ def test_orphan_among_directories_and_special_keys_are_told() -> None:
 
 
 def test_damaged_item_is_found_with_its_inode() -> None:
-    """Promise: what a codec refuses is an error of that inode."""
+    """Promise: an item that its codec refuses is an error of its inode."""
 
     def change(builder: ImageBuilder, volume: VolumeItems) -> None:
         volume.items[key(2, 1, 0)] = b"not an inode"
@@ -1080,14 +1080,14 @@ def test_damaged_item_is_found_with_its_inode() -> None:
 
 
 def test_tree_without_a_root_directory_is_found() -> None:
-    """Promise: a volume can be entered."""
+    """Promise: a volume without a root directory is found."""
     builder = ImageBuilder()
     builder.add_root(VolumeItems())
     assert the_error(check_image(builder.finish()), "no root directory").root == "volume main"
 
 
 def test_root_that_is_no_directory_is_found() -> None:
-    """Promise: the same when inode 1 is something else."""
+    """Promise: a volume whose inode 1 is not a directory is found."""
     builder = ImageBuilder()
     volume = VolumeItems()
     volume.inode(1, stat.S_IFREG | 0o644, 0)
@@ -1106,7 +1106,7 @@ def test_root_that_is_no_directory_is_found() -> None:
     ],
 )
 def test_wrong_counter_of_a_root_record_is_found(member: str, value: int, text: str) -> None:
-    """Promise: the numbers of df and of usage are the tree's."""
+    """Promise: a counter of a root record that differs from its tree is found."""
     builder, volume = sample_image()
     builder.add_root(volume)
     builder.roots[0] = replace(builder.roots[0], **{member: value})
@@ -1115,7 +1115,7 @@ def test_wrong_counter_of_a_root_record_is_found(member: str, value: int, text: 
 
 
 def test_fault_in_one_snapshot_is_told_of_that_snapshot() -> None:
-    """Promise: a fault in nodes that only a snapshot has carries the snapshot's name and path."""
+    """Promise: a fault in a node of a snapshot only is reported with snapshot and path."""
     builder, volume = sample_image()
     builder.add_root(volume)
     other = sample_volume(builder)
@@ -1126,7 +1126,7 @@ def test_fault_in_one_snapshot_is_told_of_that_snapshot() -> None:
 
 
 def test_detached_directories_of_a_deep_chain() -> None:
-    """Promise: depth does not matter, and what hangs below a loop is detached with it."""
+    """Promise: a chain of any depth is attached; a loop and all below it are detached."""
     chain = [[number, number + 1] for number in range(1, 5000)]
     assert detached_directories(np.array(chain, np.uint64)) == []
     loop = [[6001, 6000], [6000, 6001], [6001, 6002]]
@@ -1134,7 +1134,7 @@ def test_detached_directories_of_a_deep_chain() -> None:
 
 
 def test_findings_are_bounded() -> None:
-    """Promise: an image full of faults gives a report, not a flood; the rest is counted."""
+    """Promise: a report lists at most 1000 findings and counts the others."""
 
     def change(builder: ImageBuilder, volume: VolumeItems) -> None:
         for number in range(1500):
@@ -1147,7 +1147,7 @@ def test_findings_are_bounded() -> None:
 
 
 def test_child_pointer_survives_its_node() -> None:
-    """Promise: the builder's nodes are what the decoder reads (the tests stand on this)."""
+    """Promise: the decoder reads the nodes that the builder writes; the other tests rely on it."""
     builder, volume = sample_image()
     record = builder.add_root(volume, per_node=3)
     image = decode_node(

@@ -1,4 +1,4 @@
-"""Promises of the repair: what is broken is mended, nothing else is touched, a crash is safe."""
+"""Promises of the repair: it mends what is broken, touches nothing else, and survives a crash."""
 
 import random
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Break = Callable[[ImageBuilder], object]
 def broken(
     change: Break | None = None, *, after: Break | None = None, **finish: object
 ) -> MemoryDevice:
-    """An image with a snapshot; `change` before its counts are written, `after` afterwards."""
+    """An image with a snapshot; `change` runs before its counts are written, `after` afterwards."""
     builder = ImageBuilder()
     record = builder.add_root(sample_volume(builder), per_node=4)
     builder.add_root(
@@ -104,7 +104,7 @@ def bad_pages(builder: ImageBuilder) -> None:
 def test_repair_makes_it_clean_and_writes_to_free_blocks_only(
     make: Callable[[], MemoryDevice],
 ) -> None:
-    """Promise: a dry run changes nothing; after a repair the check is clean, and so is a second one."""
+    """Promise: a dry run changes nothing; after a repair this check and the next are clean."""
     device = make()
     before = dict(device.blocks)
     assert not check_image(device).clean
@@ -144,7 +144,7 @@ def _bad_copies(device: MemoryDevice) -> set[int]:
 
 
 def recounted(device: MemoryDevice) -> set[int]:
-    """Everything that the trees of the newest generation reach, the map aside."""
+    """All blocks that the trees of the newest generation reach, without the space map."""
     from cowfs.care.check import inspect_image
 
     found = inspect_image(device)
@@ -156,7 +156,7 @@ def recounted(device: MemoryDevice) -> set[int]:
 
 
 def test_sound_image_is_left_alone() -> None:
-    """Promise: nothing to mend, nothing written."""
+    """Promise: repairing a sound image writes nothing."""
     device = broken()
     before = dict(device.blocks)
     report = repair_image(device)
@@ -165,10 +165,10 @@ def test_sound_image_is_left_alone() -> None:
 
 
 def test_lost_node_is_refused_and_with_consent_its_blocks_stay_allocated() -> None:
-    """Promise: nothing is given up silently, and salvage can still find what was lost."""
+    """Promise: losses need consent, and salvage can still find the blocks of what was lost."""
 
     def lose(builder: ImageBuilder) -> None:
-        for pointer in builder.node_pointers[1:6]:  # those of the extents among them
+        for pointer in builder.node_pointers[1:6]:  # the nodes with extents are among them
             builder.device.damage(pointer.block)
             builder.device.damage(pointer.twin)
 
@@ -196,7 +196,7 @@ def recount_map(device: MemoryDevice) -> dict[int, int]:
 
 
 def test_trees_that_contradict_each_other_are_refused() -> None:
-    """Promise: where a node lies on data, nobody guesses."""
+    """Promise: an image where a node lies on data is refused, without a guess which is right."""
 
     def overlap(builder: ImageBuilder) -> None:
         pointer = builder.node_pointers[0]
@@ -209,7 +209,7 @@ def test_trees_that_contradict_each_other_are_refused() -> None:
 
 
 def filled(data_blocks: int) -> tuple[MemoryDevice, int]:
-    """An image with so much data and a wrong counter, and how many blocks are free in it."""
+    """An image with that much data and a wrong counter; also how many of its blocks are free."""
     builder = ImageBuilder()
     volume = sample_volume(builder)
     volume.inodes[3].size_bytes = (100 + data_blocks) * BLOCK_SIZE_BYTES
@@ -222,7 +222,7 @@ def filled(data_blocks: int) -> tuple[MemoryDevice, int]:
 
 
 def test_image_without_room_is_refused_unchanged() -> None:
-    """Promise: no room for a second map is told, and the image is as it was."""
+    """Promise: without room for a second space map the repair fails and changes nothing."""
     _, free = filled(3000)
     left, number = 99, 3000 + free
     while not 0 <= left < 10:
@@ -236,14 +236,14 @@ def test_image_without_room_is_refused_unchanged() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_power_cut_in_a_repair_leaves_the_old_state_or_the_new_one(seed: int) -> None:
-    """Promise: a repair that is interrupted at any moment can be done again."""
+    """Promise: a repair that was interrupted at any moment can be repeated."""
     choice = random.Random(seed)
     sound = broken(after=[wipe_map, bad_copies, bad_pages][seed % 3])
     device = devices.MemoryDevice(4096, dict(sound.blocks))
     calls = choice.randrange(1, 40)
 
     class CutError(Exception):
-        """The power is gone."""
+        """The power is cut."""
 
     def cut(name: str) -> Callable[..., object]:
         original = getattr(device, name)
@@ -268,7 +268,7 @@ def test_power_cut_in_a_repair_leaves_the_old_state_or_the_new_one(seed: int) ->
 
 
 def test_failed_write_is_an_error_and_the_image_as_it_was() -> None:
-    """Promise: a host that refuses leaves the old state."""
+    """Promise: when the host refuses a write, the old state stays."""
     device = broken(leak)
 
     def refuse(offset: int, buffers: object) -> None:

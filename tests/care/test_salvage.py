@@ -1,4 +1,4 @@
-"""Promises of the salvage: what can be read comes out as it was, the rest is told, nothing escapes."""
+"""Promises of the salvage: readable files come out unchanged, losses are told, nothing escapes."""
 
 import os
 import stat
@@ -103,7 +103,7 @@ def lose_rings(image: Path) -> None:
 
 
 def lose_catalogs(image: Path) -> None:
-    """Every copy of every catalog there ever was."""
+    """Destroy every copy of every catalog."""
     data = image.read_bytes()
     for block in range(len(data) // BLOCK_SIZE_BYTES):
         at = block * BLOCK_SIZE_BYTES
@@ -112,7 +112,7 @@ def lose_catalogs(image: Path) -> None:
 
 
 def test_sound_image_comes_out_as_it_is(image: Path, tmp_path: Path) -> None:
-    """Promise: contents, kinds, links, modes, times, attributes; and nothing is reported."""
+    """Promise: contents, types, links, modes, times and xattrs come out; no problem is reported."""
     expected = contents(image)
     report = salvaged(image, tmp_path / "out", snapshots=True)
     assert report.complete, report
@@ -137,7 +137,7 @@ def test_sound_image_comes_out_as_it_is(image: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lose", [lose_rings, lose_catalogs], ids=["rings", "catalogs"])
 def test_lost_roots_are_found_by_a_scan(image: Path, tmp_path: Path, lose: object) -> None:
-    """Promise: without superblocks, or without any catalog, every file of the newest state comes out."""
+    """Promise: without superblocks or without catalogs all files of the newest state come out."""
     expected = contents(image)
     lose(image)  # type: ignore[operator]
     with pytest.raises(OSError, match=r"."):
@@ -151,7 +151,7 @@ def test_lost_roots_are_found_by_a_scan(image: Path, tmp_path: Path, lose: objec
 
 
 def test_rings_and_catalogs_lost_together(image: Path, tmp_path: Path) -> None:
-    """Promise: the nodes alone are enough."""
+    """Promise: the nodes alone are enough to salvage the files."""
     expected = contents(image)
     lose_catalogs(image)
     lose_rings(image)
@@ -160,7 +160,7 @@ def test_rings_and_catalogs_lost_together(image: Path, tmp_path: Path) -> None:
 
 
 def test_damaged_newest_catalog_gives_the_generation_before(image: Path, tmp_path: Path) -> None:
-    """Promise: newest consistent root first, and it is told which one it was."""
+    """Promise: the newest consistent root is salvaged, and the report says which one it was."""
     device = FileDevice(image, writable=False)
     newest = read_newest(device)
     before = contents_of_generation(image, newest.generation - 1)
@@ -192,7 +192,7 @@ def contents_of_generation(image: Path, generation: int) -> set[str]:
 
 
 def test_damaged_data_is_a_hole_and_told(image: Path, tmp_path: Path) -> None:
-    """Promise: the rest of the file is right, the ranges are named, and nothing is silently wrong."""
+    """Promise: damaged data becomes a reported hole; the rest of the file is right."""
     expected = contents(image)["/large"]
     data = image.read_bytes()
     place = data.find(expected[BLOCK_SIZE_BYTES * 5 : BLOCK_SIZE_BYTES * 6])
@@ -210,7 +210,7 @@ def test_damaged_data_is_a_hole_and_told(image: Path, tmp_path: Path) -> None:
 def test_lost_leaf_is_told_and_what_is_below_a_lost_node_is_found(
     image: Path, tmp_path: Path
 ) -> None:
-    """Promise: other files are untouched; what the nodes below a lost one held is in lost+found."""
+    """Promise: a lost leaf costs only its files; nodes below a lost node come out in lost+found."""
     expected = contents(image)
     filesystem = open_filesystem(FileDevice(image, writable=False), writable=False)
     root = filesystem.live.tree.root_node()
@@ -247,7 +247,7 @@ ACL = struct.pack("<I", 2) + b"".join(
 def test_acls_come_out_as_root_and_their_loss_opens_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_root: bool
 ) -> None:
-    """Promise: root gets ACLs back; elsewhere the group gets what it had, not what the mask shows."""
+    """Promise: root restores ACLs; else the group gets the rights of its entry, not of the mask."""
     monkeypatch.setattr(os, "geteuid", lambda: 0 if is_root else 65000)
 
     def make(filesystem: Filesystem) -> None:
@@ -279,7 +279,7 @@ def test_acls_come_out_as_root_and_their_loss_opens_nothing(
 
 
 def test_listing_writes_nothing(image: Path, tmp_path: Path) -> None:
-    """Promise: -n names what there is, and makes nothing."""
+    """Promise: salvage -n lists the files and writes nothing."""
     answer = fields("salvage", image, tmp_path / "out", "-n")
     assert answer["complete"]
     assert "main/large" in answer["paths"]
@@ -289,7 +289,7 @@ def test_listing_writes_nothing(image: Path, tmp_path: Path) -> None:
 
 
 def test_destination_must_be_empty_and_the_image_an_image(image: Path, tmp_path: Path) -> None:
-    """Promise: nothing is mixed with what is there; what is no image is called so."""
+    """Promise: a destination with files in it is refused, and so is a source that is no image."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "there").write_text("before")
     with pytest.raises(UsageError, match="not empty"):
