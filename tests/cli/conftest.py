@@ -10,7 +10,7 @@ from tests.image_files import change, history, make_image, require_clean
 
 @pytest.fixture
 def image(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """An image with snapshots that share data, of the NAMES of the test's file; clean afterwards."""
+    """An image whose snapshots, the NAMES of the test's file, share data; clean afterwards."""
     image = make_image(tmp_path / "disk.img")
     change(image, *history(request.module.NAMES))
     yield image

@@ -1,4 +1,4 @@
-"""Promises of every command on an image that is not mounted: what it does, prints and ends with."""
+"""Promises of every command on an image that is not mounted: effect, output and exit status."""
 
 import contextlib
 import json
@@ -39,17 +39,17 @@ NAMES = ["one", "two", "three", "four"]
 
 
 def run(*words: str | os.PathLike[str]) -> Completed:
-    """The command in a process of its own; none of these is a mount that stays."""
+    """Run a command in a process of its own; none of these is a mount that stays."""
     return run_command(*words, program=False)
 
 
 def invoke(*words: str | os.PathLike[str]) -> Result:
-    """The command in this process; an error of ours comes out as it is."""
+    """Run a command in this process; a CowfsError comes out unchanged."""
     return CliRunner().invoke(cli, [*map(os.fspath, words)], standalone_mode=False)
 
 
 def output(*words: str | os.PathLike[str]) -> str:
-    """What it prints when it succeeds."""
+    """The standard output of a command, which must succeed."""
     result = invoke(*words)
     if result.exception is not None:
         raise result.exception
@@ -58,7 +58,7 @@ def output(*words: str | os.PathLike[str]) -> str:
 
 
 def fields(*words: str | os.PathLike[str]) -> dict[str, Any]:
-    """What it prints with --json, the envelope looked at and taken off."""
+    """The answer of a command with --json, after checking its envelope."""
     answer = cast(dict[str, Any], json.loads(output(*words, "--json")))
     version = answer.pop("output_version")
     command = " ".join(os.fspath(word) for word in words)
@@ -68,7 +68,7 @@ def fields(*words: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def assert_refused(result: Completed, status: int, *says: str) -> None:
-    """Fails unless it ended so, with one line on standard error that has these words."""
+    """Fail unless the command ended with that status and one line on stderr with these words."""
     story = f"{result.args}: {result.returncode}\n{result.stdout}\n{result.stderr}"
     assert result.returncode == status, story
     assert result.stdout == "", story
@@ -82,7 +82,7 @@ def assert_refused(result: Completed, status: int, *says: str) -> None:
 
 @pytest.fixture
 def empty(tmp_path: Path) -> Iterator[Path]:
-    """An image with nothing in it; clean afterwards."""
+    """An image without files; clean afterwards."""
     image = make_image(tmp_path / "disk.img")
     yield image
     require_clean(image)
@@ -110,7 +110,7 @@ def names(image: Path) -> list[str]:
 def test_mkfs_makes_a_clean_image_of_that_size(
     tmp_path: Path, words: list[str], size_bytes: int
 ) -> None:
-    """Promise: sizes as people write them; the image is sparse, private and clean."""
+    """Promise: mkfs takes sizes as people write them; the image is sparse, private and clean."""
     path = tmp_path / "disk.img"
     made = fields("mkfs", path, *words, "--label", "für Bilder")
     assert made["total_bytes"] == size_bytes
@@ -125,7 +125,7 @@ def test_mkfs_makes_a_clean_image_of_that_size(
 
 
 def test_mkfs_options_do_what_they_say(tmp_path: Path) -> None:
-    """Promise: one copy of metadata, and all space taken from the host."""
+    """Promise: one option keeps one copy of metadata, another allocates all space on the host."""
     path = tmp_path / "disk.img"
     output("mkfs", path, "--size", "16M", "--no-duplicate-metadata", "--preallocate")
     assert fields("info", path)["duplicated_metadata"] is False
@@ -148,23 +148,23 @@ def test_mkfs_options_do_what_they_say(tmp_path: Path) -> None:
     ],
 )
 def test_mkfs_impossible_size_is_refused(tmp_path: Path, size: str, says: str) -> None:
-    """Promise: nothing is made, and the message names the limit."""
+    """Promise: no file is made, and the message names the limit."""
     assert_refused(run("mkfs", tmp_path / "disk.img", f"--size={size}"), USAGE, says)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("label", ["x" * 65, "ü" * 33, "line\nline", "\x1b[1m"])
 def test_mkfs_impossible_label_is_refused(tmp_path: Path, label: str) -> None:
-    """Promise: a label is short and printable."""
+    """Promise: a label that is too long or not printable is refused."""
     assert_refused(run("mkfs", tmp_path / "disk.img", "--label", label), USAGE, "label")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_mkfs_refuses_what_holds_data_unless_forced(image: Path, tmp_path: Path) -> None:
-    """Promise: neither an image nor anything else is overwritten unasked."""
+    """Promise: mkfs overwrites neither an image nor any other data without --force."""
     uuid = fields("info", image)["uuid"]
     assert_refused(run("mkfs", image), ERROR, "holds a cowfs image", "--force")
-    with open(image, "r+b") as file:  # the first ring is gone, the second tells
+    with open(image, "r+b") as file:  # the first ring is gone; the second still shows an image
         first_ring = file.read(64 * 4096)
         file.seek(0)
         file.write(bytes(64 * 4096))
@@ -192,7 +192,7 @@ def test_mkfs_refuses_what_holds_data_unless_forced(image: Path, tmp_path: Path)
 
 
 def test_mkfs_refuses_places_where_no_image_can_be(tmp_path: Path) -> None:
-    """Promise: each says what is in the way."""
+    """Promise: a place where no image can be made is refused, and the message says why."""
     assert_refused(run("mkfs", tmp_path), ERROR, "is a directory")
     assert_refused(run("mkfs", tmp_path / "no" / "x.img"), ERROR, "No such file or directory")
     assert_refused(run("mkfs", "/dev/null"), ERROR, "not a regular file")
@@ -200,7 +200,7 @@ def test_mkfs_refuses_places_where_no_image_can_be(tmp_path: Path) -> None:
 
 
 def test_locked_image_is_refused_by_every_command_that_writes(image: Path) -> None:
-    """Promise: status 11, and the message names who has it."""
+    """Promise: the command exits with 11, and the message names the process that has the image."""
     device = FileDevice(image, writable=True)
     try:
         for words in (
@@ -218,7 +218,7 @@ def test_locked_image_is_refused_by_every_command_that_writes(image: Path) -> No
 
 
 def test_mkfs_warns_of_a_host_without_room(tmp_path: Path) -> None:
-    """Promise: a sparse image larger than the host's free space is made, with a word about it."""
+    """Promise: a sparse image larger than the host's free space is made, with a warning."""
     result = run("mkfs", tmp_path / "disk.img", "--size", "8T")
     if result.returncode == 0:  # a host that has files of that size
         assert "warning: the host has" in result.stderr
@@ -231,7 +231,7 @@ def test_mkfs_warns_of_a_host_without_room(tmp_path: Path) -> None:
 
 
 def test_snapshots_are_created_listed_renamed_and_deleted(empty: Path) -> None:
-    """Promise: the four verbs, each durable on return."""
+    """Promise: create, list, rename and delete work, and each change is durable on return."""
     made = fields("snapshot", "create", empty, "first", "-m", "the first")["snapshot"]
     assert (made["name"], made["description"], made["parent"]) == ("first", "the first", None)
     assert made["automatic"] is made["held"] is False
@@ -261,7 +261,7 @@ def test_snapshots_are_created_listed_renamed_and_deleted(empty: Path) -> None:
 
 
 def test_snapshot_list_is_plain_for_people_and_exact_for_scripts(image: Path) -> None:
-    """Promise: aligned words without colour codes; with -H -p tabs and numbers."""
+    """Promise: the list is aligned and without colour codes; -H -p gives tabs and exact numbers."""
     table = output("snapshot", "list", image)
     assert "\x1b" not in table
     assert table.splitlines()[0].split() == [
@@ -289,7 +289,7 @@ def test_snapshot_list_is_plain_for_people_and_exact_for_scripts(image: Path) ->
 
 
 def test_description_cannot_command_the_terminal(empty: Path) -> None:
-    """Promise: whatever a description holds, a list has one line for each snapshot."""
+    """Promise: whatever a description holds, the list has one line for each snapshot."""
     output("snapshot", "create", empty, "x", "-m", "two\nlines\t\x1b[31m")
     for words in ([], ["-H"]):
         text = output("snapshot", "list", empty, *words)
@@ -313,7 +313,7 @@ def test_description_cannot_command_the_terminal(empty: Path) -> None:
 def test_delete_frees_to_the_byte_what_the_dry_run_told(
     image: Path, words: list[str], expected: list[str]
 ) -> None:
-    """Promise (C11): for any set, named in any way; and the dry run changes nothing."""
+    """Promise C11: a dry run tells exactly what deleting any set frees, and changes nothing."""
     before = tree_bytes(image)
     contents = image.read_bytes()
     told = fields("snapshot", "delete", "-n", image, *words)
@@ -337,7 +337,7 @@ def test_delete_frees_to_the_byte_what_the_dry_run_told(
 
 
 def test_rules_keep_and_name_what_a_wrong_clock_dated(image: Path) -> None:
-    """Promise: one of 2042 is kept and told, and costs no other its place; its name deletes it."""
+    """Promise: rules keep a snapshot of 2042 beside all others and say so; its name deletes it."""
     quarter_ns = 90 * DAY_NS
     now_ns = time.time_ns()
     change(
@@ -360,7 +360,7 @@ def test_rules_keep_and_name_what_a_wrong_clock_dated(image: Path) -> None:
     "name", ["", ".", "..", "a/b", "n" * 256, "new\nline", "\x1b[31m", "a%b", "a,b"], ids=ascii
 )
 def test_bad_snapshot_name_is_refused(empty: Path, name: str) -> None:
-    """Promise: a usage error in one printable line, for create and for rename."""
+    """Promise: create and rename refuse a bad name as a usage error in one printable line."""
     output("snapshot", "create", empty, "good")
     contents = empty.read_bytes()
     assert_refused(run("snapshot", "create", empty, name), USAGE)
@@ -369,7 +369,7 @@ def test_bad_snapshot_name_is_refused(empty: Path, name: str) -> None:
 
 
 def test_unknown_and_taken_names_are_refused_and_change_nothing(image: Path) -> None:
-    """Promise: all or nothing."""
+    """Promise: a command with one unknown or taken name changes nothing."""
     contents = image.read_bytes()
     for words in (
         ["snapshot", "delete", image, "nobody"],
@@ -399,7 +399,7 @@ def test_unknown_and_taken_names_are_refused_and_change_nothing(image: Path) -> 
 
 
 def test_rollback_and_undo_lose_nothing(image: Path) -> None:
-    """Promise: the state before is kept each time, every snapshot stays, undo brings it back."""
+    """Promise: each rollback keeps the state before and every snapshot; undo brings it back."""
     before = fields("info", image)
     text = output("rollback", image, "two", "-n")
     assert text.startswith("would roll back to two of ")
@@ -454,7 +454,7 @@ def test_df_adds_up_and_prints_all_it_knows(image: Path) -> None:
 
 
 def test_info_tells_what_the_image_is(image: Path) -> None:
-    """Promise: integers with units in their names, and null where there is no mount."""
+    """Promise: info gives integers with units in their names, and null where there is no mount."""
     info = fields("info", image)
     assert info["image"] == str(image)
     assert (info["block_size_bytes"], info["node_size_bytes"]) == (4096, 16384)
@@ -467,13 +467,13 @@ def test_info_tells_what_the_image_is(image: Path) -> None:
 
 
 def test_sync_of_an_image_without_a_daemon_has_nothing_to_do(image: Path) -> None:
-    """Promise: silent success, and the generation with --json."""
+    """Promise: sync succeeds silently, and gives the generation with --json."""
     assert output("sync", image) == ""
     assert fields("sync", image) == {"generation": fields("info", image)["generation"]}
 
 
 def test_check_finds_a_clean_image_clean_and_a_damaged_one_not(tmp_path: Path) -> None:
-    """Promise: 0 clean, 1 not, and a finding says what and where."""
+    """Promise: check ends with 0 if clean, else with 1 and findings that say what and where."""
     image = make_image(tmp_path / "disk.img")
     change(image, *history())
     report = fields("check", image)
@@ -482,7 +482,7 @@ def test_check_finds_a_clean_image_clean_and_a_damaged_one_not(tmp_path: Path) -
     assert fields("check", image, "--no-data")["verified_blocks"] == 0
     assert output("check", image).startswith(f"{image} is clean: generation ")
 
-    # One bit of a block of file data: nothing else is wrong then.
+    # One bit of a block of file data: nothing else becomes wrong.
     marked = os.urandom(4096)
     change(image, _write_known("known", marked))
     damaged = bytearray(image.read_bytes())
@@ -532,7 +532,7 @@ ON_A_TARGET: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("command", ON_A_TARGET)
 def test_wrong_target_is_refused_with_its_status(tmp_path: Path, command: str) -> None:
-    """Promise: missing 10; a directory, an empty file or something else 1; each in one line."""
+    """Promise: a missing target ends with 10, one that is no image with 1, all in one line."""
     words, more = command.split(), ON_A_TARGET[command]
     assert_refused(run(*words, tmp_path / "no.img", *more), IMAGE_MISSING, str(tmp_path / "no.img"))
     assert_refused(run(*words, tmp_path, *more), ERROR, "no cowfs is mounted")
@@ -545,7 +545,7 @@ def test_wrong_target_is_refused_with_its_status(tmp_path: Path, command: str) -
 
 
 def test_mount_refuses_what_it_cannot_mount(image: Path, tmp_path: Path) -> None:
-    """Promise: options and image are looked at before anything is started."""
+    """Promise: mount checks options and image before it starts anything."""
     place = tmp_path / "place"
     place.mkdir()
     for option, word in (
@@ -579,7 +579,7 @@ def test_control_characters_in_paths_reach_no_terminal(tmp_path: Path) -> None:
 
 
 def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
-    """Promise: a traceback for who asks, and only then."""
+    """Promise: --debug prints the traceback of an error, and nothing else does."""
     assert "Traceback" in run("--debug", "info", tmp_path / "no").stderr
     assert_refused(run("info", tmp_path / "no"), IMAGE_MISSING)
 
@@ -602,12 +602,12 @@ def test_closed_pipe_is_no_error_to_talk_about(image: Path) -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_prints_a_script(shell: str) -> None:
-    """Promise: for each of the three shells."""
+    """Promise: `completion` prints a script for each of the three shells."""
     assert "_COWFS_COMPLETE" in output("completion", shell)
 
 
 def test_completion_knows_commands_and_snapshot_names(image: Path) -> None:
-    """Promise: the shell is told the words that would be accepted."""
+    """Promise: completion offers the words that the command would accept."""
     program = "from cowfs.cli.main import main; main()"
 
     def complete(line: str) -> list[str]:
@@ -633,7 +633,7 @@ def test_completion_knows_commands_and_snapshot_names(image: Path) -> None:
 
 
 def test_every_command_teaches() -> None:
-    """Promise: --help of each command has an example, and needs nothing else."""
+    """Promise: --help of each command has an example, and needs no image or mount."""
     commands = [
         *_COMMANDS,
         *(f"snapshot {verb}" for verb in ["create", "list", "delete", "rename"]),
@@ -650,7 +650,7 @@ def test_every_command_teaches() -> None:
 
 
 def test_short_commands_import_no_numpy_and_no_trio(tmp_path: Path) -> None:
-    """Promise: what only prints or asks a daemon starts without the large libraries."""
+    """Promise: commands that only print or ask a daemon start without the large libraries."""
     program = (
         "import sys, runpy\n"
         "import cowfs.cli.snapshots, cowfs.cli.space, cowfs.cli.rollback, cowfs.cli.mounting\n"
@@ -664,7 +664,7 @@ def test_short_commands_import_no_numpy_and_no_trio(tmp_path: Path) -> None:
 
 
 def test_helper_of_mount_has_the_status_of_mount(tmp_path: Path, image: Path) -> None:
-    """Promise: mount(8) and fstab are told what went wrong in their own numbers."""
+    """Promise: the helpers of mount(8) exit with the statuses that mount(8) defines."""
     program = "from cowfs.cli.mount_helper import main; main()"
     place = tmp_path / "place"
     place.mkdir()
@@ -704,7 +704,7 @@ def test_helper_of_mount_has_the_status_of_mount(tmp_path: Path, image: Path) ->
 def test_list_ends_on_no_terminal_of_few_characters(
     empty: Path, encoding: str, *, terminal: bool
 ) -> None:
-    """Promise: every row is there, whatever the encoding; what it lacks is an escape."""
+    """Promise: every row is printed in any encoding; characters that it lacks are escaped."""
     for name in ("käse", "日本", "last"):
         invoke("snapshot", "create", empty, name, "-m", "α and ω")
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "TERM": "xterm", "COLUMNS": "200"}
@@ -729,7 +729,7 @@ def test_list_ends_on_no_terminal_of_few_characters(
 
 
 def _on_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, bytes]:
-    """How a command ended whose output is a terminal, and all that it said there."""
+    """Run a command with a terminal as its output; return its status and all that it printed."""
     leader, follower = os.openpty()
     child = subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=follower, stderr=follower
@@ -740,7 +740,7 @@ def _on_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, 
         while part := os.read(leader, 65536):
             said += part
     except OSError:
-        pass  # the end of a terminal
+        pass  # the other end of the terminal was closed
     finally:
         os.close(leader)
     return child.wait(60), said
@@ -750,7 +750,7 @@ def _on_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, 
 def test_edit_that_is_interrupted_in_the_middle_commits_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: type[BaseException]
 ) -> None:
-    """Promise: ^C in a command on an image leaves its last commit, not half of a change."""
+    """Promise: ^C in a command that edits an image leaves its last commit, not half of a change."""
     image = make_image(tmp_path / "disk.img")
     change(image, *history(NAMES))
     contents = image.read_bytes()
@@ -770,7 +770,7 @@ def test_edit_that_is_interrupted_in_the_middle_commits_nothing(
 
 
 def test_trim_of_an_image_gives_back_what_is_free_and_keeps_the_rest(image: Path) -> None:
-    """Promise: the image takes less of the host, and every file, snapshot and retained commit stays."""
+    """Promise: trim frees space on the host and keeps all files, snapshots and retained commits."""
     with open(image, "r+b") as file:
         os.posix_fallocate(file.fileno(), 0, image.stat().st_size)
     before = tree_bytes(image)
@@ -779,7 +779,7 @@ def test_trim_of_an_image_gives_back_what_is_free_and_keeps_the_rest(image: Path
     assert answer["host_bytes"] == image.stat().st_blocks * 512
     assert answer["host_bytes"] <= space["total_bytes"] - answer["trimmed_bytes"] + (64 << 10)
     kept_bytes = space["free_bytes"] - answer["trimmed_bytes"] - answer["pending_bytes"]
-    assert 0 <= kept_bytes < 1 << 20  # of the map, in the two commits before
+    assert 0 <= kept_bytes < 1 << 20  # the space maps of the two commits before
     assert tree_bytes(image) == before
     require_clean(image)
 
@@ -790,7 +790,7 @@ def _space_with(drops: tuple[DropReport, ...]) -> SpaceReport:
 
 
 class _ManySnapshots:
-    """A nearly full filesystem with thousands of snapshots, and thousands more on their way."""
+    """A nearly full filesystem with thousands of snapshots, and thousands more being deleted."""
 
     def __init__(self, space: SpaceReport) -> None:
         self.space = lambda: space
@@ -799,7 +799,7 @@ class _ManySnapshots:
 def test_df_with_thousands_of_snapshots_stays_a_page(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Promise: a few lines whatever the number, each short, and nothing that is stuck is hidden."""
+    """Promise: df prints few short lines for any number of snapshots, with all stuck drops."""
     drops = tuple(
         DropReport(name=f"gone {n}", freed_bytes=1, referenced_bytes=1 << 20, stuck=n >= 4998)
         for n in range(5000)
@@ -823,7 +823,7 @@ def test_df_with_thousands_of_snapshots_stays_a_page(
 
 
 def test_info_of_a_mount_tells_when_and_why_it_ended_writing() -> None:
-    """Promise: whoever looks later sees the time and the reason, not only that it is read-only."""
+    """Promise: info of a read-only mount shows when and why the daemon stopped writing."""
     filesystem = open_filesystem(_made_device(), writable=True)
     assert info_report(filesystem).failure is None
     before_ns = time.time_ns()

@@ -21,7 +21,7 @@ from tests.model.recount import recount
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """An image of several commits, each with one file more; the newest are kept."""
+    """An image of several commits, each with one more file; the newest commits are retained."""
     image = make_image(tmp_path / "disk.img")
 
     def commit(filesystem: Filesystem) -> None:
@@ -51,7 +51,7 @@ def newest(image: Path) -> int:
 
 
 def test_generations_are_listed_newest_first_with_what_is_kept(image: Path) -> None:
-    """Promise: number, what is promised to be whole, and that it can be read."""
+    """Promise: each generation is listed with its number, whether it is retained, and readable."""
     found = fields("info", image, "--generations")["generations"]
     numbers = [row["generation"] for row in found]
     assert numbers == sorted(numbers, reverse=True)
@@ -66,7 +66,7 @@ def test_generations_are_listed_newest_first_with_what_is_kept(image: Path) -> N
 
 
 def test_generation_with_a_damaged_catalog_is_told(image: Path) -> None:
-    """Promise: what cannot be read is said of that commit and of no other."""
+    """Promise: a damaged catalog is reported for its own commit only."""
     device = FileDevice(image, writable=True)
     superblock = read_newest(device)
     for block in (superblock.catalog.block, superblock.catalog.twin):
@@ -79,7 +79,7 @@ def test_generation_with_a_damaged_catalog_is_told(image: Path) -> None:
 
 
 def test_restored_generation_is_the_newest_again_and_harms_no_other(image: Path) -> None:
-    """Promise: back for good, clean, under a number above all, and nothing of the others reused."""
+    """Promise: the restored state is the newest, clean, and reuses no block of the others."""
     before = newest(image)
     old_names = names_in(image, before - 2)
     device = FileDevice(image, writable=False)
@@ -107,7 +107,7 @@ def test_restored_generation_is_the_newest_again_and_harms_no_other(image: Path)
 
 
 def test_blocks_of_abandoned_generations_cannot_be_allocated(image: Path) -> None:
-    """Promise: whatever is written right after going back, what the others show stays as it is."""
+    """Promise: writes right after a restore overwrite no block that another generation shows."""
     device = FileDevice(image, writable=True)
     newest_one = read_newest(device)
     target = read_newest(device, newest_one.generation - 2)
@@ -122,7 +122,7 @@ def test_blocks_of_abandoned_generations_cannot_be_allocated(image: Path) -> Non
 
 
 def test_restore_helps_when_the_newest_commit_is_damaged(image: Path) -> None:
-    """Promise: the case it is for."""
+    """Promise: a restore makes an image with a damaged newest commit whole again."""
     device = FileDevice(image, writable=True)
     superblock = read_newest(device)
     for pointer in (superblock.catalog, superblock.space_map):
@@ -136,7 +136,7 @@ def test_restore_helps_when_the_newest_commit_is_damaged(image: Path) -> None:
 
 
 def test_generation_that_lost_blocks_is_refused_unless_forced(image: Path) -> None:
-    """Promise: it is checked first, and a damaged one needs --force."""
+    """Promise: a restore checks the generation first; a damaged one needs --force."""
     device = FileDevice(image, writable=True)
     target = read_newest(device).generation - 1
     superblock = read_newest(device, target)
@@ -149,7 +149,7 @@ def test_generation_that_lost_blocks_is_refused_unless_forced(image: Path) -> No
 
 
 def test_restore_asks_and_refuses_what_cannot_be(image: Path) -> None:
-    """Promise: nobody goes back by accident; wrong numbers are named."""
+    """Promise: a restore needs --yes, and wrong numbers are named."""
     before = newest(image)
     assert_refused(run("rollback", image, "--generation", str(before - 1)), USAGE, "--yes")
     assert_refused(run("rollback", image, "--generation", "99999", "--yes"), ERROR, "99999")

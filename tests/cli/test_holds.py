@@ -15,7 +15,7 @@ NAMES = ["auto-1", "auto-2", "release", "auto-3"]
 
 
 def test_held_snapshot_is_listed_and_not_deleted_until_released(image: Path) -> None:
-    """Promise: one line says what is held and what to do; nothing of the set is deleted."""
+    """Promise: deleting a set with a held snapshot deletes nothing and says how to release it."""
     assert output("snapshot", "hold", image, "release", "auto-1") == "held auto-1\nheld release\n"
     listed = [line.split("\t") for line in output("snapshot", "list", image, "-Hp").splitlines()]
     assert [row[4] for row in listed] == ["held", "-", "held", "-"]
@@ -35,7 +35,7 @@ def test_held_snapshot_is_listed_and_not_deleted_until_released(image: Path) -> 
 
 
 def test_hold_and_release_answer_with_the_snapshots_as_they_are_then(image: Path) -> None:
-    """Promise: --json has the reports; patterns hold all that match, or none."""
+    """Promise: --json reports the snapshots; patterns hold all that match, or none."""
     held = fields("snapshot", "hold", image, "auto-*")["snapshots"]
     assert [(found["name"], found["held"]) for found in held] == [
         ("auto-1", True),
@@ -52,7 +52,7 @@ def test_hold_and_release_answer_with_the_snapshots_as_they_are_then(image: Path
 
 
 def test_undo_of_a_rollback_whose_state_is_held_is_refused(image: Path) -> None:
-    """Promise: the refusal names the snapshot and the command that lets undo go on."""
+    """Promise: the refusal names the snapshot and the command that makes undo possible."""
     kept = fields("rollback", image, "auto-2")["kept"]
     assert kept["held"] is False
     output("snapshot", "hold", image, kept["name"])
@@ -68,7 +68,7 @@ def test_undo_of_a_rollback_whose_state_is_held_is_refused(image: Path) -> None:
 def test_delete_by_a_rule_frees_what_the_dry_run_told_and_says_why_others_stay(
     image: Path,
 ) -> None:
-    """Promise (C11): the set is what the words name less what the rules keep, with reasons."""
+    """Promise C11: delete takes the named snapshots but those that rules keep and says why."""
     words = ["auto-*", "--keep-last", "1", "--keep", "auto-1"]
     before = tree_bytes(image)
     contents = image.read_bytes()
@@ -88,7 +88,7 @@ def test_delete_by_a_rule_frees_what_the_dry_run_told_and_says_why_others_stay(
 
 
 def test_rules_without_a_name_are_for_all_and_keep_what_is_held(image: Path) -> None:
-    """Promise: a rule alone reaches every snapshot, and none that is held."""
+    """Promise: rules without names apply to every snapshot, and keep the held ones."""
     output("snapshot", "hold", image, "release")
     lines = output("snapshot", "delete", "-n", image, "--keep-daily", "1").splitlines()
     assert lines[:-1] == [
@@ -140,7 +140,7 @@ def test_nothing_left_to_delete_is_no_error(image: Path) -> None:
 
 
 def test_rules_that_cannot_be_are_refused_and_change_nothing(image: Path) -> None:
-    """Promise: no rule and no name, a bad length of time, or nothing to keep: nothing is deleted."""
+    """Promise: delete without a name or rule, or with an invalid rule, changes nothing."""
     contents = image.read_bytes()
     for words, status, says in (
         ([], USAGE, "give a NAME, or a rule"),

@@ -1,4 +1,4 @@
-"""Promises of `cowfs integrate`: files where man, shells, systemd and mount(8) look, and no others."""
+"""Promises of `cowfs integrate`: it writes only where man, shells, systemd and mount(8) look."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def test_a_package_gets_all_files_below_its_prefix(tmp_path: Path) -> None:
-    """Promise: with --destdir nothing is written elsewhere, and what is printed is what is there."""
+    """Promise: with --destdir all files lie below that folder, and each is printed."""
     words = ["--prefix", "/usr", "--programs", "/usr/bin", "--destdir", tmp_path]
     told = json_of(run_command("integrate", *words, "-n", "--json"))["paths"]
     assert files_in(tmp_path) == []
@@ -42,7 +42,7 @@ def test_a_package_gets_all_files_below_its_prefix(tmp_path: Path) -> None:
 
 
 def test_an_ordinary_prefix_gets_no_helpers(tmp_path: Path) -> None:
-    """Promise: below ~/.local there is a user's service, and nothing is linked into /usr/sbin."""
+    """Promise: below ~/.local a user's service is written, and nothing is linked into /usr/sbin."""
     require_success(run_command("integrate", "--prefix", tmp_path))
     found = files_in(tmp_path)
     assert "share/systemd/user/cowfs@.service" in found
@@ -66,7 +66,7 @@ def test_a_file_that_is_no_link_of_ours_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("manager", ["--system", "--user"])
 def test_service_is_what_systemd_takes(tmp_path: Path, manager: str) -> None:
-    """Promise: systemd-analyze verify finds nothing to say about the unit."""
+    """Promise: `systemd-analyze verify` accepts the unit without a remark."""
     programs = Path(sys.executable).parent
     words = ["--prefix", "/usr", "--programs", programs, "--destdir", tmp_path]
     require_success(run_command("integrate", *words))

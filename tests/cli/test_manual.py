@@ -1,4 +1,4 @@
-"""Promises of the manual pages: all of what --help says, in a form that man and its tools take."""
+"""Promises of the manual pages: they hold all of --help, in a form that man accepts."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ from tests.sizes import HANG_SECONDS
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """All pages by name, in a tree as man has it."""
+    """All pages by name, in a directory tree as man expects it."""
     folder = tmp_path_factory.mktemp("man")
     found = {}
     for name, text in manual.pages().items():
@@ -44,7 +44,7 @@ def commands() -> list[tuple[str, click.Command, click.Context]]:
 
 
 def shown(page: Path, *more: str) -> str:
-    """What man shows of a page, on lines that never break."""
+    """The text that man shows for a page, without line breaks inside paragraphs."""
     done = subprocess.run(
         ["man", "--warnings=all", "-E", "UTF-8", "-l", page],
         env={"PATH": "/usr/bin:/bin", "MANWIDTH": "2000", "LC_ALL": "C.UTF-8"},
@@ -63,7 +63,7 @@ def words_of(text: str) -> list[str]:
 
 
 def test_every_page_shows_all_that_help_says(pages: dict[str, Path]) -> None:
-    """Promise: no word of --help is missing in the page, no page is missing, none warns."""
+    """Promise: every command has a page with all words of its --help, and no page has warnings."""
     found = commands()
     assert len(found) > len(PROGRAMS)
     names = {f"{name}.1" for name, *_ in found}
@@ -76,7 +76,7 @@ def test_every_page_shows_all_that_help_says(pages: dict[str, Path]) -> None:
         for parameter in command.get_params(context):
             if isinstance(parameter, click.Option):
                 assert " ".join((parameter.help or "").split()) in text, (name, parameter)
-        # In a process of its own: click keeps the help option that it made first.
+        # In a process of its own: click caches the help option that it makes first.
         told = require_success(run_command(*context.command_path.split(), "--help")).stdout
         options = re.findall(r"(?m)^  (-\S.*?)(?:  .*)?$", told.partition("\nOptions:\n")[2])
         assert options, told
@@ -101,7 +101,7 @@ def test_index_of_man_reads_every_page(pages: dict[str, Path]) -> None:
 
 
 def test_characters_that_man_would_take_for_commands_are_shown() -> None:
-    """Promise: a dot at the beginning of a line, backslashes, quotes and dashes stay as they are."""
+    """Promise: leading dots, backslashes, quotes and dashes are shown, not taken as commands."""
     text = ".TH is no title\n'quoted\n-o a\\b \"~^`"
     page = f".TH A 1\n.SH NAME\na \\- b\n.SH X\n.nf\n{manual._text(text)}\n.fi\n"
     done = subprocess.run(
@@ -118,6 +118,6 @@ def test_characters_that_man_would_take_for_commands_are_shown() -> None:
 
 
 def test_commands_of_the_group_are_those_of_the_pages() -> None:
-    """Promise: the generator sees the commands that are imported only when they are used."""
+    """Promise: the generator also sees the commands that are imported only when used."""
     context = click.Context(cli, info_name="cowfs")
     assert {name for name, _ in manual._inner(cli, context)} == set(cli.list_commands(context))

@@ -44,7 +44,7 @@ BASE = MountOptions(image="/i", mountpoint="/m")
     ],
 )
 def test_options_set_what_they_name(text: str, expected: dict[str, Any]) -> None:
-    """Promise: each sets its field and no other; those of mount(8) are tolerated."""
+    """Promise: each option sets its field and no other; the words of mount(8) are accepted."""
     assert parse_options(text, BASE) == replace(BASE, **expected)
 
 
@@ -68,13 +68,13 @@ def test_options_set_what_they_name(text: str, expected: dict[str, Any]) -> None
     ],
 )
 def test_impossible_options_are_refused_by_name(text: str, says: str) -> None:
-    """Promise: nothing is silently dropped; mount(8) -s may ask for just that."""
+    """Promise: an invalid option is refused by name; only -s of mount(8) may skip one."""
     with pytest.raises(UsageError, match=says):
         parse_options(text, BASE)
 
 
 def test_sloppy_skips_only_what_is_unknown() -> None:
-    """Promise: -s is about unknown words, not about wrong values."""
+    """Promise: -s skips unknown words but refuses wrong values."""
     assert parse_options("frob,ro", BASE, sloppy=True) == replace(BASE, read_only=True)
     with pytest.raises(UsageError):
         parse_options("commit=x", BASE, sloppy=True)
@@ -94,7 +94,7 @@ def test_sloppy_skips_only_what_is_unknown() -> None:
     ],
 )
 def test_sizes_are_read_as_people_write_them(text: str, size_bytes: int) -> None:
-    """Promise: powers of 1024, with or without iB, in any case."""
+    """Promise: sizes use powers of 1024, with or without iB, in upper or lower case."""
     assert parse_size(text) == size_bytes
 
 
@@ -102,13 +102,13 @@ def test_sizes_are_read_as_people_write_them(text: str, size_bytes: int) -> None
     "text", ["", " ", "M", "1.M", ".5M", "1e3", "1 2", "4X", "٤", "0x10", "1M1"]
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
-    """Promise: no guessing."""
+    """Promise: a word that is not a size is refused."""
     with pytest.raises(UsageError, match="is not a size"):
         parse_size(text)
 
 
 def test_snapshot_is_read_only_and_has_no_snapshots_below() -> None:
-    """Promise: a snapshot's mount is like an old generation's, and contradictions are named."""
+    """Promise: the mount of a snapshot is read-only, and contradicting options are named."""
     found = parse_options("snapshot=monday,generation=7", BASE)
     assert found == replace(
         BASE, snapshot="monday", generation=7, read_only=True, snapshots="disabled"
@@ -120,13 +120,13 @@ def test_snapshot_is_read_only_and_has_no_snapshots_below() -> None:
 
 @pytest.mark.parametrize("sloppy", [False, True])
 def test_remount_is_refused_also_among_words_that_only_a_kernel_knows(sloppy: bool) -> None:
-    """Promise: the reason is the remount, whatever mount(8) adds from /proc."""
+    """Promise: the refusal names the remount, whatever words mount(8) adds from /proc."""
     with pytest.raises(UsageError, match="unmount it, and mount it again"):
         parse_options("rw,user_id=0,remount,ro", BASE, sloppy=sloppy)
 
 
 def test_every_option_is_in_the_help_of_mount() -> None:
-    """Promise: `cowfs mount --help` lists all of them (old spellings and opposites aside)."""
+    """Promise: `cowfs mount --help` lists every option (except old spellings and opposites)."""
     assert mount.help is not None
     shown = set(re.findall(r"[a-z_]+=?[a-z]*", mount.help.partition("Words that")[0]))
     assert set(option_words()) - shown == {"commit_interval=", "user_xattr", "nouser_xattr"}

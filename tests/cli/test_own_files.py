@@ -1,4 +1,4 @@
-"""Promises of the files that commands keep: only ours are read, and only whole ones written."""
+"""Promises of the files that commands keep: written whole, and read only if they are valid."""
 
 import json
 import os
@@ -16,7 +16,7 @@ REPORT = ScrubReport(uuid="u", image="/disk.img", state="finished", generation=3
 
 
 def test_file_comes_back_as_it_was_and_only_up_to_its_bound(tmp_path: Path) -> None:
-    """Promise: the bytes, for nobody else; one that is too large is none; no other name is left."""
+    """Promise: a file is private, replaced whole, and read only up to the given size."""
     file = tmp_path / "file"
     assert read_own(file, 100) is None
     replace_file(file, [b"one", memoryview(b"two")])
@@ -33,7 +33,7 @@ def test_file_comes_back_as_it_was_and_only_up_to_its_bound(tmp_path: Path) -> N
 def test_what_is_no_regular_file_is_not_read_and_what_a_link_names_not_written(
     tmp_path: Path,
 ) -> None:
-    """Promise: nobody waits for a fifo; a write takes the place of a link, and never follows it."""
+    """Promise: no read waits for a fifo; a write replaces a link and never follows it."""
     fifo, link, target = tmp_path / "fifo", tmp_path / "link", tmp_path / "target"
     os.mkfifo(fifo)
     target.write_bytes(b"precious")
@@ -56,7 +56,7 @@ def test_what_is_no_regular_file_is_not_read_and_what_a_link_names_not_written(
 def test_state_of_a_scrub_that_is_no_file_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
-    """Promise: a fifo in its place stops no command, and the next scrub puts a file there."""
+    """Promise: a fifo in place of the state stops no command; the next scrub replaces it."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     state = ScrubState("u")
     (tmp_path / "cowfs").mkdir()
@@ -87,7 +87,7 @@ def test_state_of_a_scrub_that_is_no_file_is_none(
 def test_result_of_a_scrub_that_lies_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: dict[str, object]
 ) -> None:
-    """Promise: numbers that no scrub has, and words that are none of ours, are no result."""
+    """Promise: a result with impossible numbers or words counts as no result."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     image = make_image(tmp_path / "disk.img")
     output("scrub", "start", "-B", image)

@@ -1,7 +1,7 @@
 """Promises of completion in the real shells: commands, options, snapshots and mount options.
 
-Each shell loads the scripts that `cowfs integrate` installs and is asked for what the tab key would
-give.
+Each shell loads the scripts that `cowfs integrate` installs and is asked what the tab key would
+offer.
 """
 
 import os
@@ -20,7 +20,7 @@ from tests.sizes import HANG_SECONDS
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home with the scripts installed, and an image with snapshots in it."""
+    """A home directory with the scripts installed, and an image with snapshots in it."""
     home = tmp_path_factory.mktemp("home")
     require_success(run_command("integrate", "--prefix", home / ".local"))
     require_success(run_command("mkfs", home / "disk.img", "--size", "64M"))
@@ -30,7 +30,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(home: Path, *words: str, text: str | None = None) -> str:
-    """What a shell printed, started with nothing but this home."""
+    """The output of a shell that was started with this home only."""
     environment = {
         "HOME": str(home),
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
@@ -53,7 +53,7 @@ def run(home: Path, *words: str, text: str | None = None) -> str:
 
 
 def bash(home: Path, line: str) -> set[str]:
-    """What bash offers: the functions of bash-completion load the script as they do for a person."""
+    """The completions of bash; bash-completion loads the script as it does for a user."""
     program = """
     . /usr/share/bash-completion/bash_completion
     __load_completion "$1" || exit 3
@@ -69,7 +69,7 @@ def bash(home: Path, line: str) -> set[str]:
 
 
 def zsh(home: Path, line: str) -> set[str]:
-    """What zsh offers: the script is autoloaded by compinit, and says what it would add."""
+    """The completions of zsh; compinit autoloads the script, which reports what it would add."""
     program = """
     fpath=($HOME/.local/share/zsh/site-functions $fpath)
     autoload -Uz compinit; compinit -u -D
@@ -96,7 +96,7 @@ def zsh(home: Path, line: str) -> set[str]:
 
 
 def fish(home: Path, line: str) -> set[str]:
-    """What fish offers, asked as its own tests do."""
+    """The completions of fish, asked for as fish's own tests do."""
     text = run(home, "fish", "-c", f"complete --do-complete {shlex.quote(line)}")
     return {each.partition("\t")[0] for each in text.splitlines()}
 
@@ -108,7 +108,7 @@ SHELLS = [bash, zsh, fish]
 def test_the_tab_key_offers_what_would_be_accepted(
     home: Path, shell: Callable[[Path, str], set[str]]
 ) -> None:
-    """Promise: commands, options and names, for each program, and nothing for what is unknown."""
+    """Promise: programs complete their commands, options and names; unknown words get nothing."""
     for line, expected in (
         ("cowfs sn", {"snapshot"}),
         ("cowfs snapshot ", {"create", "delete", "hold", "list", "release", "rename"}),
@@ -128,6 +128,6 @@ def test_the_tab_key_offers_what_would_be_accepted(
 def test_the_tab_key_offers_snapshots_to_mount(
     home: Path, shell: Callable[[Path, str], set[str]]
 ) -> None:
-    """Promise: -o snapshot= goes on with the names in the image (bash cuts words at the =)."""
+    """Promise: -o snapshot= completes the names in the image (bash splits words at the =)."""
     line = "cowfs mount disk.img mnt -o ro,snapshot=m"
     assert {each.strip() for each in shell(home, line)} == {"ro,snapshot=monday"}
