@@ -1,4 +1,4 @@
-"""Promises of the commits of a mount: nobody who waits is told that lost changes are durable."""
+"""Promises of the commits of a mount: no caller is told that lost changes are durable."""
 
 import errno
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def test_unexpected_error_in_a_commit_is_no_success_for_anybody(
     place: str,
     waiters: int,
 ) -> None:
-    """Promise (C8): a fault of our own ends all writing with EIO, and the last generation stays."""
+    """Promise C8: an internal error in a commit ends writing with EIO; the last commit stays."""
     filesystem = open_filesystem(device, writable=True)
     change(filesystem, b"durable")
     filesystem.commit()
@@ -78,7 +78,7 @@ def test_unexpected_error_in_a_commit_is_no_success_for_anybody(
     monkeypatch.undo()
     filesystem.close()
 
-    expected = generation + (place == "finish")  # by then it was on the device
+    expected = generation + (place == "finish")  # "finish" fails after the superblock is written
     again = open_filesystem(device, writable=False)
     assert again.store.superblock.generation == expected
     assert again.live.find(ROOT_INO, b"durable") is not None

@@ -1,6 +1,6 @@
-"""Promises of the control socket: only its user is served, only whole messages, errors as they are.
+"""Promises of the control socket: it serves only its user and whole messages, and passes errors on.
 
-Server and client are the real ones; the service behind them is made up.
+Server and client are the real ones; the service behind them is a fake.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ A_TRIM = TrimReport(trimmed_bytes=1 << 40, pending_bytes=5)
 
 @dataclass
 class FakeService:
-    """Answers everything; `error` is raised instead, and `requests` keeps what was asked."""
+    """Answers every request; raises `error` if set; `requests` records the requests."""
 
     error: Exception | None = None
     requests: list[Request] = field(default_factory=list)
@@ -169,7 +169,7 @@ class FakeService:
 
 @contextlib.contextmanager
 def serving(path: Path, service: FakeService) -> Iterator[Callable[[], None]]:
-    """The server in a thread, while the block runs. Yields what makes it end."""
+    """Run the server in a thread while the block runs. Yields a function that ends it."""
     ready = threading.Event()
     tools: list[Any] = []
 
@@ -250,7 +250,7 @@ def request_frame(request: object, version: int = messages.PROTOCOL_VERSION) -> 
 
 @pytest.mark.usefixtures("served")
 def test_every_request_arrives_and_is_answered(path: Path, service: FakeService) -> None:
-    """Promise: what the client asks is what the service gets, and the other way round."""
+    """Promise: the service gets what the client sends, and the client what the service answers."""
     with Client(path) as client:
         assert client.daemon_pid == os.getpid()
         mount = MountConnection(client, "disk.img")
@@ -290,7 +290,7 @@ def test_every_request_arrives_and_is_answered(path: Path, service: FakeService)
 
 @pytest.mark.usefixtures("served")
 def test_long_list_comes_in_frames_of_bounded_size(path: Path, service: FakeService) -> None:
-    """Promise: an answer may be long, no frame is longer than the limit, nothing is missing."""
+    """Promise: a long answer arrives whole, in frames no longer than the limit."""
     service.many = 3000
     with Client(path) as client:
         assert len(MountConnection(client, "disk.img").snapshots()) == 3000
@@ -308,7 +308,7 @@ def test_long_list_comes_in_frames_of_bounded_size(path: Path, service: FakeServ
 
 @pytest.mark.usefixtures("served")
 def test_progress_is_told_before_the_answer(path: Path) -> None:
-    """Promise: long work shows how far it is."""
+    """Promise: long work reports its progress before the answer."""
     told: list[Progress] = []
     with Client(path) as client:
         mount = MountConnection(client, "disk.img")
@@ -318,7 +318,7 @@ def test_progress_is_told_before_the_answer(path: Path) -> None:
 
 @pytest.mark.usefixtures("served")
 def test_many_names_are_deleted_in_one_request(path: Path, service: FakeService) -> None:
-    """Promise: a list that is longer than a frame is one edit, all or nothing."""
+    """Promise: a list of names longer than a frame is one edit, all or nothing."""
     names = [f"{number:0250}" for number in range(1000)]
     with Client(path) as client:
         deleted = MountConnection(client, "disk.img").delete_snapshots(names)
@@ -330,7 +330,7 @@ def test_many_names_are_deleted_in_one_request(path: Path, service: FakeService)
 def test_request_that_is_too_long_is_refused_at_both_ends(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: the limit holds at both ends, and the connection of an honest client goes on."""
+    """Promise: both ends refuse a request that is too long; the connection stays usable."""
     monkeypatch.setattr("cowfs.daemon.client.REQUEST_BYTES_MAX", 200_000)
     with Client(path) as client:
         mount = MountConnection(client, "disk.img")
@@ -346,7 +346,7 @@ def test_request_that_is_too_long_is_refused_at_both_ends(
 def test_answer_that_is_ready_is_sent_though_the_server_ends(
     path: Path, service: FakeService
 ) -> None:
-    """Promise: who asked for the unmount hears that it is done."""
+    """Promise: a client that asked for the unmount hears that it is done."""
     service.delay_s = 0.2
     with serving(path, service) as end, Client(path) as client:
         handle = service.handle
@@ -365,7 +365,7 @@ def test_answer_that_is_ready_is_sent_though_the_server_ends(
 def test_life_is_shown_while_work_takes_long(
     path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: a client waits for long work, however short its patience with silence."""
+    """Promise: the daemon shows life during long work, so even an impatient client waits."""
     monkeypatch.setattr(server, "LIFE_SIGN_INTERVAL_S", 0.05)
     service.delay_s = 1.5
     with serving(path, service), Client(path, silence_s_max=1.0) as client:
@@ -374,7 +374,7 @@ def test_life_is_shown_while_work_takes_long(
 
 @pytest.mark.usefixtures("served")
 def test_silent_daemon_is_given_up(path: Path, service: FakeService) -> None:
-    """Promise: a daemon that hangs does not hang the command; the message names its process."""
+    """Promise: a hanging daemon does not hang the command; the message names its process."""
     service.delay_s = 2
     with (
         Client(path, silence_s_max=0.2) as client,
@@ -404,7 +404,7 @@ def test_silent_daemon_is_given_up(path: Path, service: FakeService) -> None:
 def test_error_travels_with_kind_words_errno_and_exit_code(
     path: Path, service: FakeService, error: CowfsError
 ) -> None:
-    """Promise: an error is the same whether a daemon met it or the command itself."""
+    """Promise: the client raises the same error as the daemon: kind, words, errno, exit code."""
     service.error = error
     with Client(path) as client:
         for _ in range(2):  # the connection goes on
@@ -418,7 +418,7 @@ def test_error_travels_with_kind_words_errno_and_exit_code(
 
 @pytest.mark.usefixtures("served")
 def test_every_kind_of_error_can_travel(path: Path, service: FakeService) -> None:
-    """Promise: a kind that is added to errors.py needs nothing here."""
+    """Promise: every error class of errors.py can be sent, new ones without further code."""
     kinds = [
         kind
         for kind in vars(errors).values()
@@ -435,7 +435,7 @@ def test_every_kind_of_error_can_travel(path: Path, service: FakeService) -> Non
 
 @pytest.mark.usefixtures("served")
 def test_error_of_its_own_exit_code_keeps_it(path: Path, service: FakeService) -> None:
-    """Promise: the exit code is that of the error, not of its kind."""
+    """Promise: an error that has its own exit code keeps it."""
     service.error = MountError("words")
     service.error.exit_code = 11
     with Client(path) as client, pytest.raises(MountError) as caught:
@@ -448,7 +448,7 @@ def test_error_of_its_own_exit_code_keeps_it(path: Path, service: FakeService) -
 def test_unforeseen_exception_is_logged_and_told_without_its_inside(
     path: Path, service: FakeService, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Promise: a fault of ours does not end the daemon and shows no traceback to the client."""
+    """Promise: an internal error is logged, ends no daemon and sends the client no traceback."""
     service.error = ZeroDivisionError("secret inside")
     with Client(path) as client:
         with pytest.raises(CowfsError, match="internal error") as caught:
@@ -466,14 +466,14 @@ def test_unforeseen_exception_is_logged_and_told_without_its_inside(
 
 @pytest.mark.usefixtures("served")
 def test_socket_is_for_its_owner_alone(path: Path) -> None:
-    """Promise: 0600, in a directory of 0700."""
+    """Promise: the socket has mode 0600, its directory 0700."""
     assert stat.S_IMODE(path.lstat().st_mode) == 0o600
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
 def test_directory_that_others_can_enter_is_refused_at_both_ends(path: Path, mode: int) -> None:
-    """Promise: neither daemon nor command trusts a directory that is not private."""
+    """Promise: daemon and command both refuse a directory that other users can enter."""
     with serving(path, FakeService()):
         path.parent.chmod(mode)
         with pytest.raises(MountError, match="can be entered by others"):
@@ -485,7 +485,7 @@ def test_directory_that_others_can_enter_is_refused_at_both_ends(path: Path, mod
 
 
 def test_link_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
-    """Promise: a directory that is a link is somebody's trick."""
+    """Promise: a link in place of the directory is refused."""
     (tmp_path / "real").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with pytest.raises(MountError, match="cannot open the directory"):
@@ -499,7 +499,7 @@ def test_another_user_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Promise: whoever the kernel says is neither our user nor root gets no further than this."""
+    """Promise: a peer that is neither the daemon's user nor root (SO_PEERCRED) is refused."""
     monkeypatch.setattr(places, "peer", lambda connection: (1, os.geteuid() + 12345))
     with raw_connection(path) as connection:
         found = read_frame(connection)
@@ -515,7 +515,7 @@ def test_another_user_is_refused(
 
 @pytest.mark.usefixtures("served")
 def test_other_version_is_refused_in_words(path: Path, service: FakeService) -> None:
-    """Promise: a command of another cowfs says why it does not work."""
+    """Promise: a request of another protocol version is refused with the reason."""
     with raw_connection(path) as connection:
         connection.sendall(request_frame({"type": "not invented yet", "x": 1}, version=99))
         found = read_frame(connection)
@@ -548,7 +548,7 @@ def test_other_version_is_refused_in_words(path: Path, service: FakeService) -> 
 def test_what_is_no_request_is_refused_and_harms_nobody(
     path: Path, service: FakeService, data: bytes
 ) -> None:
-    """Promise: the service sees only whole requests, and the next client is served."""
+    """Promise: the service sees only valid requests, and the next client is served."""
     with raw_connection(path) as connection:
         connection.sendall(data[:100_000])
         found = read_frame(connection)
@@ -565,7 +565,7 @@ def test_what_is_no_request_is_refused_and_harms_nobody(
 def test_half_a_request_ends_by_a_timeout(
     path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: who connects and says nothing, or half of it, is shown the door."""
+    """Promise: a client that sends nothing or half a request is disconnected."""
     monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.3)
     with serving(path, service):
         for data in (b"", b"\0\0", request_frame({"type": "sync"})[:-3]):
@@ -578,7 +578,7 @@ def test_half_a_request_ends_by_a_timeout(
 def test_clients_are_counted(
     path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: connections are bounded; one too many is told so, and a place comes free again."""
+    """Promise: clients beyond the limit get BusyError, and a closed connection frees a place."""
     monkeypatch.setattr(server, "CLIENTS_MAX", 3)
     with serving(path, service):
         with contextlib.ExitStack() as stack:
@@ -600,7 +600,7 @@ def test_clients_are_counted(
 def test_quiet_readers_take_no_place_of_others(
     path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: who holds a pin for hours locks nobody out, and readers are counted too."""
+    """Promise: pinned readers take no place of other clients; they have their own limit."""
     monkeypatch.setattr(server, "CLIENTS_MAX", 2)
     monkeypatch.setattr(server, "READERS_MAX", 4)
     with serving(path, service):
@@ -614,7 +614,7 @@ def test_quiet_readers_take_no_place_of_others(
                 assert two.sync() == 9
         wait_until(lambda: service.released == 4, "their pins stay")
         with contextlib.ExitStack() as stack:
-            for _ in range(4):  # their places came free
+            for _ in range(4):  # the places are free again
                 stack.enter_context(Client(path)).pin()
 
 
@@ -662,7 +662,7 @@ def test_connection_that_finds_the_queue_full_waits(
 def test_request_nested_deeply_is_refused_in_words(
     path: Path, place: str, inner: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Promise: no nesting that fits in a frame is more than a request that cannot be read."""
+    """Promise: a deeply nested request is refused as unreadable."""
     deep = inner * ((messages.FRAME_BYTES_MAX - 200) // len(inner))
     payload = {
         "whole": deep,
@@ -684,7 +684,7 @@ def test_request_nested_deeply_is_refused_in_words(
 
 @pytest.mark.parametrize("is_answer", [True, False])
 def test_answer_nested_deeply_is_refused_in_words(path: Path, is_answer: bool) -> None:
-    """Promise: a client believes a daemon no more than a daemon its clients."""
+    """Promise: a deeply nested answer is refused by the client too."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(1)
@@ -712,7 +712,7 @@ def test_socket_that_is_lost_is_made_again(
     caplog: pytest.LogCaptureFixture,
     what: str,
 ) -> None:
-    """Promise: whoever removes it cuts nobody off, connections go on, and no other is displaced."""
+    """Promise: a lost socket is made again; connections live on; no living socket is replaced."""
     monkeypatch.setattr(server, "NAME_CHECK_INTERVAL_S", 0.05)
     folder = tmp_path / "run"
     folder.mkdir(mode=0o700)
@@ -757,7 +757,7 @@ def test_socket_that_is_lost_is_made_again(
 
 @pytest.mark.usefixtures("served")
 def test_client_that_leaves_ends_only_the_telling(path: Path, service: FakeService) -> None:
-    """Promise: a request whose client is gone harms nobody, and its progress says so."""
+    """Promise: when a client leaves, its progress reports fail and the daemon serves on."""
     service.steps = 100_000_000
     with raw_connection(path) as connection:
         connection.sendall(request_frame({"type": "wait-drops"}))
@@ -772,12 +772,12 @@ def test_client_that_leaves_ends_only_the_telling(path: Path, service: FakeServi
 
 @pytest.mark.usefixtures("served")
 def test_pin_lives_as_long_as_its_connection(path: Path, service: FakeService) -> None:
-    """Promise: a reader that is killed does not keep space forever."""
+    """Promise: the pin of a killed reader is released."""
     with Client(path) as client:
         assert client.pin() == (41, True)
         assert client.pin() == (41, True)
         assert len(service.pins) == 1
-        service.pins.clear()  # as a full filesystem does
+        service.pins.clear()  # a full filesystem breaks pins
         assert client.pin() == (41, False)
     wait_until(lambda: service.released, "the pin stays")
     assert service.released == 1
@@ -786,7 +786,7 @@ def test_pin_lives_as_long_as_its_connection(path: Path, service: FakeService) -
 def test_quiet_pin_outlives_the_timeout_of_requests(
     path: Path, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: a long read under a pin is not cut short."""
+    """Promise: a quiet connection with a pin is not timed out."""
     monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.5)
     with serving(path, service), Client(path) as client:
         client.pin()
@@ -795,19 +795,19 @@ def test_quiet_pin_outlives_the_timeout_of_requests(
 
 
 def test_nobody_serving_is_told_apart(path: Path, service: FakeService) -> None:
-    """Promise: a command sees that a daemon is gone, and works on the image itself."""
+    """Promise: a command can tell that no daemon serves, so it works on the image itself."""
     with pytest.raises(FileNotFoundError):
         Client(path)
     with socket.socket(socket.AF_UNIX) as left_behind:
         left_behind.bind(str(path))
     with pytest.raises(ConnectionRefusedError):
         Client(path)
-    with serving(path, service), Client(path) as client:  # takes the name over
+    with serving(path, service), Client(path) as client:  # the server takes over the stale name
         assert client.sync() == 9
 
 
 def test_path_too_long_for_a_socket_works(tmp_path: Path, service: FakeService) -> None:
-    """Promise: the kernel's limit of 108 bytes is nobody's business."""
+    """Promise: socket paths longer than the kernel's 108 bytes work."""
     folder = tmp_path / ("d" * 120)
     folder.mkdir(mode=0o700)
     with serving(folder / "1-2.sock", service), Client(folder / "1-2.sock") as client:
@@ -817,7 +817,7 @@ def test_path_too_long_for_a_socket_works(tmp_path: Path, service: FakeService) 
 def test_stale_sockets_are_removed_and_a_living_one_is_respected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: FakeService
 ) -> None:
-    """Promise: what killed daemons left behind goes; one that lives locks its image, by name."""
+    """Promise: stale sockets are removed; a living one locks its image and names its process."""
     folder = tmp_path / "run"
     folder.mkdir(mode=0o700)
     monkeypatch.setattr(places, "runtime_directories", lambda user: [folder])
@@ -849,7 +849,7 @@ def test_stale_sockets_are_removed_and_a_living_one_is_respected(
 def test_directory_is_made_private_where_the_first_place_is_bad(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: a directory that others prepared is not used."""
+    """Promise: a directory that others can enter is skipped, and the next one made private."""
     bad, good = tmp_path / "bad", tmp_path / "good"
     bad.mkdir()
     bad.chmod(0o777)
@@ -876,7 +876,7 @@ MOUNTINFO = b"\n".join(
 
 
 def test_mountinfo_gives_cowfs_mounts_with_their_images() -> None:
-    """Promise: spaces, tabs and backslashes in paths arrive, other filesystems do not."""
+    """Promise: mounts of cowfs only are returned, their paths with all escapes decoded."""
     assert places.parse_mountinfo(MOUNTINFO) == [
         places.Mount("/home/u/my data", "/tmp/a\\b,\tc.img", 1000, False, "0:55", 1000),
         places.Mount("/ro", "/x.img", 0, True, "0:57", 0),
@@ -886,7 +886,7 @@ def test_mountinfo_gives_cowfs_mounts_with_their_images() -> None:
 def test_mount_is_found_by_any_name_of_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: relative paths and links lead to the mount point; what is inside only when asked."""
+    """Promise: relative paths and links lead to the mount; paths inside it only with `inside`."""
     place = tmp_path / "place"
     (place / "inside").mkdir(parents=True)
     (tmp_path / "link").symlink_to(place)

@@ -1,4 +1,4 @@
-"""Promises of a mount's discards: they come by themselves, they end, and commits go on beside them."""
+"""Promises of a mount's discards: they start by themselves, end, and do not hold commits up."""
 
 import os
 from collections.abc import Awaitable, Callable
@@ -45,7 +45,7 @@ def kept_content(device: MemoryDevice) -> int:
 
 
 def run(committer: Committer, call: Callable[[], Awaitable[object]]) -> None:
-    """The committer at work while something is done."""
+    """Run `call` while the committer works."""
 
     async def all_of_it() -> None:
         async with trio.open_nursery() as nursery:
@@ -66,7 +66,7 @@ async def until(condition: Callable[[], bool]) -> None:
 def test_what_was_deleted_reaches_the_host_without_any_more_work(
     device: MemoryDevice, way: str
 ) -> None:
-    """Promise: a mount that nobody uses gives back what came free, and then rests."""
+    """Promise: an idle mount discards what was freed, and then rests."""
     filesystem = open_filesystem(device, writable=True)
     count = {"at once": 1, "in three commits": 3, "in small pieces": 300}[way]
     for number in range(count):
@@ -90,7 +90,7 @@ def test_what_was_deleted_reaches_the_host_without_any_more_work(
 
 
 def test_mount_with_nodiscard_discards_when_it_is_asked_to_only(device: MemoryDevice) -> None:
-    """Promise: the option holds for what happens by itself, and `cowfs trim` is a wish."""
+    """Promise: with nodiscard the mount discards only when `cowfs trim` asks for it."""
     filesystem = open_filesystem(device, writable=True, discard=False)
     create(filesystem, b"large", 6000)
     filesystem.commit()
@@ -114,7 +114,7 @@ def test_mount_with_nodiscard_discards_when_it_is_asked_to_only(device: MemoryDe
 def test_pinned_generation_is_not_discarded_before_its_reader_is_gone(
     device: MemoryDevice,
 ) -> None:
-    """Promise: what a reader outside holds stays whole; what it held is given back after it left."""
+    """Promise: blocks of a pinned generation are discarded only after its reader has gone."""
     filesystem = open_filesystem(device, writable=True)
     create(filesystem, b"large", 6000)
     filesystem.commit()
@@ -141,7 +141,7 @@ def test_pinned_generation_is_not_discarded_before_its_reader_is_gone(
 def test_trim_ends_beside_writers_that_never_rest_and_takes_nothing_from_them(
     device: MemoryDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: commits stop a discard in their way; it goes on after them, and files stay whole."""
+    """Promise: a discard pauses for commits and goes on after them; files stay whole."""
     monkeypatch.setattr(steps_module, "STEP_BLOCKS_MAX", 500)
     filesystem = open_filesystem(device, writable=True)
     committer = Committer(filesystem, 0.02, 64 << 20)
@@ -181,7 +181,7 @@ def test_trim_ends_beside_writers_that_never_rest_and_takes_nothing_from_them(
 
 
 def test_two_sweeps_at_once_come_one_after_the_other(device: MemoryDevice) -> None:
-    """Promise: several that ask at once are all served."""
+    """Promise: when several clients ask for a trim at once, each is served."""
     filesystem = open_filesystem(device, writable=True)
     committer = Committer(filesystem, INTERVAL_S, 64 << 20)
     done: list[int] = []

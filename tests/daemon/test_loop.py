@@ -25,13 +25,13 @@ import trio
 from cowfs.daemon.loop import BURST_REQUESTS_MAX, install_burst_loop, uninstall_burst_loop
 from tests.sizes import HANG_SECONDS, wait_until
 
-# Not by signal: the alarm signal belongs to the loop while it runs.
+# Without signals: the alarm signal belongs to the loop while it runs.
 pytestmark = pytest.mark.timeout(method="thread")
 
 INODE_OF_DIRECTORY_0 = 100
 WORKERS_MAX = 16
 
-# Misses of stat() are never cached here, so each one is a request to the daemon.
+# The kernel does not cache misses of stat() here, so each one is a request to the daemon.
 FLOOD = """
 import os, sys
 print("started", flush=True)
@@ -58,8 +58,8 @@ for _ in range(count):
 class Probe(pyfuse3.Operations):
     """A root with directories 0, 1, 2 and so on, each of them empty.
 
-    Looking up "missing" answers at once, "slow" waits in trio for `release`. Each client takes its own
-    directory: the kernel lets only one lookup at a time into a directory.
+    Looking up "missing" answers at once, "slow" waits in trio for `release`. Each client takes its
+    own directory: the kernel lets only one lookup at a time into a directory.
     """
 
     supports_dot_lookup = False
@@ -162,7 +162,7 @@ async def stat_in_thread(path: str) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """True while a process works or would like to, and does not wait for an answer."""
+    """True while a process runs or is runnable, false while it waits for an answer."""
     status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     return status.rpartition(")")[2].split()[0] == "R"
 
@@ -170,7 +170,7 @@ def is_running(pid: int) -> bool:
 def test_flood_of_requests_leaves_timers_on_time(mountpoint: str) -> None:
     """A flood delays a timer of 10 ms by a few ms at most, and lasts for the whole test.
 
-    Counted is the time that this thread works: when the machine lets others run, no timer is early.
+    Only the CPU time of this thread counts: no timer is punctual while other processes run.
     """
     probe = Probe()
 
@@ -222,7 +222,7 @@ def test_flood_of_requests_gives_other_tasks_a_turn_after_each_burst(mountpoint:
 
 
 def test_queued_requests_are_served_without_the_scheduler(mountpoint: str) -> None:
-    """Several requests are served in one step of a worker when they are queued."""
+    """Queued requests are served in one step of a worker."""
     probe = Probe()
     steps_of_lookups: list[int] = []
 
@@ -250,7 +250,7 @@ def test_queued_requests_are_served_without_the_scheduler(mountpoint: str) -> No
                 await trio.sleep(0.01)
             probe.lookups = steps.served = 0
             steps_of_lookups.clear()
-            # A handler that waits for the others lets them queue behind it.
+            # A handler that waits lets the other requests queue up behind it.
             probe.on_lookup = lambda name: wait_until(
                 lambda: not any(map(is_running, clients)), "the clients do not come to wait"
             )
@@ -310,7 +310,7 @@ def test_more_waits_than_workers_are_all_answered(mountpoint: str) -> None:
             with trio.fail_after(HANG_SECONDS):
                 while probe.slow_now < WORKERS_MAX:
                     await trio.sleep(0.005)
-            await trio.sleep(0.05)  # for those that have no worker
+            await trio.sleep(0.05)  # for the requests that have no worker
             probe.release.set()
 
     trio.run(run)
@@ -321,7 +321,7 @@ def test_more_waits_than_workers_are_all_answered(mountpoint: str) -> None:
 def test_killed_clients_do_not_stop_the_process(mountpoint: str) -> None:
     """A client killed while its request is queued leaves nothing to read, and no read that hangs.
 
-    The kill is followed at once by the poll of the loop: this met the gap in most runs.
+    The loop polls right after the kill: most runs then meet the gap between poll and read.
     """
     probe = Probe()
 
@@ -378,9 +378,10 @@ def test_workers_stay_few_under_a_flood(mountpoint: str) -> None:
 def require_end_at_once(
     mountpoint: str, probe: Probe, flooded: bool, run: Callable[[], Awaitable[int]]
 ) -> None:
-    """Serve until `run` has ended main(); it says how many requests were served after that.
+    """Serve until `run` has ended main(), which must be at once.
 
-    At once is before two more bursts are served.
+    At once means before two more bursts are served; `run` returns the requests served after the
+    end.
     """
     pyfuse3.init(probe, mountpoint, {"default_permissions", "fsname=probe"})
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Many snapshots: what one request does is bounded, and a whole listing reads each record once."""
+"""Promises for many snapshots: one request does bounded work, and a listing reads a record once."""
 
 from collections.abc import Callable, Iterator
 
@@ -42,7 +42,7 @@ def filesystem(device: MemoryDevice) -> Filesystem:
 def list_all(
     handlers: Operations, room: int, between: Callable[[], object] = lambda: None
 ) -> list[list[bytes]]:
-    """The names of each answer, until one is empty; each has room for so many."""
+    """The names in each answer until one is empty; an answer has room for `room` names."""
     answers: list[list[bytes]] = []
     position = 0
     while True:
@@ -50,7 +50,7 @@ def list_all(
 
         def reply(token: object, name: bytes, entry: object, cookie: int) -> bool:
             nonlocal position
-            if len(names) == room:  # noqa: B023  used before the next round
+            if len(names) == room:  # noqa: B023  called before the next iteration
                 return False
             names.append(name)  # noqa: B023
             position = cookie
@@ -73,7 +73,7 @@ def expected() -> list[bytes]:
 def test_listing_looks_at_each_snapshot_once(
     filesystem: Filesystem, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: `ls .snapshots` takes a time that grows as the number of snapshots does."""
+    """Promise: the time of `ls .snapshots` grows linearly with the number of snapshots."""
     handlers = Operations(filesystem, None, MountOptions(image="image", mountpoint="/nowhere"))
     looked, roots = 0, type(filesystem.catalog).roots_from
 
@@ -92,7 +92,7 @@ def test_listing_looks_at_each_snapshot_once(
 
 
 def test_listing_goes_on_when_what_it_ended_with_is_deleted(filesystem: Filesystem) -> None:
-    """Promise: names that stay are listed once, whatever comes and goes between."""
+    """Promise: each name that stays is listed once, whatever is created or deleted meanwhile."""
     handlers = Operations(filesystem, None, MountOptions(image="image", mountpoint="/nowhere"))
     gone: list[bytes] = []
 
@@ -108,7 +108,7 @@ def test_listing_goes_on_when_what_it_ended_with_is_deleted(filesystem: Filesyst
 
 
 def test_records_are_decoded_once(filesystem: Filesystem, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Promise: a list of all snapshots costs the loop a few milliseconds, not a decoding of all."""
+    """Promise: a list of all snapshots decodes each record at most once."""
     decoded = 0
     decode = catalog_file.decode_root
 
@@ -142,7 +142,7 @@ def test_records_beyond_those_kept_are_right(
 def test_lists_let_other_requests_go_between(
     filesystem: Filesystem, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: no request waits for a whole list to be made."""
+    """Promise: no other request waits until a whole list is made."""
     monkeypatch.setattr(service, "SLICE_REPORTS", 10)
     if kind != "snapshots":
         names = [record.name for record in filesystem.catalog.snapshots()]

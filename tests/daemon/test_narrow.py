@@ -1,4 +1,4 @@
-"""Directories for 32-bit programs: counts stand for positions, in one descriptor."""
+"""Promises of directories for 32-bit programs: small counts stand for 64-bit positions."""
 
 import os
 
@@ -20,7 +20,7 @@ class Listing:
 
 
 def test_listing_goes_on_from_every_count() -> None:
-    """Promise: whatever count a program comes back with, it is given the names behind it."""
+    """Promise: a listing goes on from any count that it gave, with the names after it."""
     cookies = [(1 << 62) + 1000 * number for number in range(50)]
     listing = Listing(room=7)
     listings = NarrowListings(1 << 63, listing.reply)
@@ -45,8 +45,8 @@ def test_listing_goes_on_from_every_count() -> None:
 
 
 def test_programs_that_are_not_32_bit_are_known() -> None:
-    """Promise: this program, and whatever cannot be looked at, is read as 64-bit."""
+    """Promise: this program is not 32-bit, and neither is a process that cannot be examined."""
     assert not is_narrow(os.getpid())
     assert not is_narrow(0)
     assert not is_narrow(1 << 22)
-    assert not is_narrow(2)  # a thread of the kernel, or init's neighbour
+    assert not is_narrow(2)  # a kernel thread, or the process after init
