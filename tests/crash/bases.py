@@ -1,7 +1,7 @@
-"""The images that workloads begin with, made by workloads of their own, and the model of each.
+"""The images that workloads begin with, each made by a workload of its own, and their models.
 
-All are of the smallest size there is. Made once for each seed, and the same whenever the seed is
-the same.
+All have the smallest allowed size. Each is made once per seed, and the same seed gives the same
+image.
 """
 
 import os
@@ -49,7 +49,7 @@ FLAT = (
     "symlink B/link ../A/foo",
     "fsync",
 )
-# Inline files fill leaves quickly: the tree has more than one level.
+# Inline files fill leaves quickly, so the tree has more than one level.
 LEAVES = (
     "mkdir C",
     *[f"{do}" for at in range(9) for do in (f"create C/{at}", f"write C/{at} 0 2000")],
@@ -57,9 +57,9 @@ LEAVES = (
 BASES = {
     "flat": (*FLAT, "end"),
     "deep": (*LEAVES, *FLAT, "write C/3 0 2000", "write C/7 100 50", "fsync", "end"),
-    # A rollback to undo, and a tree that is half shared.
+    # A rollback that can be undone, and a tree of which half is shared.
     "turned": (*LEAVES[:9], *FLAT, "write A/foo 0 300", "rollback middle", "write C/1 0 9", "end"),
-    # Killed in the middle of reclaiming a snapshot, with unlinked files open.
+    # Stopped in the middle of reclaiming a snapshot, with unlinked files open.
     "busy": (
         *LEAVES,
         *FLAT,
@@ -88,7 +88,7 @@ class Base:
 
 @contextmanager
 def repeatable(seed: int) -> Iterator[None]:
-    """Let clock and random numbers be the same in each run, and the smallest run be discarded."""
+    """Make clock and random numbers repeatable, and let even single blocks be discarded."""
     choice = random.Random(seed)
     now_ns = FIRST_NS
 

@@ -1,6 +1,6 @@
-"""Many workloads in a row: every operation alone, then pairs and long histories without end.
+"""Many workloads in a row: every single operation, then pairs and long histories without end.
 
-A failure is made as short as it will go and saved: the text that repeats it, and the image.
+A failure is shortened as far as possible and saved: the text that repeats it, and the image.
 """
 
 import itertools
@@ -12,13 +12,13 @@ from tests.crash.lab import NESTED_STATES, Lab, LabFailureError, Tally
 from tests.crash.workloads import Workload, pairs, single_operations, walks
 
 STATES_OF_WORKLOAD = 40
-STATES_OF_MINIMUM = 400  # judged of each workload while a failure is made shorter
-PAIRS_OF_WALK = 4  # so many pairs of operations, then one long history
+STATES_OF_MINIMUM = 400  # judged for each shorter workload while a failure is shortened
+PAIRS_OF_WALK = 4  # after that many pairs of operations comes one long history
 NESTED_EVERY = 40
 
 
 def plan(seed: int) -> Iterator[Workload]:
-    """All single operations first, and then without end."""
+    """First all single operations, then pairs and long histories without end."""
     bases = tuple(BASES)
     turn = seed % len(bases)
     bases = bases[turn:] + bases[:turn]
@@ -39,11 +39,11 @@ def run_campaign(
     of_workload: int = STATES_OF_WORKLOAD,
     of_nested: int = NESTED_STATES,
 ) -> Tally:
-    """Judge so many unique states, in any case those of all single operations.
+    """Judge at least that many unique states, and all those of single operations.
 
     Args:
-        of_workload: unique states of each workload, nested ones aside.
-        of_nested: states of each mount that is crashed in turn.
+        of_workload: unique states of each workload, without nested ones.
+        of_nested: states of each mount that is itself crashed.
 
     Raises:
         LabFailureError: the first promise that is broken.
@@ -60,7 +60,7 @@ def run_campaign(
 
 
 def shortened(failure: LabFailureError) -> LabFailureError:
-    """The same kind of failure after fewer operations, if leaving some out still shows it."""
+    """The same kind of failure with fewer operations, as far as leaving some out still shows it."""
     assert failure.workload is not None
     operations = failure.workload.operations
     at = 0
@@ -85,7 +85,7 @@ def _failure_of(failure: LabFailureError, workload: Workload) -> LabFailureError
 
 
 def save(failure: LabFailureError, folder: Path) -> Path:
-    """Keep what repeats a failure. Returns the file that says how; the image lies beside it."""
+    """Save what repeats a failure. Returns the file that explains it; the image is beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     text = folder / "crash-failure.txt"
     text.write_text(f"{failure}\n")

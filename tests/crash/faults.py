@@ -1,8 +1,8 @@
-"""Faults that are put into the engine, one at a time, to see that the lab finds them.
+"""Faults that are seeded in the engine, one at a time, to prove that the lab finds them.
 
-A fault replaces a line of one function by another while it is applied; whoever calls the function,
-by whatever name, gets the faulty one. A fault whose line is not in the function any more is an
-error: it must be kept true.
+While a fault is applied, one line of one function is replaced; every caller of the function, by
+whatever name, gets the faulty one. A fault whose line is no longer in the function is an error, so
+the list has to follow the engine.
 """
 
 import __future__
@@ -20,7 +20,7 @@ from tests.crash.lab import Lab, LabFailureError
 from tests.crash.workloads import Workload, parse
 
 SEED = 1
-STATES_MAX = (20, 150)  # of each workload; few first, as most faults are caught early
+STATES_MAX = (20, 150)  # of each workload; few at first, as most faults are caught early
 NESTED_EVERY = 25
 
 
@@ -30,11 +30,13 @@ class Fault:
 
     Attributes:
         name: what is wrong, in words.
-        function: where, as module:qualified name.
-        line: that is replaced; it occurs once in the function.
-        instead: of it, at the same indentation; further lines carry their own in addition.
-        own_images: the base images have it too, as both writing and reading are concerned.
-        shown_by: the number of the workload that has shown it before, tried first and at length.
+        function: the function, as module:qualified name.
+        line: the line to replace; it occurs once in the function.
+        instead: its replacement, at the same indentation; further lines add their own indentation.
+        own_images: make the base images with the fault too, as it concerns both writing and
+        reading.
+        shown_by: the number of the workload that is known to show it; tried first and with most
+        states.
     """
 
     name: str
@@ -374,7 +376,7 @@ FAULTS = (
     ),
 )
 
-# Short histories that come by every line above; each fault is looked for in these until one shows it.
+# Short histories that run every line above; each fault is looked for in all until one shows it.
 WORKLOADS = (
     parse(
         "flat: write A/foo 4096 9000; fsync; chmod B/bar 600; fsync; write A/foo 0 5000; fsync; end"
@@ -411,7 +413,7 @@ WORKLOADS = (
 
 @contextmanager
 def applied(fault: Fault) -> Iterator[None]:
-    """Let the engine have this fault."""
+    """Run the engine with this fault while the block runs."""
     module_name, _, qualified = fault.function.partition(":")
     found = importlib.import_module(module_name)
     for name in qualified.split("."):
@@ -432,7 +434,7 @@ def applied(fault: Fault) -> Iterator[None]:
 
 
 def _replaced(source: str, fault: Fault) -> str:
-    """The source with the line replaced; of its second line the indentation does not matter."""
+    """The source with the line replaced; the indentation of a second line does not matter."""
     first, _, rest = fault.line.partition("\n")
     lines = source.split("\n")
     at = [
@@ -445,7 +447,8 @@ def _replaced(source: str, fault: Fault) -> str:
     line = lines[number]
     indent = line[: len(line) - len(line.lstrip())]
     if rest:
-        del lines[number]  # the line itself goes; what follows it only says which one is meant
+        # Only the line itself is dropped; the second line tells it from others like it.
+        del lines[number]
     else:
         lines[number] = line.replace(first, fault.instead.replace("\n", f"\n{indent}"))
     return "\n".join(lines)
@@ -453,7 +456,7 @@ def _replaced(source: str, fault: Fault) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Caught:
-    """How a fault was found: by which judgement, with which words, after how many states."""
+    """How a fault was found: by which judgement, with which message, after how many states."""
 
     judgement: str
     what: str
@@ -462,11 +465,11 @@ class Caught:
 
 
 def hunt(fault: Fault) -> Caught | None:
-    """Look for a fault; None when no workload shows it."""
+    """Look for a fault; None if no workload shows it."""
     seed = SEED + 1 + FAULTS.index(fault) if fault.own_images else SEED
     if not fault.own_images:
         for name in BASES:
-            base(name, seed)  # made by the engine as it should be
+            base(name, seed)  # made without the fault
     lab = Lab(seed, nested_every=NESTED_EVERY)
     turns = [(states, workload) for states in STATES_MAX for workload in WORKLOADS]
     if fault.shown_by is not None:
@@ -481,7 +484,7 @@ def hunt(fault: Fault) -> Caught | None:
 
 
 def table(results: Sequence[tuple[Fault, Caught | None]]) -> list[str]:
-    """One line for each fault: what caught it, and after how many states; 0 is while recording."""
+    """One line per fault: what caught it, and after how many states (0: while recording)."""
     width = max(len(fault.name) for fault, _ in results)
     lines = []
     for fault, caught in results:

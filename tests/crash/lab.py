@@ -2,17 +2,16 @@
 
 A state is judged by everything that is promised of it (cowfs/docs/design/contract.md):
 
-1. `check` finds it clean, with I1 to I7; where all that was written is flushed it has nothing to
-   remark at all;
-2. it can be mounted, and shows exactly what it showed after one of the operations that are legal
-   there;
-3. mounting, reclaiming orphans and emptying the drop queue change nothing that is seen and leave
-   nothing behind;
+1. `check` finds it clean, with I1 to I7; where everything written was flushed, it finds nothing to
+remark either;
+2. it can be mounted, and shows exactly the result of one of the operations that are legal there;
+3. mounting, reclaiming orphans and emptying the drop queue change nothing visible and leave nothing
+behind;
 4. it can be used: a file is made and fsynced, the power is cut, and all is there; then everything
-   is deleted, snapshots too, and not a block is left over.
+is deleted, snapshots too, and not a block is left over.
 
-A state whose device broke a promise (a lost or misdirected write) may say so, but never show other
-bytes.
+A state whose device broke a promise (a lost or misdirected write) may report damage, but must never
+show other bytes.
 """
 
 import dataclasses
@@ -48,8 +47,8 @@ from tests.model.reference import ROOT
 
 PROBE = b"probe of the crash lab"
 PROBE_BYTES = 5000
-NESTED_STATES = 12  # of each mount that is crashed in turn
-# Of every workload these come first: in them nothing is left out, or the newest superblock is decided.
+NESTED_STATES = 12  # of each mount that is itself crashed
+# These come first in every workload: nothing is left out, or the newest superblock is at stake.
 FIRST = ("rest", "prefix", "ring")
 
 
@@ -57,7 +56,7 @@ _T = TypeVar("_T")
 
 
 class LabFailureError(AssertionError):
-    """A promise is broken. Says in which state, and how to see it again."""
+    """A promise is broken. The message says in which state, and how to repeat it."""
 
     def __init__(self, judgement: str, what: str) -> None:
         super().__init__(f"{judgement}: {what}")
@@ -70,7 +69,7 @@ class LabFailureError(AssertionError):
 
     @property
     def is_nested(self) -> bool:
-        """Whether it needed a crash of the mount after a crash."""
+        """Whether the failing state came from crashing the mount of a crashed image."""
         return " / " in self.state
 
     def __str__(self) -> str:
@@ -86,14 +85,14 @@ class LabFailureError(AssertionError):
 
 @dataclass(slots=True)
 class Tally:
-    """What was judged.
+    """Counts of the states that were judged.
 
     Attributes:
-        total: states that were enumerated and not left out, duplicates included.
-        unique: those with an image like no other; each was judged.
-        by_kind: unique states.
-        nested: unique states of a mount that was crashed in turn; in `unique` too.
-        refused: states with damage in which the image or a part of it answered with an error.
+        total: states that were enumerated and not skipped, duplicates included.
+        unique: states whose image was new; each was judged.
+        by_kind: unique states of each kind.
+        nested: unique states of mounts that were crashed in turn; counted in `unique` too.
+        refused: damaged states in which the image or a part of it answered with an error.
     """
 
     workloads: int = 0
@@ -104,7 +103,7 @@ class Tally:
     by_kind: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: "Tally") -> None:
-        """Count those of another lab too."""
+        """Add the counts of another lab."""
         self.workloads += other.workloads
         self.total += other.total
         self.unique += other.unique
@@ -124,10 +123,10 @@ class Lab:
     """Judges workloads.
 
     Args:
-        seed: of the images, and of the choice of states where there are too many.
-        states_max: unique ones of each workload, nested ones aside; 0 is all of them.
-        nested_every: the mount of every so many states is crashed in turn; 0 is none.
-        nested_max: states of each mount that is crashed in turn.
+        seed: chooses the images, and the states where there are too many.
+        states_max: the most unique states per workload, without nested ones; 0 means all.
+        nested_every: every nested_every-th state has its mount crashed in turn; 0 means none.
+        nested_max: the most states per mount that is crashed in turn.
     """
 
     def __init__(
@@ -146,7 +145,7 @@ class Lab:
         self._seen: set[bytes] = set()
         self._fingerprints = Fingerprints()
 
-    # --- workloads ----------------------------------------------------------------------------------
+    # --- workloads --------------------------------------------------------------------------------
 
     def run(self, workload: Workload, only: str = "") -> None:
         """Record a workload and judge its states.
@@ -186,7 +185,7 @@ class Lab:
                 enough += self._judge_nested(state, nested)
 
     def record(self, workload: Workload) -> tuple[RecordingDevice, Session]:
-        """Do a workload. Raises LabFailureError when it goes wrong even without a crash."""
+        """Run a workload. Raises LabFailureError if it goes wrong even without a crash."""
 
         def play() -> tuple[RecordingDevice, Session]:
             start = base(workload.base, self.seed)
@@ -198,9 +197,10 @@ class Lab:
         return _guarded("recording", play)
 
     def _in_order_of_worth(self, states: list[CrashState], workload: Workload) -> list[CrashState]:
-        """Shuffled, as not all will be judged.
+        """Shuffle the states, as not all will be judged.
 
-        In the first half are those that matter most, then comes one of the kind that was judged least.
+        The kinds that matter most fill at most the first half; after them comes a state of the kind
+        that was judged least.
         """
         choice = random.Random(f"{self.seed} {workload}")
         choice.shuffle(states)
@@ -213,14 +213,14 @@ class Lab:
             rest.insert(0, rarest)
         return first + rest
 
-    # --- states -------------------------------------------------------------------------------------
+    # --- states -----------------------------------------------------------------------------------
 
     def _device(self, state: CrashState, *, forced: bool = False) -> MemoryDevice | None:
-        """The image of a state; None when one like it was judged before."""
+        """The image of a state; None if an equal image was judged before."""
         self.tally.total += 1
         content = state.build()
         print_of = self._fingerprints.of(content, state.total_blocks)
-        if state.may_be_damaged:  # judged by other rules, so told apart from the same image
+        if state.may_be_damaged:  # other rules apply, so an equal image is not the same state
             print_of += b"damage"
         if print_of in self._seen and not forced:
             return None
@@ -237,7 +237,7 @@ class Lab:
         self._under(state.name, device, lambda: self._verdict(state, device, legal))
 
     def _judge_nested(self, state: CrashState, only: str) -> int:
-        """Crash the mount of a crashed image, and all that it does there. Returns the states judged."""
+        """Crash the mount of a crashed image and all its work. Returns the states judged."""
         if state.may_be_damaged or state.kind == "size":
             return 0
         start = state.build()
@@ -262,7 +262,8 @@ class Lab:
             states = [inner for inner in states if inner.name == only]
         elif len(states) > self.nested_max:
             states = random.Random(f"{self.seed} {state.name}").sample(states, self.nested_max)
-        # What the mount showed is one of the legal pictures, or `_judge` says so of the same state.
+        # `_judge` tells of the same state whether what the mount showed is one of the legal
+        # pictures.
         before = self.tally.unique
         for inner in states:
             name = f"{state.name} / {inner.name}"
@@ -279,7 +280,7 @@ class Lab:
             failure.state, failure.device = name, device
             raise
 
-    # --- verdicts -----------------------------------------------------------------------------------
+    # --- verdicts ---------------------------------------------------------------------------------
 
     def _verdict(self, state: CrashState, device: MemoryDevice, legal: list[Picture]) -> None:
         if state.kind == "size" and state.total_blocks < TOTAL_BLOCKS:
@@ -290,7 +291,7 @@ class Lab:
             self._whole(state, device, legal)
 
     def _refused(self, device: MemoryDevice) -> None:
-        """An image that was cut off is not mounted."""
+        """Fail unless an image that was cut short is refused by mount."""
         try:
             open_filesystem(device, writable=True)
         except ImageError:
@@ -308,15 +309,15 @@ class Lab:
         _guarded("probe", lambda: _probe(filesystem, device, shown))
 
     def _damaged(self, state: CrashState, device: MemoryDevice, legal: list[Picture]) -> None:
-        """What is shown is right; what is not shown is said to be damaged, and `check` says so too."""
+        """Fail unless what is shown is right, all else is an error, and `check` finds damage."""
         victim = state.victim
         assert victim is not None
         if all(map(_same, map(device.block, victim.blocks), victim.pieces)):
-            return  # what was lost was there already
+            return  # the block held the same bytes before
         report = _guarded("check", lambda: check_image(device))
         if not report.findings:
             raise LabFailureError("check", "finds nothing wrong")
-        # Of one lost write of metadata the twin is whole; a misdirected one may hit that as well.
+        # A lost write leaves the twin intact; a misdirected one may overwrite the twin as well.
         twins_help = state.kind == "lost" and read_newest(device).duplicates_metadata
         try:
             filesystem = _open(device)
@@ -344,7 +345,7 @@ def _same(found: bytes, wanted: bytes) -> bool:
 
 
 def _guarded(judgement: str, action: Callable[[], _T]) -> _T:
-    """Every error is a broken promise here, also an assertion of the device (I2, I3) or of the model."""
+    """Turn any error into a broken promise, assertions of the device (I2, I3) or the model too."""
     try:
         return action()
     except LabFailureError:

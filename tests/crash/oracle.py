@@ -1,4 +1,4 @@
-"""What an image shows, and whether it may: the canonical form of a filesystem and of the model.
+"""What an image shows, and whether it may: one canonical form for filesystem and model.
 
 A `Picture` is everything a program could see: the live tree and that of each snapshot, as paths to
 names, types, modes, owners, sizes, data, xattrs, link counts and, where the model knows them,
@@ -30,12 +30,12 @@ class Picture:
     """What a filesystem shows at one moment.
 
     Attributes:
-        trees: by the name of the snapshot, the live one under LIVE; facts by path.
-        times: mtime_ns by tree and path, where it is known.
-        undo: the snapshot that undo would go back to.
+        trees: facts by path, for each snapshot by its name and for the live tree under LIVE.
+        times: mtime_ns by tree and path, where the model knows it.
+        undo: the snapshot that undo would restore.
         held: the snapshots that are held.
-        damaged: trees and paths that could not be read; a damaged directory stands for all below it.
-        damaged_metadata: those of them where more than a file's data was lost.
+        damaged: trees and paths that could not be read; a damaged directory includes all below it.
+        damaged_metadata: those of them that lost more than the data of a file.
     """
 
     trees: dict[str, Tree]
@@ -50,7 +50,7 @@ class Picture:
 
 
 def picture_of_model(history: ReferenceHistory) -> Picture:
-    """What must be seen."""
+    """The picture that an image must show."""
     picture = Picture({}, {}, history.undo, set(history.held), set(), set())
     for name, files in {LIVE: history.live, **history.snapshots}.items():
         tree: Tree = {}
@@ -90,10 +90,10 @@ def _facts_of_model(file: ReferenceFile) -> Facts:
 
 
 def picture_of(filesystem: Filesystem, *, damage: bool = False) -> Picture:
-    """What is seen.
+    """The picture that an image shows.
 
     Args:
-        damage: go on after damage and note it; otherwise it is raised.
+        damage: note damage and go on; otherwise raise it.
 
     Raises:
         CowfsError: with `damage` too, where the catalog itself cannot be read.
@@ -112,7 +112,7 @@ def picture_of(filesystem: Filesystem, *, damage: bool = False) -> Picture:
 
 
 class _Camera:
-    """Walks one tree by the operations of `Volume`, as a program would."""
+    """Walks one tree with the operations of `Volume`, as a program would."""
 
     def __init__(self, picture: Picture, name: str, volume: Volume, damage: bool) -> None:
         self._picture = picture
@@ -176,7 +176,7 @@ class _Camera:
 
 
 def difference(shown: Picture, wanted: Picture) -> str:
-    """What distinguishes an undamaged picture from the model's; empty when nothing does."""
+    """How an undamaged picture differs from the model's; empty if it does not."""
     if shown.undo != wanted.undo:
         return f"undo would go to {shown.undo}, expected {wanted.undo}"
     if shown.trees != wanted.trees:
@@ -203,7 +203,7 @@ def _tree_difference(shown: Picture, wanted: Picture) -> str:
 
 
 def wrong_in_spite_of_damage(shown: Picture, wanted: Picture) -> str:
-    """The same for a picture with damage: what was read is right, what is missing is damaged."""
+    """The same for a picture with damage: what was read must be right, what is missing damaged."""
     if not shown.damaged:
         return difference(shown, wanted)
     if shown.trees.keys() != wanted.trees.keys():

@@ -1,9 +1,8 @@
-"""A device in memory that remembers everything that was done to it, in order, with marks in
-between.
+"""A device in memory that records everything done to it, in order, with marks in between.
 
-It asserts I3 at every write (as `MemoryDevice` does) and I2 by itself: after each commit point it
-counts what the newest generation and those that its superblock promises to keep really reach, and
-refuses every write and discard there. Nothing of this is asked of the code under test.
+It asserts I3 at every write (as `MemoryDevice` does) and checks I2 by itself: after each commit it
+computes which blocks the newest generation and those that its superblock retains can reach, and
+refuses every write and discard there. It relies on nothing of the code under test for this.
 """
 
 from collections.abc import Sequence
@@ -23,11 +22,11 @@ ZERO_BLOCK = bytes(BLOCK_SIZE_BYTES)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Write:
-    """One write call, as the device got it."""
+    """One write call, as the device received it."""
 
     first_block: int
     data: bytes
-    pieces: list[bytes] = field(init=False, repr=False)  # cut once, so that states share them
+    pieces: list[bytes] = field(init=False, repr=False)  # cut once, so that states share the pieces
 
     def __post_init__(self) -> None:
         cuts = range(0, len(self.data), BLOCK_SIZE_BYTES)
@@ -64,7 +63,7 @@ class Discard:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Resize:
-    """The device got another size; what a smaller one cuts off is gone."""
+    """A change of the device's size; a smaller size cuts the rest off."""
 
     total_blocks: int
     first_block = RING_SLOTS
@@ -78,12 +77,12 @@ class Resize:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flush:
-    """All before it lasts."""
+    """A flush: everything before it is durable."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mark:
-    """What the history says: operation `number` was started, or is acknowledged as durable."""
+    """A mark of the history: operation `number` was started, or is acknowledged as durable."""
 
     kind: Literal["started", "durable"]
     number: int
@@ -93,7 +92,9 @@ Entry = Write | Discard | Resize | Flush | Mark
 
 
 class RecordingDevice(MemoryDevice):
-    """Args: the size; the content at the beginning, which is not changed.
+    """A recording device.
+
+    Args: the size, and the content at the beginning, which is not changed.
 
     Attributes:
         log: everything since then.
@@ -138,15 +139,15 @@ class RecordingDevice(MemoryDevice):
         self.log.append(Resize(total_blocks))
 
     def durable_content(self) -> Blocks:
-        """A copy of what a power cut leaves for sure."""
+        """A copy of the content that a power cut surely leaves."""
         return dict(self._durable)
 
     def _guard(self) -> None:
-        """From here on nothing may touch what the promised generations show (I2)."""
+        """From now on refuse changes to the blocks that the retained generations show (I2)."""
         try:
             newest = read_newest(self)
         except ImageError:
-            return  # an image that is being made
+            return  # mkfs has not finished
         promised = range(max(1, newest.oldest_retained), newest.generation + 1)
         self._shown = {
             generation: self._shown.get(generation) or recount(self, generation).reachable

@@ -1,8 +1,8 @@
-"""Which images a power cut may leave behind a recorded log: each one is a `CrashState`.
+"""The images that a power cut may leave behind a recorded log; each one is a `CrashState`.
 
-Between two flushes the device may do what it was told in any order and in parts. I3 (no block is
-written twice in one epoch, the ring aside) makes every order equal to a subset, so subsets are all
-there is:
+Between two flushes the device may carry out its calls in any order and in part. I3 (no block is
+written twice in one epoch, the ring aside) makes every order equal to a subset, so the subsets are
+all there is to try:
 
 - *prefix*: the first n writes and discards of an epoch arrived;
 - *subset*: any of them, all 2^n for n <= SUBSETS_ALL_MAX, else all but one, one alone, and random
@@ -39,7 +39,7 @@ SECTOR_BYTES = 512
 SUBSETS_ALL_MAX = 10
 SUBSETS_RANDOM = 64
 BLOCK_SUBSETS = 16
-TEARS_OF_LARGE_WRITE = 6  # cut positions at each granularity, of writes of more than one block
+TEARS_OF_LARGE_WRITE = 6  # cut positions per granularity, for writes of more than one block
 
 Kind = Literal["rest", "prefix", "subset", "blocks", "tear", "ring", "lost", "misdirected", "size"]
 Change = Write | Discard | Resize
@@ -47,16 +47,16 @@ Change = Write | Discard | Resize
 
 @dataclass(frozen=True, slots=True)
 class CrashState:
-    """One image that may be left.
+    """One image that a crash may leave.
 
     Attributes:
-        kind, name: what happened; the name is unique in a log and repeats the state.
-        oldest, newest: numbers of the operations whose states are legal: the last that was acknowledged
-            as durable, and the last that was started.
-        build: its content.
-        total_blocks: size of the image.
+        kind, name: what happened; the name is unique in a log and is enough to repeat the state.
+        oldest, newest: the range of operations whose result is legal: from the last one
+        acknowledged as durable to the last one started.
+        build: makes its content.
+        total_blocks: the size of the image.
         victim: the write that was lost or misdirected.
-        spotless: all that was ever written is flushed, so that `check` has nothing to remark.
+        spotless: everything written was flushed, so `check` must have no remark.
     """
 
     kind: Kind
@@ -70,7 +70,7 @@ class CrashState:
 
     @property
     def may_be_damaged(self) -> bool:
-        """Whether no order of writes could have prevented it."""
+        """Whether this is a fault of the device that no order of writes could have prevented."""
         return self.kind in ("lost", "misdirected")
 
 
@@ -80,11 +80,11 @@ class Epoch:
 
     Attributes:
         number: from 0.
-        before: the content that the flush at its beginning made last.
-        pending: each change, and the last operation that was started before it.
-        started: the last operation that was started before all of it.
+        before: the durable content at the flush that began the epoch.
+        pending: each change, with the last operation that was started before it.
+        started: the last operation that was started before the epoch.
         durable: the last operation that was acknowledged as durable when the epoch ended.
-        total_blocks: size of the device.
+        total_blocks: the size of the device.
     """
 
     number: int
@@ -101,7 +101,7 @@ class Epoch:
         return content
 
     def size_with(self, indices: Sequence[int]) -> int:
-        """The size of the device when of all changes these arrived."""
+        """The size of the device if only these changes arrived."""
         total_blocks = self.total_blocks
         for index in sorted(indices):
             change = self.pending[index][0]
@@ -115,12 +115,12 @@ class Epoch:
 
     @property
     def commits(self) -> bool:
-        """Whether a superblock was written in it."""
+        """Whether a superblock was written in this epoch."""
         return any(self.is_ring(change) for change, _ in self.pending)
 
 
 def epochs(log: Sequence[Entry], before: Blocks, total_blocks: int) -> list[Epoch]:
-    """The log, cut at its flushes. The last epoch is what was not flushed any more."""
+    """The log, cut at its flushes. The last epoch holds what was never flushed."""
     found = []
     content = dict(before)
     started = durable = 0
@@ -142,7 +142,7 @@ def epochs(log: Sequence[Entry], before: Blocks, total_blocks: int) -> list[Epoc
 
 
 def crash_states(log: Sequence[Entry], before: Blocks, total_blocks: int) -> Iterator[CrashState]:
-    """All states of a log, of every kind. What is random depends on the log's length alone."""
+    """All states of a log, of every kind. The random choices depend on the log's length alone."""
     earlier: Epoch | None = None
     all_epochs = epochs(log, before, total_blocks)
     for epoch in all_epochs:
@@ -165,7 +165,7 @@ def crash_states(log: Sequence[Entry], before: Blocks, total_blocks: int) -> Ite
 
 
 def _legal(epoch: Epoch, indices: Sequence[int]) -> tuple[int, int]:
-    """Which operations may be the last one seen, when these changes are all that arrived."""
+    """The first and last operation whose result may be seen if only these changes arrived."""
     newest = epoch.pending[max(indices)][1] if indices else epoch.started
     return epoch.durable, max(newest, epoch.durable)
 
@@ -235,12 +235,12 @@ def _fill(size: int, old: bytes, kind: str, seed: int) -> bytes:
 
 
 def _tear(data: bytes, old: bytes, start: int, stop: int, fill: str) -> bytes:
-    """`data` whose bytes from `start` to `stop` did not arrive."""
+    """`data`, in which the bytes from `start` to `stop` did not arrive."""
     return data[:start] + _fill(stop - start, old[start:stop], fill, start) + data[stop:]
 
 
 def _cuts(size: int, choice: random.Random) -> list[tuple[int, int]]:
-    """Which byte ranges of a write of `size` do not arrive: tails, heads, holes."""
+    """The byte ranges of a write of `size` that do not arrive: tails, heads, holes."""
     missing = []
     for unit in (SECTOR_BYTES, BLOCK_SIZE_BYTES):
         inside = list(range(unit, size, unit))
@@ -257,7 +257,7 @@ def _old_bytes(epoch: Epoch, write: Write) -> bytes:
 
 
 def _torn(epoch: Epoch, index: int, write: Write, choice: random.Random) -> Iterator[CrashState]:
-    """The writes before this one arrived, and of this one a part."""
+    """States in which all writes before this one arrived, and a part of this one."""
     total = epoch.size_with(range(index))
     for start, stop in _cuts(len(write.data), choice):
         for fill in ("old", "zero", "random"):
@@ -275,7 +275,7 @@ def _torn(epoch: Epoch, index: int, write: Write, choice: random.Random) -> Iter
 
 
 def _torn_ring(epoch: Epoch) -> Iterator[CrashState]:
-    """Both copies of the slot torn, or the second torn and the first missing."""
+    """States with both copies of the slot torn, or the second torn and the first missing."""
     slots = [
         change
         for change, _ in epoch.pending
@@ -313,12 +313,12 @@ def _torn_ring(epoch: Epoch) -> Iterator[CrashState]:
 def _broken_promises(
     part: Epoch, commit: Epoch, durable: int, choice: random.Random
 ) -> Iterator[CrashState]:
-    """One write of a commit, flushed and acknowledged, did not happen or happened elsewhere.
+    """States in which one write of a durable commit did not happen or happened elsewhere.
 
     Args:
         part: the epoch of the write.
         commit: the epoch of the superblock of the same commit.
-        durable: the operation that is acknowledged behind it; the commit may hold later ones too.
+        durable: the operation acknowledged after the commit, which may hold later ones too.
     """
     after = commit.after()
     newest = max(durable, *(started for _, started in commit.pending))
@@ -364,7 +364,7 @@ def _broken_promises(
 
 
 def _other_sizes(epoch: Epoch) -> Iterator[CrashState]:
-    """The image is cut off, or longer than it was."""
+    """States in which the image was cut short, or grew."""
     total = epoch.total_blocks
     for size in (total // 2, total - RING_SLOTS, total - 1, total + 1, total + 1024):
 
@@ -379,9 +379,9 @@ def _other_sizes(epoch: Epoch) -> Iterator[CrashState]:
 
 
 class Fingerprints:
-    """Hashes of whole images, cheap because blocks are shared between states.
+    """Hashes of whole images; cheap, because states share their blocks.
 
-    Holds on to the blocks that it has hashed, so that no other block gets the same identity.
+    Keeps references to the blocks it has hashed, so that no other block gets the same identity.
     """
 
     KEPT_MAX = 10_000
@@ -400,7 +400,7 @@ class Fingerprints:
         return digest
 
     def of(self, content: Blocks, total_blocks: int) -> bytes:
-        """The hash of an image. Blocks of zeros count as those that were never written."""
+        """The hash of an image. A block of zeros counts as one that was never written."""
         parts = [total_blocks.to_bytes(8, "little")]
         digest = self._digest
         for number in sorted(content):

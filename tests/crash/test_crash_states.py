@@ -1,7 +1,7 @@
-"""Promises that no crash loses what was acknowledged, whatever part of the writes arrived (C1, C6, C7).
+"""Promises that no crash loses what was acknowledged, whichever writes arrived (C1, C6, C7).
 
-The states are enumerated, not drawn: see states.py. Each share of the work has images of its own, so
-that no state is counted twice. `scripts/crashlab` runs the same for as long as one likes.
+The states are enumerated, not drawn: see states.py. Each share of the work has images of its own,
+so no state is counted twice. `scripts/crashlab` does the same for as long as you like.
 """
 
 import logging
@@ -16,10 +16,10 @@ from tests.crash.workloads import parse
 from tests.sizes import chosen_seed, sized
 
 SHARES = 4
-STATES = sized(400, 5200)  # unique, of each share: more than 20,000 in the long run
+STATES = sized(400, 5200)  # unique states of each share; more than 20,000 together in the long run
 OF_WORKLOAD = sized(6, 40)
 OF_NESTED = sized(2, 12)
-# The shares take this one and those after it; all four modes of durability are among them.
+# Each share starts at its own workload; together they use all four modes of durability.
 SEED = chosen_seed(4000)
 
 
@@ -27,8 +27,8 @@ SEED = chosen_seed(4000)
 def test_crash_states_of_all_workloads_are_legal(
     share: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """Promise C1: one point of the past, nothing acknowledged is lost, and no repair is needed."""
-    logging.disable(logging.CRITICAL)  # damage is what these images are made of
+    """Promise C1: a crash shows one past state with all acknowledged work, and needs no repair."""
+    logging.disable(logging.CRITICAL)  # these images are damaged on purpose
     try:
         tally = run_campaign(SEED + share, STATES, of_workload=OF_WORKLOAD, of_nested=OF_NESTED)
     except LabFailureError as failure:
@@ -44,7 +44,7 @@ def test_crash_states_of_all_workloads_are_legal(
 
 
 def test_crash_of_a_short_history_is_enumerated_whole() -> None:
-    """Promise C1: of a rename that replaces and a rollback, not one state is left out."""
+    """Promise C1: no state of a rename that replaces a file and of a rollback is left out."""
     lab = Lab(SEED)
     lab.run(parse("flat: rename A/foo B/bar; fsync"))
     assert lab.tally.unique > 400

@@ -1,4 +1,4 @@
-"""Promises that the crash lab sees what it is there for: faults put into the engine are all caught."""
+"""Promises that the crash lab sees what it is for: every fault seeded in the engine is caught."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ FAULTS_MIN = 25
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """A faulty engine warns of all that it breaks."""
+    """Silence the log: a faulty engine warns of everything that it breaks."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -27,14 +27,14 @@ def _quiet() -> Iterator[None]:
 def test_seeded_fault_is_caught(
     fault: Fault, record_property: Callable[[str, object], None]
 ) -> None:
-    """Promise: the lab would notice this fault in the engine."""
+    """Promise: the lab catches this fault of the engine."""
     caught = hunt(fault)
     record_property("summary", table([(fault, caught)])[0])
     assert caught is not None
 
 
 def test_engine_without_fault_is_not_accused() -> None:
-    """Promise: what catches the faults finds nothing in the engine as it is, after a fault neither."""
+    """Promise: the workloads find no fault in the sound engine, even after faults were applied."""
     assert len({(fault.function, fault.line, fault.instead) for fault in FAULTS}) >= FAULTS_MIN
     for fault in FAULTS:
         with applied(fault):
@@ -46,7 +46,7 @@ def test_engine_without_fault_is_not_accused() -> None:
 
 
 def test_failure_is_made_shorter_saved_and_repeated(tmp_path: Path) -> None:
-    """Promise: what a failure prints is enough to see it again, without what does not matter."""
+    """Promise: a failure is shortened to what matters, and what it prints repeats it."""
     fault = next(fault for fault in FAULTS if "halves of a rename" in fault.name)
     base("deep", 3)
     long_history = parse("deep: chmod A 700; rename A/foo B/bar; fsync")

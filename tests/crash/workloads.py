@@ -1,5 +1,4 @@
-"""Workloads: short histories of operations, written as text so that a failure can be repeated by
-hand.
+"""Workloads: short histories of operations, as text, so that a failure can be repeated by hand.
 
 Each operation is one line of `Session.perform`: it is done to an open filesystem and to the model,
 and marked in the device's log. A workload is a base image (`bases.py`) and a list of operations. As
@@ -38,7 +37,7 @@ from tests.model.reference import ROOT, ReferenceFile, ReferenceFiles, Reference
 
 CACHE_BYTES = 1 << 20
 
-# One of each; what they name is in the base images.
+# One of each operation; the names are those of the base images.
 FILE_OPERATIONS = (
     "create A/new",
     "create new",
@@ -109,8 +108,8 @@ HISTORY_OPERATIONS = (
 )
 OPERATIONS = FILE_OPERATIONS + HISTORY_OPERATIONS
 
-# How what was done becomes durable: fsync after each operation, one at the end, a commit that is
-# written while the next operation runs, or none at all before the clean end.
+# The ways to make operations durable: fsync after each, one fsync at the end, a commit that is
+# written while the next operation runs, or no commit before the clean end.
 MODES = ("each", "last", "overlap", "none")
 
 
@@ -126,13 +125,13 @@ class Workload:
 
 
 def parse(text: str) -> Workload:
-    """The workload that `str` gave."""
+    """The workload of a text that `str` made."""
     base, _, operations = text.partition(":")
     return Workload(base.strip(), tuple(part.strip() for part in operations.split(";")))
 
 
 def with_mode(base: str, operations: Sequence[str], mode: str) -> Workload:
-    """These operations, made durable in that way."""
+    """A workload of these operations, made durable in that way."""
     parts: list[str] = []
     for number, operation in enumerate(operations):
         parts.append(operation)
@@ -146,14 +145,14 @@ def with_mode(base: str, operations: Sequence[str], mode: str) -> Workload:
 
 
 def single_operations(seed: int, bases: Sequence[str]) -> Iterator[Workload]:
-    """Every operation alone, on one base after the other; the seed gives the mode."""
+    """Every operation alone, on one base after the other; the seed chooses the mode."""
     mode = MODES[seed % len(MODES)]
     for number, operation in enumerate(OPERATIONS):
         yield with_mode(bases[number % len(bases)], [operation], mode)
 
 
 def pairs(seed: int, bases: Sequence[str]) -> Iterator[Workload]:
-    """All pairs of operations, in an order that the seed gives; base and mode rotate."""
+    """All pairs of operations, in an order chosen by the seed; base and mode rotate."""
     choice = random.Random(seed)
     both = [(first, second) for first in OPERATIONS for second in OPERATIONS]
     choice.shuffle(both)
@@ -229,7 +228,7 @@ def _random_operation(choice: random.Random) -> str:
 
 
 def content(size: int, seed: int) -> bytes:
-    """Bytes that tell where they belong; never all zero."""
+    """Bytes that show where they belong; never all zero."""
     return random.Random(seed).randbytes(size)
 
 
@@ -237,11 +236,11 @@ class Session:
     """A filesystem on a recording device beside its model.
 
     Args:
-        device: with an image.
-        history: the model of what is in it; becomes the session's.
+        device: a device with an image.
+        history: the model of that image; the session changes it.
 
     Attributes:
-        pictures: what must be seen after each operation, by its number; 0 is the beginning.
+        pictures: the expected picture after each operation, by its number; 0 is the beginning.
     """
 
     def __init__(self, device: RecordingDevice, history: ReferenceHistory) -> None:
@@ -251,7 +250,7 @@ class Session:
         self.durable = 0
         self._inflight: tuple[Commit, int] | None = None
         self.pictures: list[Picture] = [picture_of_model(history)]
-        self._committed: dict[int, ReferenceHistory] = {}  # the model by generation, for `crash`
+        self._committed: dict[int, ReferenceHistory] = {}  # models by generation, for `crash`
         self.filesystem = self._mount()
         self._operations: dict[str, Callable[..., bool | None]] = {
             name.removeprefix("_do_").replace("_", "-"): getattr(self, name)
@@ -268,7 +267,7 @@ class Session:
             self.perform(operation)
 
     def perform(self, operation: str) -> None:
-        """Do one operation; the log says when it was started and when it is durable."""
+        """Do one operation; the log records when it was started and when it was durable."""
         word, *arguments = operation.split(" ")
         self.number += 1
         self.device.mark("started", self.number)
@@ -281,10 +280,10 @@ class Session:
         self.device.mark("durable", number)
         self.durable = number
 
-    # --- mounting and commits -----------------------------------------------------------------------
+    # --- mounting and commits ---------------------------------------------------------------------
 
     def _mount(self) -> Filesystem:
-        """As the daemon does: one commit, and the orphans of the time before."""
+        """Mount as the daemon does: one commit, then reclaim the orphans of the last mount."""
         filesystem = mount(self.device)
         for ino in list(self.files.orphans):
             self.files.reclaim(ino)
@@ -310,7 +309,7 @@ class Session:
             self._discard()
 
     def _discard(self) -> None:
-        """Give back what came free, as a daemon does somewhat later."""
+        """Discard freed blocks, as a daemon does somewhat later."""
         Sweep.of_released(self.filesystem.store).run()
 
     def _do_freeze(self) -> None:
@@ -339,12 +338,12 @@ class Session:
         return True
 
     def _do_crash(self) -> None:
-        """The program dies and is started again; the machine goes on, so no write is lost."""
+        """Kill the program and start it again; the machine runs on, so no write is lost."""
         self._inflight = None
         self.model = self._committed[self.filesystem.store.superblock.generation].copy()
         self.filesystem = self._mount()
 
-    # --- history ------------------------------------------------------------------------------------
+    # --- history ----------------------------------------------------------------------------------
 
     def _edit(self, edit: Edit, model: Callable[..., None]) -> bool:
         self._land()
@@ -419,10 +418,10 @@ class Session:
             self.filesystem.commit()
         return True
 
-    # --- files --------------------------------------------------------------------------------------
+    # --- files ------------------------------------------------------------------------------------
 
     def _place(self, path: str) -> tuple[int, bytes]:
-        """The directory's number and the name. Raises FileNotFoundError, NotADirectoryError."""
+        """The directory's inode number and the name; FileNotFoundError, NotADirectoryError."""
         *parents, name = path.encode().split(b"/")
         ino = ROOT
         for parent in parents:
@@ -438,7 +437,7 @@ class Session:
     def _both(
         self, make: Callable[[], tuple[Callable[[], object], Callable[..., object]]]
     ) -> object:
-        """Do it to both, or see both refuse. `make` finds what it is about, and may find nothing."""
+        """Do an operation on both, or see both refuse it; nothing if `make` finds no file."""
         try:
             real, model = make()
         except OSError:
@@ -507,7 +506,7 @@ class Session:
         self._both(make)
 
     def _do_unlink_open(self, path: str) -> None:
-        """The file stays open, so it is an orphan until `forget`."""
+        """Unlink a file that stays open, so it is an orphan until `forget`."""
         self._remove(path, "unlink")
 
     def _do_unlink(self, path: str) -> None:
@@ -519,7 +518,7 @@ class Session:
         self._do_forget()
 
     def _do_forget(self) -> None:
-        """Nobody has an unlinked file open any more."""
+        """Close all unlinked files."""
         self.filesystem.reclaim_orphans()
         for ino in list(self.files.orphans):
             self.files.reclaim(ino)
@@ -576,7 +575,7 @@ class Session:
         self._allocate(path, 0, offset, size)
 
     def _do_share(self, source: str, path: str, offset: str, size: str) -> None:
-        """The beginning of one file becomes a part of another, which is made if it is not there."""
+        """Reflink the beginning of one file into another, which is made if it does not exist."""
         try:
             file = self._file(source)
         except OSError:
@@ -584,7 +583,7 @@ class Session:
         self._share(self.filesystem.live, file, path, int(offset), int(size))
 
     def _do_share_kept(self, name: str, source: str, path: str, offset: str, size: str) -> None:
-        """The same with a file of a snapshot."""
+        """The same from a file of a snapshot."""
         record = self.filesystem.catalog.find(name)
         kept = self.model.snapshots.get(name)
         volume = None if record is None else self.filesystem.volume(record.root_id)
@@ -618,7 +617,7 @@ class Session:
         self.files.share(source, 0, ino, offset, shared)
 
     def _do_unnamed(self, path: str, size: str, then: str) -> None:
-        """A file of O_TMPFILE with data, which gets a name, or is let go."""
+        """Make a file with O_TMPFILE and data; then link it under a name, or close it."""
         made: list[int] = []
 
         def make():  # type: ignore[no-untyped-def]
@@ -712,7 +711,7 @@ class Session:
 
 
 def mount(device: RecordingDevice) -> Filesystem:
-    """Open an image for writing and do what the daemon does before it serves anybody."""
+    """Open an image for writing, with the work that the daemon does before it serves requests."""
     filesystem = open_filesystem(device, writable=True, cache_bytes=CACHE_BYTES)
     filesystem.commit()
     filesystem.reclaim_orphans()
