@@ -1,8 +1,8 @@
-"""Uses an image that may lie in every way a user could, and holds each step to its bounds.
+"""Uses an image that may lie in every way a user could, and keeps each step within bounds.
 
-Allowed are answers and `OSError` (a `CowfsError` is one). Anything else, a step of more than
-STEP_SECONDS_MAX (of CPU: the device is in memory, and a busy machine is no fault), or memory
-beyond MEMORY_BYTES_MAX more than before, is a fault of cowfs. The walk itself follows no directory
+Allowed are answers and `OSError` (a `CowfsError` is one). Any other exception, a step of more than
+STEP_SECONDS_MAX of CPU time (the device is in memory, so a busy machine is no fault), or memory
+beyond MEMORY_BYTES_MAX more than before, is a fault of cowfs. The walk itself enters no directory
 twice, as no program on a mount could.
 """
 
@@ -73,14 +73,14 @@ READ_BYTES = 1 << 20
 
 
 class TooSlow(BaseException):
-    """A step took longer than it may; no handler of the code under test catches this."""
+    """A step took too long; no handler in the code under test catches this."""
 
 
 def exercise(device: MemoryDevice, folder: Path) -> None:
-    """Every step on a copy of the image; raises what a user must never meet.
+    """Run every step on a copy of the image; raise whatever a user must never meet.
 
     Args:
-        folder: empty; what salvage and cowdump need is put there.
+        folder: an empty folder for the files of salvage and cowdump.
     """
     for step in (look, measure, account, mend, work, rescue):
         with bounded(step.__name__):
@@ -95,7 +95,7 @@ def _copy(device: MemoryDevice) -> MemoryDevice:
 
 @contextlib.contextmanager
 def bounded(name: str) -> Iterator[None]:
-    """Fail with TooSlow or MemoryError when the block does not keep to its bounds."""
+    """Fail with TooSlow or MemoryError if the block exceeds its bounds."""
 
     def expire(_number: int, _frame: types.FrameType | None) -> None:
         raise TooSlow(f"{name} took more than {STEP_SECONDS_MAX} s")
@@ -117,18 +117,18 @@ def bounded(name: str) -> Iterator[None]:
 
 
 def attempt(action: Callable[..., object], *arguments: object) -> object:
-    """The answer, or None when it was refused as it may be."""
+    """The answer of an action, or None if it was refused with an OSError."""
     try:
         return action(*arguments)
     except OSError:
         return None
 
 
-# --- the steps --------------------------------------------------------------------------------------
+# --- the steps ------------------------------------------------------------------------------------
 
 
 def look(device: MemoryDevice, _folder: Path) -> None:
-    """Everything that can be read through the engine."""
+    """Read everything that can be read through the engine."""
     try:
         filesystem = open_filesystem(device, writable=False)
     except OSError:
@@ -146,7 +146,7 @@ def _snapshots(filesystem: Filesystem) -> Iterator[Volume]:
 
 
 def walk(volume: Volume) -> set[bytes]:
-    """All names from the root directory; every file is looked at. Returns the paths."""
+    """Look at every file below the root directory. Returns the paths."""
     paths: set[bytes] = set()
     waiting = [(ROOT_INO, b"")]
     met = set()
@@ -174,7 +174,7 @@ def walk(volume: Volume) -> set[bytes]:
 
 
 def look_at(volume: Volume, ino: int) -> None:
-    """Attributes, xattrs, target and data of one inode."""
+    """Read attributes, xattrs, target and data of one inode."""
     inode = volume.get(ino)
     attempt(volume.stat_blocks, inode)
     for name in attempt(volume.listxattr, ino) or ():  # type: ignore[attr-defined]
@@ -187,7 +187,7 @@ def look_at(volume: Volume, ino: int) -> None:
 
 
 def measure(device: MemoryDevice, folder: Path) -> None:
-    """What is said about the image: check, generations, usage, cowdump."""
+    """Ask for everything that describes the image: check, generations, usage, cowdump."""
     from cowfs_tools.cowdu.rows import measure as usage
     from cowfs_tools.cowdump.main import cowdump
 
@@ -213,7 +213,7 @@ def measure(device: MemoryDevice, folder: Path) -> None:
 
 
 def account(device: MemoryDevice, _folder: Path) -> None:
-    """What snapshots, files and blocks cost, in every way that it is asked about."""
+    """Ask what snapshots, files and blocks cost, in every way there is."""
     filesystem = attempt(lambda: open_filesystem(device, writable=False))
     if not isinstance(filesystem, Filesystem):
         return
@@ -252,7 +252,7 @@ def _root_of(filesystem: Filesystem, record: RootRecord) -> Argument:
 
 
 def work(device: MemoryDevice, _folder: Path) -> None:
-    """A user who works on it: every kind of change, snapshots, a rollback, commits."""
+    """Work on the image as a user: every kind of change, snapshots, a rollback, commits."""
     filesystem = attempt(lambda: open_filesystem(device, writable=True))
     if not isinstance(filesystem, Filesystem):
         return
@@ -326,7 +326,7 @@ def _remove_all(volume: Volume) -> None:
 
 
 def mend(device: MemoryDevice, _folder: Path) -> None:
-    """A repair; what it says it can repair is clean afterwards, and never overwritten."""
+    """Repair the image; what the repair promises to mend must be clean, and nothing overwritten."""
     try:
         plan = repair_image(device, dry_run=True)
         done = repair_image(device)
@@ -338,7 +338,7 @@ def mend(device: MemoryDevice, _folder: Path) -> None:
 
 
 def rescue(device: MemoryDevice, folder: Path) -> None:
-    """Salvage, with the rings and without; nothing is made outside of its directory."""
+    """Salvage, with the rings and without; no file may appear outside its directory."""
     for number, rings in enumerate((True, False)):
         if not rings:
             total = device.size_bytes // 4096

@@ -1,9 +1,9 @@
-"""Images that lie: every checksum is right, and what the checksums vouch for is impossible.
+"""Images that lie: every checksum is right, and the contents they cover are impossible.
 
 A *recipe* is a short list of mutations. `build` writes a small image by hand (image_builder.py) and
-lets each mutation change one thing on the way: an entry of a node, its header, a root or drop record,
-a refcount, an entry of the index, a member of the superblock. As parents are written after their
-children, the checksums are right up to the superblock. The same recipe gives the same image.
+lets each mutation change one thing on the way: an entry of a node, its header, a root or drop
+record, a refcount, an entry of the index, a member of the superblock. As parents are written after
+their children, the checksums are right up to the superblock. The same recipe gives the same image.
 """
 
 import struct
@@ -53,17 +53,18 @@ from tests.care.image_builder import (
 TOTAL_BLOCKS = 4096
 GENERATION = 70
 
-# Numbers at which arithmetic, tables and limits end.
+# Numbers at the limits of arithmetic, tables and the format.
 NUMBERS = (
-    0, 1, 2, 3, 7, 15, 16, 63, 64, 65, 69, 70, 71, 255, 256, 257, 1000, 1023, 1024, 2047, 2048, 2049,
-    4031, 4032, 4095, 4096, 4097, 0x4000, 0x8000, 0xA000, 0xFFFF, 1 << 16, 1 << 20,
+    0, 1, 2, 3, 7, 15, 16, 63, 64, 65, 69, 70, 71, 255, 256, 257, 1000, 1023, 1024, 2047, 2048,
+    2049, 4031, 4032, 4095, 4096, 4097, 0x4000, 0x8000, 0xA000, 0xFFFF, 1 << 16, 1 << 20,
     (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, (1 << 40) - 1, 1 << 40, (1 << 51) - 1, 1 << 51,
     1 << 52, (1 << 62),
     (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1,
 )  # fmt: skip
 NAMES = (
     b"..", b".", b"/", b"a/b", b"../../etc/passwd", b"/etc/passwd", b"nul\0inside", b"\0", b"",
-    b"x" * 255, b"\xff\xfe", b"line\nbreak", b".snapshots", b"hello", b"big", b"\x1b[2J", b"lost+found",
+    b"x" * 255, b"\xff\xfe", b"line\nbreak", b".snapshots", b"hello", b"big", b"\x1b[2J",
+    b"lost+found",
 )  # fmt: skip
 ENTRY_KINDS = (
     "remove", "repeat", "swap", "key byte", "key length", "key number", "value cut", "value grow",
@@ -77,7 +78,7 @@ KINDS = ENTRY_KINDS + HEADER_KINDS + OTHER_KINDS
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """One lie. `kind` is one of KINDS; the numbers choose where, what and how, each modulo its range."""
+    """One lie. `kind` is one of KINDS; the numbers, modulo their ranges, choose where and what."""
 
     kind: str
     site: int = 0
@@ -90,7 +91,7 @@ class Mutation:
 
 
 def recipe_of(lists: Sequence[Sequence[Any]]) -> list[Mutation]:
-    """A recipe from its lists in JSON."""
+    """A recipe from the lists that JSON holds."""
     return [Mutation(str(kind), *map(int, numbers)) for kind, *numbers in lists]
 
 
@@ -100,10 +101,10 @@ def build(
     per_node: int = 3,
     xattrs: Sequence[tuple[int, bytes, bytes]] = (),
 ) -> MemoryDevice:
-    """The image of a recipe: a volume, two snapshots, and a deletion that is half done.
+    """Build the image of a recipe: a volume, two snapshots, and a half-done deletion.
 
     Args:
-        xattrs: more of them: inode, name, value.
+        xattrs: more xattrs, as inode, name and value.
     """
     builder = HostileBuilder(recipe)
     volume = sample_volume(builder)
@@ -123,13 +124,13 @@ def build(
 
 
 def build_braid(levels: int = 5, ways: int = 250) -> MemoryDevice:
-    """A tree whose one leaf is reached in `ways` to the power of `levels` ways."""
+    """A tree whose only leaf is reached in `ways` to the power of `levels` ways."""
     builder = HostileBuilder([])
     volume = VolumeItems()
     volume.directory(1)
     volume.inode(2, 0o100644, 1, 0)
     volume.name(1, b"file", 2)
-    # Only items of inode 1: a listing of it does not end in this leaf.
+    # The leaf holds items of inode 1 only, so a listing of inode 1 does not end in it.
     pointer = builder.node(0, [entry for entry in volume.entries() if split_key(entry[0])[0] == 1])
     nodes = 1
     for level in range(1, levels + 1):
@@ -142,7 +143,7 @@ def build_braid(levels: int = 5, ways: int = 250) -> MemoryDevice:
 
 
 def write_image(device: MemoryDevice, path: Path) -> None:
-    """The image as a sparse file."""
+    """Write the image as a sparse file."""
     with open(path, "wb") as file:
         file.truncate(device.size_bytes)
         for block, data in device.blocks.items():
@@ -152,7 +153,7 @@ def write_image(device: MemoryDevice, path: Path) -> None:
 
 
 def _grow(volume: VolumeItems, builder: ImageBuilder) -> None:
-    """Enough files for a tree of four levels."""
+    """Add enough files for a tree of four levels."""
     volume.directory(20, 1, b"many")
     for number in range(21, 33):
         volume.inode(number, 0o100644, 1, BLOCK_SIZE_BYTES)
@@ -161,7 +162,7 @@ def _grow(volume: VolumeItems, builder: ImageBuilder) -> None:
 
 
 class HostileBuilder(ImageBuilder):
-    """Writes what it is told, with the changes of a recipe."""
+    """A builder that writes what it is given, changed as a recipe says."""
 
     def __init__(self, recipe: Sequence[Mutation]) -> None:
         super().__init__(TOTAL_BLOCKS, generation=GENERATION)
@@ -252,7 +253,7 @@ class HostileBuilder(ImageBuilder):
     def _change_children(
         self, entries: list[tuple[bytes, bytes]], at: int, mutation: Mutation, number: int
     ) -> list[tuple[bytes, bytes]]:
-        """Lies of an inner node: children that are others, or the same one again and again."""
+        """Lies of an inner node: pointers to other nodes, or to the same one many times."""
         item, value = entries[at]
         if mutation.kind == "many children":
             child = entries[0][1]
@@ -271,14 +272,14 @@ class HostileBuilder(ImageBuilder):
         return entries
 
     def point_at(self, pointer: Pointer) -> None:
-        """Only what is in the image can be counted."""
+        """Count a reference only if the blocks are in the image."""
         if max(pointer.block, pointer.twin) <= self.total_blocks - NODE_BLOCKS:
             super().point_at(pointer)
 
     # --- records ----------------------------------------------------------------------------------
 
     def change_records(self) -> None:
-        """Let root and drop records, and refcounts, be what the recipe says."""
+        """Change root records, drop records and refcounts as the recipe says."""
         for mutation in self._recipe:
             number = NUMBERS[mutation.value % len(NUMBERS)]
             if mutation.kind == "root":
@@ -366,7 +367,7 @@ class HostileBuilder(ImageBuilder):
                     entries[at] = entries[used[mutation.entry % len(used)]]
 
 
-# --- bytes ------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def _encode(
@@ -376,7 +377,7 @@ def _encode(
     image_id: int,
     entries: Sequence[tuple[bytes, bytes]],
 ) -> bytes:
-    """A node without any check; what does not fit is cut off."""
+    """Encode a node without any check; what does not fit is cut off."""
     keys = [item for item, _ in entries]
     values = [value for _, value in entries]
     lengths = struct.pack(
@@ -384,8 +385,8 @@ def _encode(
     )
     body = b"".join((lengths, *keys, *values))
     header = NODE_HEADER.pack(
-        bytes(16), NODE_MAGIC, level, 0, 0, len(keys), len(body), pointer.birth, pointer.block, owner,
-        image_id,
+        bytes(16), NODE_MAGIC, level, 0, 0, len(keys), len(body), pointer.birth, pointer.block,
+        owner, image_id,
     )  # fmt: skip
     return (header + body[:NODE_CAPACITY_BYTES]).ljust(NODE_SIZE_BYTES, b"\0")
 
@@ -421,7 +422,7 @@ def _with_byte(data: bytes, at: int, value: int) -> bytes:
 
 
 def _with_number(data: bytes, what: int, number: int) -> bytes:
-    """A little-endian number of 2, 4 or 8 bytes at an aligned place."""
+    """Put a little-endian number of 2, 4 or 8 bytes at an aligned place."""
     size = (2, 4, 8)[what % 3]
     if len(data) < size:
         return data
@@ -451,7 +452,7 @@ _INODE_MEMBERS = {
 def _change_items(
     entries: list[tuple[bytes, bytes]], at: int, mutation: Mutation, number: int
 ) -> list[tuple[bytes, bytes]]:
-    """Lies about one item of a tree: a name, an extent, an inode, an attribute."""
+    """Lies about one item of a tree: a name, an extent, an inode, an xattr."""
     wanted = {
         "name": TYPE_NAME,
         "target": TYPE_NAME,
@@ -493,7 +494,7 @@ def _change_items(
 
 
 def _named(item: bytes, value: bytes, mutation: Mutation) -> tuple[bytes, bytes]:
-    """Another name for the same inode, filed under its right hash or under the old one."""
+    """Another name for the same inode, under its right hash or under the old one."""
     name = NAMES[mutation.what % len(NAMES)]
     length = len(name) if mutation.value % 5 else mutation.value % 256
     entry = value[:10] + bytes([length & 0xFF]) + name

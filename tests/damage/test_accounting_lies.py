@@ -1,4 +1,4 @@
-"""Trees that lie about what they share: an error, never another number, and in bounded time."""
+"""Promises of accounting on trees that lie about sharing: an error, in bounded time."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +39,7 @@ Look = Callable[[Filesystem], object]
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Damage is logged, and here there is nothing else."""
+    """Silence the log: these images are damaged, and every warning tells of that."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -54,7 +54,7 @@ def pinned(filesystem: Filesystem) -> object:
 
 
 def usage(filesystem: Filesystem) -> object:
-    """Of the root directory of the first snapshot, the way cowdu asks."""
+    """The usage of the root directory of the first snapshot, asked for as cowdu does."""
     record = filesystem.catalog.snapshots()[0]
     volume = filesystem.volume(record.root_id)
     assert volume is not None
@@ -69,7 +69,7 @@ READS: Sequence[Look] = (survey, virtual_drop, pinned, usage, versions)
 
 
 def refused(device: MemoryDevice, *reads: Look) -> None:
-    """The checker finds it, each of these reads ends in CorruptError, and no read does worse."""
+    """The checker finds the lie, each of `reads` ends in CorruptError, and no read does worse."""
     assert not check_image(device).clean
     for read in READS:
         filesystem = open_filesystem(device, writable=False)
@@ -82,7 +82,7 @@ def refused(device: MemoryDevice, *reads: Look) -> None:
 
 
 class Liar:
-    """A volume of files of one block, and a snapshot of it, of which a test makes what it likes."""
+    """A volume of files of one block, with a snapshot whose tree a test can make as it likes."""
 
     def __init__(self, *, duplicated: bool = True) -> None:
         self.builder = ImageBuilder(duplicated=duplicated)
@@ -97,13 +97,13 @@ class Liar:
             self.volume.extent(ino, 0, extent)
 
     def leaves(self, per_node: int = 8) -> Entries:
-        """Leaves of the volume, as entries of a node above them."""
+        """Write the volume's leaves; return the entries of a node above them."""
         entries = self.volume.entries()
         groups = [entries[at : at + per_node] for at in range(0, len(entries), per_node)]
         return [(group[0][0], self.builder.node(0, group).encode()) for group in groups]
 
     def finish(self, top: Pointer) -> MemoryDevice:
-        """The snapshot alone has this tree; the live volume has none of it."""
+        """Finish an image whose snapshot has this tree, and whose live volume shares none of it."""
         nodes = len(self.builder.node_pointers)
         live = VolumeItems()
         live.directory(1)
@@ -112,7 +112,7 @@ class Liar:
         return self.builder.finish()
 
     def encoded(self, pointer: Pointer, level: int, entries: Entries) -> Pointer:
-        """Other content at the place of a node that is there."""
+        """Replace the contents of an existing node."""
         data, checksum = encode_node(
             level,
             pointer.birth,
@@ -130,7 +130,7 @@ class Liar:
 
 
 def test_image_that_does_not_lie_is_answered() -> None:
-    """Promise: what is refused below is refused for its lie."""
+    """Promise: the sound image is answered, so the refusals below are because of the lies."""
     for duplicated in (True, False):
         liar = Liar(duplicated=duplicated)
         device = liar.finish(liar.builder.node(1, liar.leaves()))
@@ -142,17 +142,17 @@ def test_image_that_does_not_lie_is_answered() -> None:
 
 
 def test_node_at_two_levels_is_refused() -> None:
-    """Promise: a node that is pointed at as an inner node and as a leaf is damage."""
+    """Promise: a node that is both inner node and leaf for its parents is damage."""
     liar = Liar()
     leaves = liar.leaves()
     middle = liar.builder.node(1, leaves[1:])
-    # The highest node has an inner node below it, and one of the leaves.
+    # The highest node has an inner node below it, and also one of the leaves.
     top = liar.builder.node(2, [leaves[0], (leaves[1][0], middle.encode())])
     refused(liar.finish(top), survey, virtual_drop, pinned, usage, versions)
 
 
 def test_node_that_one_root_has_as_its_top_and_another_below_as_leaf_is_refused() -> None:
-    """Promise: roots of different heights that meet in a node at two levels are damage."""
+    """Promise: a node that is the root of one tree and a leaf of another is damage."""
     liar = Liar()
     leaves = liar.leaves()
     middle = liar.builder.node(1, leaves)
@@ -162,11 +162,11 @@ def test_node_that_one_root_has_as_its_top_and_another_below_as_leaf_is_refused(
 
 
 def test_inner_node_that_points_at_itself_is_refused() -> None:
-    """Promise: no walk goes round in a circle."""
+    """Promise: an inner node that points at itself is damage, and no walk runs in a circle."""
     liar = Liar()
     leaves = liar.leaves()
     below = liar.builder.node(1, leaves)
-    # A checksum of itself cannot be had, so the circle leads by another birth, or by a lying checksum.
+    # No node can hold its own checksum, so the circle needs another birth or a lying checksum.
     entries = [leaves[0], (leaves[1][0], below.encode())]
     top = liar.encoded(below, 1, entries)
     refused(liar.finish(top), survey, virtual_drop, usage)
@@ -174,7 +174,7 @@ def test_inner_node_that_points_at_itself_is_refused() -> None:
 
 @pytest.mark.parametrize("number", [number for number in NUMBERS if number > 4000 or number < 64])
 def test_extent_that_leaves_the_image_is_refused(number: int) -> None:
-    """Promise: a run of blocks beyond the end, however far, is never counted."""
+    """Promise: an extent beyond the end of the image is damage, however far it reaches."""
     liar = Liar()
     item = key(5, TYPE_EXTENT, 0)
     value = liar.volume.items[item]
@@ -192,7 +192,7 @@ def test_extent_that_leaves_the_image_is_refused(number: int) -> None:
 @pytest.mark.parametrize("member", ["block", "twin", "birth"])
 @pytest.mark.parametrize("number", [1 << 31, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, 4095])
 def test_pointer_that_leaves_the_image_or_its_time_is_refused(member: str, number: int) -> None:
-    """Promise: pointers of inner nodes, of roots and of the drop queue are looked at before use."""
+    """Promise: pointers of inner nodes, roots and the drop queue are checked before use."""
     for kind in ("child", "root", "drop"):
         liar = Liar()
         leaves = liar.leaves()
@@ -211,7 +211,7 @@ def test_pointer_that_leaves_the_image_or_its_time_is_refused(member: str, numbe
 
 
 def test_two_pointers_with_different_checksums_are_refused() -> None:
-    """Promise: a place cannot hold two nodes; whichever is read, the survey says that one is wrong."""
+    """Promise: two pointers to one block with different checksums are damage."""
     liar = Liar()
     leaves = liar.leaves()
     right = liar.builder.node_pointers[0]
@@ -224,7 +224,7 @@ def test_two_pointers_with_different_checksums_are_refused() -> None:
 
 @pytest.mark.parametrize("member", ["twin", "birth"])
 def test_two_pointers_that_disagree_about_a_node_are_refused(member: str) -> None:
-    """Promise: the same of another twin, or another birth: the cost is no matter of luck."""
+    """Promise: two pointers to one node with another twin or birth are damage."""
     liar = Liar()
     leaves = liar.leaves()
     right = liar.builder.node_pointers[0]
@@ -236,11 +236,11 @@ def test_two_pointers_that_disagree_about_a_node_are_refused(member: str) -> Non
 
 @pytest.mark.parametrize("of", ["root", "leaf", "data"])
 def test_refcount_that_is_too_low_is_refused(of: str) -> None:
-    """Promise: what cannot be right is no number: a block with fewer references than lead to it."""
+    """Promise: a block with fewer references than lead to it is damage, not a wrong number."""
     liar = Liar()
     leaves = liar.leaves()
     leaf = liar.builder.node_pointers[0]
-    # Reached twice from the snapshot: by both halves of its tree.
+    # The snapshot reaches it twice: through both halves of its tree.
     halves = [liar.builder.node(1, leaves[:3]), liar.builder.node(1, [leaves[0], *leaves[3:]])]
     top = liar.builder.node(
         2, [(leaves[0][0], halves[0].encode()), (leaves[3][0], halves[1].encode())]
@@ -261,7 +261,7 @@ def test_refcount_that_is_too_low_is_refused(of: str) -> None:
 
 
 def test_root_records_of_one_number_are_refused() -> None:
-    """Promise: a root that claims to be another is not taken for it."""
+    """Promise: a root record that claims the id of another root is damage."""
     liar = Liar()
     sunday = liar.builder.add_root(liar.volume, "sunday", RootKind.SNAPSHOT)
     top = liar.builder.node(1, liar.leaves())
@@ -271,7 +271,7 @@ def test_root_records_of_one_number_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", KINDS_OF_NUMBERS)
 def test_every_number_of_a_kind_is_answered(kind: str, tmp_path: Path) -> None:
-    """Promise: at the numbers where arithmetic ends, accounting still answers or refuses."""
+    """Promise: at the limits of arithmetic, accounting answers or refuses, and nothing worse."""
     for what in range(4):
         for value in [at for at, number in enumerate(NUMBERS) if number > 4000 or number < 3]:
             device = build([Mutation(kind, 2 * what, value, what, value)])

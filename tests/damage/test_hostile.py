@@ -1,7 +1,7 @@
-"""Promises about images that lie: an answer or an error of ours, in bounded time and memory.
+"""Promises about images that lie: an answer or a CowfsError, in bounded time and memory.
 
 Each run makes images from fixed seeds and replays the kept ones; `--times` makes tens of thousands,
-`--seed` begins with another seed. A failure prints its recipe: kept.json takes it.
+`--seed` begins with another seed. A failure prints its recipe, which can be added to kept.json.
 """
 
 import json
@@ -27,7 +27,7 @@ FIRST_SEED = chosen_seed(0)
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    """Damage is logged, and here there is nothing else."""
+    """Silence the log: these images are damaged, and every warning tells of that."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
@@ -49,13 +49,13 @@ def recipe_of_seed(seed: int) -> list[Mutation]:
 
 
 def test_image_without_lies_is_clean() -> None:
-    """Promise: what the lies are told to is sound, so that each of them is the only fault."""
+    """Promise: the image without mutations is sound, so each mutation is the only fault."""
     assert check_image(build([])).findings == ()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_lie_changes_images(kind: str) -> None:
-    """Promise: no kind of mutation is without effect."""
+    """Promise: every kind of mutation changes the image."""
     sound = build([]).blocks
     changed = 0
     for seed in range(60):
@@ -67,17 +67,17 @@ def test_every_kind_of_lie_changes_images(kind: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(KEPT))
 def test_kept_image_is_answered(name: str, tmp_path: Path) -> None:
-    """Promise: what once was a fault stays mended."""
+    """Promise: an image that once showed a fault of cowfs shows it no more."""
     exercise(build(recipe_of(KEPT[name])), tmp_path)
 
 
 def test_leaf_that_is_reached_in_a_million_ways_is_read_once(tmp_path: Path) -> None:
-    """Promise: no walk of any part takes longer because a node is pointed at again and again."""
+    """Promise: no walk takes longer because many pointers lead to one node."""
     exercise(build_braid(), tmp_path)
 
 
 def test_acls_that_lie_are_answered(tmp_path: Path) -> None:
-    """Promise: whatever stands where an ACL should, on whatever file, costs that file at the most."""
+    """Promise: an invalid ACL on any file type makes at most that file unreadable."""
     for seed in range(12):
         choice = random.Random(seed)
         xattrs = []
@@ -98,7 +98,7 @@ def test_acls_that_lie_are_answered(tmp_path: Path) -> None:
 def test_images_of_seeds_are_answered(
     part: int, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """Promise: no uncaught exception, no step beyond two seconds, bounded memory, no way out."""
+    """Promise: lying images cause no uncaught exception, slow step, large memory or way out."""
     numbers = range(FIRST_SEED + part, FIRST_SEED + IMAGES, 8)
     for number in numbers:
         recipe = recipe_of_seed(number)
@@ -128,5 +128,5 @@ MUTATIONS = st.builds(
 def test_images_that_hypothesis_makes_are_answered(
     recipe: list[Mutation], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Promise: the same, and a failure is shrunk to the lie that matters."""
+    """Promise: the same for random recipes, and a failure shrinks to the lie that matters."""
     exercise(build(recipe), tmp_path_factory.mktemp("hostile"))

@@ -1,4 +1,4 @@
-"""Promises about images that lie, through a real mount: no path out, no name that cannot be, no hang."""
+"""Promises about lying images on a real mount: no way out, no impossible name, no hang."""
 
 import json
 import os
@@ -29,7 +29,7 @@ ENTRIES_MAX = 5000
 
 
 def walk(top: Path) -> int:
-    """Look at everything below a directory as find and cat would; how many names there are."""
+    """Look at everything below a directory as find and cat would. Returns the number of names."""
     count = 0
     device = os.lstat(top).st_dev
     waiting, met = [os.fsencode(top)], set()
@@ -68,7 +68,7 @@ def walk(top: Path) -> int:
 def test_lying_image_is_mounted_looked_at_and_unmounted(
     tmp_path: Path, name: str, options: str
 ) -> None:
-    """Promise: the names that are sound are shown, the others never, and the mount ends in order."""
+    """Promise: only valid names are shown, and the mount ends in order."""
     image, place = tmp_path / "lies.img", tmp_path / "place"
     place.mkdir()
     write_image(build(recipe_of(KEPT[name])), image)
