@@ -1,8 +1,8 @@
-"""The k-th call of the device fails, for every k: reads, writes and flushes, once and for good (C8).
+"""Promises C1 and C8 when the k-th call of the device fails, for every k: reads, writes, flushes.
 
-The short run lets every call of each part of the workload fail once with EIO, and every third of them
-in each other way, of which each call meets one or two. `--long` takes every call of every range of parts
-in every way. The number of faults is told at the end of the run.
+The short run lets every call of each part of the workload fail once with EIO, and every third of
+them in each other way, so a call meets one or two of those. `--long` lets every call of every range
+of parts fail in every way. The number of faults is printed at the end of the run.
 """
 
 import errno
@@ -32,7 +32,7 @@ KINDS = [
 ]
 
 
-STRIDE = 3  # in the ways that are not taken at every call
+STRIDE = 3  # for the ways that are not tried at every call
 LAYOUTS = ["twins", "one-copy"]
 
 
@@ -49,7 +49,7 @@ def start(layout: str, parts: tuple[int, int], fault: Fault | None) -> tuple[Wor
 
 @functools.cache
 def call_count(layout: str, parts: tuple[int, int], kind: str) -> int:
-    """How often a call is made by a run in which nothing fails; that run must be perfect."""
+    """The number of such calls in a run without failures; that run must be perfect."""
     work, device = start(layout, parts, None)
     work.run(script_of(parts))
     assert not work.failures
@@ -77,7 +77,7 @@ def inject(
     short: bool,
     sticky: bool,
 ) -> None:
-    """One run with one fault, and its judgement."""
+    """Make one run with one fault, and judge it."""
     fault = Fault(kind, after, number, short=short, sticky=sticky)
     work, device = start(layout, parts, fault)
     work.run(script_of(parts))
@@ -108,7 +108,7 @@ def test_failing_call_leaves_no_false_success_and_no_half_operation(
     sticky: bool,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Promises C1 and C8: EIO is said, the past stays, and the image mounts clean afterwards."""
+    """Promises C1 and C8: the operation answers EIO, history stays, and the image mounts clean."""
     injected = 0
     way = KINDS.index((kind, number, short)) + sticky
     is_every_call = is_long() or (number == errno.EIO and not short and not sticky)

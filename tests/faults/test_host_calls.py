@@ -1,7 +1,8 @@
-"""The calls of the host do less than they were asked: short reads and writes, or nothing at all.
+"""Promises C1 and C8 when calls of the host do less than asked: a short transfer, or nothing.
 
-Below `FileDevice` on a real file, by standing in for the functions of `os` that it calls. A short call
-must be gone on with and change nothing; a call that does nothing is an error like any other (C8).
+`FileDevice` works on a real file, with stand-ins for the functions of `os` that it calls. It must
+continue after a short call, which changes nothing; a call that does nothing is an error like any
+other (C8).
 """
 
 import errno
@@ -23,13 +24,13 @@ STRIDE = 1 if is_long() else 12  # each run reads and writes a whole image
 
 
 class HostCalls:
-    """`os`, but for one call of one function.
+    """`os`, with one call of one function replaced.
 
     Args:
         name: "pread", "pwritev" or "fdatasync".
-        after: so many calls of it are left alone.
-        how: "short" does a part, "nothing" does nothing and says so, "EIO" and "ENOSPC" raise.
-        sticky: later calls too.
+        after: that many calls of the function are left alone.
+        how: "short" transfers a part, "nothing" transfers nothing, "EIO" and "ENOSPC" raise.
+        sticky: all later calls of the function fail too.
     """
 
     def __init__(self, name: str, after: int, how: str, *, sticky: bool) -> None:
@@ -91,7 +92,7 @@ def content_of(path: Path) -> MemoryDevice:
 
 
 def run(base: Base, part: int, path: Path, host: HostCalls) -> Workload:
-    """One run on a real file; what is left is legal and clean."""
+    """Make one run on a real file; the image that it leaves must be legal and clean."""
     base.disk.save(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device_module, "os", host)
@@ -125,7 +126,7 @@ def test_call_of_the_host_does_less_than_asked(
     sticky: bool,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Promises C1 and C8: short calls are made whole, failed ones are said and harm nothing."""
+    """Promises C1 and C8: short calls are continued; failed calls are reported and harm nothing."""
     injected = 0
     for part, base in enumerate(bases):
         untouched = HostCalls("none", 0, how, sticky=False)

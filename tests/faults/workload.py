@@ -1,8 +1,8 @@
 """One run of every operation of cowfs beside a model, on a device that fails at a chosen call.
 
 `Workload.run` makes the operations of `PARTS` in order. An operation that returns is made in the
-model too; one that fails with EIO is not, and must have left nothing. `Workload.end` then judges what a
-power cut leaves: a generation that is not older than the last acknowledged one, with exactly the
+model too; one that fails with EIO is not, and must have changed nothing. `Workload.end` then judges
+what a power cut leaves: a generation no older than the last acknowledged one, with exactly the
 history of its freeze, that checks clean and can be written to.
 """
 
@@ -35,8 +35,8 @@ from tests.model.files_machine import compare, content
 from tests.model.reference import ROOT, ReferenceFiles, ReferenceHistory
 
 NAME = b"n" * 180
-# Every run begins with nothing in memory, and keeps what it read as the smallest mount does: what an
-# operation read before it changed anything cannot fail afterwards.
+# Every run begins with an empty cache, of the size of the smallest mount. The cache keeps what an
+# operation reads before its first change, so reading that again cannot fail.
 CACHE_BYTES = CACHE_BYTES_MIN
 REG = stat.S_IFREG | 0o644
 DIRECTORY = stat.S_IFDIR | 0o755
@@ -44,7 +44,7 @@ DIRECTORY = stat.S_IFDIR | 0o755
 
 @dataclass(slots=True)
 class Base:
-    """An image to begin with, and what it holds."""
+    """An image to begin with, and the model of its contents."""
 
     disk: MemoryDevice
     model: ReferenceHistory
@@ -52,11 +52,11 @@ class Base:
 
 @dataclass(slots=True)
 class Workload:
-    """The filesystem of one run, and what it must be.
+    """The filesystem of one run, and the model that it must equal.
 
     Args:
-        device: that may fail.
-        model: what the image on it holds.
+        device: a device that may fail.
+        model: the model of the image on it.
     """
 
     device: Device
@@ -67,13 +67,13 @@ class Workload:
     acknowledged: int = 0
     failures: int = 0  # operations that answered EIO
 
-    # --- running ------------------------------------------------------------------------------------
+    # --- running ----------------------------------------------------------------------------------
 
     def run(self, script: Sequence["Step"]) -> None:
-        """Mount, make all steps, unmount; ends early when the filesystem failed for good (C8)."""
+        """Mount, make all steps, unmount; end early if the filesystem failed for good (C8)."""
         self.open()
         if self.filesystem is None:
-            self.open()  # as its user would, once more
+            self.open()  # once more, as its user would
         if self.filesystem is None:
             return
         for step in [*script, close]:
@@ -88,7 +88,7 @@ class Workload:
                 return
 
     def open(self) -> None:
-        """Mount; the model becomes what the newest generation held."""
+        """Mount; the model becomes that of the generation that was mounted."""
         self.filesystem = None
         try:
             filesystem = open_filesystem(self.device, writable=True, cache_bytes=self.cache_bytes)
@@ -119,10 +119,10 @@ class Workload:
         return self.model.live
 
     def both(self, real: Callable[[], object], model: Callable[[], object]) -> None:
-        """Do the same to both; what the one refuses the other must refuse alike.
+        """Do the same to both; an error of the one must be the same error of the other.
 
         Raises:
-            DeviceError: the device failed below the real one; the model is as it was.
+            DeviceError: the device failed below the filesystem; the model is unchanged.
         """
         try:
             real()
@@ -140,7 +140,7 @@ class Workload:
     def commit(
         self, checked: Checked | None = None, model: Callable[..., None] | None = None
     ) -> None:
-        """Commit; the model takes over an edit with the generation that holds it."""
+        """Commit, with an edit if given; the model records its state under the new generation."""
         filesystem = self.opened
         commit = filesystem.freeze(checked)
         if model is not None and checked is not None:
@@ -153,7 +153,7 @@ class Workload:
     def edit(self, edit: Edit, model: Callable[..., None]) -> None:
         self.commit(self.opened.check(edit), model)
 
-    # --- judging ------------------------------------------------------------------------------------
+    # --- judging ----------------------------------------------------------------------------------
 
     def require_failed_for_good(self) -> None:
         """C8: after a failed write or flush every change is EIO, and nothing looks durable."""
@@ -178,11 +178,11 @@ class Workload:
                 raise AssertionError("something changed after a failed commit (C8)")
 
     def require_whole(self) -> None:
-        """What is in memory equals the model: an operation that failed left nothing."""
+        """Fail unless the volume in memory equals the model: a failed operation left nothing."""
         compare(self.volume, self.files)
 
     def end(self, disk: MemoryDevice) -> None:
-        """What `disk` holds now, after a power cut or a stop, is a legal history and clean."""
+        """Fail unless `disk`, after a power cut or a stop, holds a legal history and is clean."""
         judged = Workload(disk, self.model, 1 << 24, None, self.states, self.acknowledged)
         judged.open()
         assert judged.filesystem is not None, "the image does not mount afterwards (C1)"
@@ -192,7 +192,7 @@ class Workload:
 
 
 def compare_all(filesystem: Filesystem, model: ReferenceHistory) -> None:
-    """The live volume and every snapshot equal the model's."""
+    """Fail unless the live volume and every snapshot equal the model's."""
     compare(filesystem.live, model.live)
     records = {record.name: record for record in filesystem.catalog.snapshots()}
     assert records.keys() == model.snapshots.keys()
@@ -203,7 +203,7 @@ def compare_all(filesystem: Filesystem, model: ReferenceHistory) -> None:
 
 
 def close(work: Workload) -> None:
-    """Unmount in order."""
+    """Unmount cleanly."""
     filesystem = work.opened
     work.states[filesystem.store.generation] = work.model.copy()
     filesystem.close()
@@ -291,7 +291,7 @@ def allocate(path: bytes, mode: int, offset: int, size: int) -> Step:
 
 
 def share(source: bytes, path: bytes, begin: int, offset: int, size: int) -> Step:
-    """Both are there, whole blocks, and `size` lies in the source."""
+    """Reflink; both files exist, blocks are whole, and `size` lies within the source."""
 
     def step(work: Workload) -> None:
         from_ino, ino = find(work, source), find(work, path)
@@ -305,7 +305,7 @@ def share(source: bytes, path: bytes, begin: int, offset: int, size: int) -> Ste
 
 
 def create_unnamed(size: int, path: bytes = b"") -> Step:
-    """A file without a name, and then one if `path` is given."""
+    """Make a file without a name, and link it at `path` if given."""
     data = content(size, size)
 
     def step(work: Workload) -> None:
@@ -397,7 +397,7 @@ def rename(path: bytes, to: bytes, flags: int = 0) -> Step:
 
 
 def unlink(path: bytes) -> Step:
-    """Only the name: whoever has the file open keeps it."""
+    """Remove a name; a file that is open stays."""
 
     def step(work: Workload) -> None:
         directory, name = _split(work, path)
@@ -423,7 +423,7 @@ def rmdir(path: bytes) -> Step:
 
 
 def reclaim(work: Workload) -> None:
-    # A mark that could not be read when the image was opened waits for the next time.
+    # An orphan mark that could not be read on mounting waits for the next mount.
     for ino in sorted(work.files.orphans & work.volume.orphans):
         while not work.volume.reclaim(ino):
             pass
@@ -507,7 +507,7 @@ def drop_some(work: Workload) -> None:
 
 
 def drop_all(work: Workload) -> None:
-    """A stuck drop keeps what it holds, and the others go on."""
+    """Drop everything; a drop that is stuck keeps its blocks, and the others go on."""
     while work.opened.drops.working:
         work.opened.drops.step(64)
     work.commit()
@@ -532,7 +532,7 @@ BASE: list[Step] = [
     write(b"open", 0, 70_000),
 ]
 
-# Each part begins with the image that those before it left, and ends by unmounting.
+# Each part begins with the image that the parts before it left, and ends by unmounting.
 PARTS: list[list[Step]] = [
     [
         create(b"dir/new"),
@@ -613,7 +613,7 @@ PARTS: list[list[Step]] = [
 
 
 def make_bases(*, copies: bool) -> list[Base]:
-    """The image, with a past, that each part begins with."""
+    """The images that the parts begin with, each with a history."""
     disk = MemoryDevice(4096)
     make_filesystem(disk, duplicate_metadata=copies)
     bases = []
@@ -629,5 +629,5 @@ def make_bases(*, copies: bool) -> list[Base]:
 
 
 def crash_seeds(number: int) -> list[random.Random | None]:
-    """How the unflushed blocks of a power cut are chosen: none of them, and some."""
+    """Choices of the unflushed blocks that a power cut keeps: none of them, and random ones."""
     return [None, random.Random(number)]
