@@ -1,4 +1,4 @@
-"""What the tests of cowdu share: an image for each test, copied from one that its file made once."""
+"""What the tests of cowdu share: each test gets a copy of the image that its file made once."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.image_files import require_clean
 
 @pytest.fixture
 def image(tmp_path: Path, original: bytes) -> Iterator[Path]:
-    """A copy of the `original` of the test's file; clean afterwards."""
+    """A copy of the `original` that the test's file made; clean afterwards."""
     path = tmp_path / "disk.img"
     path.write_bytes(original)
     yield path

@@ -1,7 +1,7 @@
-"""A headless Chromium for the report of cowdu: nothing of the user's in it, ended whatever happens.
+"""A headless Chromium for the report of cowdu: it uses no user profile and always ends.
 
-`chromium` is a context manager, so a test that fails ends the browser as one that passes does. The
-driver is told where everything is: selenium looks for nothing and fetches nothing.
+`chromium` is a context manager, so the browser ends after failed tests too. Selenium gets the paths
+of all programs and fetches nothing.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from tests.sizes import HANG_SECONDS
 
 
 def program(*names: str) -> str:
-    """The first of these programs that is installed; the test fails when none is."""
+    """The first of these programs that is installed; the test fails if none is."""
     for name in names:
         if found := shutil.which(name):
             return found
@@ -29,7 +29,7 @@ def program(*names: str) -> str:
 
 @contextlib.contextmanager
 def chromium(width: int = 1440, height: int = 1000) -> Iterator[Chrome]:
-    """A browser with an empty profile and a window of this size; it keeps its log of the console."""
+    """A browser with an empty profile and a window of this size; it keeps the console's log."""
     with tempfile.TemporaryDirectory(
         prefix="cowdu-chromium-", ignore_cleanup_errors=True
     ) as profile:
@@ -59,12 +59,12 @@ def chromium(width: int = 1440, height: int = 1000) -> Iterator[Chrome]:
 
 
 def write_page(path: Path, report: dict[str, Any]) -> Path:
-    """The page of `report`, put together as `cowdu report` does it."""
+    """Write the page of `report`, assembled as `cowdu report` does."""
     path.write_text(page_of(report), encoding="utf-8")
     return path
 
 
 def emulate(browser: Chrome, **features: str) -> None:
-    """Let the page see these media features, as `prefers_color_scheme="dark"`."""
+    """Make the page see these media features, such as `prefers_color_scheme="dark"`."""
     listed = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": listed})

@@ -1,4 +1,4 @@
-"""Runs cowdu, and takes its answer apart."""
+"""Runs cowdu and reads its answer."""
 
 import json
 import os
@@ -10,12 +10,12 @@ Words = str | os.PathLike[str]
 
 
 def cowdu(*words: Words) -> Completed:
-    """What it printed, and how it ended."""
+    """The output and exit status of cowdu."""
     return run_command("cowdu", *words)
 
 
 def cowdu_answer(*words: Words) -> dict[str, Any]:
-    """What it says with --json; it must succeed."""
+    """The answer of cowdu with --json; cowdu must succeed."""
     result = cowdu(*words, "--json")
     assert result.returncode == 0, result.stderr
     return cast(dict[str, Any], json.loads(result.stdout))

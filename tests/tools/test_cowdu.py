@@ -1,4 +1,4 @@
-"""Promises that cowdu tells what deleting frees, to the byte (C11), and changes nothing."""
+"""Promise C11: cowdu tells to the byte what deleting frees, and changes nothing."""
 
 import itertools
 import os
@@ -34,12 +34,12 @@ def original(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
 
 SETS = [
     names for count in range(1, 5) for names in itertools.combinations(NAMES, count)
-]  # all there are
+]  # every set of snapshots
 
 
 @pytest.mark.parametrize("names", SETS, ids="+".join)
 def test_cowdu_tells_what_deleting_a_set_frees(image: Path, names: tuple[str, ...]) -> None:
-    """Promise (C11): for every set of snapshots, to the byte."""
+    """Promise C11: for every set of snapshots cowdu tells what deleting it frees, to the byte."""
     before = tree_bytes(image)
     told = usage(image, *names)["reclaim"]
     assert told["names"] == list(names)
@@ -53,7 +53,7 @@ def test_cowdu_tells_what_deleting_a_set_frees(image: Path, names: tuple[str, ..
 
 
 def test_cowdu_rows_are_what_their_columns_say(image: Path) -> None:
-    """Promise: exclusive is what that one frees, together they free more, written is new in it."""
+    """Promise: exclusive is what deleting that one frees; all together free more than the sum."""
     contents = image.read_bytes()
     report = usage(image)
     rows = {row["name"]: row for row in report["snapshots"]}
@@ -69,7 +69,7 @@ def test_cowdu_rows_are_what_their_columns_say(image: Path) -> None:
 
 
 def test_cowdu_prints_tables_for_people_and_for_scripts(image: Path) -> None:
-    """Promise: with ranges; plain in a pipe; exact with -p; only rows with -H."""
+    """Promise: cowdu takes ranges; a pipe gets plain text, -p exact numbers, -H no titles."""
     text = run(image, "two%three").stdout
     lines = text.splitlines()
     assert lines[0].split() == ["NAME", "CREATED", "REFERENCED", "EXCLUSIVE", "WRITTEN"]
@@ -79,7 +79,7 @@ def test_cowdu_prints_tables_for_people_and_for_scripts(image: Path) -> None:
     bare = [line.split("\t") for line in run(image, "-H", "-p").stdout.splitlines()]
     report = usage(image)
     rows = report["snapshots"]
-    assert len(bare) == len(rows) + 1  # what is live; generations that are kept only with -a
+    assert len(bare) == len(rows) + 1  # the live files too; retained generations only with -a
     assert len(run(image, "-H", "-a").stdout.splitlines()) == len(rows) + len(report["others"])
     assert bare[len(rows)][0] == "(live)"
     assert bare[: len(rows)] == [
@@ -95,7 +95,7 @@ def test_cowdu_prints_tables_for_people_and_for_scripts(image: Path) -> None:
 
 
 def test_cowdu_of_an_image_without_snapshots_has_only_what_is_live(tmp_path: Path) -> None:
-    """Promise: no snapshot is no error, and what is live is told."""
+    """Promise: an image without snapshots is no error, and cowdu shows its live files."""
     image = make_image(tmp_path / "disk.img")
     report = usage(image)
     assert report["snapshots"] == []
@@ -105,7 +105,7 @@ def test_cowdu_of_an_image_without_snapshots_has_only_what_is_live(tmp_path: Pat
 
 
 def test_cowdu_refuses_in_one_line(tmp_path: Path, image: Path) -> None:
-    """Promise: the exit status tells what kind of mistake it was."""
+    """Promise: an error is one line, and the exit status tells its kind."""
     for words, status, says in (
         ([tmp_path / "no.img"], 10, "no.img"),
         ([tmp_path], 1, "no cowfs is mounted"),

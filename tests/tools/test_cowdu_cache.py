@@ -1,4 +1,4 @@
-"""Promises about what cowdu keeps between calls: it saves time, and can say nothing that is not so."""
+"""Promises of the cache that cowdu keeps between calls: it saves time and changes no number."""
 
 import io
 import json
@@ -33,7 +33,7 @@ Arrays = dict[str, Any]
 
 @pytest.fixture
 def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An image that cowdu has looked at."""
+    """An image for which cowdu has filled its cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     image = make_image(tmp_path / "disk.img")
     change(image, *history(NAMES))
@@ -47,7 +47,7 @@ def kept(image: Path) -> Path:
 
 
 def told(sets: OwnerSets) -> dict[str, Any]:
-    """All that the list shows."""
+    """All numbers that the list shows."""
     columns = ("referenced", "exclusive", "written", "cumulative")
     return {what: sets.each(what).tolist() for what in columns} | {
         "pairs": sets.pairs(),
@@ -57,7 +57,7 @@ def told(sets: OwnerSets) -> dict[str, Any]:
 
 
 def looked(image: Path, *, survey: bool = True) -> dict[str, Any]:
-    """The numbers as a command gets them, with or without what is kept."""
+    """The numbers that a command gets, with the cache if it is of use."""
     filesystem = open_filesystem(FileDevice(image, writable=False), writable=False)
     try:
         look = Look(filesystem)
@@ -73,7 +73,7 @@ def looked(image: Path, *, survey: bool = True) -> dict[str, Any]:
 
 
 def counted(image: Path) -> dict[str, Any]:
-    """The numbers of an image, from the image alone."""
+    """The numbers computed from the image alone, without the cache."""
     filesystem = open_filesystem(FileDevice(image, writable=False), writable=False)
     try:
         return told(owner_sets(filesystem))
@@ -87,7 +87,7 @@ def read(file: Path) -> Arrays:
 
 
 def put(file: Path, data: bytes) -> None:
-    """With a right checksum."""
+    """Write a cache file with a right checksum."""
     file.write_bytes(xxh3_128_digest(data) + data)
 
 
@@ -98,7 +98,7 @@ def packed(arrays: Arrays) -> bytes:
 
 
 def lie(arrays: Arrays, choice: random.Random) -> str:
-    """One lie about one array; what it was."""
+    """Put one lie into one array. Returns which."""
     name = choice.choice([name for name in arrays if name != "facts"])
     array = arrays[name].copy()
     how = choice.choice(["value", "value", "value", "cut", "more", "type", "shape", "swap"])
@@ -125,7 +125,7 @@ def lie(arrays: Arrays, choice: random.Random) -> str:
 
 
 def test_arrays_that_lie_under_a_right_checksum_change_no_number(image: Path) -> None:
-    """Promise: whatever the arrays say, no error of ours, and the numbers are those of the image."""
+    """Promise: no lie in the arrays causes an internal error or changes a number."""
     file = kept(image)
     good, expected = file.read_bytes(), counted(image)
     assert looked(image) == expected
@@ -138,9 +138,10 @@ def test_arrays_that_lie_under_a_right_checksum_change_no_number(image: Path) ->
 
 
 def test_structure_that_lies_is_not_built_upon(image: Path) -> None:
-    """Promise: at a later generation, too, where only the structure of nodes is used again.
+    """Promise: a lie in the structure of nodes changes no number at a later generation either.
 
-    What two nodes swap is in accord with all that the image counts: that is no error, and no more.
+    One lie may: two nodes that swap their runs agree with all that the image counts. It is no
+    error.
     """
     file = kept(image)
     good = file.read_bytes()
@@ -176,7 +177,7 @@ def test_structure_that_lies_is_not_built_upon(image: Path) -> None:
 def test_facts_that_lie_change_no_number(
     image: Path, change_facts: Callable[[dict[str, Any]], object]
 ) -> None:
-    """Promise: owners are those of the catalog, and a number that cannot be is no number."""
+    """Promise: owners come from the catalog, and impossible numbers in the cache are not used."""
     expected = counted(image)
     arrays = read(kept(image))
     facts = json.loads(arrays["facts"].tobytes())
@@ -194,7 +195,7 @@ def _compressed(arrays: Arrays) -> bytes:
 
 
 def _huge_header(arrays: Arrays) -> bytes:
-    """An array that says that it is an exbibyte."""
+    """A cache whose array claims a size of an exbibyte."""
     header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (144115188075855872,), }"
     member = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
     buffer = io.BytesIO(packed({name: arrays[name] for name in arrays if name != "tops"}))
@@ -224,7 +225,7 @@ def _nested(arrays: Arrays) -> bytes:
     ids=["bomb", "huge", "nested", "empty", "zip", "npy", "pickle", "missing", "cut"],
 )
 def test_file_of_any_bytes_is_as_good_as_none(image: Path, made: Callable[[Arrays], bytes]) -> None:
-    """Promise: no error of ours, no gigabytes of memory, and a good file afterwards."""
+    """Promise: any bytes as cache cause no internal error, take little memory, are replaced."""
     expected, size = counted(image), kept(image).stat().st_size
     put(kept(image), made(read(kept(image))))
     assert looked(image, survey=False) == expected
@@ -233,7 +234,7 @@ def test_file_of_any_bytes_is_as_good_as_none(image: Path, made: Callable[[Array
 
 @pytest.mark.parametrize("kind", ["fifo", "link", "directory", "dangling"])
 def test_what_is_no_file_of_ours_is_neither_read_nor_written(image: Path, kind: str) -> None:
-    """Promise: nobody waits for a fifo, and nothing is written where a link leads."""
+    """Promise: no read waits for a fifo, and no write follows a link."""
     file = kept(image)
     elsewhere = image.parent / "elsewhere"
     content = file.read_bytes()
@@ -267,7 +268,7 @@ def test_what_is_no_file_of_ours_is_neither_read_nor_written(image: Path, kind: 
 
 
 def test_what_is_kept_is_used(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Promise: all this care does not throw away what is right: no node is read again."""
+    """Promise: a valid cache is used: no node is read again."""
     expected = counted(image)
     filesystem = open_filesystem(FileDevice(image, writable=False), writable=False)
 

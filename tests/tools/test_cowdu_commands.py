@@ -1,4 +1,4 @@
-"""Promises of the commands of cowdu beside the list: what they say is true, and changes nothing."""
+"""Promises of cowdu's commands beside the list: their answers are right and change nothing."""
 
 import json
 import os
@@ -35,7 +35,7 @@ NAMES = ["one", "two", "three", "four", "five"]
 
 
 def freed_bytes(image: Path, names: list[str]) -> int:
-    """What deleting these really frees."""
+    """The bytes that deleting these snapshots really frees."""
     before = tree_bytes(image)
 
     def delete(filesystem: Filesystem) -> None:
@@ -47,7 +47,7 @@ def freed_bytes(image: Path, names: list[str]) -> int:
 
 
 def counted_bytes(image: Path, names: list[str]) -> int:
-    """What a virtual drop says that deleting these frees."""
+    """The bytes that deleting these snapshots frees, by virtual drop."""
     filesystem = open_filesystem(FileDevice(image, writable=False), writable=False)
     try:
         records = [filesystem.catalog.snapshot(name) for name in names]
@@ -58,7 +58,7 @@ def counted_bytes(image: Path, names: list[str]) -> int:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of its own for each test."""
+    """A cache directory of its own for each test."""
     place = tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(place))
     return place / "cowfs"
@@ -72,13 +72,13 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-# --- list -------------------------------------------------------------------------------------------
+# --- list -----------------------------------------------------------------------------------------
 
 
 def test_list_tells_the_same_with_and_without_what_an_earlier_look_left(
     image: Path, cache: Path
 ) -> None:
-    """Promise (C11): a number is the same by virtual drop, by owner sets, and from the cache."""
+    """Promise C11: numbers are the same by virtual drop, by owner sets and from the cache."""
     alone = {name: answer(image, name)["snapshots"][0] for name in NAMES}
     assert not list(cache.glob("*")), "one snapshot needs no pass over everything"
     first = answer(image, "-o", "cumulative")
@@ -92,12 +92,12 @@ def test_list_tells_the_same_with_and_without_what_an_earlier_look_left(
     ages = [row["name"] for row in again["snapshots"]]
     for number, row in enumerate(again["snapshots"]):
         assert row["cumulative_bytes"] == counted_bytes(image, ages[: number + 1])
-    # Now that the sets are known, they are used for one snapshot as well.
+    # With the sets in the cache, a single snapshot is answered from them as well.
     assert answer(image, "two")["snapshots"][0] == again["snapshots"][1]
 
 
 def test_list_after_a_change_is_not_what_the_cache_remembers(image: Path) -> None:
-    """Promise: a cache is never believed about another generation."""
+    """Promise: a cache of another generation is not used."""
     before = answer(image)
     change(image, write("late", 400_000), snapshot("six"), remove("late"))
     after = answer(image)
@@ -112,7 +112,7 @@ def test_list_after_a_change_is_not_what_the_cache_remembers(image: Path) -> Non
 def test_list_with_a_damaged_cache_is_right_all_the_same(
     image: Path, cache: Path, how: str
 ) -> None:
-    """Promise: what is kept between calls may be anything; it can only be of no use."""
+    """Promise: a damaged cache changes no number and is replaced."""
     expected = answer(image)
     (kept,) = cache.glob("*")
     data = bytearray(kept.read_bytes())
@@ -133,13 +133,13 @@ def test_list_with_a_damaged_cache_is_right_all_the_same(
 def test_list_works_where_no_cache_can_be_written(
     image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: the cache saves time and is needed for nothing."""
+    """Promise: the list works without a cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert answer(image)["snapshots"][0]["name"] == "one"
 
 
 def test_list_adds_up_to_all_that_is_allocated(image: Path) -> None:
-    """Promise: what is live alone, what snapshots alone hold and what they share is all there is."""
+    """Promise: what live files and snapshots hold adds up to all that is allocated."""
     report = answer(image)
     totals = report["totals"]
     assert totals["allocated_bytes"] == tree_bytes(image)
@@ -154,7 +154,7 @@ def test_list_adds_up_to_all_that_is_allocated(image: Path) -> None:
 
 
 def test_list_shows_the_columns_that_are_asked_for_in_the_order_asked_for(image: Path) -> None:
-    """Promise: -o, -s and -S; the words of zfs and btrfs are understood."""
+    """Promise: -o, -s and -S choose columns and order; the words of zfs and btrfs are accepted."""
     rows = {row["name"]: row for row in answer(image)["snapshots"]}
     lines = run(image, "-H", "-p", "-o", "excl,name,cum", "-S", "used").stdout.splitlines()
     listed = [line.split("\t") for line in lines]
@@ -179,7 +179,7 @@ def test_list_shows_the_columns_that_are_asked_for_in_the_order_asked_for(image:
 
 
 def test_list_of_a_set_is_what_the_deletion_with_the_same_words_frees(image: Path) -> None:
-    """Promise (C11): names, patterns, ranges and rules mean the same to cowdu and to delete."""
+    """Promise C11: names, patterns, ranges and rules mean the same to cowdu and to delete."""
     for words in (["t*"], ["one%three"], ["--keep-last", "2"], ["t*", "--keep", "two"]):
         told = answer(image, *words)["reclaim"]
         program = "from cowfs.cli.main import main; main()"
@@ -196,11 +196,11 @@ def test_list_of_a_set_is_what_the_deletion_with_the_same_words_frees(image: Pat
     assert freed_bytes(image, told["names"]) == told["reclaim_bytes"]
 
 
-# --- plan -------------------------------------------------------------------------------------------
+# --- plan -----------------------------------------------------------------------------------------
 
 
 def test_plan_frees_what_it_says_with_the_command_that_it_prints(image: Path) -> None:
-    """Promise (C11): the command of the plan frees exactly the announced bytes, and enough."""
+    """Promise C11: the command of a plan frees exactly the announced bytes, which are enough."""
     everything = counted_bytes(image, NAMES)
     told = answer("plan", image, "--free", f"{everything // 2 >> 10}K")
     names = [row["name"] for row in told["snapshots"]]
@@ -218,7 +218,7 @@ def test_plan_frees_what_it_says_with_the_command_that_it_prints(image: Path) ->
 
 
 def test_plan_leaves_alone_what_is_held_or_kept(image: Path) -> None:
-    """Promise: neither a held snapshot nor one that a rule keeps is in a plan."""
+    """Promise: a plan has no snapshot that is held or that a rule keeps."""
     change(image, lambda filesystem: filesystem.apply(HoldSnapshots(("two",), True)))
     told = answer("plan", image, "--free", "4K", "--keep", "three")
     assert {row["name"] for row in told["snapshots"]}.isdisjoint({"two", "three"})
@@ -231,7 +231,7 @@ def test_plan_leaves_alone_what_is_held_or_kept(image: Path) -> None:
 
 
 def test_plan_prints_a_table_a_reason_and_the_command(image: Path) -> None:
-    """Promise: why each is in it, and that no fewer would do."""
+    """Promise: a plan says why each snapshot is in it, and that no smaller set frees enough."""
     lines = run("plan", image, "--free", "500K", "--lose", "oldest").stdout.splitlines()
     assert lines[0].split() == ["NAME", "CREATED", "ALONE", "IN", "PLAN", "WHY"]
     assert lines[1].startswith("one ")
@@ -242,26 +242,27 @@ def test_plan_prints_a_table_a_reason_and_the_command(image: Path) -> None:
         assert run("plan", image, *words).returncode == 2
 
 
-# --- why --------------------------------------------------------------------------------------------
+# --- why ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [["two"], ["two", "four"], NAMES])
 def test_why_names_files_that_add_up_to_what_is_freed(image: Path, names: list[str]) -> None:
-    """Promise (C11): files and metadata together are the number of the deletion."""
+    """Promise C11: files and metadata of `why` add up to what the deletion frees."""
     told = answer("why", image, *names)
     assert told["reclaim_bytes"] == counted_bytes(image, names)
     tree = told["tree"]
     assert tree["bytes"] + told["metadata_bytes"] == told["reclaim_bytes"]
     assert sum(child["bytes"] for child in tree["children"]) == tree["bytes"]
     states = {child["name"]: child["deleted"] for child in tree["children"]}
-    for name, later in zip(NAMES, [*NAMES[1:], "five"], strict=True):  # removed after the next one
+    # Each file was removed after the next snapshot.
+    for name, later in zip(NAMES, [*NAMES[1:], "five"], strict=True):
         kept_by_these = {name, later} <= {*names}
         assert states.get(f"file of {name}", False) is kept_by_these, "deleted files are told"
     assert states["always"] is False
 
 
 def test_why_opens_directories_and_shows_the_largest_first(tmp_path: Path) -> None:
-    """Promise: a tree of directories, --depth deep, --top wide, the rest as one line."""
+    """Promise: `why` shows a tree, --depth deep and --top wide, with the rest as one line."""
     image = make_image(tmp_path / "disk.img")
 
     def files(filesystem: Filesystem) -> None:
@@ -305,11 +306,11 @@ def test_why_opens_directories_and_shows_the_largest_first(tmp_path: Path) -> No
     assert run("why", image).returncode == 2
 
 
-# --- du ---------------------------------------------------------------------------------------------
+# --- du -------------------------------------------------------------------------------------------
 
 
 def test_du_prints_the_words_of_btrfs_with_the_right_numbers(image: Path) -> None:
-    """Promise: Total, Exclusive, Set shared, Filename; what is shared is told on every row."""
+    """Promise: du shows Total, Exclusive, Set shared, Filename; every row tells what is shared."""
     text = run("du", "--image", image, "/", "-p").stdout.splitlines()
     assert text[0] == "     Total   Exclusive  Set shared  Filename"
     rows = {line.split(maxsplit=3)[3]: line.split()[:3] for line in text[1:]}
@@ -335,7 +336,7 @@ def test_du_prints_the_words_of_btrfs_with_the_right_numbers(image: Path) -> Non
 
 
 def test_du_of_paths_below_each_other_counts_each_name_once(tmp_path: Path) -> None:
-    """Promise (C11): a file with a name elsewhere frees nothing, however often one of them is named."""
+    """Promise C11: a file that has a name elsewhere frees nothing, however often it is named."""
     image = make_image(tmp_path / "disk.img")
 
     def files(filesystem: Filesystem) -> None:
@@ -360,11 +361,14 @@ def test_du_of_paths_below_each_other_counts_each_name_once(tmp_path: Path) -> N
     assert together("/folder", "/elsewhere") == (81_920, 81_920)
 
 
-# --- log --------------------------------------------------------------------------------------------
+# --- log ------------------------------------------------------------------------------------------
 
 
 def test_log_lists_the_versions_of_a_file_and_where_they_live(image: Path) -> None:
-    """Promise: a version for each state, its new blocks alone, ranges of snapshots; deleted ones too."""
+    """Promise: log lists each state of a file with its new blocks and its snapshots.
+
+    Deleted files are listed too.
+    """
     told = answer("log", "--image", image, "/always")["versions"]
     assert [version["snapshots"] for version in told] == [[name] for name in NAMES]
     assert [version["live"] for version in told] == [False] * 4 + [True]
@@ -384,11 +388,11 @@ def test_log_lists_the_versions_of_a_file_and_where_they_live(image: Path) -> No
         assert (refused.returncode, refused.stdout) == (2, ""), refused
 
 
-# --- curve, pairs, block ----------------------------------------------------------------------------
+# --- curve, pairs, block --------------------------------------------------------------------------
 
 
 def test_curve_is_what_deleting_the_oldest_frees(image: Path) -> None:
-    """Promise (C11): each step is the number of that deletion."""
+    """Promise C11: each step of the curve is what that deletion frees."""
     steps = answer("curve", image)["steps"]
     assert [step["count"] for step in steps] == [1, 2, 3, 4, 5]
     for step in steps:
@@ -399,7 +403,7 @@ def test_curve_is_what_deleting_the_oldest_frees(image: Path) -> None:
 
 
 def test_curve_and_cumulative_say_by_what_order(image: Path) -> None:
-    """Promise: older is what was created before; where dates say otherwise, it is told."""
+    """Promise: older means created before; where the dates disagree, a line says so."""
     words = "older means created before; the order of the dates is different"
     columns = ("-o", "name,cumulative")
     for told in (run("curve", image), run(image, *columns)):
@@ -419,7 +423,7 @@ def test_curve_and_cumulative_say_by_what_order(image: Path) -> None:
 
 
 def test_rules_of_cowdu_name_what_a_wrong_clock_dated(image: Path) -> None:
-    """Promise: a rule chooses what the deletion does, and what is kept for its date is told."""
+    """Promise: a rule selects what deletion would, and names what it keeps for its date."""
     change(image, dated("two", time.time_ns() + 10**18))
     for words in (
         ("list", image),
@@ -438,7 +442,7 @@ def test_rules_of_cowdu_name_what_a_wrong_clock_dated(image: Path) -> None:
 
 
 def test_pairs_tells_what_two_share_and_nobody_else_has(image: Path) -> None:
-    """Promise: the difference between deleting both and deleting each."""
+    """Promise: a pair shares what deleting both frees beyond deleting each."""
     told = answer("pairs", image)["pairs"]
     assert told
     alone = {name: counted_bytes(image, [name]) for name in NAMES}
@@ -452,7 +456,7 @@ def test_pairs_tells_what_two_share_and_nobody_else_has(image: Path) -> None:
 
 
 def test_block_explains_what_is_there(image: Path) -> None:
-    """Promise: kind, references, age, who reaches it, and in which file at which byte."""
+    """Promise: block tells kind, references, birth, owners, and the file and offset."""
     assert answer("block", image, "3")["kind"] == "superblock ring"
     filesystem = open_filesystem(FileDevice(image, writable=False), writable=False)
     try:
@@ -479,11 +483,11 @@ def test_block_explains_what_is_there(image: Path) -> None:
     assert (refused.returncode, refused.stdout) == (2, "")
 
 
-# --- report -----------------------------------------------------------------------------------------
+# --- report ---------------------------------------------------------------------------------------
 
 
 def test_report_writes_one_file_and_never_over_another(image: Path, tmp_path: Path) -> None:
-    """Promise: a page that holds everything; a file that is there stays unless -f says otherwise."""
+    """Promise: the report is one self-contained page; an existing file is replaced only with -f."""
     page = tmp_path / "page.html"
     told = answer("report", image, "--html", page)
     assert told["size_bytes"] == page.stat().st_size
@@ -503,7 +507,7 @@ def test_report_writes_one_file_and_never_over_another(image: Path, tmp_path: Pa
 def test_report_writes_nothing_where_a_name_leads_elsewhere(
     image: Path, tmp_path: Path, kind: str, force: list[str]
 ) -> None:
-    """Promise: what a link leads to is neither written nor made, with -f neither."""
+    """Promise: the report follows no link, not even with -f."""
     page, elsewhere = tmp_path / "page.html", tmp_path / "elsewhere"
     if kind == "fifo":
         os.mkfifo(page)
@@ -525,7 +529,7 @@ def test_report_writes_nothing_where_a_name_leads_elsewhere(
 
 
 def test_report_over_another_replaces_it_whole(image: Path, tmp_path: Path) -> None:
-    """Promise: -f gives the name to a new file; who has the old one open, or linked, keeps it."""
+    """Promise: -f puts a new file under the name; open and linked copies of the old one stay."""
     page, other = tmp_path / "page.html", tmp_path / "other"
     page.write_text("old")
     os.link(page, other)
@@ -543,7 +547,7 @@ def test_report_over_another_replaces_it_whole(image: Path, tmp_path: Path) -> N
 def test_commands_come_without_their_word_and_images_may_be_called_like_one(
     tmp_path: Path, original: bytes
 ) -> None:
-    """Promise: cowdu TARGET is cowdu list TARGET; ./plan is an image."""
+    """Promise: cowdu TARGET is cowdu list TARGET; an image called plan is written ./plan."""
     (tmp_path / "plan").write_bytes(original)
     program = "from tools.cowdu.main import main; main()"
     texts = []

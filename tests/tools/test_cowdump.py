@@ -1,4 +1,4 @@
-"""Promises that cowdump shows what is in an image, in words and as JSON, and fails in one line."""
+"""Promises that cowdump shows what is in an image, as text and as JSON, and fails in one line."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tools.cowdump.main import VIEWS, main
 
 
 class Image:
-    """An image of a volume and a snapshot of it, in a file, and how it was made."""
+    """An image file of a volume and its snapshot, and the records it was made from."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +44,7 @@ def image(tmp_path: Path) -> Image:
 @click.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
 @click.argument("words", nargs=-1, type=click.UNPROCESSED)
 def program(words: tuple[str, ...]) -> None:
-    """The whole program, with its own handling of errors."""
+    """Run the whole program, with its own handling of errors."""
     main(list(words))
 
 
@@ -53,7 +53,7 @@ def run(image: Image, *words: str) -> Result:
 
 
 def shown(image: Image, *words: str) -> dict[str, Any]:
-    """The JSON that the words give."""
+    """The JSON answer to these words."""
     result = run(image, *words, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.output)
@@ -62,7 +62,7 @@ def shown(image: Image, *words: str) -> dict[str, Any]:
 
 
 def test_superblocks_shows_the_ring_and_the_newest(image: Image) -> None:
-    """Promise: without a word it shows the ring; empty slots are left out."""
+    """Promise: without a command cowdump shows the ring, without its empty slots."""
     found = shown(image)
     assert found["generation"] == 70
     assert found["label"] == "hand-made"
@@ -77,7 +77,7 @@ def test_superblocks_shows_the_ring_and_the_newest(image: Image) -> None:
 
 
 def test_damaged_superblock_is_shown_as_such(image: Image) -> None:
-    """Promise: a torn slot has its row with the reason."""
+    """Promise: a torn slot has a row with the reason."""
     image.device.damage(6)
     image.write()
     rows = shown(image, "superblocks")["rows"]
@@ -86,7 +86,7 @@ def test_damaged_superblock_is_shown_as_such(image: Image) -> None:
 
 
 def test_catalog_shows_roots_names_and_drops(image: Image) -> None:
-    """Promise: every entry in words."""
+    """Promise: catalog shows every entry in words."""
     rows = {row["key"]: row for row in shown(image, "catalog")["rows"]}
     assert rows["root 1"]["kind"] == "volume"
     assert rows["root 2"]["kind"] == "snapshot"
@@ -99,7 +99,7 @@ def test_catalog_shows_roots_names_and_drops(image: Image) -> None:
 
 
 def test_tree_shows_every_node_by_name_and_by_number(image: Image) -> None:
-    """Promise: a root may be named or numbered; shared trees look the same."""
+    """Promise: a root may be named or numbered; trees that are shared look the same."""
     found = shown(image, "tree", "monday")
     assert found["rows"] == shown(image, "tree", "1")["rows"]
     assert len(found["rows"]) == image.record.node_count
@@ -112,7 +112,7 @@ def test_tree_shows_every_node_by_name_and_by_number(image: Image) -> None:
 
 
 def test_node_shows_entries_of_inner_nodes_leaves_and_twins(image: Image) -> None:
-    """Promise: one node, wherever a pointer at it is found; a twin shows its original's number."""
+    """Promise: any node can be shown by its block; a twin shows its original's number."""
     pointer = image.record.pointer
     inner = shown(image, "node", str(pointer.block))
     assert inner["level"] == 1
@@ -127,7 +127,7 @@ def test_node_shows_entries_of_inner_nodes_leaves_and_twins(image: Image) -> Non
 
 
 def test_items_shows_all_items_of_an_inode_in_words(image: Image) -> None:
-    """Promise: inode, names, xattrs, symlink, inline data and extents, across leaves."""
+    """Promise: inode, names, xattrs, symlink, inline data and extents are shown, across leaves."""
     rows = shown(image, "items", "main", "3")["rows"]
     assert [row["key"].split()[1] for row in rows] == [
         "inode",
@@ -162,7 +162,7 @@ def test_map_shows_groups_and_histogram(image: Image) -> None:
 
 
 def test_map_of_a_group_shows_runs_of_equal_refcount(image: Image) -> None:
-    """Promise: one group in detail, free blocks left out."""
+    """Promise: a group is shown in detail, as runs of equal refcount without the free blocks."""
     found = shown(image, "map", "0")
     pointer = image.record.pointer
     assert {"first_block": pointer.block, "block_count": 8, "refcount": 3} in found["rows"]
@@ -171,7 +171,7 @@ def test_map_of_a_group_shows_runs_of_equal_refcount(image: Image) -> None:
 
 
 def test_earlier_generation_is_shown_on_demand(image: Image) -> None:
-    """Promise: --generation picks a slot, and says when there is none."""
+    """Promise: --generation picks a slot; a missing generation is an error that says so."""
     assert shown(image, "superblocks", "--generation", "70")["generation"] == 70
     result = run(image, "catalog", "--generation", "9")
     assert result.exit_code == 1
@@ -179,7 +179,7 @@ def test_earlier_generation_is_shown_on_demand(image: Image) -> None:
 
 
 def test_damage_is_told_and_the_rest_is_shown(image: Image) -> None:
-    """Promise: a bad copy is one line on standard error, the data comes from the twin, exit 1."""
+    """Promise: a bad copy is one line on stderr; the twin is shown, and the status is 1."""
     image.device.damage(image.record.pointer.block)
     image.write()
     result = run(image, "tree", "main", "--json")
@@ -209,7 +209,7 @@ def test_damage_is_told_and_the_rest_is_shown(image: Image) -> None:
 def test_wrong_use_is_told_in_one_line(
     image: Image, words: tuple[str, ...], exit_code: int, text: str
 ) -> None:
-    """Promise: usage errors end with 2, damage with 1; no traceback."""
+    """Promise: usage errors end with 2, damage with 1, none with a traceback."""
     result = run(image, *words)
     assert result.exit_code == exit_code
     assert text in result.stderr
@@ -218,7 +218,7 @@ def test_wrong_use_is_told_in_one_line(
 
 
 def test_missing_or_foreign_image_is_told(tmp_path: Path) -> None:
-    """Promise: exit status 10 without an image, 1 with something else."""
+    """Promise: a missing image ends with 10, a foreign file with 1."""
     result = CliRunner().invoke(program, [str(tmp_path / "none.img")])
     assert result.exit_code == 10
     assert "there is no image" in result.stderr
@@ -230,7 +230,7 @@ def test_missing_or_foreign_image_is_told(tmp_path: Path) -> None:
 
 
 def test_image_is_not_written_to(image: Image) -> None:
-    """Promise: looking changes nothing, and needs no permission to write."""
+    """Promise: cowdump changes nothing, and needs no write permission."""
     before = image.path.read_bytes()
     image.path.chmod(0o444)
     for what in VIEWS:

@@ -1,4 +1,4 @@
-"""Promise: what the page of cowdu report says about a real image is what cowdu says of it."""
+"""Promises that the page of cowdu report shows the numbers of cowdu for a real image."""
 
 import random
 import subprocess
@@ -31,12 +31,12 @@ def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_page_of_an_image_tells_what_cowdu_tells(image: Path, tmp_path: Path) -> None:
-    """Promise (C11): whatever is chosen with the mouse or by keys, the bytes are those of the CLI."""
+    """Promise C11: whatever mouse or keys choose, the page shows the bytes that the CLI tells."""
     page = tmp_path / "page.html"
     require_success(cowdu("report", image, "--html", page))
     report = cowdu_answer(image)
     names = [row["name"] for row in report["snapshots"]]
-    assert len(names) == len(NAMES) + 1  # what the rollback kept
+    assert len(names) == len(NAMES) + 1  # the rollback kept one more
     free = [name for name in names if name != NAMES[5]]
     chance = random.Random(3)
     with chromium() as browser:

@@ -1,7 +1,7 @@
 """Promises of the page that `cowdu report` writes, kept in a real browser, with clicks and keys.
 
-Every report here is made from a list of owner sets; what the page must show is summed from the same
-list in Python, the plain way. A page that wrote anything to the console fails its test.
+Every report here is made from a list of owner sets; the same list is summed in plain Python to get
+what the page must show. A page that wrote anything to the console fails its test.
 """
 
 import json
@@ -29,8 +29,8 @@ from tests.tools.report_driver import chromium, emulate, write_page
 BLOCK_BYTES = 4096
 WIDTH, HEIGHT = 1440, 1000
 
-# What the page may take on two slow cores, five times what it takes on a desk.
-# Of a large report, in times of a small one in the same browser.
+# Limits for a large report, as multiples of a small one in the same browser. They allow for two
+# slow cores: five times what a desktop machine takes.
 LOAD_RATIO_MAX = 40
 TOGGLE_RATIO_MAX = 12
 
@@ -54,7 +54,7 @@ HELD = 4
 
 
 def runs_of(members: Iterable[int]) -> list[int]:
-    """The flat list of inclusive runs."""
+    """Members as a flat list of inclusive runs."""
     runs: list[int] = []
     for index in sorted(members):
         if runs and runs[-1] == index - 1:
@@ -79,7 +79,7 @@ def make_report(
     gone: list[int] | None = None,
     held: tuple[int, ...] = (),
 ) -> Report:
-    """A report by the contract; what a snapshot holds follows from the owner sets."""
+    """A report as cowdu writes it; all numbers of snapshots follow from the owner sets."""
     sizes = [(members, metadata + data) for members, metadata, data in owner_sets]
     snapshots = []
     for index, name in enumerate(names):
@@ -116,7 +116,7 @@ def make_report(
 
 
 def random_report(seed: int, names: list[str] = NAMES, held: tuple[int, ...] = (HELD,)) -> Report:
-    """A short history: mostly intervals, some sets with holes, files that keep part of each set."""
+    """A short random history: mostly intervals, some sets with holes, files in each set."""
     chance = random.Random(seed)
     count = len(names)
     paths = [(0, ""), (0, "home"), (0, "var"), (1, HOSTILE), (3, "deep"), (4, "deeper")]
@@ -135,7 +135,7 @@ def random_report(seed: int, names: list[str] = NAMES, held: tuple[int, ...] = (
     files = []
     for number, members in enumerate(sorted(found, key=sorted)):
         parts = {path: chance.randint(1, 900) for path in chance.sample(leaves, 3)}
-        parts[3] = 5  # the name of a folder was a file once
+        parts[3] = 5  # this path was a file before it was a folder
         files += [(path, number, blocks) for path, blocks in parts.items()]
         owner_sets.append(
             (set(members), chance.randint(0, 9), sum(parts.values()) + chance.randint(0, 4))
@@ -149,12 +149,12 @@ def freed_sets(report: Report, chosen: set[int]) -> list[int]:
 
 
 def reclaim_bytes(report: Report, chosen: set[int]) -> int:
-    """What deleting exactly these frees: the sum over the sets that nobody else is in."""
+    """What deleting exactly these frees: the sum of the sets without any other member."""
     return BLOCK_BYTES * sum(sum(report["sets"][n][1:]) for n in freed_sets(report, chosen))
 
 
 def blocks_by_path(report: Report, chosen: set[int]) -> dict[int, int]:
-    """Of each path, its own blocks that are freed."""
+    """The freed blocks of each path itself, without those below it."""
     freed = set(freed_sets(report, chosen))
     own: dict[int, int] = {}
     for path, number, blocks in report["files"]:
@@ -168,7 +168,7 @@ def not_held(report: Report) -> set[int]:
 
 
 class Page:
-    """A report in the browser, as somebody who uses it sees it."""
+    """A report in the browser, as its user sees it."""
 
     def __init__(self, browser: Chrome, report: Report) -> None:
         self.browser = browser
@@ -199,7 +199,7 @@ class Page:
         actions.perform()
 
     def press(self, *keys: str, shift: bool = False, control: bool = False) -> None:
-        """Press keys where the focus is."""
+        """Press keys in the focused element."""
         actions = ActionChains(self.browser, duration=0)
         modifiers = [Keys.SHIFT] * shift + [Keys.CONTROL] * control
         for modifier in modifiers:
@@ -211,7 +211,7 @@ class Page:
         actions.perform()
 
     def focus(self, selector: str) -> None:
-        """Give the focus to an element with Tab, from where the page begins."""
+        """Move the focus to an element with Tab, from the beginning of the page."""
         for _ in range(60):
             self.press(Keys.TAB)
             if self.browser.execute_script(
@@ -221,7 +221,7 @@ class Page:
         pytest.fail(f"Tab does not reach {selector}")
 
     def chosen(self) -> set[int]:
-        """What the timeline says is chosen; the table has to agree."""
+        """The snapshots chosen in the timeline; the table must agree."""
         bars, boxes, rows = self.browser.execute_script(
             "const numbers = (selector) => [...document.querySelectorAll(selector)]"
             ".map((element) => Number(element.dataset.index));"
@@ -232,7 +232,7 @@ class Page:
         return set(bars)
 
     def tiles(self) -> list[Any]:
-        """The tiles of the folder that is shown."""
+        """The tiles of the open folder."""
         found = self.browser.execute_script(
             "return [...document.querySelectorAll('#treemap > .tile')].map((tile) => ({"
             "...tile.dataset, gone: tile.classList.contains('gone'), text: tile.textContent}))"
@@ -240,7 +240,7 @@ class Page:
         return [SimpleNamespace(**tile) for tile in found]
 
     def require_chosen(self, wanted: set[int]) -> None:
-        """The set is chosen, and every number of the page is about it."""
+        """Fail unless exactly these are chosen and every number of the page is theirs."""
         assert self.chosen() == wanted
         assert int(self.find("#chosen-count").get_attribute("data-count") or "-1") == len(wanted)
         freed = reclaim_bytes(self.report, wanted)
@@ -263,7 +263,7 @@ OpenPage = Callable[[Report], Page]
 
 @pytest.fixture
 def open_page(browser: Chrome, tmp_path: Path) -> Iterator[OpenPage]:
-    """Opens reports; afterwards the page must not have complained, nor have asked for anything."""
+    """Opens reports; afterwards the page must have logged nothing and requested nothing."""
     browser.set_window_size(WIDTH, HEIGHT)
     emulate(browser, prefers_color_scheme="light")
     browser.get_log("browser")
@@ -283,7 +283,7 @@ def open_page(browser: Chrome, tmp_path: Path) -> Iterator[OpenPage]:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_report_page_after_clicks_shows_the_sum_over_sets(open_page: OpenPage, seed: int) -> None:
-    """Promise (C11): whatever was clicked, the number is that of exactly the chosen snapshots."""
+    """Promise C11: after any clicks the number is that of exactly the chosen snapshots."""
     report = random_report(seed)
     page = open_page(report)
     page.require_chosen(set())
@@ -301,7 +301,7 @@ def test_report_page_after_clicks_shows_the_sum_over_sets(open_page: OpenPage, s
 
 
 def test_report_page_shift_click_chooses_the_range(open_page: OpenPage) -> None:
-    """Promise: from the last clicked one, both ways, without the held ones; the rest stays."""
+    """Promise: a shift-click chooses from the last click, both ways, without held ones."""
     report = random_report(3)
     page = open_page(report)
     page.click_bar(10)
@@ -316,7 +316,7 @@ def test_report_page_shift_click_chooses_the_range(open_page: OpenPage) -> None:
 
 
 def test_report_page_by_keyboard_chooses_what_the_keys_say(open_page: OpenPage) -> None:
-    """Promise: the timeline needs no mouse, and says which snapshot the keys are at."""
+    """Promise: the timeline works by keyboard, and names the snapshot that the keys are at."""
     report = random_report(4)
     page = open_page(report)
 
@@ -349,7 +349,7 @@ def test_report_page_by_keyboard_chooses_what_the_keys_say(open_page: OpenPage) 
 
 
 def test_report_page_timeline_has_the_roles_of_a_listbox(open_page: OpenPage) -> None:
-    """Promise: who cannot see the bars is told what they are and which are chosen."""
+    """Promise: assistive software is told what the bars are and which are chosen."""
     report = random_report(4)
     page = open_page(report)
     timeline = page.find("#timeline")
@@ -363,7 +363,7 @@ def test_report_page_timeline_has_the_roles_of_a_listbox(open_page: OpenPage) ->
 
 
 def test_report_page_held_snapshot_cannot_be_chosen(open_page: OpenPage) -> None:
-    """Promise: not by click, key, checkbox or button; and it says why."""
+    """Promise: no click, key, checkbox or button chooses a held snapshot; the page says why."""
     report = random_report(5)
     page = open_page(report)
     page.click_bar(HELD)
@@ -385,14 +385,14 @@ def test_report_page_held_snapshot_cannot_be_chosen(open_page: OpenPage) -> None
 
 
 def test_report_page_command_deletes_exactly_the_chosen(open_page: OpenPage) -> None:
-    """Promise: what the shell makes of the command names each chosen snapshot, and no other."""
+    """Promise: the shell reads every chosen snapshot from the command, and no other."""
     names = [*NAMES, "-option", *(f"more {number}" for number in range(4))]
     report = random_report(6, names=names)
     named = [SimpleNamespace(name=name) for name in names]
     page = open_page(report)
     assert page.text("#command") == ""
     assert not page.find("#copy").is_enabled()
-    clicks = [1, 2, 6, 7, 0, 3, 8, 5, 11, 12, 13, 15]  # one between two ranges stays: 4, 14
+    clicks = [1, 2, 6, 7, 0, 3, 8, 5, 11, 12, 13, 15]  # 4 and 14 stay, each between two ranges
     for count, index in enumerate(clicks, start=1):
         page.click_bar(index)
         words = shlex.split(page.text("#command"))
@@ -410,7 +410,7 @@ def test_report_page_command_deletes_exactly_the_chosen(open_page: OpenPage) -> 
 
 
 def test_report_page_copy_puts_the_command_on_the_clipboard(open_page: OpenPage) -> None:
-    """Promise: what is pasted is what is shown, and the button says that it is done."""
+    """Promise: the clipboard gets the command that is shown, and the button confirms it."""
     page = open_page(random_report(6))
     page.browser.execute_cdp_cmd(
         "Browser.grantPermissions",
@@ -426,7 +426,7 @@ def test_report_page_copy_puts_the_command_on_the_clipboard(open_page: OpenPage)
 
 
 def require_level(page: Page, path: int, about: set[int]) -> None:
-    """The tiles of the folder that is shown are right, each and together."""
+    """Fail unless the tiles of the open folder are right, each and together."""
     report = page.report
     own = blocks_by_path(report, about)
     total = [own.get(index, 0) for index in range(len(report["paths"]))]
@@ -450,7 +450,7 @@ def require_level(page: Page, path: int, about: set[int]) -> None:
 
 
 def test_report_page_treemap_adds_up_at_every_level(open_page: OpenPage) -> None:
-    """Promise: every tile is what its files keep, and the tiles are all that is freed."""
+    """Promise: every tile is what its files keep, and all tiles add up to what is freed."""
     report = random_report(7)
     page = open_page(report)
     require_level(page, 0, not_held(report))
@@ -461,7 +461,7 @@ def test_report_page_treemap_adds_up_at_every_level(open_page: OpenPage) -> None
     for path in (1, 3, 4, 5):
         page.click(f"#treemap > .tile[data-kind='path'][data-path='{path}']")
         require_level(page, path, about)
-    # What is chosen may change while a folder is open.
+    # The choice may change while a folder is open.
     page.click_bar(3)
     require_level(page, 5, not_held(report))
     page.click("#crumbs [data-path='3']")
@@ -498,7 +498,7 @@ def test_report_page_treemap_by_keyboard_opens_and_leaves_folders(open_page: Ope
 
 
 def test_report_page_marks_what_the_live_files_no_longer_have(open_page: OpenPage) -> None:
-    """Promise: a deleted path is marked by pattern and word, in the treemap and in the table."""
+    """Promise: a deleted path is marked by pattern and word, in treemap and table."""
     report = random_report(8)
     page = open_page(report)
     gone = set(report["gone"])
@@ -519,7 +519,7 @@ def test_report_page_marks_what_the_live_files_no_longer_have(open_page: OpenPag
 
 
 def test_report_page_tile_of_a_file_tells_who_holds_it(open_page: OpenPage) -> None:
-    """Promise: a click on a file marks the snapshots in whose sets it is, and a second one ends it."""
+    """Promise: a click on a file marks the snapshots that hold it; a second click ends that."""
     report = make_report(
         ["a", "b", "c", "d"],
         [({0, 1}, 0, 10), ({3}, 0, 5)],
@@ -538,7 +538,7 @@ def test_report_page_tile_of_a_file_tells_who_holds_it(open_page: OpenPage) -> N
 
 
 def test_report_page_of_a_wide_folder_draws_few_tiles_that_add_up(open_page: OpenPage) -> None:
-    """Promise: of thousands of files in a folder the largest are drawn, and one tile is the rest."""
+    """Promise: of thousands of files the largest are drawn, and one tile is the rest."""
     count = 5000
     paths = [(0, ""), *((0, f"file {number}") for number in range(count))]
     sizes = [number + 1 for number in range(count)]
@@ -556,7 +556,7 @@ def test_report_page_of_a_wide_folder_draws_few_tiles_that_add_up(open_page: Ope
 
 
 def test_report_page_largest_paths_are_the_largest(open_page: OpenPage) -> None:
-    """Promise: the table is about the chosen set, the largest first."""
+    """Promise: the table lists the paths of the chosen set, the largest first."""
     report = random_report(9)
     page = open_page(report)
     page.click("#choose-all")
@@ -574,7 +574,7 @@ def test_report_page_largest_paths_are_the_largest(open_page: OpenPage) -> None:
 
 
 def test_report_page_difference_is_what_one_snapshot_changes(open_page: OpenPage) -> None:
-    """Promise: the set with the snapshot frees that much more than without it."""
+    """Promise: the difference of a snapshot is what choosing it adds to the freed bytes."""
     report = random_report(10)
     page = open_page(report)
     for chosen in (set(), {1}, {1, 2, 3}, {1, 2, 3, 7, 8, 9}):
@@ -592,7 +592,7 @@ def test_report_page_difference_is_what_one_snapshot_changes(open_page: OpenPage
 
 
 def test_report_page_curve_chooses_the_oldest(open_page: OpenPage) -> None:
-    """Promise: a click or key chooses that many of the oldest, without the held ones."""
+    """Promise: a click or key on the curve chooses that many of the oldest, without held ones."""
     report = random_report(11)
     page = open_page(report)
     free = sorted(not_held(report))
@@ -620,7 +620,7 @@ def test_report_page_curve_chooses_the_oldest(open_page: OpenPage) -> None:
 
 
 def test_report_page_pairs_are_what_two_share_alone(open_page: OpenPage) -> None:
-    """Promise: for the snapshot at hand, the others that hold blocks with it and with nobody else."""
+    """Promise: pairs lists the snapshots that share blocks with the current one and no other."""
     report = random_report(12)
     page = open_page(report)
     gaps: set[int] = set()
@@ -689,7 +689,7 @@ def test_report_page_table_sorts_filters_and_chooses(open_page: OpenPage) -> Non
 
 
 def test_report_page_shows_names_as_text(open_page: OpenPage) -> None:
-    """Promise: a snapshot or file called like markup is shown as it is called, and does nothing."""
+    """Promise: a name that looks like markup is shown as text and does nothing."""
     report = random_report(14)
     report["image"] = HOSTILE
     report["paths"].append([1, "turned \u202eround\n\udcff"])
@@ -700,7 +700,7 @@ def test_report_page_shows_names_as_text(open_page: OpenPage) -> None:
     assert page.text("#image") == HOSTILE
     assert page.text("#snapshots tr[data-index='1'] .name") == HOSTILE
     page.click("#treemap > .tile[data-path='1']")
-    # Hovering shows names too.
+    # Names are shown on hover too.
     for selector in ("#bar-1", "#bar-2", "#treemap > .tile[data-path='3']", "#curve"):
         ActionChains(page.browser).move_to_element(page.find(selector)).perform()
         assert page.find("#tip").is_displayed()
@@ -713,7 +713,7 @@ def test_report_page_shows_names_as_text(open_page: OpenPage) -> None:
 
 
 def test_report_page_command_can_be_pasted_whatever_the_path(open_page: OpenPage) -> None:
-    """Promise: a shell gets the bytes of the path from the command, also those that nobody can type."""
+    """Promise: a pasted command gives the shell the bytes of the path, printable or not."""
     path = b"/mnt/it's \\x41\n\xff\xfe"
     report = random_report(15)
     report["target"] = os.fsdecode(path)
@@ -726,7 +726,7 @@ def test_report_page_command_can_be_pasted_whatever_the_path(open_page: OpenPage
 
 
 def test_report_page_may_load_nothing(open_page: OpenPage) -> None:
-    """Promise: its policy forbids everything outside, and the template names nothing outside."""
+    """Promise: the page's policy forbids outside requests, and its template contains none."""
     page = open_page(random_report(15))
     policy = page.find("meta[http-equiv='Content-Security-Policy']").get_attribute("content")
     assert "default-src 'none'" in str(policy)
@@ -744,7 +744,7 @@ def test_report_page_may_load_nothing(open_page: OpenPage) -> None:
 
 
 def relative_luminance(colour: list[float]) -> float:
-    """Of a colour in sRGB, by WCAG 2."""
+    """The luminance of a colour in sRGB, by WCAG 2."""
     linear = [
         part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
         for part in (channel / 255 for channel in colour)
@@ -752,7 +752,7 @@ def relative_luminance(colour: list[float]) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-# Each element with text of its own: the colours of text and ground. Patterns count by each colour.
+# The colours of text and ground of each element that has text. Each colour of a pattern counts.
 TEXT_COLOURS = """
 const parts = (colour) => (colour.match(/[\\d.]+/g) || []).map(Number);
 const found = new Map();
@@ -782,7 +782,7 @@ return [...found.values()];
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_report_page_text_has_contrast(open_page: OpenPage, browser: Chrome, scheme: str) -> None:
-    """Promise: all text, in both themes, is readable: a contrast of at least 4.5."""
+    """Promise: all text in both themes has a contrast of at least 4.5."""
     report = random_report(16)
     emulate(browser, prefers_color_scheme=scheme)
     page = open_page(report)
@@ -797,7 +797,7 @@ def test_report_page_text_has_contrast(open_page: OpenPage, browser: Chrome, sch
 
 
 def test_report_page_follows_the_theme_and_its_button(open_page: OpenPage, browser: Chrome) -> None:
-    """Promise: it is dark where the system is, and the button turns it round; print is light."""
+    """Promise: the page is dark if the system is, the button switches that, and print is light."""
 
     def ground() -> str:
         return page.find("body").value_of_css_property("background-color")
@@ -826,7 +826,7 @@ def test_report_page_follows_the_theme_and_its_button(open_page: OpenPage, brows
 
 @pytest.mark.parametrize("width", [700, 1000, 1440, 2560])
 def test_report_page_fits_the_window(open_page: OpenPage, browser: Chrome, width: int) -> None:
-    """Promise: nothing is cut off or lies over something else, and the numbers stay in sight."""
+    """Promise: nothing is cut off or overlaps, and the numbers stay visible."""
     browser.set_window_size(width, HEIGHT)
     page = open_page(random_report(17))
     page.click("#choose-all")
@@ -862,7 +862,7 @@ def test_report_page_fits_the_window(open_page: OpenPage, browser: Chrome, width
 
 
 def test_report_page_without_snapshots_says_so(open_page: OpenPage) -> None:
-    """Promise: an image without snapshots is no error, and nothing is offered that cannot be."""
+    """Promise: the page of an image without snapshots is valid and offers no choice."""
     page = open_page(make_report([], []))
     assert "There are no snapshots" in page.find("#nothing").text
     assert not page.find("#decision").is_displayed()
@@ -872,7 +872,7 @@ def test_report_page_without_snapshots_says_so(open_page: OpenPage) -> None:
 
 
 def test_report_page_of_snapshots_that_hold_nothing_says_so(open_page: OpenPage) -> None:
-    """Promise: snapshots without blocks of their own can be chosen, and free nothing."""
+    """Promise: snapshots without blocks of their own can be chosen and free nothing."""
     page = open_page(make_report(["one", "two"], []))
     page.require_chosen(set())
     assert "Nothing is freed" in page.find("#treemap").text
@@ -938,7 +938,7 @@ def large_report() -> Report:
     }
 
 
-# Seconds from the press of the button to the frame after the one that shows what it did.
+# Seconds from the press of the button to the frame after the one that shows the result.
 WATCH_CLICKS = """
 addEventListener('pointerdown', () => {
   const start = performance.now();
@@ -950,7 +950,7 @@ addEventListener('pointerdown', () => {
 
 
 def test_report_page_of_a_large_image_is_quick(open_page: OpenPage, browser: Chrome) -> None:
-    """Promise: 500 snapshots and 125,000 owner sets load in seconds, and a click answers at once."""
+    """Promise: 500 snapshots and 125,000 owner sets load quickly, and clicks answer quickly."""
     report = large_report()
     assert len(json.dumps(report)) > 2**21
 

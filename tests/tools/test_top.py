@@ -1,4 +1,4 @@
-"""Promises of `cowdu top`: its numbers are those of cowdu, and it deletes what it was told to, only."""
+"""Promises of `cowdu top`: its numbers are those of cowdu, and it deletes only what it is told."""
 
 import asyncio
 import html
@@ -47,13 +47,13 @@ Session = Callable[[Top, "Pilot[None]"], Awaitable[None]]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept between looks is kept for one test."""
+    """A cache directory for one test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """An image with four snapshots that share data, of which two is held, as bytes."""
+    """An image with four snapshots that share data, the snapshot `two` held, as bytes."""
     path = make_image(tmp_path_factory.mktemp("original") / "disk.img")
     change(path, *history(NAMES), hold("two"))
     return path.read_bytes()
@@ -65,7 +65,7 @@ def hold(*names: str) -> Callable[[Filesystem], object]:
 
 
 def asked(image: Path, question: Callable[[Filesystem], Any]) -> Any:
-    """What an image answers without cowdu top."""
+    """The answer of an image, computed without cowdu top."""
     device = FileDevice(image, writable=False)
     try:
         return question(open_filesystem(device, writable=False))
@@ -81,7 +81,7 @@ def run(
     refresh_s: float = 0.0,
     size: tuple[int, int] = (80, 24),
 ) -> Top:
-    """Run cowdu top for the time of a session, which begins when the list is there."""
+    """Run cowdu top while a session runs, which begins when the list is shown."""
     top = Top(Source(str(image)), read_only=read_only, refresh_s=refresh_s)
 
     async def whole() -> None:
@@ -103,13 +103,13 @@ async def until(pilot: "Pilot[None]", condition: Callable[[], bool]) -> None:
 
 
 async def press(top: Top, pilot: "Pilot[None]", *keys: str) -> None:
-    """Press keys, and wait until what they began has ended, or asks."""
+    """Press keys, and wait until the work they began has ended or asks a question."""
     await pilot.press(*keys)
     await until(pilot, lambda: not top.is_working or isinstance(top.screen, Question))
 
 
 async def go_to(top: Top, pilot: "Pilot[None]", name: str) -> None:
-    """Put the cursor on a root."""
+    """Move the cursor to a root."""
     top.page.listing.cursor = shown_names(top).index(name)
     await pilot.pause()
 
@@ -131,17 +131,17 @@ def shown_names(top: Top) -> list[str]:
     return [root.usage.name for root in top.page.shown]
 
 
-# --- the list ---------------------------------------------------------------------------------------
+# --- the list -------------------------------------------------------------------------------------
 
 
 def test_list_shows_what_cowdu_measures(image: Path) -> None:
-    """Promise (C11): every number of the list is that of cowdu list; the live files are there too."""
+    """Promise C11: every number of the list is that of cowdu list, which has the live files too."""
     expected = asked(image, measure)
     live = next(usage for usage in expected.others if usage.kind == "volume")
 
     async def session(top: Top, pilot: "Pilot[None]") -> None:
         rows = {root.usage.name: root.usage for root in top.page.shown}
-        assert shown_names(top) == ["main", "four", "three", "two", "one"]  # the newest first
+        assert shown_names(top) == ["main", "four", "three", "two", "one"]  # newest first
         assert rows["main"] == live
         for usage in expected.snapshots:
             line = shown_names(top).index(usage.name)
@@ -161,7 +161,7 @@ def test_list_shows_what_cowdu_measures(image: Path) -> None:
 
 
 def test_list_on_a_wide_terminal_has_whole_titles_and_times(image: Path) -> None:
-    """Promise: what is short at 80 columns is whole where there is room."""
+    """Promise: titles and times that 80 columns shorten are whole where there is room."""
 
     async def session(top: Top, pilot: "Pilot[None]") -> None:
         text = "\n".join(seen(top))
@@ -173,7 +173,7 @@ def test_list_on_a_wide_terminal_has_whole_titles_and_times(image: Path) -> None
 
 
 def test_marking_any_set_tells_what_deleting_it_frees(image: Path) -> None:
-    """Promise (C11): for every set of snapshots, to the byte; held ones can be weighed too."""
+    """Promise C11: for every set of marks the freed bytes are exact; held ones can be marked."""
 
     def frees(names: tuple[str, ...]) -> Callable[[Filesystem], int]:
         return lambda filesystem: (
@@ -187,7 +187,7 @@ def test_marking_any_set_tells_what_deleting_it_frees(image: Path) -> None:
         assert "0 marked · deleting exactly these frees 0 bytes" in top.page.status_line.plain
         marked: set[str] = set()
         met = set()
-        for number in range(1, 16):  # of each set to the next, one mark changes
+        for number in range(1, 16):  # from each set to the next, one mark changes
             name = NAMES[(number & -number).bit_length() - 1]
             marked ^= {name}
             met.add(frozenset(marked))
@@ -202,7 +202,7 @@ def test_marking_any_set_tells_what_deleting_it_frees(image: Path) -> None:
 
 
 def test_marks_by_every_key(image: Path) -> None:
-    """Promise: all that are not held, none, a range, while moving; never the live files."""
+    """Promise: keys mark all that are not held, none, a range, or while moving; not live files."""
 
     async def session(top: Top, pilot: "Pilot[None]") -> None:
         def marked() -> set[str]:
@@ -228,7 +228,7 @@ def test_marks_by_every_key(image: Path) -> None:
 
 
 def test_sorting_keeps_the_cursor_where_it_is(image: Path) -> None:
-    """Promise: by age, name and number, the same key again the other way round; live at an end."""
+    """Promise: keys sort by age, name, numbers, then in reverse; live files are first or last."""
     usages = asked(image, measure).snapshots
 
     async def session(top: Top, pilot: "Pilot[None]") -> None:
@@ -258,9 +258,9 @@ def test_sorting_keeps_the_cursor_where_it_is(image: Path) -> None:
 
 
 def test_bars_show_every_snapshot_and_which_is_at_the_cursor(image: Path) -> None:
-    """Promise: one bar each, by age, from zero; the sign stands below that of the cursor.
+    """Promise: each snapshot has a bar, by age and from zero, with a sign below that of the cursor.
 
-    The oldest wrote all there was: the others are no less seen for that.
+    The oldest snapshot wrote far more than the others, whose bars must still be visible.
     """
     written = [usage.written_bytes for usage in asked(image, measure).snapshots]
     assert written[0] > max(written[1:])
@@ -277,11 +277,11 @@ def test_bars_show_every_snapshot_and_which_is_at_the_cursor(image: Path) -> Non
     run(image, session)
 
 
-# --- inside -----------------------------------------------------------------------------------------
+# --- inside ---------------------------------------------------------------------------------------
 
 
 def tree(filesystem: Filesystem) -> None:
-    """Directories, a file with two names in two of them, two files of one block, an open file."""
+    """Directories of files, one of which is linked in two of them."""
     live = filesystem.live
     inner = None
     for name in (b"first", b"second"):
@@ -299,7 +299,7 @@ def tree(filesystem: Filesystem) -> None:
 
 
 def test_inside_a_snapshot_the_parts_are_the_whole(image: Path) -> None:
-    """Promise (C11): exclusive of all lines is that of the root, and of each file that of cowdu du."""
+    """Promise C11: the lines' exclusive bytes sum to the root's, and each is that of cowdu du."""
     change(image, tree, snapshot("five"), write("always", 4096 * 9))
 
     def usage(name: str) -> Callable[[Filesystem], Place]:
@@ -341,10 +341,10 @@ def test_inside_a_snapshot_the_parts_are_the_whole(image: Path) -> None:
 
 
 def test_files_that_are_open_without_a_name_are_a_line(image: Path) -> None:
-    """Promise: what the live files hold below no name is told, so that the sum is right."""
+    """Promise: open files without a name are a line, so that the sum is right."""
 
     def unlink(filesystem: Filesystem) -> None:
-        filesystem.live.unlink(ROOT_INO, b"always")  # and nobody gives it back
+        filesystem.live.unlink(ROOT_INO, b"always")  # nothing reclaims it
 
     change(image, write("nameless", 90_000), lambda filesystem: None)
     change(image, unlink)
@@ -363,7 +363,7 @@ def test_files_that_are_open_without_a_name_are_a_line(image: Path) -> None:
 
 
 def test_directories_are_walked_through(image: Path) -> None:
-    """Promise: Enter goes in, Backspace and Left go up to where one was; s and n sort."""
+    """Promise: Enter goes in, Backspace and Left go back up; s and n sort."""
     change(image, tree)
 
     async def session(top: Top, pilot: "Pilot[None]") -> None:
@@ -379,7 +379,7 @@ def test_directories_are_walked_through(image: Path) -> None:
         await enter("inner/")
         assert "/second/inner" in page.title_line.plain
         assert {line.title for line in page.lines} == {"deep", "both"}
-        await press(top, pilot, "enter")  # a file: nothing to go into
+        await press(top, pilot, "enter")  # a file cannot be entered
         assert page.place.name == b"inner"
         await press(top, pilot, "backspace")
         assert page.at_cursor.title == "inner/"
@@ -401,7 +401,7 @@ def test_directories_are_walked_through(image: Path) -> None:
 
 
 def test_inside_an_older_generation_says_so_and_reads_again(image: Path) -> None:
-    """Promise: what is walked through stays as it is; R shows the newest in the same directory."""
+    """Promise: the view stays at its generation; R shows the newest in the same directory."""
     change(image, tree)
 
     def grow(filesystem: Filesystem) -> None:
@@ -427,18 +427,18 @@ def test_inside_an_older_generation_says_so_and_reads_again(image: Path) -> None
     run(image, session, refresh_s=0.05)
 
 
-# --- deleting ---------------------------------------------------------------------------------------
+# --- deleting -------------------------------------------------------------------------------------
 
 
 def announced(top: Top) -> int:
-    """The bytes that the question tells."""
+    """The bytes that the question names."""
     (found,) = re.findall(r"This frees exactly .*?([\d,]+) bytes", "\n".join(seen(top)))
     return int(found.replace(",", ""))
 
 
 @pytest.mark.parametrize("answer", [["y"], ["right", "enter"]], ids=["y", "button"])
 def test_delete_frees_the_bytes_it_asks_about(image: Path, answer: list[str]) -> None:
-    """Promise (C11): after a yes the marked ones are gone, no other, and exactly so much is free."""
+    """Promise C11: after a yes exactly the marked ones are gone, and exactly those bytes free."""
     before = tree_bytes(image)
     alone = sum(usage.exclusive_bytes for usage in asked(image, measure).snapshots[2:])
     told = 0
@@ -460,12 +460,12 @@ def test_delete_frees_the_bytes_it_asks_about(image: Path, answer: list[str]) ->
         assert f"deleted 2 snapshots, which freed {told / 1024:.1f} KiB" in top.page.message.plain
 
     run(image, session)
-    assert before - tree_bytes(image) == told > alone  # what only the two share, too
+    assert before - tree_bytes(image) == told > alone  # also what only the two share
     assert [usage.name for usage in asked(image, measure).snapshots] == ["one", "two"]
 
 
 def test_delete_asks_about_what_is_there_now(image: Path) -> None:
-    """Promise: whatever others did since the list was read; what is gone is not asked about."""
+    """Promise: the question is about the newest state; snapshots that are gone are left out."""
 
     def delete(*names: str) -> Callable[[Filesystem], None]:
         def step(filesystem: Filesystem) -> None:
@@ -477,7 +477,7 @@ def test_delete_asks_about_what_is_there_now(image: Path) -> None:
     async def session(top: Top, pilot: "Pilot[None]") -> None:
         await go_to(top, pilot, "three")
         exclusive = top.page.at_cursor.usage.exclusive_bytes
-        change(image, delete("four"))  # what both had is now in three alone
+        change(image, delete("four"))  # `three` alone has now what the two shared
         await press(top, pilot, "d")
         assert announced(top) > exclusive
         assert announced(top) == asked(image, measure).snapshots[-1].exclusive_bytes
@@ -493,7 +493,7 @@ def test_delete_asks_about_what_is_there_now(image: Path) -> None:
 def test_delete_waits_for_the_space_and_tells_how_far_it_is(
     image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: what the daemon tells while it gives space back is shown, until all is free."""
+    """Promise: the daemon's progress in freeing space is shown until all is free."""
     from cowfs.api import ImageConnection
 
     may_end = threading.Event()
@@ -512,7 +512,7 @@ def test_delete_waits_for_the_space_and_tells_how_far_it_is(
         await pilot.press("y")
         says = "giving back space: 1.0 MiB of at most 2.0 MiB"
         await until(pilot, lambda: top.page.message.plain == says)
-        await pilot.press("escape")  # too late for that
+        await pilot.press("escape")  # too late to stop the deletion
         assert top.is_working
         may_end.set()
         await until(pilot, lambda: not top.is_working)
@@ -524,7 +524,7 @@ def test_delete_waits_for_the_space_and_tells_how_far_it_is(
 
 @pytest.mark.parametrize("answer", ["enter", "escape", "n", "q"])
 def test_delete_without_a_yes_deletes_nothing(image: Path, answer: str) -> None:
-    """Promise: the answer is no until somebody says yes."""
+    """Promise: without a yes nothing is deleted."""
     contents = image.read_bytes()
 
     async def session(top: Top, pilot: "Pilot[None]") -> None:
@@ -542,7 +542,7 @@ def test_delete_without_a_yes_deletes_nothing(image: Path, answer: str) -> None:
 
 
 def test_delete_refuses_what_is_held_live_or_read_only(image: Path) -> None:
-    """Promise: no question is asked, and the line says why, and how to release."""
+    """Promise: no question is asked; the line says why, and how to release a held snapshot."""
     contents = image.read_bytes()
 
     async def session(top: Top, pilot: "Pilot[None]") -> None:
@@ -571,7 +571,7 @@ def test_delete_refuses_what_is_held_live_or_read_only(image: Path) -> None:
 
 
 def test_delete_that_fails_is_one_line(image: Path) -> None:
-    """Promise: an image that another process writes to is not changed, and the program goes on."""
+    """Promise: a locked image is not changed; the error is one line, and the program goes on."""
 
     async def session(top: Top, pilot: "Pilot[None]") -> None:
         await go_to(top, pilot, "four")
@@ -589,11 +589,11 @@ def test_delete_that_fails_is_one_line(image: Path) -> None:
     run(image, session)
 
 
-# --- what others do ---------------------------------------------------------------------------------
+# --- what others do -------------------------------------------------------------------------------
 
 
 def test_refresh_shows_what_others_did_and_keeps_marks_and_cursor(image: Path) -> None:
-    """Promise: a new snapshot appears, one that is gone goes, marks and cursor stay with theirs."""
+    """Promise: new snapshots appear and deleted ones go; marks and cursor keep their snapshots."""
 
     async def session(top: Top, pilot: "Pilot[None]") -> None:
         for name in ("one", "three"):
@@ -623,7 +623,7 @@ def test_refresh_shows_what_others_did_and_keeps_marks_and_cursor(image: Path) -
 
 
 def test_without_refresh_only_the_key_reads_again(image: Path) -> None:
-    """Promise: with --refresh 0 nothing is looked at until R."""
+    """Promise: with --refresh 0 the image is read only when R is pressed."""
 
     async def session(top: Top, pilot: "Pilot[None]") -> None:
         change(image, snapshot("five"))
@@ -636,7 +636,7 @@ def test_without_refresh_only_the_key_reads_again(image: Path) -> None:
 
 
 def test_refresh_that_fails_is_one_line_and_the_next_one_helps(image: Path) -> None:
-    """Promise: an image that is away for a moment ends nothing."""
+    """Promise: an image that is missing for a moment ends nothing."""
     away = image.with_name("away.img")
 
     async def session(top: Top, pilot: "Pilot[None]") -> None:
@@ -649,7 +649,7 @@ def test_refresh_that_fails_is_one_line_and_the_next_one_helps(image: Path) -> N
 
 
 def test_damage_ends_it_with_the_error(tmp_path: Path, original: bytes) -> None:
-    """Promise: where no number can be trusted none is shown; the command tells in one line."""
+    """Promise: on damage no number is shown, and the command ends with the error in one line."""
     image = tmp_path / "damaged.img"
     image.write_bytes(original)
     damage(image, "three")
@@ -673,7 +673,7 @@ def damage(image: Path, name: str) -> None:
 def test_image_that_changes_while_it_is_read_is_read_again(
     image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Promise: what another process reused meanwhile is no damage; real damage still is."""
+    """Promise: blocks reused while reading are no damage; real damage is still found."""
     from cowfs_tools.cowdu import walking
 
     honest = walking._roots_of
@@ -704,7 +704,7 @@ def test_image_that_changes_while_it_is_read_is_read_again(
 
 
 def test_escape_stops_reading(image: Path) -> None:
-    """Promise: who stops, or leaves, does not wait for a pass over a large image, and it ends."""
+    """Promise: Escape ends a long pass over the image at once, and so does leaving."""
     ended = threading.Event()
 
     class SlowSource(Source):
@@ -727,11 +727,11 @@ def test_escape_stops_reading(image: Path) -> None:
     run(image, session)
 
 
-# --- names ------------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------
 
 
 def test_hostile_names_are_shown_and_not_obeyed(image: Path) -> None:
-    """Promise: markup, escape sequences, bytes and turned text are letters on one line."""
+    """Promise: markup, escape sequences, bytes and bidi text are shown as letters on one line."""
     names = [b"[bold red]x", b"[[", b"\x1b[2Jcleared", b"two\nlines", b"\xff\xfe", b"long" * 60]
     names += ["\u202eturned".encode(), b"[@click=app.quit]here"]
 
@@ -780,7 +780,7 @@ def test_hostile_names_are_shown_and_not_obeyed(image: Path) -> None:
 
 
 def test_a_thousand_files_need_only_what_is_seen(image: Path) -> None:
-    """Promise: the cursor is always seen, however long the list, whatever key moved it."""
+    """Promise: the cursor stays visible in a list of any length, whatever key moved it."""
 
     def step(filesystem: Filesystem) -> None:
         for number in range(1000):
@@ -801,7 +801,7 @@ def test_a_thousand_files_need_only_what_is_seen(image: Path) -> None:
 
 
 def test_help_comes_and_goes(image: Path) -> None:
-    """Promise: ? shows the keys, whole on a screen of 80 by 24, and the next key hides them."""
+    """Promise: ? shows all keys on a screen of 80 by 24, and the next key hides them."""
 
     async def session(top: Top, pilot: "Pilot[None]") -> None:
         await press(top, pilot, "?")
@@ -817,14 +817,14 @@ def test_help_comes_and_goes(image: Path) -> None:
     run(image, session)
 
 
-# --- the command ------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("has_keyboard", [False, True], ids=["no terminal", "only input"])
 def test_without_a_terminal_it_refuses_and_textual_is_not_imported(
     image: Path, has_keyboard: bool
 ) -> None:
-    """Promise: one line, the exit status of a usage error; nothing else pays for the screen."""
+    """Promise: without a terminal it is a usage error in one line; textual is not imported."""
     program = (
         "import sys; from cowfs_tools.cowdu.main import main\n"
         "try: main(sys.argv[1:])\n"
@@ -849,7 +849,7 @@ def test_without_a_terminal_it_refuses_and_textual_is_not_imported(
 
 
 def test_without_textual_it_says_how_to_install_it(image: Path) -> None:
-    """Promise: textual is optional: without it the error is one line with the command to run."""
+    """Promise: without textual the error is one line with the command that installs it."""
     program = (
         "import sys; from cowfs_tools.cowdu.main import main\n"
         "sys.modules['textual'] = None\n"  # hides it from every import
