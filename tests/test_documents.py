@@ -323,7 +323,7 @@ def test_every_document_of_the_package_is_installed_with_it() -> None:
 
 
 def test_broken_links_are_noticed(tmp_path: Path) -> None:
-    """Promise: the first test of this file can fail."""
+    """Promise: a link to a missing file or heading is found."""
     page = tmp_path / "page.md"
     (tmp_path / "other.md").write_text("# A title\n\n## What `code` is, and: why\n\n## A title\n")
     good = "[a](other.md) [b](other.md#what-code-is-and-why) [c](other.md#a-title-1) [d](#here)\n"
@@ -336,7 +336,7 @@ def test_broken_links_are_noticed(tmp_path: Path) -> None:
 
 
 def test_long_lines_are_noticed_outside_of_tables_and_code() -> None:
-    """Promise: only what cannot be wrapped may be long."""
+    """Promise: long lines of prose are found; tables and code, which cannot wrap, are not."""
     long = "word " * 21
     assert long_lines(f"short\n| {long} |\n```\n{long}\n```\n    {long}\n") == []
     assert long_lines(f"short\n{long}\n- {long}\n") == [2, 3]

@@ -188,7 +188,7 @@ def test_generation_that_is_gone_is_refused() -> None:
 
 
 def test_unreadable_rings_are_a_device_error() -> None:
-    """Promise: without either ring there is nothing to check."""
+    """Promise: an image whose two rings are both unreadable is a device error."""
     builder, volume = sample_image()
     builder.add_root(volume)
     device = builder.finish()
@@ -417,7 +417,7 @@ def test_retained_generation_is_walked_too() -> None:
 
 
 def test_node_of_a_retained_generation_overwritten_is_found() -> None:
-    """Promise: reuse of a block that a retained generation shows is found (I2)."""
+    """Promise: reuse of a node that a retained generation shows is found (I2)."""
     device, pointer, _ = with_retained()
     device.damage(pointer.block)
     found = the_error(check_image(device), "a retained generation is not whole")
@@ -425,7 +425,7 @@ def test_node_of_a_retained_generation_overwritten_is_found() -> None:
 
 
 def test_data_of_a_retained_generation_overwritten_is_found() -> None:
-    """Promise: the same for data."""
+    """Promise: reuse of a data block that a retained generation shows is found (I2)."""
     device, _, extent = with_retained()
     device.damage(extent.block)
     found = the_error(check_image(device), "wrong data checksum")

@@ -27,7 +27,7 @@ Tree = dict[bytes, Facts]
 
 @dataclass(slots=True)
 class Picture:
-    """What a filesystem shows at one moment.
+    """Everything that a filesystem shows at one moment.
 
     Attributes:
         trees: facts by path, for each snapshot by its name and for the live tree under LIVE.

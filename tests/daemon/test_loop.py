@@ -1,4 +1,4 @@
-"""The burst loop stays honest trio: fair, cancellable, and asleep when there is nothing to do.
+"""The burst loop behaves as trio does: fair, cancellable, and asleep if there is nothing to do.
 
 Each test mounts a small filesystem in this process, runs `pyfuse3.main` under `trio.run`, and
 drives it from a child process that knows nothing but the mount point.
@@ -540,7 +540,7 @@ def test_install_is_idempotent_and_reversible() -> None:
 
 
 def test_everything_else_is_passed_to_trio() -> None:
-    """What the loop does not answer itself is trio's own."""
+    """Every attribute that the loop does not replace is trio's own."""
     stand_in = pyfuse3.trio  # type: ignore[attr-defined]
     assert stand_in.ClosedResourceError is trio.ClosedResourceError
     assert stand_in.from_thread is trio.from_thread

@@ -1,4 +1,4 @@
-"""Promises of the page that `cowdu report` writes, kept in a real browser, with clicks and keys.
+"""Promises of the page that `cowdu report` writes, tested in a real browser by clicks and keys.
 
 Every report here is made from a list of owner sets; the same list is summed in plain Python to get
 what the page must show. A page that wrote anything to the console fails its test.
