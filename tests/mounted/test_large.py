@@ -269,10 +269,11 @@ libc.closedir(stream)
 
 # The system call itself, with a buffer for one or two entries at a time
 file = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECTORY)
+getdents64 = 217 if os.uname().machine == "x86_64" else 61
 for size in (64, 100, 300, 5000):
     os.lseek(file, 0, os.SEEK_SET)
     found, buffer = [], ctypes.create_string_buffer(size)
-    while (count := libc.syscall(217 if os.uname().machine == "x86_64" else 61, file, buffer, size)):
+    while (count := libc.syscall(getdents64, file, buffer, size)):
         assert count > 0, ctypes.get_errno()
         at = 0
         while at < count:

@@ -28,7 +28,8 @@ file = open(path, "r+b")
 if kind == "flock":
     fcntl.flock(file, fcntl.LOCK_EX)
 elif kind == "ofd":
-    fcntl.fcntl(file, fcntl.F_OFD_SETLKW, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, start, length, 0))
+    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, start, length, 0)
+    fcntl.fcntl(file, fcntl.F_OFD_SETLKW, lock)
 else:
     fcntl.lockf(file, fcntl.LOCK_EX, length, start)
 print("held", flush=True)

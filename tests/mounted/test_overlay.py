@@ -84,8 +84,9 @@ def test_files_deleted_renamed_and_changed_in_a_container_stay_so(
         "./served/two-a ./served/two-b ./symlink"
     )
     look = (
-        "find . -mindepth 1 | LC_ALL=C sort | tr '\\n' ' '; echo; cat etc/both etc/two-b etc/renamed;"
-        " stat -c %h etc/linked; cat served/moved"
+        "find . -mindepth 1 | LC_ALL=C sort | tr '\\n' ' '; echo; "
+        "cat etc/both etc/two-b etc/renamed; "
+        "stat -c %h etc/linked; cat served/moved"
     )
     for step in ("again", "remounted", "rolled back"):
         if step == "remounted":

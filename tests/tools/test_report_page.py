@@ -758,7 +758,8 @@ const parts = (colour) => (colour.match(/[\\d.]+/g) || []).map(Number);
 const found = new Map();
 for (const element of document.querySelectorAll('body *')) {
   const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
-  if (!own || !element.checkVisibility() || element.matches(':disabled, script, noscript')) continue;
+  if (!own || !element.checkVisibility()) continue;
+  if (element.matches(':disabled, script, noscript')) continue;
   const style = getComputedStyle(element);
   const ink = parts(element instanceof SVGElement ? style.fill : style.color);
   let grounds = [];
