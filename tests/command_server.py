@@ -19,7 +19,7 @@ import sys
 MODULES = {
     "cowfs": "cowfs.cli.main",
     "cowdu": "cowfs_tools.cowdu.main",
-    "cowdump": "cowfs_tools.cowdump",
+    "cowdump": "cowfs_tools.cowdump.main",
 }
 # What the commands import when they need it.
 _PRELOADED = (

@@ -148,7 +148,7 @@ def test_nothing_that_roots_daemon_starts_can_gain_rights(shared_mount: Mounted)
 def test_another_user_cannot_reach_the_control_socket(shared_mount: Mounted) -> None:
     """Promise: only the daemon's own user and root command a mount."""
     folder = places.make_directory()
-    sockets = [path for path in folder.iterdir() if stat.S_ISSOCK(path.lstat().st_mode)]
+    sockets = places.find_sockets(shared_mount.image)
     assert sockets
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     connect = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"

@@ -355,11 +355,11 @@ FAULTS = (
     Fault(
         "a commit between the halves of a rename",
         f"{_NAMESPACE}.rename",
-        "self.names.remove(old_directory, old_name)",
+        "self._names.remove(old_directory, old_name)",
         "operation.step = 0\n"
-        "self.store.admission.relieve()\n"
+        "self._parts.store.admission.relieve()\n"
         "operation.step = 2\n"
-        "self.names.remove(old_directory, old_name)",
+        "self._names.remove(old_directory, old_name)",
         shown_by=1,
     ),
     Fault(

@@ -418,7 +418,7 @@ def test_operation_that_would_wait_is_given_up_without_a_trace_and_tried_again(
             for owner, name in (
                 (store, "read_image"),
                 (store, "read_data"),
-                (store.map, "_read_page"),
+                (store.map.index, "read_refcounts"),
             ):
                 monkeypatch.setattr(owner, name, wait.instead_of(getattr(owner, name)))
             try:

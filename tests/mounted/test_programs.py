@@ -62,6 +62,7 @@ def test_git_history_survives_gc_clone_and_remount(mount: Mounted, tmp_path: Pat
 # ------------------------------------------------------------------- Python
 
 
+@pytest.mark.long
 def test_python_environment_with_pip_works(mount: Mounted) -> None:
     """Promise: a virtual environment on the mount is made, runs, and installs a package."""
     place = mount.path / "environment"

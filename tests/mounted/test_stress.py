@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import Mounted
 from tests.mounted.programs import SECONDS, run
+from tests.sizes import sized
 
 pytestmark = [
     pytest.mark.mounted,
@@ -20,10 +21,10 @@ pytestmark = [
 
 # Also pieces that are not whole blocks. Each job writes every place of its file once, in random
 # order.
-FIO_JOBS = """
+FIO_JOBS = f"""
 [global]
 rw=randwrite
-size=12m
+size={sized(5, 12)}m
 verify=crc32c
 verify_fatal=1
 do_verify=1
@@ -97,9 +98,9 @@ def test_fio_reads_back_what_it_wrote_after_a_remount_too(
 
     # Prove that fio notices one changed byte in the middle of one file.
     with open(files[0], "r+b") as file:
-        file.seek(5 << 20)
+        file.seek(2 << 20)
         (byte,) = file.read(1)
-        file.seek(5 << 20)
+        file.seek(2 << 20)
         file.write(bytes([byte ^ 1]))
     with pytest.raises(AssertionError, match="verify: bad"):
         run(*words, "--verify_only", jobs, folder=tmp_path)
@@ -138,6 +139,7 @@ LEFT_OUT = {
 SKIPPED = {"verity", "fiemap"}  # FUSE supports neither
 
 
+@pytest.mark.long
 def test_stressors_of_file_systems_find_nothing_wrong(mount: Mounted, tmp_path: Path) -> None:
     """Promise: every stressor of stress-ng's class `filesystem` passes, verifying where it can."""
     log = tmp_path / "log"

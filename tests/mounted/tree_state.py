@@ -13,6 +13,8 @@ import stat
 import sysconfig
 from pathlib import Path
 
+from tests.sizes import is_long
+
 Record = dict[str, object]
 State = dict[str, Record]
 
@@ -107,17 +109,20 @@ def assert_same(left: State, right: State) -> None:
 
 
 def make_library(target: Path) -> None:
-    """Make a tree of thousands of real files, with one of everything that a tree can hold.
+    """Make a tree of real files, with one of everything that a tree can hold.
 
-    The files are Python's standard library; on top come hard links, symlinks (also broken), odd
-    modes, extended attributes, a sparse file, a fifo and, made by root, other owners and a device.
+    The files are Python's standard library, in the short run a few packages of it. On top come hard
+    links, symlinks (also broken), odd modes, extended attributes, a sparse file, a fifo and, made by
+    root, other owners and a device.
     """
-    shutil.copytree(
-        sysconfig.get_path("stdlib"),
-        target,
-        symlinks=True,
-        ignore=shutil.ignore_patterns("site-packages", "dist-packages", "config-*", "test", "*.so"),
-    )
+    library = Path(sysconfig.get_path("stdlib"))
+    ignore = shutil.ignore_patterns("site-packages", "dist-packages", "config-*", "test", "*.so")
+    if is_long():
+        shutil.copytree(library, target, symlinks=True, ignore=ignore)
+    else:
+        target.mkdir()
+        for name in ("asyncio", "collections", "ctypes", "email", "json", "logging", "unittest"):
+            shutil.copytree(library / name, target / name, symlinks=True, ignore=ignore)
     make_one_of_everything(target)
     # As in `make_one_of_everything`.
     os.utime(target, ns=(0, 1_500_000_000_123_456_789))
