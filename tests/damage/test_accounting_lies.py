@@ -21,6 +21,7 @@ from cowfs.storage.format import BLOCK_SIZE_BYTES, Pointer, encode_node
 from tests.care.image_builder import SEED, ImageBuilder, MemoryDevice, VolumeItems
 from tests.damage.exercise import account, bounded
 from tests.damage.hostile import NUMBERS, Mutation, build
+from tests.sizes import sized
 
 KINDS_OF_NUMBERS = (
     "extent",
@@ -272,7 +273,7 @@ def test_root_records_of_one_number_are_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS_OF_NUMBERS)
 def test_every_number_of_a_kind_is_answered(kind: str, tmp_path: Path) -> None:
     """Promise: at the limits of arithmetic, accounting answers or refuses, and nothing worse."""
-    for what in range(4):
+    for what in range(sized(2, 4)):
         for value in [at for at, number in enumerate(NUMBERS) if number > 4000 or number < 3]:
             device = build([Mutation(kind, 2 * what, value, what, value)])
             with bounded(f"account {kind} {what} {value}"):

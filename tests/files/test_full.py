@@ -155,7 +155,7 @@ def delete_everything(filesystem: Filesystem) -> None:
 
 @pytest.mark.parametrize(
     ("total_blocks", "copies"),
-    [(4096, True), (4500, False), (6000, True)],
+    [(4096, True), (4500, False), pytest.param(6000, True, marks=pytest.mark.long)],
     ids=["small", "one-copy", "larger"],
 )
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
@@ -534,7 +534,7 @@ def test_truncate_in_a_full_filesystem_frees_space() -> None:
     require_clean(filesystem)
 
 
-@pytest.mark.parametrize("total_blocks", [4096, 10_000])
+@pytest.mark.parametrize("total_blocks", [4096, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("then", [fill_names, fill_inline, fill_xattrs, fill_blocks])
 def test_free_space_in_single_blocks_never_fails_a_commit(
     then: Callable[[Volume], int], total_blocks: int

@@ -23,6 +23,9 @@ from tests.commands import COMMANDS, Completed
 from tests.conftest import wait_for_end
 from tests.sizes import HANG_SECONDS
 
+# A mount namespace copies all mounts, so tests that make namespaces run in turn with those they
+# disturb.
+NAMESPACES = pytest.mark.xdist_group("mount namespaces")
 AS_ROOT = [] if os.geteuid() == 0 else ["sudo", "-n"]
 PYTHONPATH = os.environ.get("PYTHONPATH", "")
 HELPERS = {"mount.fuse.cowfs": "main", "umount.fuse.cowfs": "umount_main"}

@@ -14,7 +14,7 @@ from tests.sizes import sized
 
 pytestmark = [pytest.mark.mounted]
 
-FILES = sized(30, 100)
+FILES = sized(12, 100)
 
 CONFIGURE = """
 AC_INIT([counting], [1.0])

@@ -23,11 +23,9 @@ from tests.conftest import (
     require_success,
     wait_for_end,
 )
+from tests.mounted.machine import NAMESPACES
 from tests.sizes import HANG_SECONDS, wait_until
 
-# A mount namespace copies all mounts, so tests that make namespaces run in turn with those they
-# disturb.
-NAMESPACES = pytest.mark.xdist_group("mount namespaces")
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs, NAMESPACES]
 
 

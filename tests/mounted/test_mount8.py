@@ -16,12 +16,9 @@ import pytest
 
 from tests.commands import run_command
 from tests.conftest import json_of, require_clean, require_success, wait_for_end
-from tests.mounted.machine import AS_ROOT, Machine, machine
+from tests.mounted.machine import AS_ROOT, NAMESPACES, Machine, machine
 from tests.sizes import HANG_SECONDS
 
-# A mount namespace copies all mounts, so tests that make namespaces run in turn with those they
-# disturb.
-NAMESPACES = pytest.mark.xdist_group("mount namespaces")
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs, NAMESPACES]
 
 USUAL = (

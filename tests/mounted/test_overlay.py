@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Mounted
+from tests.mounted.machine import NAMESPACES
 from tests.sizes import HANG_SECONDS
 
-# A mount namespace copies all mounts, so tests that make namespaces run in turn with those they
-# disturb.
-NAMESPACES = pytest.mark.xdist_group("mount namespaces")
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_root, NAMESPACES]
 
 OPTIONS = "lowerdir={0}/two:{0}/one,upperdir={1}/upper,workdir={1}/work,redirect_dir=on,index=off"

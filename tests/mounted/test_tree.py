@@ -26,7 +26,7 @@ def test_tree_copied_changed_and_rolled_back_is_the_same_tree(
 ) -> None:
     """Promise: a snapshot gives back every byte and attribute, by its path and by rollback."""
     original = tmp_path / "library"
-    make_library(original)
+    make_library(original, whole=True)
     expected = tree_state(original)
     assert len(expected) > 1000, "the tree is too small to prove anything"
 

@@ -38,7 +38,9 @@ def delete_in_three_commits(mount: Mounted, files: int) -> None:
         require_success(mount.cowfs("sync", mount.path))
 
 
-@pytest.mark.parametrize(("files", "size"), [(FILES, MIB), (16 * FILES, 64 << 10)])
+@pytest.mark.parametrize(
+    ("files", "size"), [pytest.param(FILES, MIB, marks=pytest.mark.long), (16 * FILES, 64 << 10)]
+)
 def test_deleted_files_give_their_space_back_while_mounted(
     tmp_path: Path, files: int, size: int
 ) -> None:

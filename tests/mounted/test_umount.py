@@ -25,12 +25,9 @@ from tests.conftest import (
     unmount_lazily,
     wait_for_end,
 )
-from tests.mounted.machine import ANNA, AS_ROOT, machine
+from tests.mounted.machine import ANNA, AS_ROOT, NAMESPACES, machine
 from tests.sizes import HANG_SECONDS
 
-# A mount namespace copies all mounts, so tests that make namespaces run in turn with those they
-# disturb.
-NAMESPACES = pytest.mark.xdist_group("mount namespaces")
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs, NAMESPACES]
 
 # Less than umount waits for the last commit of a mount that nobody uses.

@@ -12,11 +12,8 @@ import pytest
 
 from tests.commands import run_command
 from tests.conftest import require_clean, require_success
-from tests.mounted.machine import ANNA, BERT, Machine, machine
+from tests.mounted.machine import ANNA, BERT, NAMESPACES, Machine, machine
 
-# A mount namespace copies all mounts, so tests that make namespaces run in turn with those they
-# disturb.
-NAMESPACES = pytest.mark.xdist_group("mount namespaces")
 pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs, NAMESPACES]
 
 

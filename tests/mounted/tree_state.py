@@ -108,16 +108,16 @@ def assert_same(left: State, right: State) -> None:
     assert not found, f"{len(found)} differences:\n" + "\n".join(found[:20])
 
 
-def make_library(target: Path) -> None:
+def make_library(target: Path, *, whole: bool = False) -> None:
     """Make a tree of real files, with one of everything that a tree can hold.
 
-    The files are Python's standard library, in the short run a few packages of it. On top come
+    The files are Python's standard library; in the short run a few packages of it, unless `whole`. On top come
     hard links, symlinks (also broken), odd modes, extended attributes, a sparse file, a fifo and,
     made by root, other owners and a device.
     """
     library = Path(sysconfig.get_path("stdlib"))
     ignore = shutil.ignore_patterns("site-packages", "dist-packages", "config-*", "test", "*.so")
-    if is_long():
+    if whole or is_long():
         shutil.copytree(library, target, symlinks=True, ignore=ignore)
     else:
         target.mkdir()
