@@ -111,9 +111,9 @@ def assert_same(left: State, right: State) -> None:
 def make_library(target: Path, *, whole: bool = False) -> None:
     """Make a tree of real files, with one of everything that a tree can hold.
 
-    The files are Python's standard library; in the short run a few packages of it, unless `whole`. On top come
-    hard links, symlinks (also broken), odd modes, extended attributes, a sparse file, a fifo and,
-    made by root, other owners and a device.
+    The files are Python's standard library; in the short run a few packages of it, unless `whole`.
+    On top come hard links, symlinks (also broken), odd modes, extended attributes, a sparse file,
+    a fifo and, made by root, other owners and a device.
     """
     library = Path(sysconfig.get_path("stdlib"))
     ignore = shutil.ignore_patterns("site-packages", "dist-packages", "config-*", "test", "*.so")

@@ -236,7 +236,7 @@ class Case:
         read_ns = time.time_ns()
         time.sleep(self.filesystem.tick_s)
         # On a busy machine the clock that filesystems read may stand still for longer than a tick.
-        while time.clock_gettime_ns(time.CLOCK_REALTIME_COARSE) <= read_ns:
+        while time.clock_gettime_ns(CLOCK_REALTIME_COARSE) <= read_ns:
             time.sleep(TICK_S)
         yield
         end_ns = time.time_ns() + 1
