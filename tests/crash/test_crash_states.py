@@ -16,7 +16,7 @@ from tests.crash.workloads import parse
 from tests.sizes import chosen_seed, sized
 
 SHARES = 4
-STATES = sized(200, 5200)  # unique states of each share; more than 20,000 together in the long run
+STATES = sized(130, 5200)  # unique states of each share; more than 20,000 together in the long run
 OF_WORKLOAD = sized(4, 40)
 OF_NESTED = sized(2, 12)
 # Each share starts at its own workload; together they use all four modes of durability.

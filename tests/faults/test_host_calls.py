@@ -20,7 +20,7 @@ from tests.faults.workload import PARTS, Base, Workload, make_bases
 from tests.model.devices import MemoryDevice
 from tests.sizes import is_long
 
-STRIDE = 1 if is_long() else 20  # each run reads and writes a whole image
+STRIDE = 1 if is_long() else 30  # each run reads and writes a whole image
 
 
 class HostCalls:

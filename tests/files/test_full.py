@@ -259,7 +259,11 @@ def delete_snapshots_one_by_one(filesystem: Filesystem) -> None:
 @pytest.mark.parametrize(
     ("way", "total_blocks", "copies"),
     [(way, 4800, True) for way in WAYS]
-    + [(way, 4500, False) for way in WAYS if way is not FILL_NAMES],
+    + [
+        pytest.param(way, 4500, False, marks=pytest.mark.long)
+        for way in WAYS
+        if way is not FILL_NAMES
+    ],
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_full_with_snapshots_deletes_every_file_and_every_snapshot(

@@ -7,6 +7,7 @@ it), and asserts I3 at every write. `FaultDevice` puts an error in front of any 
 import errno
 import os
 import random
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -57,6 +58,7 @@ class MemoryDevice:
         self._unflushed: dict[int, list[bytes]] = {}  # all versions since the last flush
         self._written: set[int] = set()
         self._pristine: dict[int, bytes] = {}  # the content before it was damaged
+        self._lock = threading.Lock()  # a thread may write a commit while the loop discards
 
     # --- Device -----------------------------------------------------------------------------------
 
@@ -88,13 +90,15 @@ class MemoryDevice:
                 )
             self._written.add(number)
             part = part_of(data, index)
-            self._unflushed.setdefault(number, []).append(part)
+            with self._lock:
+                self._unflushed.setdefault(number, []).append(part)
 
     def flush(self) -> None:
         self.events.append(Event("flush"))
-        for number, versions in self._unflushed.items():
-            self._durable[number] = versions[-1]
-        self._unflushed.clear()
+        with self._lock:
+            for number, versions in self._unflushed.items():
+                self._durable[number] = versions[-1]
+            self._unflushed.clear()
         self._written.clear()
 
     def discard(self, offset: int, size: int) -> bool:
@@ -104,8 +108,9 @@ class MemoryDevice:
         for number in range(first, first + count):
             assert not self._is_ring(number), f"block {number} of the ring is discarded"
             assert number not in self.kept, f"I2: block {number} is in use and discarded"
-            if number in self._durable or number in self._unflushed:
-                self._unflushed.setdefault(number, []).append(_ZEROS)
+            with self._lock:
+                if number in self._durable or number in self._unflushed:
+                    self._unflushed.setdefault(number, []).append(_ZEROS)
         return True
 
     def prefetch(self, offset: int, size: int) -> None:

@@ -122,6 +122,7 @@ def cp(source: Path, target: Path) -> None:
     run("cp", "--archive", "--sparse=always", source, target)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("copy", [rsync, tar, cp], ids=["rsync", "tar", "cp"])
 def test_copies_onto_a_mount_and_back_are_the_tree(
     mount: Mounted, tmp_path: Path, copy: Copy

@@ -174,6 +174,7 @@ def test_project_is_built_checked_and_installed(mount: Mounted, build: Path) -> 
     assert [path for path in build.rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.long
 @pytest.mark.needs_cowfs
 def test_rollback_brings_a_build_back_as_make_left_it(mount: Mounted, build: Path) -> None:
     """Promise C6: after a rollback make finds nothing to do, after an undo only what was new."""

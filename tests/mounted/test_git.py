@@ -14,7 +14,7 @@ from tests.sizes import sized
 
 pytestmark = [pytest.mark.mounted]
 
-COMMITS = sized(300, 3000)
+COMMITS = sized(900, 3000)
 FOLDERS, FILES = 20, 10
 SIDE_BEGINS, SIDE_COMMITS = COMMITS - 100, 25
 BEGIN = 1_700_000_000

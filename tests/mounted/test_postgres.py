@@ -272,6 +272,7 @@ def test_postgres_recovers_every_transaction_when_the_daemon_is_killed(
     )
 
 
+@pytest.mark.long
 @pytest.mark.needs_cowfs
 def test_postgres_recovers_from_a_snapshot_taken_under_load(
     place: tuple[Mounted, Path], cluster: Cluster
