@@ -133,17 +133,21 @@ class Mounted:
         assert isinstance(self.daemon_pid, int)
         assert process_is_alive(self.daemon_pid)
 
-    def umount(self) -> None:
-        """Unmount as a user does, and check that the daemon ends.
+    def _run_umount(self) -> Completed:
+        """Run `cowfs umount`, again while a test beside this one has a copy of the mount.
 
-        A mount namespace of another test may hold a copy of the mount for a moment.
+        A new mount namespace of such a test has copies of all mounts, for a moment.
         """
         result = run_command("umount", self.path)
         deadline = time.monotonic() + HANG_SECONDS
         while "in the mount namespace of" in result.stderr and time.monotonic() < deadline:
             time.sleep(0.2)
             result = run_command("umount", self.path)
-        require_success(result)
+        return result
+
+    def umount(self) -> None:
+        """Unmount as a user does, and see that the daemon ends."""
+        require_success(self._run_umount())
         assert not is_mount_point(self.path), "cowfs umount returned while still mounted"
         pid, self.daemon_pid = self.daemon_pid, None
         if pid is not None and not wait_for_end(pid):
@@ -194,7 +198,7 @@ class Mounted:
         trouble = None
         pid = self.daemon_pid
         if is_mount_point(self.path):
-            result = run_command("umount", self.path)
+            result = self._run_umount()
             if result.returncode != 0:
                 trouble = f"cowfs umount ended with {result.returncode}: {result.stderr.strip()}"
             if is_mount_point(self.path):

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -125,6 +126,15 @@ def start_program(path: str, *arguments: str) -> None:
     _RUNNING.append(subprocess.Popen([path, *arguments]))
 
 
+def await_sleep() -> None:
+    """Wait until the program that was started last has begun to sleep; 2 s if no one can tell."""
+    for _ in range(2000):
+        with open(f"/proc/{_RUNNING[-1].pid}/wchan", encoding="ascii") as place:
+            if "sleep" in place.read():
+                return
+        time.sleep(0.001)
+
+
 def end_program() -> None:
     program = _RUNNING.pop()
     program.send_signal(signal.SIGKILL)
@@ -172,6 +182,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "rmdir": os.rmdir,
     "setxattr": os.setxattr,
     "start_program": start_program,
+    "await_sleep": await_sleep,
     "stat": lambda path: _fields(os.stat(path)),
     "statvfs": lambda path: tuple(os.statvfs(path)),
     "symlink": os.symlink,
