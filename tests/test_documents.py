@@ -243,7 +243,9 @@ def commands() -> list[str]:
     waiting: list[tuple[click.Command, click.Context]] = []
     for program in PROGRAMS:
         command = manual._command(program)
-        waiting.append((command, click.Context(command, info_name=program)))
+        # With its settings: click keeps the help option that it makes first.
+        root = click.Context(command, info_name=program, **command.context_settings)
+        waiting.append((command, root))
     while waiting:
         command, context = waiting.pop()
         if not isinstance(command, click.Group):
