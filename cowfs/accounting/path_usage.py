@@ -283,22 +283,22 @@ def _link_count(volume: Volume, ino: int) -> int:
     return volume.get(ino).nlink
 
 
-def _runs(volume: Volume, inos: set[int] | None) -> Iterator[tuple[int, int, int]]:
-    """The data runs of these files (None: of all files), as (inode number, first block, count)."""
+def _runs(volume: Volume, inos: set[int]) -> Iterator[tuple[int, int, int]]:
+    """The data runs of these files, as (inode number, first block, count)."""
     tree = volume.tree
     if inos and max(inos) > INO_MAX:
         raise CorruptError("item", 0, "names an impossible inode", max(inos))
-    scan = inos is None or len(inos) * SCAN_SHARE > volume.inodes.count
+    scan = len(inos) * SCAN_SHARE > volume.inodes.count
     ranges = (
         [(inode_key(1), b"\xff" * 17)]
         if scan
-        else [(inode_key(ino), inode_key(ino + 1)) for ino in sorted(inos or ())]
+        else [(inode_key(ino), inode_key(ino + 1)) for ino in sorted(inos)]
     )
     for start, stop in ranges:
         for keys, values, first, last in tree.leaf_slices(start, stop):
             for at in range(first, last):
                 ino, kind, _ = split_key(keys[at])
-                if kind == TYPE_EXTENT and (inos is None or ino in inos):
+                if kind == TYPE_EXTENT and ino in inos:
                     extent = decode_extent(ino, values[at])
                     require_inside(tree.store, extent.block, extent.count)
                     if ino > INO_MAX:

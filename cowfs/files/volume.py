@@ -10,7 +10,6 @@ from cowfs.files.content import Content
 from cowfs.files.namespace import Namespace
 from cowfs.files.parts import Parts
 from cowfs.storage.admission import TIER_REMOVE
-from cowfs.storage.btree import Tree
 
 # Leaves of extents that one `reclaim` removes: about 450 MiB of data, some milliseconds.
 RECLAIM_LEAVES = 64
@@ -22,25 +21,7 @@ class Volume:
     Its operations are bound methods of Namespace, Attributes and Content: a call has no extra cost.
     """
 
-    def __init__(
-        self,
-        tree: Tree,
-        name_seed: int,
-        *,
-        next_ino: int,
-        inode_count: int,
-        data_blocks: int,
-        writable: bool,
-    ) -> None:
-        """Open the tree. The arguments are those of `Parts`."""
-        parts = Parts(
-            tree,
-            name_seed,
-            next_ino=next_ino,
-            inode_count=inode_count,
-            data_blocks=data_blocks,
-            writable=writable,
-        )
+    def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self.tree = parts.tree
         self.store = parts.store

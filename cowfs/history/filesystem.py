@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from cowfs.errors import CorruptError, CowfsError, DeviceError, NoSpaceError
 from cowfs.files.items import references
+from cowfs.files.parts import Parts
 from cowfs.files.volume import Volume
 from cowfs.history.catalog import Catalog
 from cowfs.history.drops import DropQueue
@@ -123,7 +124,7 @@ class Filesystem:
         """Open the tree of a root as a volume."""
         root: Any = record.tree  # a node until its commit is written
         tree = Tree(self.store, root, record.root_id, record.node_count, references)
-        return Volume(
+        parts = Parts(
             tree,
             self.store.superblock.name_seed,
             next_ino=record.next_ino,
@@ -131,6 +132,7 @@ class Filesystem:
             data_blocks=record.data_blocks,
             writable=writable,
         )
+        return Volume(parts)
 
     def volume(self, root_id: int) -> Volume | None:
         """The volume of a root: the live one, or a snapshot's, read-only. None if it is gone."""

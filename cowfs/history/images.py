@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from cowfs.errors import ImageError, UsageError
 from cowfs.files.items import ROOT_INO, references
+from cowfs.files.parts import Parts
 from cowfs.files.volume import Volume
 from cowfs.history.catalog import Catalog
 from cowfs.history.filesystem import Filesystem
@@ -148,9 +149,10 @@ def make_filesystem(
     catalog = Catalog(Tree.empty(store, 0), 1)
     root_id = catalog.take_root_id()
     tree = Tree.empty(store, root_id, references)
-    volume = Volume(
+    parts = Parts(
         tree, blank.name_seed, next_ino=ROOT_INO, inode_count=0, data_blocks=0, writable=True
     )
+    volume = Volume(parts)
     volume.make_root(mode, uid, gid)
     volume.flush()
     nodes = tree.place()

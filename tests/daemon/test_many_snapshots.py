@@ -1,22 +1,26 @@
 """Promises for many snapshots: one request does bounded work, and a listing reads a record once."""
 
+import stat
 from collections.abc import Callable, Iterator
 
 import pytest
 import trio
 
 from cowfs.daemon import messages, operations, service
+from cowfs.daemon.commits import Committer
 from cowfs.daemon.nodes import SNAPSHOTS_NODE
 from cowfs.daemon.operations import Operations
 from cowfs.daemon.options import MountOptions
 from cowfs.daemon.service import MountService
+from cowfs.files.items import ROOT_INO
 from cowfs.history import catalog as catalog_file
-from cowfs.history import requests
+from cowfs.history import edits, requests
 from cowfs.history.edits import CreateSnapshot, DeleteSnapshots, HoldSnapshots
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.history.records import RootRecord
 from tests.model.devices import MemoryDevice
+from tests.model.recount import recount
 
 SNAPSHOTS = 400
 
@@ -184,3 +188,41 @@ def test_lists_let_other_requests_go_between(
     trio.run(main)
     assert found == SNAPSHOTS - 2
     assert turns >= found // 10 - 2
+
+
+def test_check_of_a_large_edit_lets_requests_and_commits_between(
+    filesystem: Filesystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Promise: a check of hundreds of names stops nobody, and a commit in its middle is no harm."""
+    monkeypatch.setattr(edits, "SLICE_NAMES", 16)
+    names = tuple(f"s{number:04d}" for number in range(SNAPSHOTS) if number not in (7, 100))[:-50]
+    slices = len(names) // 16
+    turns = 0
+    turns_at_freeze: list[int] = []
+
+    async def serve() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+            if turns == slices:  # in the middle of the check, as when admission asks for relief
+                filesystem.live.create(ROOT_INO, b"meanwhile", stat.S_IFREG | 0o600, 0, 0)
+                filesystem.commit()
+
+    async def work() -> None:
+        committer = Committer(filesystem, 60, 64 << 20)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            deleted = await committer.apply(
+                DeleteSnapshots(names), lambda: turns_at_freeze.append(turns)
+            )
+            nursery.cancel_scope.cancel()
+        assert [record.name for record in deleted] == list(names)
+
+    trio.run(work)
+    assert turns_at_freeze[0] >= 2 * slices
+    assert len(filesystem.catalog.snapshots()) == 50
+    filesystem.work_drops()
+    assert filesystem.live.find(ROOT_INO, b"meanwhile") is not None
+    filesystem.close()
+    recount(filesystem.store.device).require_exact()  # type: ignore[arg-type]
