@@ -71,7 +71,7 @@ from cowfs.history.requests import (
 if TYPE_CHECKING:
     from cowfs.care.scrub_report import BadCopy
     from cowfs.history.filesystem import Filesystem
-    from cowfs.storage.device import FileDevice
+    from cowfs.storage.device import Device
 
     RepairCall = Callable[[BadCopy], None]
 
@@ -231,8 +231,8 @@ class Connection(ABC):
     # --------------------------------------------------------------------
 
     @abstractmethod
-    def device(self) -> AbstractContextManager[tuple[FileDevice, int | None]]:
-        """Open the image read-only.
+    def device(self) -> AbstractContextManager[tuple[Device, int | None]]:
+        """Open the image read-only, with its log in memory.
 
         Yields:
             The device, and the generation pinned while the block runs: no block of it is reused.
@@ -245,7 +245,7 @@ class Connection(ABC):
     @abstractmethod
     def repairing(
         self, *, read_only: bool
-    ) -> AbstractContextManager[tuple[FileDevice, int | None, RepairCall | None]]:
+    ) -> AbstractContextManager[tuple[Device, int | None, RepairCall | None]]:
         """Open the image as `device` does, and repair bad copies of metadata.
 
         Yields:
@@ -311,7 +311,7 @@ class MountConnection(Connection):
         self._client.close()
 
     @contextmanager
-    def device(self) -> Iterator[tuple[FileDevice, int | None]]:
+    def device(self) -> Iterator[tuple[Device, int | None]]:
         from cowfs.storage.device import FileDevice
 
         generation, _ = self._client.pin()
@@ -345,7 +345,7 @@ class MountConnection(Connection):
     @contextmanager
     def repairing(
         self, *, read_only: bool
-    ) -> Iterator[tuple[FileDevice, int | None, RepairCall | None]]:
+    ) -> Iterator[tuple[Device, int | None, RepairCall | None]]:
         from cowfs.daemon.messages import RepairCopy
 
         client = self._client
@@ -417,19 +417,20 @@ class ImageConnection(Connection):
             return trim_report(filesystem, sweep)
 
     @contextmanager
-    def device(self) -> Iterator[tuple[FileDevice, int | None]]:
+    def device(self) -> Iterator[tuple[Device, int | None]]:
+        from cowfs.history.images import with_log
         from cowfs.storage.device import FileDevice
 
         device = FileDevice(self.image, writable=False)
         try:
-            yield device, None
+            yield with_log(device), None
         finally:
             device.close()
 
     @contextmanager
     def repairing(
         self, *, read_only: bool
-    ) -> Iterator[tuple[FileDevice, int | None, RepairCall | None]]:
+    ) -> Iterator[tuple[Device, int | None, RepairCall | None]]:
         from cowfs.storage.device import FileDevice
         from cowfs.storage.repairs import Repairs, good_copy
         from cowfs.storage.superblock import read_newest
@@ -483,7 +484,7 @@ class ImageConnection(Connection):
 
 
 @contextmanager
-def _opened(device: FileDevice, generation: int | None) -> Iterator[Filesystem]:
+def _opened(device: Device, generation: int | None) -> Iterator[Filesystem]:
     from cowfs.history.images import open_filesystem
 
     yield open_filesystem(device, writable=False, generation=generation)

@@ -7,17 +7,18 @@ offset and in the size that its row gives.
 import re
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from xxhash import xxh3_64_digest, xxh3_128_digest
 
-from cowfs.files import acl, items
+from cowfs.files import acl, calls, items
 from cowfs.history import records
 from cowfs.storage import format as storage_format
 from cowfs.storage import index_pages
 from cowfs.storage.format import Pointer
+from cowfs.storage.log_records import encode_record
 
 DOCUMENT = (Path(storage_format.__file__).parent.parent / "FORMAT.md").read_text(encoding="utf-8")
 HEADER = ["offset", "size", "field", "meaning", "valid range"]
@@ -85,8 +86,10 @@ SUPERBLOCK = storage_format.Superblock(
     label="a label",
     compat=0x11,
     ro_compat=0x12,
-    incompat=0x1,
+    incompat=0x3,
+    log=storage_format.LogPlace(209, 409, 16, 1),
 )
+LOG_RECORD = encode_record(SUPERBLOCK, 225, 2, 3, b"checksum-before!", b"calls")[0]
 ROOT = records.RootRecord(
     root_id=301,
     kind=records.RootKind.SNAPSHOT,
@@ -132,6 +135,10 @@ RECORDS: dict[str, tuple[struct.Struct | int, bytes, dict[str, Any]]] = {
             "label": b"a label",
             "catalog": CATALOG.encode(),
             "space_map": SPACE_MAP.encode(),
+            "log_block": 209,
+            "log_twin": 409,
+            "log_area_blocks": 16,
+            "log_area": 1,
             **{
                 name: getattr(SUPERBLOCK, name)
                 for name in [
@@ -153,6 +160,21 @@ RECORDS: dict[str, tuple[struct.Struct | int, bytes, dict[str, Any]]] = {
                     "next_root_id",
                 ]
             },
+        },
+    ),
+    "Log record": (
+        storage_format.LOG_HEADER,
+        LOG_RECORD,
+        {
+            "checksum": xxh3_128_digest(LOG_RECORD[16:], SUPERBLOCK.seed),
+            "magic": b"cowL",
+            "sequence": 2,
+            "image_id": SUPERBLOCK.image_id,
+            "generation": 70,
+            "block": 225,
+            "body_bytes": 5,
+            "call_count": 3,
+            "previous": b"checksum-before!",
         },
     ),
     "Node header": (
@@ -392,8 +414,24 @@ def test_known_feature_flags_are_documented() -> None:
     """Promise: every feature flag of the code has its paragraph in the document."""
     assert storage_format.KNOWN_COMPAT == 0
     assert storage_format.KNOWN_RO_COMPAT == 0
-    assert storage_format.KNOWN_INCOMPAT == storage_format.INCOMPAT_DUPLICATED_METADATA
-    assert "compat none, ro_compat none, incompat bit 0" in sections()["Superblock"]
+    duplicated, log = storage_format.INCOMPAT_DUPLICATED_METADATA, storage_format.INCOMPAT_LOG
+    assert duplicated | log == storage_format.KNOWN_INCOMPAT
+    assert (duplicated, log) == (1 << 0, 1 << 1)
+    text = sections()["Superblock"]
+    assert "compat none, ro_compat none, incompat bit 0" in text
+    assert "incompat bit 1 (there is a log" in " ".join(text.split())
+
+
+def test_calls_of_the_document_are_those_of_the_code() -> None:
+    """Promise: the table of calls has each kind, with as many members as the code encodes."""
+    (table,) = tables(sections()["Calls"], ["kind", "call", "members"])
+    documented = {int(kind): members for kind, _, members in table}
+    kinds = {call.__struct_config__.tag: call for call in get_args(calls.Call)}
+    assert documented.keys() == kinds.keys()
+    for kind, members in documented.items():
+        inner = re.sub(r"\[.*?\]", "changes", re.sub(r"\(.*?\)", "", members))
+        words = [part for item in inner.split(",") for part in item.split(" and ")]
+        assert len(words) == len(kinds[kind].__struct_fields__), members
 
 
 def test_item_types_of_the_document_are_those_of_the_code() -> None:

@@ -46,6 +46,9 @@ CARE_MAY_IMPORT = (
     "cowfs.storage.index_pages",
     "cowfs.files.items",
     "cowfs.files.acl",  # only the codec of two xattr values; no code of trees or volumes
+    "cowfs.files.calls",  # the codec of what the log records
+    "cowfs.storage.log_records",
+    "cowfs.storage.overlay",  # a device, which says what became of the log
     "cowfs.history.records",  # the codecs of the catalog, as files.items has those of a tree
 )
 

@@ -11,6 +11,7 @@ Nobody may write the image during the check, except a writer that retains the ge
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from msgspec.structs import replace
@@ -32,6 +33,7 @@ from cowfs.care.report import CheckProgress, CheckReport, Finding, Findings
 from cowfs.care.walk import CatalogEntry, NodeFacts, Walk
 from cowfs.errors import CorruptError
 from cowfs.escapes import escaped
+from cowfs.files.calls import decode_calls
 from cowfs.files.items import INO_MAX, KEY_BYTES, TYPE_EXTENT, decode_extent, split_key
 from cowfs.history.records import (
     COUNTER_MAX,
@@ -58,6 +60,8 @@ from cowfs.storage.format import (
     decode_pointer,
     index_shape,
 )
+from cowfs.storage.log_records import read_log
+from cowfs.storage.overlay import OverlayDevice
 
 __all__ = ["CheckProgress", "CheckReport", "Finding", "check_image"]
 
@@ -144,6 +148,9 @@ def inspect_image(
     space_map = SpaceMapCheck(reader, superblock, references, findings, incomplete=walk.incomplete)
     system_blocks = space_map.run()
 
+    if generation is None:
+        findings.root = "log"
+        _check_log(device, superblock, findings)
     retained = []
     if generation is None:
         retained_check = _RetainedCheck(device, walk, data_check, findings, data=data)
@@ -203,6 +210,30 @@ def _check_ring(slots: list[Slot], superblock: Superblock, findings: Findings) -
             )
             findings.warning(
                 "C9", f"the copies of slot {number} differ: {generations}", block=first.block
+            )
+
+
+def _check_log(device: Device, superblock: Superblock, findings: Findings) -> None:
+    """Check that the records of the log are whole, in both copies, and have calls that were made.
+
+    A crash may leave the last record whole in one copy alone, so that is only a warning.
+    """
+    replay = device.replay if isinstance(device, OverlayDevice) else None
+    if replay is not None and replay.error is not None:
+        findings.error("C2", replay.error, repairable=True)
+    for record in read_log(device, superblock):
+        for block in record.bad_copies:
+            findings.warning("C9", f"record {record.sequence}: a copy is not whole", block=block)
+        try:
+            calls = decode_calls(record.body)
+        except msgspec.DecodeError as error:
+            findings.error("I5", f"record {record.sequence}: {error}", block=record.block)
+            return
+        if len(calls) != record.call_count:
+            findings.error(
+                "I5",
+                f"record {record.sequence} has {len(calls)} calls, expected {record.call_count}",
+                block=record.block,
             )
 
 

@@ -15,6 +15,7 @@ from cowfs.storage.format import (
     GROUP_BLOCKS,
     INDEX_FANOUT,
     KIND_TWINS,
+    LOG_AREAS,
     RING_SLOTS,
     Pointer,
     Superblock,
@@ -169,7 +170,8 @@ class SpaceMapCheck:
 
     Attributes:
         faults: how many errors the space map has; a repair fixes all of them.
-        system: one reference to each block of the map's own pages.
+        system: one reference to each block of the map's own pages and of the log.
+        log_is_free: whether nothing else lies on the blocks of the log.
         kinds: by group, what the index page says that the group is used for.
         unclaimed: by group, the refcounts as they are stored; only filled if `incomplete`.
     """
@@ -196,6 +198,7 @@ class SpaceMapCheck:
         self._used_in_map = 0
         self._unclaimed_blocks = 0
         self.faults = 0
+        self.log_is_free = True
         self.system = References()
         self.kinds: dict[int, int] = {}
         self.unclaimed: dict[int, npt.NDArray[np.uint32]] = {}
@@ -204,13 +207,14 @@ class SpaceMapCheck:
         """Check the whole map, once.
 
         Returns:
-            The number of system blocks: those of the rings and of the map's own pages.
+            The number of system blocks: those of the rings, the log and the map's own pages.
         """
         superblock, findings = self._superblock, self._findings
         self._index(superblock.space_map, len(self._shape), 0, superblock.generation)
         for group in self._references.groups():
             if group not in self._seen_groups and group not in self._unread_groups:
                 self._compare(group, np.zeros(GROUP_BLOCKS, np.uint32))
+        self._log()
         system_blocks = 2 * RING_SLOTS + len(self._system)
         self._check_system_blocks()
         if self._unclaimed_blocks:
@@ -233,6 +237,22 @@ class SpaceMapCheck:
                 f"expected {system_blocks}",
             )
         return system_blocks
+
+    def _log(self) -> None:
+        """Count the blocks of the log as system blocks, and check that nothing else lies there."""
+        place = self._superblock.log
+        if place is None:
+            return
+        pages = set(self._system)
+        for copy in place.copies:
+            blocks = range(copy, copy + LOG_AREAS * place.area_blocks)
+            taken = [block for block in blocks if self._references.count_of(block)]
+            if taken or not pages.isdisjoint(blocks):
+                self.log_is_free = False
+                where = taken[0] if taken else min(pages.intersection(blocks))
+                self._error("I6", "the log lies on blocks in use", block=where)
+            self.system.add(copy, len(blocks))
+            self._system += blocks
 
     def _span(self, level: int, number: int) -> range:
         """The groups that page `number` of a level covers; at level 0 the group itself."""
@@ -381,6 +401,8 @@ class SpaceMapCheck:
 
     def _check_system_blocks(self) -> None:
         """Check that no page of the space map overlaps another page, a node or data."""
+        if not self.log_is_free:
+            return  # told already
         blocks, times = np.unique(np.array(self._system, np.uint64), return_counts=True)
         for block, count in zip(blocks.tolist(), times.tolist(), strict=True):
             if count > 1:

@@ -35,6 +35,7 @@ from cowfs.storage.format import (
     ENTRY_OVERHEAD_BYTES,
     FLAG_CLEAN,
     GROUP_BLOCKS,
+    INCOMPAT_LOG,
     INDEX_FANOUT,
     KIND_DATA,
     KIND_NODES,
@@ -206,6 +207,9 @@ class _Writer:
         if self._found.corrections:
             catalog, catalog_nodes = self._catalog()
         space_map, pages = self._space_map()
+        place = self._old.log
+        if place is not None:
+            place = place.other_area() if self._found.space_map.log_is_free else None
         superblock = replace(
             self._old,
             generation=self._generation,
@@ -216,8 +220,10 @@ class _Writer:
             space_map=space_map,
             used_blocks=sum(int(np.count_nonzero(counts)) for counts in self._counts.values()),
             catalog_nodes=catalog_nodes or self._old.catalog_nodes,
-            system_blocks=2 * RING_SLOTS + pages,
+            system_blocks=2 * RING_SLOTS + pages + (place.blocks() if place else 0),
             next_root_id=self._found.next_root_id,
+            log=place,
+            incompat=self._old.incompat if place else self._old.incompat & ~INCOMPAT_LOG,
         )
         for block, image in self._writes:
             self._device.write(block * BLOCK_SIZE_BYTES, [image])

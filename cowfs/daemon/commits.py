@@ -1,4 +1,7 @@
-"""When commits happen: on a timer, on fsync (shared by all who wait), for edits, when memory fills.
+"""When commits happen: on a timer, for edits, when memory fills, and for what the log cannot take.
+
+An fsync is a record of the log (storage/log.py), shared by all who wait. Where the log cannot take
+what is not durable yet, because it is too much or the log is full, an fsync is a commit.
 
 Blocks that a commit frees can be discarded only after two more commits. So an idle mount makes
 those too, although they change nothing.
@@ -45,6 +48,7 @@ class _Batch:
     """One commit to come: those who wait for it, and the edit that it makes.
 
     Attributes:
+        is_commit: a record of the log is not enough.
         edit: None for a commit without one.
         frozen: called right after the freeze that makes the edit.
         result: the records that the edit returns.
@@ -56,6 +60,7 @@ class _Batch:
         error: the commit failed.
     """
 
+    is_commit: bool = False
     edit: Edit | None = None
     frozen: Callable[[], None] | None = None
     result: list[RootRecord] = field(default_factory=list)
@@ -79,7 +84,8 @@ class Committer:
         before_timed: awaited before each commit on the timer, to fetch what the kernel's write-back
             cache holds (C5). None if there is no such cache.
         paused: the mount was remounted read-only.
-        commit_count, written_bytes: totals since the mount, for `cowfs info`.
+        commit_count, record_count, written_bytes: commits, records of the log and bytes of both
+            since the mount, for `cowfs info`.
     """
 
     def __init__(self, filesystem: Filesystem, interval_s: float, dirty_bytes_max: int) -> None:
@@ -95,23 +101,39 @@ class Committer:
         self.before_timed: Callable[[], Awaitable[None]] | None = None
         self.paused = False
         self.commit_count = 0
+        self.record_count = 0
         self.written_bytes = 0
 
     # --- asking -----------------------------------------------------------------------------------
 
     async def sync(self) -> None:
-        """Make everything durable that was completed before the call.
+        """Make everything durable that was completed before the call (C2).
 
         Raises:
-            DeviceError: a commit failed; nothing will be written any more (C8).
+            DeviceError: a write failed; nothing will be written any more (C8).
         """
         filesystem = self.filesystem
-        store = filesystem.store
-        if store.failed is not None:
-            raise store.failed
+        if filesystem.store.failed is not None:
+            raise filesystem.store.failed
+        if not filesystem.unsynced and self._writing is None:
+            return
+        batch = self._next
+        batch.waiters += 1
+        await self._join(batch)
+
+    async def commit(self) -> None:
+        """Commit everything that was completed before the call: a reader of the image finds it.
+
+        Raises:
+            DeviceError: a write failed; nothing will be written any more (C8).
+        """
+        filesystem = self.filesystem
+        if filesystem.store.failed is not None:
+            raise filesystem.store.failed
         if not filesystem.changed and filesystem.inflight is None:
             return
         batch = self._next
+        batch.is_commit = True
         batch.waiters += 1
         await self._join(batch)
 
@@ -129,6 +151,7 @@ class Committer:
     async def _mark(self, clean: bool) -> None:
         self.filesystem.store.require_writable()
         batch = self._next
+        batch.is_commit = True
         batch.mark_clean = clean
         batch.waiters += 1
         await self._join(batch)
@@ -150,6 +173,7 @@ class Committer:
             await self._next.done.wait()
         self.filesystem.store.require_writable()
         batch = self._next
+        batch.is_commit = True
         batch.edit, batch.frozen = edit, frozen
         batch.waiters += 1
         await self._join(batch)
@@ -169,7 +193,7 @@ class Committer:
         Raises:
             DeviceError: a commit failed (C8), or a page of the space map cannot be read.
         """
-        await self.sync()
+        await self.commit()
         await self._follow_up()
         sweep = Sweep.of_everything(self.filesystem.store)
         await self._discarder.sweep(sweep, show)
@@ -181,7 +205,7 @@ class Committer:
             if not self.filesystem.follow_up_due:
                 return
             batch = self._next
-            batch.is_forced = True
+            batch.is_commit = batch.is_forced = True
             batch.waiters += 1
             await self._join(batch)
 
@@ -205,7 +229,7 @@ class Committer:
     async def throttle(self) -> None:
         """Commit until the dirty data is below its limit."""
         while self.over_limit and self.filesystem.store.failed is None:
-            await self.sync()
+            await self.commit()
 
     def kick_drops(self) -> None:
         """Start working on the drop queue, if it has work."""
@@ -231,7 +255,7 @@ class Committer:
                 if waiting.cancelled_caught and self.before_timed is not None:
                     await self.before_timed()
                 is_idle = waiting.cancelled_caught and not self.filesystem.changed
-                await self.sync()
+                await self.commit()
                 if is_idle and self.filesystem.discard:
                     await self._follow_up()
             except CowfsError as error:
@@ -246,7 +270,7 @@ class Committer:
                 try:
                     filesystem.drops.step(DROP_WORK)
                     if filesystem.store.map.dirty_groups > 512 or not filesystem.drops.working:
-                        await self.sync()
+                        await self.commit()
                 except CowfsError as error:
                     log.error("cannot free the space of deleted snapshots now: %s", error)
                     await trio.sleep(self._interval_s)
@@ -270,13 +294,13 @@ class Committer:
                     "the mount became read-only; the rest is freed after mount -o remount,rw"
                 )
             await trio.sleep(0.01)
-        await self.sync()
+        await self.commit()
 
     async def _join(self, batch: _Batch) -> None:
-        """Wait for the commit of a batch. The first waiter makes it.
+        """Wait for the record or commit of a batch. The first waiter makes it.
 
         Raises:
-            CowfsError: the commit failed.
+            CowfsError: a write failed.
         """
         if batch.waiters == 1:
             with trio.CancelScope(shield=True):
@@ -284,34 +308,18 @@ class Committer:
                 while self._writing is not None:
                     await self._writing.wait()
                 self._next = _Batch()
-                await self._commit(batch)
+                await self._write(batch)
         else:
             await batch.done.wait()
         if batch.error is not None:
             raise batch.error
 
-    async def _commit(self, batch: _Batch) -> None:
+    async def _write(self, batch: _Batch) -> None:
         filesystem = self.filesystem
         writing = self._writing = trio.Event()
         try:
-            is_marked = batch.mark_clean is None or batch.mark_clean == filesystem.marked_clean
-            checked = await self._check(batch)
-            is_due = checked is not None or batch.is_forced or filesystem.changed
-            if is_due or not is_marked:
-                commit = filesystem.freeze(checked, clean=bool(batch.mark_clean))
-                if checked is not None:
-                    batch.result = checked.result
-                    if batch.frozen is not None:
-                        batch.frozen()
-                if batch.waiters > 1 or not _is_small(commit):
-                    await trio.to_thread.run_sync(commit.write)
-                else:
-                    commit.write()
-                filesystem.finish(commit)
-                self.commit_count += 1
-                self.written_bytes += commit.written_bytes
-            elif filesystem.store.failed is not None:
-                raise filesystem.store.failed
+            if batch.is_commit or not await self._record(batch):
+                await self._commit(batch)
         except CowfsError as error:
             batch.error = filesystem.store.failed or error
         except Exception as error:
@@ -324,6 +332,48 @@ class Committer:
             self._writing = None
             writing.set()
             batch.done.set()
+
+    async def _record(self, batch: _Batch) -> bool:
+        """Write a record of the log. Returns False where a commit is needed instead."""
+        filesystem = self.filesystem
+        if filesystem.store.failed is not None:
+            raise filesystem.store.failed
+        if not filesystem.unsynced:
+            return True  # the write that ended just now had everything
+        if not filesystem.store.log.is_whole or filesystem.inflight is not None:
+            return False
+        record = filesystem.begin_record()
+        if record is None:
+            return False
+        if batch.waiters > 1:
+            await trio.to_thread.run_sync(record.write)
+        else:
+            record.write()
+        filesystem.finish_record(record)
+        self.record_count += 1
+        self.written_bytes += record.written_bytes
+        return True
+
+    async def _commit(self, batch: _Batch) -> None:
+        filesystem = self.filesystem
+        is_marked = batch.mark_clean is None or batch.mark_clean == filesystem.marked_clean
+        checked = await self._check(batch)
+        is_due = checked is not None or batch.is_forced or filesystem.changed
+        if is_due or not is_marked:
+            commit = filesystem.freeze(checked, clean=bool(batch.mark_clean))
+            if checked is not None:
+                batch.result = checked.result
+                if batch.frozen is not None:
+                    batch.frozen()
+            if batch.waiters > 1 or not _is_small(commit):
+                await trio.to_thread.run_sync(commit.write)
+            else:
+                commit.write()
+            filesystem.finish(commit)
+            self.commit_count += 1
+            self.written_bytes += commit.written_bytes
+        elif filesystem.store.failed is not None:
+            raise filesystem.store.failed
 
     async def _check(self, batch: _Batch) -> Checked | None:
         """Check the batch's edit; one that cannot be made is recorded as `refusal`.

@@ -172,6 +172,8 @@ def _serve(options: MountOptions, ready: int | None, notifier: Notifier, claim: 
         if writable:
             if device.is_file:
                 require_file_size(device.size_bytes, device.name)
+            if filesystem.store.superblock.log is None:
+                filesystem.store.make_log()
             filesystem.commit()  # from here on only this generation is guaranteed to be complete
             filesystem.reclaim_orphans()
         keep_memory()

@@ -38,7 +38,7 @@ from cowfs.daemon.writeback import Writeback
 from cowfs.errors import CorruptError, posix_error
 from cowfs.files.acl import ACCESS_NAME
 from cowfs.files.acl import NAMES as ACL_NAMES
-from cowfs.files.attributes import Changes
+from cowfs.files.calls import Changes
 from cowfs.files.items import INO_MAX, NAME_BYTES_MAX, ROOT_INO, Inode
 from cowfs.files.volume import Volume
 from cowfs.history.filesystem import Filesystem

@@ -132,7 +132,7 @@ class MountService:
             case messages.Sync():
                 await self._fetch_written()
                 if self._committer is not None:
-                    await self._committer.sync()
+                    await self._committer.commit()
                 return messages.Done(generation=filesystem.store.superblock.generation)
             case messages.FollowRemount():
                 if self.remounts is not None:
@@ -165,7 +165,7 @@ class MountService:
                     return
                 if self._committer is not None:
                     await self._fetch_written()
-                    await self._committer.sync()
+                    await self._committer.commit()
                 error = await trio.to_thread.run_sync(self._still_mounted)
                 if error is not None:
                     raise error

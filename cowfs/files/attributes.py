@@ -4,13 +4,22 @@ Every method is one operation, in the three steps that namespace.py describes. P
 checked here: the kernel checks them (default_permissions), and the caller decides the rest.
 """
 
+import contextlib
 import errno
 import stat
-import time
-from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from cowfs.errors import CorruptError, DeviceError, posix_error
 from cowfs.files.acl import NAMES as ACL_NAMES
+from cowfs.files.calls import (
+    CALL_BYTES,
+    Accessed,
+    Changes,
+    RemoveXattr,
+    SetAttributes,
+    SetXattr,
+)
 from cowfs.files.items import (
     INODE_INLINE,
     SYMLINK_BYTES_MAX,
@@ -26,26 +35,6 @@ CAPABILITY_XATTR = b"security.capability"
 RELATIME_NS = 24 * 3600 * 10**9
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
-    """The changes that `setattr` makes; None leaves an attribute alone.
-
-    Attributes:
-        clear_bits: bits to clear in the mode, after `mode` was applied.
-        clear_capability: remove the xattr `security.capability`.
-    """
-
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    size_bytes: int | None = None
-    atime_ns: int | None = None
-    mtime_ns: int | None = None
-    ctime_ns: int | None = None
-    clear_bits: int = 0
-    clear_capability: bool = False
-
-
 class Attributes:
     """The operations on the attributes of the files of one tree."""
 
@@ -58,6 +47,7 @@ class Attributes:
         self._acls = parts.acls
         self._begin = parts.begin
         self._touch = parts.touch
+        self._now_ns = parts.now_ns
         self._get = parts.inodes.get
 
     def stat_blocks(self, inode: Inode) -> int:
@@ -88,6 +78,7 @@ class Attributes:
             OSError: EISDIR or EINVAL if a size is set of a file that is not regular; EFBIG.
             NoSpaceError: the image is full.
         """
+        changes = _storable(changes)
         size = changes.size_bytes
         tier, blocks = TIER_REMOVE, 0
         if size is not None:
@@ -106,17 +97,22 @@ class Attributes:
             access = None if changes.mode is None else self._acls.reach_mode(inode, changes.mode)
             patch = None if size is None else self._data.reach_truncate(inode, size)
             self._inodes.reach(inode)
-            operation.change()
+            now_ns = self._now_ns()
+            operation.change(SetAttributes(ino, changes, now_ns), CALL_BYTES)
             if size is not None:
                 self._data.truncate(inode, size, patch)
-            self._set_attributes(inode, changes, access, clear_capability)
+            self._set_attributes(inode, changes, access, clear_capability, now_ns)
             return inode
 
     def _set_attributes(
-        self, inode: Inode, changes: Changes, access: bytes | None, clear_capability: bool
+        self,
+        inode: Inode,
+        changes: Changes,
+        access: bytes | None,
+        clear_capability: bool,
+        now_ns: int,
     ) -> None:
         """Make all changes but the size. The inode and its xattrs are reached."""
-        now_ns = time.time_ns()
         if changes.size_bytes is not None:
             inode.mtime_ns = now_ns
         if changes.mode is not None:
@@ -130,10 +126,10 @@ class Attributes:
         if changes.gid is not None:
             inode.gid = changes.gid
         if changes.atime_ns is not None:
-            inode.atime_ns = _time_range(changes.atime_ns)
+            inode.atime_ns = changes.atime_ns
         if changes.mtime_ns is not None:
-            inode.mtime_ns = _time_range(changes.mtime_ns)
-        inode.ctime_ns = now_ns if changes.ctime_ns is None else _time_range(changes.ctime_ns)
+            inode.mtime_ns = changes.mtime_ns
+        inode.ctime_ns = now_ns if changes.ctime_ns is None else changes.ctime_ns
         self._touch(inode)
 
     def accessed(self, inode: Inode, *, strict: bool = False) -> None:
@@ -145,20 +141,25 @@ class Attributes:
         Args:
             strict: update it at every read (strictatime).
         """
-        now_ns = time.time_ns()
+        now_ns = self._now_ns()
         stale = inode.atime_ns < inode.mtime_ns or inode.atime_ns < inode.ctime_ns
         stale = stale or strict or now_ns - inode.atime_ns > RELATIME_NS
         if not self._parts.writable or not stale:
             return
         if self._parts.store.admission.would_admit():
-            with self._parts.operation.begin_admitted() as operation:
-                try:
-                    self._inodes.reach(inode)
-                except (CorruptError, DeviceError):
-                    return  # the read itself succeeded
-                operation.change()
-                inode.atime_ns = now_ns
-                self._touch(inode)
+            with contextlib.suppress(CorruptError, DeviceError):  # the read itself succeeded
+                self._set_accessed(inode, now_ns)
+
+    def set_accessed(self, ino: int) -> None:
+        """Set the atime of a file. Raises CorruptError, DeviceError: it cannot be reached."""
+        self._set_accessed(self._get(ino), self._now_ns())
+
+    def _set_accessed(self, inode: Inode, now_ns: int) -> None:
+        with self._parts.operation.begin_admitted() as operation:
+            self._inodes.reach(inode)
+            operation.change(Accessed(inode.ino, now_ns), CALL_BYTES)
+            inode.atime_ns = now_ns
+            self._touch(inode)
 
     def getxattr(self, ino: int, name: bytes) -> bytes:
         """The value of an xattr. Raises OSError ENODATA if it does not exist."""
@@ -188,16 +189,21 @@ class Attributes:
         with self._begin(TIER_ADD) as operation:
             inode = self._get(ino)
             self._inodes.reach(inode)
+            now_ns = self._now_ns()
+            call = (
+                SetXattr(ino, name, value, keep_setgid, now_ns),
+                CALL_BYTES + len(name) + len(value),
+            )
             if name in ACL_NAMES:
                 mode, encoded = self._acls.reach_set(inode, name, value)
-                operation.change()
+                operation.change(*call)
                 self._acls.set(inode, name, encoded)
                 inode.mode = mode if keep_setgid else mode & ~stat.S_ISGID
             else:
                 self._xattrs.reach_set(inode, name, value)
-                operation.change()
+                operation.change(*call)
                 self._xattrs.set(inode, name, value)
-            inode.ctime_ns = time.time_ns()
+            inode.ctime_ns = now_ns
             self._touch(inode)
 
     def removexattr(self, ino: int, name: bytes) -> None:
@@ -209,12 +215,18 @@ class Attributes:
                 if name in ACL_NAMES:
                     return
                 raise posix_error(errno.ENODATA)
-            operation.change()
+            now_ns = self._now_ns()
+            operation.change(RemoveXattr(ino, name, now_ns), CALL_BYTES + len(name))
             self._xattrs.remove(inode, name)
-            inode.ctime_ns = time.time_ns()
+            inode.ctime_ns = now_ns
             self._touch(inode)
 
 
-def _time_range(time_ns: int) -> int:
-    """The time clamped to what an inode stores: a signed 64-bit count of nanoseconds."""
-    return max(-(1 << 63), min((1 << 63) - 1, time_ns))
+def _storable(changes: Changes) -> Changes:
+    """The same changes, with times clamped to what an inode stores: signed 64-bit nanoseconds."""
+    times = {
+        name: max(-(1 << 63), min((1 << 63) - 1, time_ns))
+        for name in ("atime_ns", "mtime_ns", "ctime_ns")
+        if (time_ns := getattr(changes, name)) is not None
+    }
+    return replace(changes, **times) if times else changes

@@ -5,9 +5,9 @@ Every method is one operation, in the three steps that namespace.py describes.
 
 import errno
 import os
-import time
 
 from cowfs.errors import posix_error
+from cowfs.files.calls import CALL_BYTES, Allocate, Reflink, Write
 from cowfs.files.data import Reading
 from cowfs.files.items import FILE_SIZE_MAX, Inode
 from cowfs.files.parts import Parts
@@ -19,7 +19,11 @@ KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE = 0x01, 0x02, 0x10  # FALLOC_FL_* of linux/fal
 
 
 class Content:
-    """The operations on the data of the files of one tree."""
+    """The operations on the data of the files of one tree.
+
+    Attributes:
+        root_id: of the volume or snapshot.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -29,6 +33,8 @@ class Content:
         self._begin = parts.begin
         self._touch = parts.touch
         self._regular = parts.regular
+        self._written_ns = parts.written_ns
+        self.root_id = parts.tree.owner
 
     def reading(self, ino: int, offset: int, size: int) -> Reading:
         """Plan a read; `fetch` of the result gives the bytes. Raises OSError EISDIR, EINVAL."""
@@ -55,9 +61,10 @@ class Content:
         with self._begin(TIER_ADD, blocks) as operation:
             inode = self._regular(ino)
             patch = self._data.reach_write(inode, offset, data)
-            operation.change()
+            now_ns = self._written_ns()
+            operation.change(Write(ino, offset, data, now_ns), CALL_BYTES + len(data))  # type: ignore[arg-type]  # any buffer is encoded
             self._data.write(inode, offset, data, patch)
-            self._written(inode)
+            self._written(inode, now_ns)
             return inode
 
     def seek(self, ino: int, offset: int, whence: int) -> int:
@@ -118,12 +125,13 @@ class Content:
             self._inodes.reach(inode)
             zeroing = self._ranges.reach_zero(inode, offset, length) if zeroes else None
             patch = self._data.reach_truncate(inode, end) if grows else None
-            operation.change()
+            now_ns = self._written_ns()
+            operation.change(Allocate(ino, mode, offset, length, now_ns), CALL_BYTES)
             if zeroing is not None:
                 self._ranges.zero(inode, zeroing)
             if grows:
                 self._data.truncate(inode, end, patch)
-            self._written(inode)
+            self._written(inode, now_ns)
             return inode
 
     def reflink(
@@ -161,20 +169,30 @@ class Content:
         with self._begin(TIER_ADD, pieces.leaf_blocks(self._parts.store.copies)) as operation:
             self._inodes.reach(inode)
             patch = self._ranges.reach_reflink(inode, pieces)
-            operation.change()
+            now_ns = self._written_ns()
+            call = Reflink(
+                source.root_id,
+                source_ino,
+                source_offset,
+                ino,
+                offset,
+                pieces.size_bytes,
+                now_ns,
+            )
+            operation.change(call, CALL_BYTES)
             self._ranges.reflink(inode, offset, pieces, patch)
-            self._written(inode)
+            self._written(inode, now_ns)
             return pieces.size_bytes
 
     def settle(self, ino: int) -> None:
         """Flush the data of one file before the freeze, so that its blocks can be shared."""
         if ino in self._data.dirty:  # admitted and reached when it was written
             with self._parts.operation.begin_admitted() as operation:
-                operation.change()
+                operation.change_unlogged()
                 self._data.settle(self._inodes.get(ino))
 
-    def _written(self, inode: Inode) -> None:
+    def _written(self, inode: Inode, now_ns: int | None) -> None:
         """Touch a file whose data changed, and set its times, unless the kernel does."""
-        if not self._parts.kernel_keeps_times:
-            inode.mtime_ns = inode.ctime_ns = time.time_ns()
+        if now_ns is not None:
+            inode.mtime_ns = inode.ctime_ns = now_ns
         self._touch(inode)

@@ -6,7 +6,6 @@ more than CACHED_MAX. Inode numbers are never used twice.
 
 import errno
 import logging
-import time
 
 from cowfs.errors import CorruptError, DeviceError, NoSpaceError, posix_error
 from cowfs.files.items import INO_MAX, KEY_BYTES, Inode, decode_inode, inode_key
@@ -127,15 +126,15 @@ class Inodes:
         if self.next_ino > INO_MAX:
             raise NoSpaceError("no inode number is left")
 
-    def create(self, mode: int, uid: int, gid: int, rdev: int) -> Inode:
+    def create(self, mode: int, uid: int, gid: int, rdev: int, now_ns: int) -> Inode:
         """Make a new inode with one link. It is dirty; `reach_new` must have been called before.
 
         Args:
             rdev: device number; of a directory, the inode number of its parent.
+            now_ns: all its times.
         """
         ino = self.next_ino
         self.next_ino += 1
-        now_ns = time.time_ns()
         # One link, no bytes, no blocks. By position, because that is twice as fast in every create.
         birth = self._tree.store.generation
         inode = Inode(ino, mode, 1, uid, gid, rdev, 0, 0, birth, now_ns, now_ns, now_ns, now_ns)

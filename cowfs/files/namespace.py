@@ -1,17 +1,25 @@
 """Names: the operations that make, find, move and remove files and directories of one tree.
 
 Every method is one operation: it happens as a whole or not at all, and never suspends. It takes
-three steps: it is admitted, reaches what it will change, then changes it (storage/operation.py). So
-damage and a full image refuse a whole operation, and a commit never runs into them (C9, C10). POSIX
-errors are raised as `OSError`.
+three steps: it is admitted, reaches what it will change, then gives its call to the log and changes
+it (storage/operation.py). So damage and a full image refuse a whole operation, and a commit never
+runs into them (C9, C10). POSIX errors are raised as `OSError`.
 """
 
 import errno
 import stat
-import time
 from collections.abc import Iterator
 
 from cowfs.errors import CorruptError, posix_error
+from cowfs.files.calls import (
+    CALL_BYTES,
+    Link,
+    Make,
+    MakeUnnamed,
+    RemoveDirectory,
+    Rename,
+    Unlink,
+)
 from cowfs.files.items import (
     FILE_SIZE_MAX,
     LINK_MAX,
@@ -46,14 +54,17 @@ class Namespace:
         self._orphans = parts.orphans
         self._begin = parts.begin
         self._touch = parts.touch
+        self._now_ns = parts.now_ns
         self._get = parts.inodes.get
 
     def make_root(self, mode: int, uid: int, gid: int) -> None:
         """Make the root directory of a new, empty tree."""
         with self._parts.operation.begin_admitted() as operation:
             self._inodes.reach_new()
-            operation.change()
-            inode = self._inodes.create(stat.S_IFDIR | mode, uid, gid, ROOT_INO)
+            operation.change_unlogged()
+            inode = self._inodes.create(
+                stat.S_IFDIR | mode, uid, gid, ROOT_INO, self._parts.now_ns()
+            )
             assert inode.ino == ROOT_INO
             inode.nlink = 2
             self._parts.changed = True
@@ -129,6 +140,7 @@ class Namespace:
             parent = self._linked_directory(directory)
             self._reach_new_name(directory, name)
             is_directory = stat.S_ISDIR(mode)
+            asked = mode, uid, gid
             if parent.mode & stat.S_ISGID:
                 gid = parent.gid
                 if is_directory:
@@ -137,9 +149,13 @@ class Namespace:
                 raise posix_error(errno.EMLINK)
             mode, access, default = self._inherited(parent, mode, umask, inherits)
             self._inodes.reach(parent)
-            self._inodes.reach_new()
-            operation.change()
-            inode = self._inodes.create(mode, uid, gid, directory if is_directory else rdev)
+            ino = self._inodes.reach_new()
+            now_ns = self._now_ns()
+            operation.change(
+                Make(directory, name, *asked, rdev, target, umask, inherits, ino, now_ns),
+                CALL_BYTES + len(name) + len(target),
+            )
+            inode = self._inodes.create(mode, uid, gid, directory if is_directory else rdev, now_ns)
             self._names.add(directory, name, inode.ino, mode >> 12)
             if is_directory:
                 inode.nlink = 2
@@ -149,7 +165,7 @@ class Namespace:
                 inode.size_bytes = len(target)
             if default is not None:
                 self._acls.put_inherited(inode, access, default)
-            self._touch_directory(parent, len(name), inode.mtime_ns)
+            self._touch_directory(parent, len(name), now_ns)
             return inode
 
     def _inherited(
@@ -186,12 +202,17 @@ class Namespace:
         """
         with self._begin(TIER_ADD) as operation:
             parent = self._linked_directory(directory)
-            self._tree.reach(key(0, TYPE_ORPHAN, self._inodes.reach_new()))
+            ino = self._inodes.reach_new()
+            self._tree.reach(key(0, TYPE_ORPHAN, ino))
+            asked = mode, uid, gid
             if parent.mode & stat.S_ISGID:
                 gid = parent.gid
             mode, access, _ = self._inherited(parent, stat.S_IFREG | mode & 0o7777, umask, inherits)
-            operation.change()
-            inode = self._inodes.create(mode, uid, gid, 0)
+            now_ns = self._now_ns()
+            operation.change(
+                MakeUnnamed(directory, *asked, umask, inherits, ino, now_ns), CALL_BYTES
+            )
+            inode = self._inodes.create(mode, uid, gid, 0, now_ns)
             inode.nlink = 0
             self._acls.put_access(inode, access)
             self._orphans.inos.add(inode.ino)
@@ -222,8 +243,8 @@ class Namespace:
             self._reach_new_name(directory, name)
             self._inodes.reach(parent)
             self._orphans.reach(inode)
-            operation.change()
-            now_ns = time.time_ns()
+            now_ns = self._now_ns()
+            operation.change(Link(ino, directory, name, now_ns), CALL_BYTES + len(name))
             self._names.add(directory, name, ino, inode.mode >> 12)
             inode.nlink += 1
             if inode.nlink == 1:
@@ -251,8 +272,8 @@ class Namespace:
             self._inodes.reach(parent)
             self._orphans.reach(inode)
             self._names.reach(directory, name)
-            operation.change()
-            now_ns = time.time_ns()
+            now_ns = self._now_ns()
+            operation.change(Unlink(directory, name, inode.ino, now_ns), CALL_BYTES + len(name))
             self._names.remove(directory, name)
             self._touch_directory(parent, -len(name), now_ns)
             self._count_unlink(inode, now_ns)
@@ -274,8 +295,10 @@ class Namespace:
             self._inodes.reach(parent)
             self._orphans.reach(inode)
             self._names.reach(directory, name)
-            operation.change()
-            now_ns = time.time_ns()
+            now_ns = self._now_ns()
+            operation.change(
+                RemoveDirectory(directory, name, inode.ino, now_ns), CALL_BYTES + len(name)
+            )
             self._names.remove(directory, name)
             self._count_link(parent, -1)
             self._touch_directory(parent, -len(name), now_ns)
@@ -307,6 +330,7 @@ class Namespace:
                 EISDIR, ENOTDIR, EBUSY as rename(2).
             NoSpaceError: the image is full.
         """
+        asked = flags
         whiteout = bool(flags & RENAME_WHITEOUT)
         flags &= ~RENAME_WHITEOUT
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE) or (
@@ -356,13 +380,18 @@ class Namespace:
                 self._orphans.reach(target)
             if whiteout:
                 self._inodes.reach_new()
-            operation.change()
-            now_ns = time.time_ns()
+            now_ns = self._now_ns()
+            operation.change(
+                Rename(
+                    old_directory, old_name, directory, name, asked, uid, gid, moving.ino, now_ns
+                ),
+                CALL_BYTES + len(old_name) + len(name),
+            )
             if target is None:
                 self._names.add(directory, name, moving.ino, moving.mode >> 12)
                 self._touch_directory(parent, len(name), now_ns)
             elif flags == RENAME_EXCHANGE:
-                self._exchange(old_parent, old_name, moving, parent, name, target)
+                self._exchange(old_parent, old_name, moving, parent, name, target, now_ns)
                 return None
             else:
                 if stat.S_ISDIR(moving.mode):
@@ -373,7 +402,7 @@ class Namespace:
             if whiteout:
                 if old_parent.mode & stat.S_ISGID:
                     gid = old_parent.gid
-                left = self._inodes.create(WHITEOUT_MODE, uid, gid, WHITEOUT_DEVICE)
+                left = self._inodes.create(WHITEOUT_MODE, uid, gid, WHITEOUT_DEVICE, now_ns)
                 self._names.change(old_directory, old_name, left.ino, left.mode >> 12)
                 self._touch_directory(old_parent, 0, now_ns)
             else:
@@ -390,8 +419,8 @@ class Namespace:
         parent: Inode,
         name: bytes,
         target: Inode,
+        now_ns: int,
     ) -> None:
-        now_ns = time.time_ns()
         self._names.change(old_parent.ino, old_name, target.ino, target.mode >> 12)
         self._names.change(parent.ino, name, moving.ino, moving.mode >> 12)
         self._touch_directory(old_parent, 0, now_ns)

@@ -9,6 +9,7 @@ import logging
 import stat
 
 from cowfs.errors import CorruptError, DeviceError
+from cowfs.files.calls import CALL_BYTES, Reclaim
 from cowfs.files.data import Data
 from cowfs.files.extents import Extents
 from cowfs.files.inodes import Inodes
@@ -113,7 +114,7 @@ class Orphans:
                 self._tree.store.map.require(extent.block, extent.count)
             if items:
                 self._tree.reach(items[0][0])
-            operation.change()
+            operation.change(Reclaim(ino), CALL_BYTES)
             if items:
                 self._tree.pop_from(items[0][0], stop)
             if ino in self._data.dirty:
@@ -125,12 +126,12 @@ class Orphans:
             return True
         removal = self._extents.reach_removal(inode)
         if removal is not None:
-            operation.change()
+            operation.change_unlogged()  # replay goes on until the orphan is gone
             self._extents.remove(inode, removal)
             self._inodes.touch(inode)
             return False
         self._tree.reach_range(start, key(ino, TYPE_EXTENT, 0))
-        operation.change()
+        operation.change(Reclaim(ino), CALL_BYTES)
         self._data.discard_all_dirty(ino)
         if inode.flags & INODE_INLINE:
             self._data.drop_inline(inode)

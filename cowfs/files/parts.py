@@ -6,6 +6,7 @@ Keeps I7.
 
 import errno
 import stat
+import time
 
 from cowfs.errors import ReadOnlyError, posix_error
 from cowfs.files.data import Data
@@ -35,6 +36,7 @@ class Parts:
         changed: whether anything changed since the last flush.
         kernel_keeps_times: with its write-back cache on, the kernel sets mtime and ctime of files
             whose data changes, and sends them with setattr.
+        replay_ns: while the log is replayed, the time of the call; else None.
     """
 
     __slots__ = (
@@ -48,6 +50,7 @@ class Parts:
         "operation",
         "orphans",
         "ranges",
+        "replay_ns",
         "store",
         "tree",
         "writable",
@@ -66,7 +69,9 @@ class Parts:
     ) -> None:
         self.tree = tree
         self.store = tree.store
-        self.operation = tree.operation = Operation(tree.store.admission, tree.store.fail)
+        self.operation = tree.operation = Operation(
+            tree.store.admission, tree.store.fail, tree.store.log
+        )
         self.inodes = Inodes(tree, next_ino, inode_count)
         self.extents = Extents(tree, data_blocks)
         self.data = Data(tree, self.extents)
@@ -78,11 +83,20 @@ class Parts:
         self.writable = writable
         self.changed = False
         self.kernel_keeps_times = False
+        self.replay_ns: int | None = None
 
     def require_writable(self) -> None:
         """Raise ReadOnlyError for a snapshot."""
         if not self.writable:
             raise ReadOnlyError("a snapshot cannot be changed")
+
+    def now_ns(self) -> int:
+        """The time of the operation. Read once an operation, and recorded with its call."""
+        return time.time_ns() if self.replay_ns is None else self.replay_ns
+
+    def written_ns(self) -> int | None:
+        """The time of an operation on data; None where the kernel sets the times of the file."""
+        return None if self.kernel_keeps_times else self.now_ns()
 
     def begin(self, tier: int, blocks: int = 0) -> Operation:
         """Begin an operation.

@@ -52,6 +52,7 @@ class Volume:
         self.readlink = attributes.readlink
         self.setattr = attributes.setattr
         self.accessed = attributes.accessed
+        self.set_accessed = attributes.set_accessed
         self.getxattr = attributes.getxattr
         self.listxattr = attributes.listxattr
         self.setxattr = attributes.setxattr
@@ -129,12 +130,35 @@ class Volume:
                     return True
         return False
 
+    # --- replaying -------------------------------------------------------------------------------
+
+    def set_clock(self, now_ns: int | None, *, kernel_keeps_times: bool) -> None:
+        """Set the time of the operations that follow, as a call of the log says.
+
+        Args:
+            now_ns: None for the time of the system.
+            kernel_keeps_times: the operations on data leave the times of the file alone.
+        """
+        self._parts.replay_ns = now_ns
+        self._parts.kernel_keeps_times = kernel_keeps_times
+
+    def allow_links_to_orphans(self) -> set[int]:
+        """Let `link` name any orphan, not only those made without a name. Returns the others."""
+        orphans = self._parts.orphans
+        others = orphans.inos - orphans.unnamed
+        orphans.unnamed |= others
+        return others
+
+    def forbid_links_to_orphans(self, inos: set[int]) -> None:
+        """Take back what `allow_links_to_orphans` allowed."""
+        self._parts.orphans.unnamed -= inos
+
     # --- freezing --------------------------------------------------------------------------------
 
     def flush(self) -> None:
         """Put all changes in memory into the tree. Admission has promised the room."""
         with self.operation.begin_admitted() as operation:
-            operation.change()
+            operation.change_unlogged()
             for inode in self.data.flush(self.inodes.get):
                 self.inodes.touch(inode)
             self._parts.orphans.flush()

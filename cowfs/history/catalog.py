@@ -38,7 +38,9 @@ class Catalog:
 
     def __init__(self, tree: Tree, next_root_id: int) -> None:
         self.tree = tree
-        self.operation = tree.operation = Operation(tree.store.admission, tree.store.fail)
+        self.operation = tree.operation = Operation(
+            tree.store.admission, tree.store.fail, tree.store.log
+        )
         self._next_root_id = next_root_id
         self._next_is_checked = False  # against the tree, not only from the superblock
         # By key: the bytes of a root record, and the decoded record.

@@ -19,11 +19,14 @@ from cowfs.history.catalog import Catalog
 from cowfs.history.drops import DropQueue
 from cowfs.history.edits import Edit, Plan
 from cowfs.history.records import FLAG_SHARES, MAIN_VOLUME, RootKind, RootRecord, root_key
+from cowfs.history.replay import replay
 from cowfs.storage.admission import TIER_FREE
 from cowfs.storage.btree import Tree
 from cowfs.storage.commit import Commit, begin, finish
 from cowfs.storage.discards import Sweep
 from cowfs.storage.format import FLAG_CLEAN
+from cowfs.storage.log import LogWrite
+from cowfs.storage.overlay import ReplayReport
 from cowfs.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -89,6 +92,7 @@ class Filesystem:
         record: root record of the live volume.
         live: the live volume.
         inflight: the commit that is frozen and not finished.
+        inflight_record: the record of the log that is being written.
         shared_is_stale: whether the nodes that snapshots share must be counted again.
     """
 
@@ -106,6 +110,7 @@ class Filesystem:
         self.live = self.open_volume(self.record, writable=store.writable)
         self.drops = DropQueue(store, self.catalog)
         self.inflight: Commit | None = None
+        self.inflight_record: LogWrite | None = None
         self.discard = discard
         self._snapshot_volumes: dict[int, Volume] = {}
         self.shared_is_stale = False
@@ -160,6 +165,11 @@ class Filesystem:
             inode_count=live.inodes.count,
             flags=self.record.flags | (FLAG_SHARES if live.ranges.has_reflinks else 0),
         )
+
+    def replay(self) -> ReplayReport:
+        """Make the calls of the log again, in memory; before anything else is changed."""
+        store = self.store
+        return replay(store.device, store.superblock, self.live, self.volume)
 
     # --- edits ------------------------------------------------------------------------------------
 
@@ -279,7 +289,7 @@ class Filesystem:
             with catalog.operation.begin_admitted() as operation:
                 catalog.tree.reach(root_key(self.record.root_id))
                 self.drops.reach()
-                operation.change()
+                operation.change_unlogged()
                 self.live.flush()
                 nodes = self.live.tree.place()
                 self.set_live_record(self.current_record())
@@ -327,8 +337,61 @@ class Filesystem:
         return checked.result
 
     def _finish_inflight(self) -> None:
+        if self.inflight_record is not None:
+            self.finish_record(self.inflight_record)
         if self.inflight is not None:
             self.finish(self.inflight)
+
+    # --- log --------------------------------------------------------------------------------------
+
+    def begin_record(self) -> LogWrite | None:
+        """Take the calls that are not durable yet as a record of the log, for the caller to write.
+
+        Returns:
+            None if only a commit can make them durable.
+        """
+        assert self.inflight is None, "one write at a time"
+        assert self.inflight_record is None, "one write at a time"
+        self.store.require_writable()
+        self.inflight_record = self.store.log.next_record()
+        return self.inflight_record
+
+    def finish_record(self, record: LogWrite) -> None:
+        """Finish a record after `record.write()`. Raises DeviceError if that failed (C8)."""
+        if self.inflight_record is record:
+            self.inflight_record = None
+        record.done.wait()
+        store = self.store
+        if record.error is not None:
+            if store.failed is None:
+                store.fail(record.error)
+            assert store.failed is not None
+            raise store.failed
+        store.log.finish(record)
+
+    def sync(self) -> None:
+        """Make all calls durable, by a record of the log or a commit, in this thread (C2).
+
+        Raises:
+            DeviceError: a write failed, now or before (C8).
+        """
+        self._finish_inflight()
+        if self.store.failed is not None:
+            raise self.store.failed
+        if not self.unsynced:
+            return
+        record = self.begin_record()
+        if record is None:
+            self.commit()
+        else:
+            record.write()
+            self.finish_record(record)
+
+    @property
+    def unsynced(self) -> bool:
+        """Whether a call was made that is not durable, as far as is known here."""
+        log_of_calls = self.store.log
+        return bool(log_of_calls.calls) or (not log_of_calls.is_whole and self.changed)
 
     def _relieve(self) -> bool:
         """Commit, so that freed blocks are released. Returns whether that could help."""

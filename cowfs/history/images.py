@@ -1,11 +1,12 @@
 """Make an image, open one, or restore an earlier generation of one."""
 
+import logging
 import os
 import time
 
 from msgspec.structs import replace
 
-from cowfs.errors import ImageError, UsageError
+from cowfs.errors import CorruptError, ImageError, NoSpaceError, UsageError
 from cowfs.files.items import ROOT_INO, references
 from cowfs.files.parts import Parts
 from cowfs.files.volume import Volume
@@ -18,15 +19,21 @@ from cowfs.storage.commit import begin, finish
 from cowfs.storage.device import Device
 from cowfs.storage.format import (
     BLOCK_SIZE_BYTES,
+    INCOMPAT_LOG,
     LABEL_BYTES_MAX,
     MIN_TOTAL_BLOCKS,
     RING_SLOTS,
     Superblock,
     ring_blocks,
 )
+from cowfs.storage.log import new_log_place, write_zeros
+from cowfs.storage.log_records import read_log
 from cowfs.storage.node import CACHE_BYTES_DEFAULT
+from cowfs.storage.overlay import OverlayDevice, ReplayReport
 from cowfs.storage.store import Store
 from cowfs.storage.superblock import blank_superblock, read_newest
+
+log = logging.getLogger(__name__)
 
 
 def open_filesystem(
@@ -49,19 +56,86 @@ def open_filesystem(
         snapshot: its tree takes the place of the live volume, read-only.
         limits: of admission.
 
+    A newest generation with a log is shown with its log: the calls are made again and committed, in
+    memory alone without `writable`.
+
     Raises:
         SnapshotError: there is no such snapshot.
         ImageError: not an image, a newer format, or truncated.
-        CorruptError: the generation is damaged.
+        CorruptError: the generation is damaged, or its log does not fit it.
         DeviceError: the image cannot be read.
     """
+    if not writable and generation is None:
+        device = with_log(device)
     superblock = read_newest(device, generation)
     if writable and superblock.ro_compat:
         raise ImageError(
             "the image uses features that this cowfs can only read; mount it with -o ro"
         )
     store = Store(device, superblock, writable=writable, cache_bytes=cache_bytes, limits=limits)
-    return Filesystem(store, discard=discard, snapshot=snapshot)
+    filesystem = Filesystem(store, discard=discard, snapshot=snapshot)
+    if writable and has_log(device, superblock):
+        report = filesystem.replay()
+        if report.error is not None:
+            raise CorruptError(
+                "log",
+                superblock.generation,
+                f"{report.error}; mount the image with -o ro to see the files as they were before "
+                "that call; cowfs check --repair gives up the rest of the log",
+            )
+        filesystem.commit()
+    return filesystem
+
+
+def has_log(device: Device, superblock: Superblock) -> bool:
+    """Whether the log of a generation has a record."""
+    return next(read_log(device, superblock), None) is not None
+
+
+def with_log(device: Device) -> Device:
+    """The device as a mount would show it: with the log replayed in memory, if it has a record.
+
+    Where the log does not fit the files, the calls before the first that does not are shown, and
+    `OverlayDevice.replay` says why.
+
+    Raises:
+        ImageError: not an image, a newer format, or truncated.
+        DeviceError: neither copy of the ring can be read.
+    """
+    superblock = read_newest(device)
+    if superblock.ro_compat or not has_log(device, superblock):
+        return device
+    overlay = OverlayDevice(device)
+    overlay.replay = _commit_log(overlay, superblock)
+    if overlay.replay.error is not None:
+        log.warning("the log is not shown in full: %s", overlay.replay.error)
+    return overlay
+
+
+def commit_log(device: Device) -> ReplayReport | None:
+    """Replay the log as far as it fits the files, and commit: the rest is given up.
+
+    Args:
+        device: of the image, locked.
+
+    Returns:
+        None where the log has no record.
+
+    Raises:
+        ImageError, DeviceError: as `with_log`.
+    """
+    superblock = read_newest(device)
+    return _commit_log(device, superblock) if has_log(device, superblock) else None
+
+
+def _commit_log(device: Device, superblock: Superblock) -> ReplayReport:
+    try:
+        filesystem = Filesystem(Store(device, superblock, writable=True), discard=False)
+        report = filesystem.replay()
+        filesystem.commit()
+    except (CorruptError, NoSpaceError) as error:
+        return ReplayReport(superblock.generation, 0, f"nothing of it can be replayed: {error}")
+    return report
 
 
 def restore_generation(device: Device, generation: int, *, discard: bool = True) -> Superblock:
@@ -86,13 +160,17 @@ def restore_generation(device: Device, generation: int, *, discard: bool = True)
         raise ImageError(f"generation {generation} is the newest already")
     if newest.uuid != target.uuid:
         raise ImageError(f"generation {generation} belongs to an image that was here before")
-    # The target's trees with the newest number; root ids are never used twice.
+    # The target's trees with the newest number; root ids are never used twice. The log changes to
+    # the area that the newest generation does not use.
+    place = target.log and newest.log
     base = replace(
         target,
         generation=newest.generation,
         oldest_retained=newest.generation,
         next_root_id=max(newest.next_root_id, target.next_root_id),
         flags=0,
+        log=place,
+        incompat=target.incompat if place else target.incompat & ~INCOMPAT_LOG,
     )
     store = Store(device, base, writable=True)
     others = [newest]
@@ -117,6 +195,7 @@ def make_filesystem(
     mode: int = 0o755,
     uid: int = 0,
     gid: int = 0,
+    log: bool = True,
 ) -> Superblock:
     """Make an empty filesystem on the whole device. The old content is lost.
 
@@ -125,6 +204,7 @@ def make_filesystem(
         label: of the image, LABEL_BYTES_MAX bytes of UTF-8 at most.
         duplicate_metadata: write every node and page twice.
         mode, uid, gid: of the root directory.
+        log: keep a log, so that an fsync needs no commit.
 
     Returns:
         The superblock.
@@ -144,7 +224,12 @@ def make_filesystem(
     for first in ring_blocks(total_blocks):  # no superblock of an old image may win
         device.write(first * BLOCK_SIZE_BYTES, [bytes(RING_SLOTS * BLOCK_SIZE_BYTES)])
     device.flush()
-    blank = blank_superblock(total_blocks, label=label, duplicate_metadata=duplicate_metadata)
+    place = new_log_place(total_blocks, 2 if duplicate_metadata else 1) if log else None
+    if place is not None:
+        write_zeros(device, place)
+    blank = blank_superblock(
+        total_blocks, label=label, duplicate_metadata=duplicate_metadata, log=place
+    )
     store = Store(device, blank, writable=True)
     catalog = Catalog(Tree.empty(store, 0), 1)
     root_id = catalog.take_root_id()
@@ -170,7 +255,7 @@ def make_filesystem(
         inode_count=volume.inodes.count,
     )
     with catalog.operation.begin_admitted() as operation:
-        operation.change()
+        operation.change_unlogged()
         catalog.put_new(record)
     nodes += catalog.tree.place()
     commit = begin(

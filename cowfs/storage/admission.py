@@ -60,6 +60,8 @@ class Limits:
         ceiling_blocks: data blocks of each of these operations.
         hopeless_generations: after relief failed, a request that is no smaller gets no relief for
             this number of generations: refusing must be cheap.
+        log_bytes: calls of more bytes than this are not kept for the log: the next fsync commits.
+        log_calls: the most calls in one log; replaying them takes less than a second.
     """
 
     reserve_part: int = 32
@@ -74,6 +76,8 @@ class Limits:
     ceiling_operations: int = 256
     ceiling_blocks: int = 16
     hopeless_generations: int = 16
+    log_bytes: int = 256 << 10
+    log_calls: int = 16384
 
     def reserve_blocks(self, total_blocks: int) -> int:
         """The reserve of an image of `total_blocks`, in blocks."""
@@ -105,6 +109,8 @@ class Admission:
         dirty_nodes: nodes born in the open transaction.
         shared_nodes: the most nodes of the live tree that snapshots share.
         catalog_nodes: nodes of the catalog.
+        is_replaying: the operations are those of the log, which were admitted before the crash:
+            nothing is refused, and nothing commits (L5).
     """
 
     def __init__(
@@ -124,6 +130,7 @@ class Admission:
         self.dirty_nodes = 0
         self.shared_nodes = 0
         self.catalog_nodes = 0
+        self.is_replaying = False
         self._shared_until = 0
         self._map = space_map
         self._node_blocks = NODE_BLOCKS * copies  # blocks of one node with its twin
@@ -253,6 +260,8 @@ class Admission:
         """
         if self.closed is not None:
             raise self.closed
+        if self.is_replaying:
+            return
         if (
             self.promised_blocks + blocks <= self._block_ceiling
             and self.dirty_nodes + self.promised_items + nodes <= self._node_ceiling
@@ -284,7 +293,7 @@ class Admission:
     def require_blocks(self, blocks: int) -> None:
         """Raise NoSpaceError if `blocks` blocks of data do not fit, even after commits."""
         available = self.available_blocks()
-        if blocks > available:
+        if blocks > available and not self.is_replaying:
             raise NoSpaceError(
                 f"{blocks * BLOCK_SIZE_BYTES} bytes do not fit, "
                 f"{available * BLOCK_SIZE_BYTES} are available"

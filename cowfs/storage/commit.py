@@ -138,6 +138,7 @@ def begin(
     generation = store.generation
     frozen = store.map.freeze(generation, store.place_map())
     limit = store.release_limit()
+    place = store.superblock.log
     superblock = replace(
         store.superblock,
         generation=generation,
@@ -149,7 +150,9 @@ def begin(
         catalog_nodes=max(1, min(catalog_nodes, store.map.total_blocks // NODE_BLOCKS)),
         system_blocks=store.map.system_blocks - store.map.pending_system_blocks,
         next_root_id=next_root_id,
+        log=place and place.other_area(),
     )
+    store.log.freeze(place)
     commit = Commit(
         store=store,
         generation=generation,
@@ -181,6 +184,7 @@ def finish(commit: Commit) -> None:
         return
     commit.finished = True
     store.superblock = commit.superblock
+    store.log.rebase(commit.superblock)
     store.map.written(commit.map)
     store.settle(commit.nodes, commit.data)
     store.map.release(commit.release_limit)

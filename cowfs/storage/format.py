@@ -23,9 +23,10 @@ FORMAT_VERSION = 1
 # Feature flags. What a reader does that finds an unknown flag: compatible, ignore it;
 # read-only-compatible, mount read-only; incompatible, refuse the image.
 INCOMPAT_DUPLICATED_METADATA = 1 << 0
+INCOMPAT_LOG = 1 << 1
 KNOWN_COMPAT = 0
 KNOWN_RO_COMPAT = 0
-KNOWN_INCOMPAT = INCOMPAT_DUPLICATED_METADATA
+KNOWN_INCOMPAT = INCOMPAT_DUPLICATED_METADATA | INCOMPAT_LOG
 
 # --- superblock -----------------------------------------------------------------------------------
 
@@ -34,12 +35,12 @@ MIN_TOTAL_BLOCKS = 4096  # 16 MiB: the two rings, the reserve of a full image, a
 MAX_TOTAL_BLOCKS = 1 << 40  # 4 PiB
 
 SUPERBLOCK_MAGIC = b"cowfs\x00\x1a\n"
-SUPERBLOCK = struct.Struct("<8s16sIIQQQ16sQQQQIIqqQ40s40sQQQQQ64s")
+SUPERBLOCK = struct.Struct("<8s16sIIQQQ16sQQQQIIqqQ40s40sQQQQQ64sQQII")
 FLAG_CLEAN = 1 << 0
 LABEL_BYTES_MAX = 64
 GENERATION_MAX = 1 << 56  # so generations and births never leave signed 64-bit numbers
 GENERATION_WRITABLE_MAX = 1 << 55  # no real image has more commits; above it, only reading
-assert SUPERBLOCK.size == 320
+assert SUPERBLOCK.size == 344
 
 # --- pointer --------------------------------------------------------------------------------------
 
@@ -67,6 +68,47 @@ def decode_pointer(data: bytes) -> Pointer:
     return Pointer(*POINTER.unpack(data))
 
 
+# --- log ------------------------------------------------------------------------------------------
+
+LOG_MAGIC = int.from_bytes(b"cowL", "little")
+LOG_HEADER = struct.Struct("<16sIIQQQII16s8x")
+LOG_HEADER_BYTES = 80
+LOG_AREAS = 2
+LOG_AREA_BLOCKS_MIN, LOG_AREA_BLOCKS_MAX = 16, 512
+assert LOG_HEADER.size == LOG_HEADER_BYTES
+
+
+class LogPlace(NamedTuple):
+    """Where the log lies: two areas in a row, in one or two copies. FORMAT.md "Log".
+
+    Attributes:
+        block, twin: the first block of each copy; `twin` is 0 where there is one copy.
+        area_blocks: blocks of one area.
+        area: the area with the records that follow this generation, 0 or 1.
+    """
+
+    block: int
+    twin: int
+    area_blocks: int
+    area: int
+
+    @property
+    def copies(self) -> list[int]:
+        """The first block of each copy; each has LOG_AREAS * area_blocks blocks."""
+        return [self.block, self.twin] if self.twin else [self.block]
+
+    def blocks(self) -> int:
+        """Blocks of all areas and copies."""
+        return LOG_AREAS * self.area_blocks * len(self.copies)
+
+    def other_area(self) -> "LogPlace":
+        """The place for the next generation: the records of this one stay (L1)."""
+        return self._replace(area=1 - self.area)
+
+
+NO_LOG = (0, 0, 0, 0)
+
+
 class Superblock(Struct, frozen=True):
     """One commit: what the image is, and the addresses of its trees. FORMAT.md "Superblock"."""
 
@@ -89,6 +131,7 @@ class Superblock(Struct, frozen=True):
     compat: int = 0
     ro_compat: int = 0
     incompat: int = INCOMPAT_DUPLICATED_METADATA
+    log: LogPlace | None = None
 
     @property
     def duplicates_metadata(self) -> bool:
@@ -104,9 +147,14 @@ class Superblock(Struct, frozen=True):
         """The ring slot of this generation."""
         return self.generation % RING_SLOTS
 
+    def checksum(self) -> bytes:
+        """The checksum in its slot: where the chain of this generation's log begins (L4)."""
+        return self.encode()[8:24]
+
     def encode(self) -> bytes:
         label = self.label.encode()
         assert len(label) <= LABEL_BYTES_MAX
+        assert (self.log is not None) == bool(self.incompat & INCOMPAT_LOG)
         body = SUPERBLOCK.pack(
             SUPERBLOCK_MAGIC,
             bytes(16),
@@ -133,6 +181,7 @@ class Superblock(Struct, frozen=True):
             self.next_root_id,
             0,
             label,
+            *(self.log or NO_LOG),
         ).ljust(BLOCK_SIZE_BYTES, b"\0")
         return body[:8] + xxh3_128_digest(body[24:]) + body[24:]
 
@@ -184,6 +233,7 @@ def decode_superblock(data: bytes) -> Superblock:
         compat=compat,
         ro_compat=ro_compat,
         incompat=incompat,
+        log=LogPlace(*fields[25:29]) if incompat & INCOMPAT_LOG else None,
     )
     total = superblock.total_blocks
     checks = (
@@ -199,13 +249,32 @@ def decode_superblock(data: bytes) -> Superblock:
         (superblock.oldest_retained <= superblock.generation, "oldest retained generation", 0),
         (superblock.used_blocks <= total, "used blocks", superblock.used_blocks),
         (superblock.system_blocks <= total, "system blocks", superblock.system_blocks),
+        (superblock.log is not None or fields[25:29] == NO_LOG, "reserved bytes", 0),
     )
     for good, what, found in checks:
         if not good:
             raise CorruptError("superblock", 0, f"{what} out of range", found)
     check_pointer(superblock.catalog, total, superblock.generation, "catalog", 0)
     check_pointer(superblock.space_map, total, superblock.generation, "space map", 0, 1)
+    if superblock.log is not None:
+        _check_log_place(superblock.log, total)
     return superblock
+
+
+def _check_log_place(place: LogPlace, total_blocks: int) -> None:
+    """Raise CorruptError unless the log lies inside the image and its copies are apart."""
+    size = LOG_AREAS * place.area_blocks
+    inside = range(RING_SLOTS, total_blocks - RING_SLOTS - size + 1)
+    checks = (
+        (LOG_AREA_BLOCKS_MIN <= place.area_blocks <= LOG_AREA_BLOCKS_MAX, "size of the log", size),
+        (place.block in inside, "the log leaves the image", place.block),
+        (not place.twin or place.twin in inside, "the log leaves the image", place.twin),
+        (not place.twin or abs(place.twin - place.block) >= size, "the log's copies overlap", 0),
+        (place.area < LOG_AREAS, "area of the log", place.area),
+    )
+    for good, what, found in checks:
+        if not good:
+            raise CorruptError("superblock", 0, what, found)
 
 
 def require_generations(superblock: Superblock) -> None:

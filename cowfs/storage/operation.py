@@ -4,7 +4,8 @@
   which nothing is reached. So nothing may be reached before.
 - *Reach*: load and shadow everything that will be read or changed (btree.py). This may find damage,
   or need to wait: then the operation is given up without a trace.
-- *Change*: cannot fail and does not wait.
+- *Change*: cannot fail and does not wait. It begins with the call that the log records, if there
+  is a log (log.py).
 
 `Tree` asserts the order: it reaches only in the second step and changes only in the third. An
 exception in the third step is our bug and leaves half an operation in memory. That must never be
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from cowfs.storage.admission import Admission
+from cowfs.storage.log import Log
 
 IDLE, REACHING, CHANGING = 0, 1, 2
 
@@ -25,22 +27,24 @@ class Operation:
 
         with volume.operation.begin(TIER_ADD) as operation:
             ...  # look, refuse, reach
-            operation.change()
+            operation.change(call, size_bytes)
             ...  # change
 
     Args:
         admission: of the store.
         fail: ends all writing; gets the exception that was raised in the third step.
+        log: records the calls of a volume.
 
     Attributes:
         step: IDLE, REACHING or CHANGING.
     """
 
-    __slots__ = ("_admission", "_fail", "step")
+    __slots__ = ("_admission", "_fail", "_log", "step")
 
-    def __init__(self, admission: Admission, fail: Callable[[Exception], None]) -> None:
+    def __init__(self, admission: Admission, fail: Callable[[Exception], None], log: Log) -> None:
         self._admission = admission
         self._fail = fail
+        self._log = log
         self.step = IDLE
 
     def begin(self, tier: int, blocks: int = 0) -> Self:
@@ -60,8 +64,19 @@ class Operation:
         self.step = REACHING
         return self
 
-    def change(self) -> None:
-        """Enter the third step: all is reached, and what follows cannot fail."""
+    def change(self, call: object, size_bytes: int) -> None:
+        """Enter the third step: all is reached, and what follows cannot fail.
+
+        Args:
+            call: the operation as a value, for the log (files/calls.py).
+            size_bytes: upper bound of its encoded size.
+        """
+        assert self.step == REACHING, "an operation changes twice, or before it began"
+        self.step = CHANGING
+        self._log.add(call, size_bytes)
+
+    def change_unlogged(self) -> None:
+        """As `change`, for what changes no file that a program could see, or is a commit (L6)."""
         assert self.step == REACHING, "an operation changes twice, or before it began"
         self.step = CHANGING
 

@@ -2,8 +2,8 @@
 
 A flat table of 32-bit refcounts, cut into groups of GROUP_BLOCKS blocks with one page each, under
 an index (map_index.py). The blocks of the map itself are *not* counted in it: the index names them,
-and opening an image marks them in memory as *system* blocks. So writing the map does not change the
-map.
+and opening an image marks them in memory as *system* blocks, as it does those of the log. So
+writing the map does not change the map.
 
 Groups are loaded on demand and forgotten when clean, so memory does not grow with the image. Work
 is done on runs of blocks with numpy, not block by block. A block that lost its last reference is
@@ -78,7 +78,8 @@ class SpaceMap:
     Attributes:
         index: where the pages are on disk.
         used_blocks: blocks with a reference.
-        system_blocks: superblocks and the map's own blocks, `pending_system_blocks` included.
+        system_blocks: superblocks, the log, and the map's own blocks, `pending_system_blocks`
+            included.
         pending_blocks: counted blocks that were freed and are not released yet.
         pending_system_blocks: blocks that the map's pages have left and that are not released yet.
         kinds: for each group its kind (KIND_DATA ...).
@@ -215,6 +216,15 @@ class SpaceMap:
             self.free[number] -= count
             self.pending_blocks += count
         self._pending.setdefault(generation, []).extend(runs)
+
+    def keep(self, first: int, count: int) -> None:
+        """Mark blocks as system blocks for as long as the image is open: those of the log.
+
+        Raises:
+            CorruptError: one of them is a system block already.
+        """
+        self._forget_node_places()
+        self._mark_system(first, count)
 
     def _mark_system(self, first: int, count: int) -> None:
         group, at = divmod(first, GROUP_BLOCKS)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from msgspec.structs import replace
 from xxhash import xxh3_64_digest
 
 from cowfs.errors import CorruptError, DeviceError, ImageError, ReadOnlyError
@@ -24,13 +25,16 @@ from cowfs.storage.discards import Discard
 from cowfs.storage.format import (
     BLOCK_SIZE_BYTES,
     DATA_CHECKSUM_BYTES,
+    INCOMPAT_LOG,
     KIND_DATA,
     KIND_NODES,
     KIND_TWINS,
+    LOG_AREAS,
     NODE_BLOCKS,
     NODE_SIZE_BYTES,
     NULL_POINTER,
     RING_SLOTS,
+    LogPlace,
     NodeImage,
     Pointer,
     Superblock,
@@ -38,6 +42,7 @@ from cowfs.storage.format import (
     decode_node,
     ring_blocks,
 )
+from cowfs.storage.log import Log, find_log_place, write_zeros
 from cowfs.storage.node import CACHE_BYTES_DEFAULT, Node, NodeCache, node_from_image
 from cowfs.storage.repairs import Repairs, good_copy
 from cowfs.storage.runs import Run
@@ -71,6 +76,7 @@ class Store:
         data_writes: (first block, buffers) of the data that the next commit writes.
         queued_blocks: number of blocks in `data_writes`.
         unwritten: data blocks that are allocated and not on disk yet.
+        log: of the calls since the newest durable generation.
     """
 
     def __init__(
@@ -109,6 +115,8 @@ class Store:
         self.allocator = Allocator(self.map)
         self._retained = limits.retained_generations
         self.admission = Admission(self.map, self.copies, limits)
+        self.log = Log(device, superblock, limits)
+        self._keep_log(superblock.log)
         if not writable:
             self.admission.closed = ReadOnlyError("the image is open read-only")
         self.admission.begin_transaction(self.generation)
@@ -140,6 +148,40 @@ class Store:
             except (CorruptError, DeviceError, ImageError):
                 return  # this generation is lost; so nothing older is promised either
             self.oldest_held = generation
+
+    def _keep_log(self, place: LogPlace | None) -> None:
+        """Keep the blocks of the log out of allocation, and use the log only if they are free.
+
+        Raises:
+            CorruptError: the log lies on the rings or on pages of the space map.
+        """
+        if place is None:
+            return
+        count = LOG_AREAS * place.area_blocks
+        for first in place.copies:
+            self.map.keep(first, count)
+        if self.writable and any(self.map.refcounts(first, count).any() for first in place.copies):
+            log.error("the log lies on blocks that are in use, and is not written; run cowfs check")
+            self.log.close()
+
+    def make_log(self) -> bool:
+        """Give an image that has no log one, if there is room. The next commit makes it the log.
+
+        Returns:
+            Whether it has one now.
+
+        Raises:
+            DeviceError: its blocks cannot be written.
+        """
+        place = find_log_place(self.map, self.copies)
+        if place is None:
+            return False
+        write_zeros(self.device, place)
+        for first in place.copies:
+            self.map.keep(first, LOG_AREAS * place.area_blocks)
+        old = self.superblock
+        self.superblock = replace(old, incompat=old.incompat | INCOMPAT_LOG, log=place)
+        return True
 
     def continue_after(self, others: Sequence[Superblock]) -> None:
         """Continue from `superblock` although the ring names newer generations.

@@ -13,9 +13,11 @@ from cowfs.storage.device import Device
 from cowfs.storage.format import (
     BLOCK_SIZE_BYTES,
     INCOMPAT_DUPLICATED_METADATA,
+    INCOMPAT_LOG,
     MIN_TOTAL_BLOCKS,
     RING_SLOTS,
     SUPERBLOCK_MAGIC,
+    LogPlace,
     Superblock,
     decode_superblock,
     require_generations,
@@ -152,7 +154,11 @@ def write_slot(device: Device, superblock: Superblock) -> None:
 
 
 def blank_superblock(
-    total_blocks: int, *, label: str = "", duplicate_metadata: bool = True
+    total_blocks: int,
+    *,
+    label: str = "",
+    duplicate_metadata: bool = True,
+    log: LogPlace | None = None,
 ) -> Superblock:
     """A superblock of generation 0 for a new image. It is never written."""
     now_ns = time.time_ns()
@@ -168,5 +174,7 @@ def blank_superblock(
         committed_ns=now_ns,
         created_ns=now_ns,
         label=label,
-        incompat=INCOMPAT_DUPLICATED_METADATA if duplicate_metadata else 0,
+        incompat=(INCOMPAT_DUPLICATED_METADATA if duplicate_metadata else 0)
+        | (0 if log is None else INCOMPAT_LOG),
+        log=log,
     )

@@ -116,7 +116,7 @@ def test_highest_inode_that_exists_leaves_no_number(image: Path) -> None:
         tree = filesystem.live.tree
         with filesystem.live.operation.begin_admitted() as operation:
             tree.reach(inode_key(INO_MAX))
-            operation.change()
+            operation.change_unlogged()
             tree.put(inode_key(INO_MAX), filesystem.live.get(ROOT_INO).encode())
         for name in (b"a", b"b"):
             with pytest.raises(NoSpaceError, match="no inode number is left"):

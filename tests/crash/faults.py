@@ -51,6 +51,7 @@ _COMMIT = "cowfs.storage.commit:Commit._write"
 _STORE = "cowfs.storage.store:Store"
 _MAP = "cowfs.storage.spacemap:SpaceMap"
 _HISTORY = "cowfs.history.filesystem:Filesystem"
+_LOG = "cowfs.storage.log:Log"
 _EDITS = "cowfs.history.edits"
 _DROPS = "cowfs.history.drops:DropQueue"
 _NAMESPACE = "cowfs.files.namespace:Namespace"
@@ -374,40 +375,165 @@ FAULTS = (
         "filesystem.set_live(record, volume)",
         "filesystem.set_live(replace(record, tree=old.tree), volume)",
     ),
+    # the log
+    Fault(
+        "records of a generation that may be needed are overwritten",
+        "cowfs.storage.format:LogPlace.other_area",
+        "1 - self.area",
+        "self.area",
+        own_images=True,
+        shown_by=10,
+    ),
+    Fault(
+        "a call is left out of a record",
+        f"{_LOG}.next_record",
+        "calls = self.calls",
+        "calls = self.calls[1:]",
+        shown_by=10,
+    ),
+    Fault(
+        "a rename is not recorded",
+        f"{_LOG}.add",
+        "if self.is_whole:",
+        "if self.is_whole and type(call).__name__ != 'Rename':",
+        shown_by=10,
+    ),
+    Fault(
+        "a write is recorded in part",
+        "cowfs.files.content:Content.write",
+        "Write(ino, offset, data, now_ns)",
+        "Write(ino, offset, data[:100], now_ns)",
+        shown_by=10,
+    ),
+    Fault(
+        "a record is acknowledged without a flush",
+        "cowfs.storage.log:LogWrite.write",
+        "self.device.flush()",
+        "pass",
+        shown_by=10,
+    ),
+    Fault(
+        "a record is acknowledged and not written",
+        f"{_HISTORY}.sync",
+        "record.write()",
+        "record.done.set()",
+        shown_by=10,
+    ),
+    Fault(
+        "a record in one copy only",
+        "cowfs.storage.log:LogWrite.write",
+        "in self.places:",
+        "in self.places[:1]:",
+        shown_by=10,
+    ),
+    Fault(
+        "second copy of the log not read",
+        "cowfs.storage.log_records:read_log",
+        "for copy in place.copies:",
+        "for copy in place.copies[:1]:",
+        shown_by=10,
+    ),
+    Fault(
+        "checksum of a record not looked at",
+        "cowfs.storage.log_records:_read_record",
+        "superblock.seed) != checksum:",
+        "superblock.seed) == bytes(16):",
+        shown_by=12,
+    ),
+    Fault(
+        "records of an earlier life are replayed",
+        "cowfs.storage.log_records:_read_record",
+        "is_stale = generation != superblock.generation or previous != chain",
+        "is_stale = False",
+        shown_by=10,
+    ),
+    Fault(
+        "a record does not follow the one before it",
+        f"{_LOG}.finish",
+        "self._chain = write.checksum",
+        "pass",
+        shown_by=10,
+    ),
+    Fault(
+        "the log is not replayed",
+        "cowfs.history.images:has_log",
+        "is not None",
+        "is ...",
+        shown_by=10,
+    ),
+    Fault(
+        "calls of a commit are recorded again",
+        f"{_LOG}.freeze",
+        "self.calls = []",
+        "pass",
+        shown_by=10,
+    ),
+    Fault(
+        "the log goes on behind a commit",
+        f"{_LOG}.rebase",
+        "self._next_block = 0",
+        "self._next_block = getattr(self, '_next_block', 0)",
+        shown_by=10,
+    ),
+    Fault(
+        "calls that are too much for a record are forgotten",
+        f"{_LOG}.add",
+        "self.is_whole = False",
+        "pass",
+        shown_by=11,
+    ),
+    Fault(
+        "a full log is written over",
+        f"{_LOG}.next_record",
+        "self._bytes + LOG_HEADER_BYTES > room",
+        "False",
+        shown_by=12,
+    ),
 )
 
 # Short histories that run every line above; each fault is looked for in all until one shows it.
 WORKLOADS = (
     parse(
-        "flat: write A/foo 4096 9000; fsync; chmod B/bar 600; fsync; write A/foo 0 5000; fsync; end"
-    ),
-    parse("deep: rename A/foo B/bar; fsync; rename A/sub B/empty; fsync; unlink C/3; fsync; end"),
-    parse(
-        "flat: unlink-open A/foo; fsync; chmod A 700; fsync; remount; create A/new; fsync; end",
+        "flat: write A/foo 4096 9000; commit; chmod B/bar 600; commit; write A/foo 0 5000; "
+        "commit; end"
     ),
     parse(
-        "deep: snapshot new; write C/3 0 1500; fsync; delete old,middle; drop 2; fsync; drop-all; "
-        "end"
+        "deep: rename A/foo B/bar; commit; rename A/sub B/empty; commit; unlink C/3; commit; end"
     ),
     parse(
-        "turned: undo; write A/foo 0 9000; fsync; rollback old; write B/bar 0 9000; fsync; end",
+        "flat: unlink-open A/foo; commit; chmod A 700; commit; remount; create A/new; commit; end",
     ),
     parse(
-        "busy: drop 2; fsync; remount; drop-all; fsync; write A/foo 0 9000; fsync; "
+        "deep: snapshot new; write C/3 0 1500; commit; delete old,middle; drop 2; commit; "
+        "drop-all; end"
+    ),
+    parse(
+        "turned: undo; write A/foo 0 9000; commit; rollback old; write B/bar 0 9000; commit; end",
+    ),
+    parse(
+        "busy: drop 2; commit; remount; drop-all; commit; write A/foo 0 9000; commit; "
         "write A/foo 0 9000; end"
     ),
     parse(
         "flat: write A/foo 0 900; freeze; snapshot new; rollback new; write A/foo 1 9; undo; "
-        "fsync; end"
+        "commit; end"
     ),
     parse(
         "flat: hold old; rename-snapshot old kept; delete kept; rollback kept; release kept; "
-        "delete kept; fsync; end"
+        "delete kept; commit; end"
     ),
-    parse("single: write C/1 0 9000; fsync; unlink C/1; fsync; write C/2 0 9000; fsync; end"),
+    parse("single: write C/1 0 9000; commit; unlink C/1; commit; write C/2 0 9000; commit; end"),
     parse(
-        "deep: share A/foo A/copy 0 99999; fsync; unlink A/foo; fsync; unlink A/copy; fsync; end"
+        "deep: share A/foo A/copy 0 99999; commit; unlink A/foo; commit; unlink A/copy; commit; end"
     ),
+    # records of the log: several behind one another, an older chain behind a newer one
+    parse(
+        "flat: write A/foo 4096 4096; fsync; rename A/foo B/moved; fsync; unlink B/bar; fsync; "
+        "chmod A 700; commit; create A/new; fsync; commit; write A/inline 0 50; fsync; end"
+    ),
+    # more than a record takes, then more than an area takes
+    parse("flat: create A/new; write A/foo 0 300000; fsync; create A/dir; fsync; end"),
+    parse(f"flat: {'write A/foo 0 9000; fsync; chmod A/foo 600; fsync; ' * 5}end"),
 )
 
 

@@ -2,7 +2,9 @@
 
 It asserts I3 at every write (as `MemoryDevice` does) and checks I2 by itself: after each commit it
 computes which blocks the newest generation and those that its superblock retains can reach, and
-refuses every write and discard there. It relies on nothing of the code under test for this.
+refuses every write and discard there. In the log it refuses a second write to a block while the
+newest generation, or the one before it, may need the first (L1). It relies on nothing of the code
+under test for this.
 """
 
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from cowfs.storage.device import Buffer
 from cowfs.storage.format import BLOCK_SIZE_BYTES, RING_SLOTS
 from cowfs.storage.superblock import read_newest
 from tests.model.devices import MemoryDevice
-from tests.model.recount import recount
+from tests.model.recount import log_blocks, recount
 
 Blocks = dict[int, bytes]
 ZERO_BLOCK = bytes(BLOCK_SIZE_BYTES)
@@ -105,6 +107,8 @@ class RecordingDevice(MemoryDevice):
         self.log: list[Entry] = []
         self._shown: dict[int, set[int]] = {}  # by generation
         self._ring_is_dirty = False
+        self._log_blocks: set[int] = set()  # that may be written
+        self._records: set[int] = set()  # blocks of the records that follow the newest generation
         if blocks:
             self._guard()
 
@@ -115,6 +119,10 @@ class RecordingDevice(MemoryDevice):
         data = b"".join(buffers)
         super().write(offset, [data])
         first_block = offset // BLOCK_SIZE_BYTES
+        for number in range(first_block, first_block + len(data) // BLOCK_SIZE_BYTES):
+            if number in self._log_blocks:
+                self._records.add(number)
+                self.protected = self.protected | {number}
         self.log.append(Write(first_block, data))
         self._ring_is_dirty |= self._is_ring(first_block)
 
@@ -153,4 +161,8 @@ class RecordingDevice(MemoryDevice):
             generation: self._shown.get(generation) or recount(self, generation).reachable
             for generation in promised
         }
-        self.protected = self.kept = set().union(*self._shown.values())
+        self.kept = set().union(*self._shown.values())
+        self.kept.update(log_blocks(newest, 0), log_blocks(newest, 1))
+        self._log_blocks = {*log_blocks(newest, 0), *log_blocks(newest, 1)}
+        self.protected = self.kept - self._log_blocks | self._records
+        self._records = set()

@@ -36,6 +36,7 @@ from tests.crash.recording import (
 )
 
 SECTOR_BYTES = 512
+LOG_MAGIC = b"cowL"
 SUBSETS_ALL_MAX = 10
 SUBSETS_RANDOM = 64
 BLOCK_SUBSETS = 16
@@ -85,6 +86,7 @@ class Epoch:
         started: the last operation that was started before the epoch.
         durable: the last operation that was acknowledged as durable when the epoch ended.
         total_blocks: the size of the device.
+        is_flushed: whether a flush ended the epoch.
     """
 
     number: int
@@ -93,6 +95,7 @@ class Epoch:
     started: int
     durable: int
     total_blocks: int
+    is_flushed: bool = False
 
     def after(self) -> Blocks:
         content = dict(self.before)
@@ -118,6 +121,16 @@ class Epoch:
         """Whether a superblock was written in this epoch."""
         return any(self.is_ring(change) for change, _ in self.pending)
 
+    @property
+    def records_twice(self) -> bool:
+        """Whether a record of the log was written, and flushed, in two copies."""
+        records = [
+            change.data
+            for change, _ in self.pending
+            if isinstance(change, Write) and change.data[16:20] == LOG_MAGIC
+        ]
+        return self.is_flushed and len(records) == 2
+
 
 def epochs(log: Sequence[Entry], before: Blocks, total_blocks: int) -> list[Epoch]:
     """The log, cut at its flushes. The last epoch holds what was never flushed."""
@@ -132,6 +145,7 @@ def epochs(log: Sequence[Entry], before: Blocks, total_blocks: int) -> list[Epoc
             else:
                 epoch.durable = durable = entry.number
         elif isinstance(entry, Flush):
+            epoch.is_flushed = True
             found.append(epoch)
             total_blocks = epoch.size_with(range(len(epoch.pending)))
             epoch = Epoch(len(found), epoch.after(), [], started, durable, total_blocks)
@@ -157,6 +171,9 @@ def crash_states(log: Sequence[Entry], before: Blocks, total_blocks: int) -> Ite
             for part in (earlier, epoch):
                 if part is not None:
                     yield from _broken_promises(part, epoch, later.durable, choice)
+        elif epoch.records_twice:
+            later = all_epochs[epoch.number + 1]
+            yield from _broken_promises(epoch, epoch, later.durable, choice)
         earlier = epoch
     yield from _other_sizes(all_epochs[-1])
 
@@ -313,11 +330,11 @@ def _torn_ring(epoch: Epoch) -> Iterator[CrashState]:
 def _broken_promises(
     part: Epoch, commit: Epoch, durable: int, choice: random.Random
 ) -> Iterator[CrashState]:
-    """States in which one write of a durable commit did not happen or happened elsewhere.
+    """States in which one write of a durable commit or record was lost, or happened elsewhere.
 
     Args:
         part: the epoch of the write.
-        commit: the epoch of the superblock of the same commit.
+        commit: the epoch of the superblock of the same commit; of a record, the same epoch.
         durable: the operation acknowledged after the commit, which may hold later ones too.
     """
     after = commit.after()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cowfs.errors import SnapshotError
-from cowfs.files.attributes import Changes
+from cowfs.files.calls import Changes
 from cowfs.files.content import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.files.volume import Volume
@@ -108,9 +108,10 @@ HISTORY_OPERATIONS = (
 )
 OPERATIONS = FILE_OPERATIONS + HISTORY_OPERATIONS
 
-# The ways to make operations durable: fsync after each, one fsync at the end, a commit that is
-# written while the next operation runs, or no commit before the clean end.
-MODES = ("each", "last", "overlap", "none")
+# The ways to make operations durable: fsync after each (a record of the log), one fsync at the end,
+# a commit after each, a commit that is written while the next operation runs, or no commit before
+# the clean end.
+MODES = ("each", "commit", "last", "overlap", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,8 @@ def with_mode(base: str, operations: Sequence[str], mode: str) -> Workload:
         parts.append(operation)
         if mode == "each":
             parts.append("fsync")
+        elif mode == "commit":
+            parts.append("commit")
         elif mode == "overlap":
             parts += ["land", "freeze"] if number else ["freeze"]
     if mode == "last":
@@ -176,7 +179,7 @@ def walks(seed: int, bases: Sequence[str], steps: int = 30) -> Iterator[Workload
 def _random_operation(choice: random.Random) -> str:
     kind = choice.random()
     if kind < 0.12:
-        return choice.choice(["fsync", "fsync", "freeze", "land"])
+        return choice.choice(["fsync", "fsync", "fsync", "commit", "freeze", "land"])
     if kind < 0.25:
         snapshots = ("old", "middle", "new", "other")
         return choice.choice(
@@ -320,6 +323,14 @@ class Session:
         self._land()
 
     def _do_fsync(self) -> bool:
+        """Sync by a record of the log, where that is possible."""
+        self._land()
+        self.filesystem.sync()
+        self._committed[self.filesystem.store.superblock.generation] = self.model.copy()
+        self._discard()
+        return True
+
+    def _do_commit(self) -> bool:
         self._land()
         if self.filesystem.changed:
             self.filesystem.commit()

@@ -47,7 +47,7 @@ from cowfs.files.acl import (
     AclEntry,
     encode_acl,
 )
-from cowfs.files.attributes import Changes
+from cowfs.files.calls import Changes
 from cowfs.files.items import ROOT_INO
 from cowfs.files.volume import Volume
 from cowfs.history.edits import CreateSnapshot, DeleteSnapshots, RenameSnapshot, Rollback, Undo

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from cowfs.care.check import check_image
 from cowfs.daemon.options import CACHE_BYTES_MIN
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
-from cowfs.files.attributes import Changes
+from cowfs.files.calls import Changes
 from cowfs.files.content import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.files.volume import Volume

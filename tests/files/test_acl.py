@@ -31,7 +31,7 @@ from cowfs.files.acl import (
     mode_without,
     with_mode,
 )
-from cowfs.files.attributes import Changes
+from cowfs.files.calls import Changes
 from cowfs.files.volume import Volume
 from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem

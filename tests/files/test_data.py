@@ -9,7 +9,7 @@ import pytest
 
 from cowfs.care.check import check_image
 from cowfs.errors import CorruptError, DeviceError
-from cowfs.files.attributes import Changes
+from cowfs.files.calls import Changes
 from cowfs.files.items import (
     EXTENT_BLOCKS_MAX,
     FILE_SIZE_MAX,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cowfs.care.check import check_image
 from cowfs.errors import NoSpaceError
-from cowfs.files.attributes import Changes
+from cowfs.files.calls import Changes
 from cowfs.files.volume import Volume
 from cowfs.history.edits import CreateSnapshot, DeleteSnapshots
 from cowfs.history.filesystem import Filesystem

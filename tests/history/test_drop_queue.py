@@ -199,7 +199,7 @@ def test_what_was_reached_is_saved_whatever_is_lost_after(monkeypatch: pytest.Mo
 
         monkeypatch.setattr(again.store, "load", lost)
         if reached:
-            operation.change()
+            operation.change_unlogged()
             drops.save()
             assert not drops.changed
         else:
@@ -216,7 +216,7 @@ def test_queue_takes_several_at_once() -> None:
     assert [each.name for each in copy.progress()] == [record.name for record in records]
     copy._drops.clear()
     with filesystem.catalog.operation.begin_admitted() as operation:
-        operation.change()
+        operation.change_unlogged()
         copy.add_all(records[::-1])
     assert filesystem.catalog.drops() == records
     filesystem.work_drops()

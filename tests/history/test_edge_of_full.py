@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from cowfs.care.check import check_image
 from cowfs.errors import CowfsError, NoSpaceError, SnapshotError
-from cowfs.files.attributes import Changes
+from cowfs.files.calls import Changes
 from cowfs.history.edits import (
     CreateSnapshot,
     DeleteSnapshots,

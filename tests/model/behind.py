@@ -14,7 +14,7 @@ from cowfs.history.records import RootRecord, root_key
 def changing(volume: Volume) -> Iterator[None]:
     """While the block runs, the test may change parts of the volume by hand, admitted or not."""
     with volume.operation.begin_admitted() as operation:
-        operation.change()
+        operation.change_unlogged()
         yield
         volume.changed = True
 

@@ -18,7 +18,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import cowfs.storage.discards as discards_module
 from cowfs.care.check import check_image
 from cowfs.errors import CowfsError, DeviceError, NoSpaceError
-from cowfs.files.attributes import CAPABILITY_XATTR, Changes
+from cowfs.files.attributes import CAPABILITY_XATTR
+from cowfs.files.calls import Changes
 from cowfs.files.content import KEEP_SIZE, PUNCH_HOLE, ZERO_RANGE
 from cowfs.files.namespace import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT
 from cowfs.files.volume import Volume

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 
-from cowfs.files.attributes import Changes
+from cowfs.files.calls import Changes
 from cowfs.files.content import KEEP_SIZE, PUNCH_HOLE
 from cowfs.files.items import ROOT_INO
 from cowfs.files.volume import Volume

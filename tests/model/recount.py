@@ -37,7 +37,7 @@ class Recount:
     Attributes:
         expected: references of each block, counted by walking.
         recorded: references of each block, as the space map has them.
-        system: blocks of the rings and of the space map itself.
+        system: blocks of the rings, of the log and of the space map itself.
     """
 
     superblock: Superblock
@@ -47,14 +47,12 @@ class Recount:
 
     @property
     def reachable(self) -> set[int]:
-        """All blocks that this generation reaches, without the rings."""
-        ring = (
-            range(RING_SLOTS),
-            range(self.superblock.total_blocks - RING_SLOTS, self.superblock.total_blocks),
-        )
-        return set(self.expected) | {
-            block for block in self.system if not any(block in copy for copy in ring)
-        }
+        """All blocks that this generation reaches, without the rings and the log."""
+        total = self.superblock.total_blocks
+        apart = {*range(RING_SLOTS), *range(total - RING_SLOTS, total)}
+        for area in (0, 1):
+            apart.update(log_blocks(self.superblock, area))
+        return (set(self.expected) | set(self.system)) - apart
 
     def require_exact(self) -> None:
         """Require I1 and I6, as far as refcounts show them."""
@@ -70,6 +68,15 @@ class Recount:
         assert not both, f"blocks of the space map in use by a tree: {sorted(both)}"
         assert self.superblock.used_blocks == len(self.expected), "I6: used blocks"
         assert self.superblock.system_blocks == len(self.system), "I6: system blocks"
+
+
+def log_blocks(superblock: Superblock, area: int) -> list[int]:
+    """The blocks of one area of the log, in both copies; none where there is no log."""
+    place = superblock.log
+    if place is None:
+        return []
+    start = area * place.area_blocks
+    return [copy + at for copy in place.copies for at in range(start, start + place.area_blocks)]
 
 
 def recount(
@@ -136,6 +143,8 @@ def _walk_map(device: Device, counted: Recount) -> None:
     total = superblock.total_blocks
     counted.system.update(range(RING_SLOTS))
     counted.system.update(range(total - RING_SLOTS, total))
+    for area in (0, 1):
+        counted.system.update(log_blocks(superblock, area))
     waiting = [(superblock.space_map, len(index_shape(total)), 0)]
     while waiting:
         pointer, level, number = waiting.pop()

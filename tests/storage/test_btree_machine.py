@@ -305,7 +305,7 @@ class TreeMachine(RuleBasedStateMachine):
     @contextmanager
     def _changing_catalog(self) -> Iterator[None]:
         with self.catalog.operation.begin_admitted() as operation:
-            operation.change()
+            operation.change_unlogged()
             yield
 
     # --- reopening --------------------------------------------------------------------------------
