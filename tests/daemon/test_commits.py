@@ -13,6 +13,8 @@ from cowfs.history.filesystem import Filesystem
 from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.commit import Commit
 from cowfs.storage.format import BLOCK_SIZE_BYTES, MIN_TOTAL_BLOCKS
+from cowfs.storage.log import Log
+from cowfs.storage.superblock import read_newest
 from tests.model.devices import MemoryDevice
 
 
@@ -28,7 +30,9 @@ def change(filesystem: Filesystem, name: bytes) -> None:
 
 
 @pytest.mark.parametrize("waiters", [1, 2])
-@pytest.mark.parametrize("place", ["freeze", "write", "finish"])
+@pytest.mark.parametrize(
+    "place", ["freeze", "write", "finish", "next record", "record's write", "record's finish"]
+)
 def test_unexpected_error_in_a_commit_is_no_success_for_anybody(
     device: MemoryDevice,
     monkeypatch: pytest.MonkeyPatch,
@@ -51,9 +55,13 @@ def test_unexpected_error_in_a_commit_is_no_success_for_anybody(
         "freeze": (filesystem.drops, "save"),
         "write": (Commit, "_write"),
         "finish": (filesystem, "finish"),
+        "next record": (Log, "next_record"),
+        "record's write": (device, "write"),
+        "record's finish": (filesystem, "finish_record"),
     }
     monkeypatch.setattr(*targets[place], fail)
     found: list[int | None] = []
+    make = committer.sync if "record" in place else committer.commit
 
     async def wait(call: Callable[[], object]) -> None:
         try:
@@ -66,7 +74,7 @@ def test_unexpected_error_in_a_commit_is_no_success_for_anybody(
     async def run() -> None:
         async with trio.open_nursery() as nursery:
             for _ in range(waiters):
-                nursery.start_soon(wait, committer.sync)
+                nursery.start_soon(wait, make)
         await wait(committer.sync)
 
     trio.run(run)
@@ -79,6 +87,6 @@ def test_unexpected_error_in_a_commit_is_no_success_for_anybody(
     filesystem.close()
 
     expected = generation + (place == "finish")  # "finish" fails after the superblock is written
+    assert read_newest(device).generation == expected
     again = open_filesystem(device, writable=False)
-    assert again.store.superblock.generation == expected
     assert again.live.find(ROOT_INO, b"durable") is not None

@@ -78,7 +78,7 @@ def test_what_was_deleted_reaches_the_host_without_any_more_work(
         for number in range(count):
             remove(filesystem, b"%d" % number)
             if way != "in small pieces" or number % 100 == 0:
-                await committer.sync()
+                await committer.commit()
         await until(lambda: kept_content(device) < 1500)
         generation = filesystem.store.superblock.generation
         await trio.sleep(6 * INTERVAL_S)
@@ -98,7 +98,7 @@ def test_mount_with_nodiscard_discards_when_it_is_asked_to_only(device: MemoryDe
 
     async def work() -> None:
         remove(filesystem, b"large")
-        await committer.sync()
+        await committer.commit()
         generation = filesystem.store.superblock.generation
         await trio.sleep(8 * INTERVAL_S)
         assert filesystem.store.superblock.generation == generation
@@ -125,7 +125,7 @@ def test_pinned_generation_is_not_discarded_before_its_reader_is_gone(
         store.pins["reader"] = store.superblock.generation
         device.kept = recount(device).reachable
         remove(filesystem, b"large")
-        await committer.sync()
+        await committer.commit()
         await committer.trim()
         generation = store.superblock.generation
         await trio.sleep(8 * INTERVAL_S)
@@ -159,7 +159,7 @@ def test_trim_ends_beside_writers_that_never_rest_and_takes_nothing_from_them(
                 del files[oldest]
             number += 1
             if number % 3 == 0:
-                await committer.sync()
+                await committer.commit()
             await trio.sleep(0)
 
     async def work() -> None:
