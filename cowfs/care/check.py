@@ -170,6 +170,7 @@ def inspect_image(
         system_blocks=system_blocks,
         verified_blocks=data_check.verified_blocks,
         retained_generations=tuple(retained),
+        replay=device.replay if isinstance(device, OverlayDevice) else None,
     )
     return Inspection(
         report=report,

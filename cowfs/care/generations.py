@@ -31,6 +31,8 @@ from cowfs.storage.format import (
     decode_pointer,
     index_shape,
 )
+from cowfs.storage.log_records import read_log
+from cowfs.storage.overlay import OverlayDevice
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,8 @@ class GenerationReport:
         problem: the first thing found that cannot be read; "" if there is none.
         snapshot_count: None if its catalog cannot be read.
         used_bytes: as its superblock says.
+        log_calls: calls in the log that follows it. Of the newest commit, they belong to the state
+            of the image; an earlier commit is shown without them.
     """
 
     generation: int
@@ -54,6 +58,7 @@ class GenerationReport:
     problem: str
     snapshot_count: int | None
     used_bytes: int
+    log_calls: int
 
 
 def superblocks(device: Device) -> dict[int, Superblock]:
@@ -85,6 +90,8 @@ def generation_reports(
         ImageError: the device holds no image.
         DeviceError: neither copy of the ring can be read.
     """
+    if isinstance(device, OverlayDevice):
+        device = device.below  # the commit on the overlay is not one of the image
     found = list(superblocks(device).values())
     newest = found[0]
     reports = []
@@ -102,6 +109,7 @@ def generation_reports(
                 problem=glance.problem,
                 snapshot_count=glance.snapshot_count,
                 used_bytes=superblock.used_blocks * BLOCK_SIZE_BYTES,
+                log_calls=sum(record.call_count for record in read_log(device, superblock)),
             )
         )
         if progress is not None:

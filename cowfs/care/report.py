@@ -8,6 +8,8 @@ FINDINGS_MAX findings are kept; the others are counted.
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from cowfs.storage.overlay import ReplayReport
+
 Severity = Literal["error", "warning"]
 
 FINDINGS_MAX = 1000
@@ -19,7 +21,8 @@ class Finding:
 
     Attributes:
         severity: "error": a promise is broken. "warning": worth knowing, but harmless.
-        invariant: "I1" to "I7", or "C9" for damaged or unreadable bytes.
+        invariant: "I1" to "I7", "C9" for damaged or unreadable bytes, or "C2" for calls of the log
+            that cannot be made again.
         what: the fault, in words, with the value found and the value expected.
         root: where it is: "volume main", "snapshot x", "catalog", "space map", "superblock". For a
             node that several roots share, the first root that was walked.
@@ -76,9 +79,11 @@ class CheckReport:
         inodes: inode items in distinct leaves.
         data_blocks: blocks that extents point at.
         used_blocks: blocks with at least one reference, as counted by the walk.
-        system_blocks: blocks of the rings, refcount pages and index pages.
+        system_blocks: blocks of the rings, of the log, refcount pages and index pages.
         verified_blocks: data blocks whose checksum was computed; 0 if data was not verified.
         retained_generations: the earlier generations that were checked too (I2).
+        replay: what became of the log, if the image was checked with its log in memory; the
+            generation is then one that only the memory has.
     """
 
     generation: int
@@ -92,6 +97,7 @@ class CheckReport:
     system_blocks: int
     verified_blocks: int
     retained_generations: tuple[int, ...]
+    replay: ReplayReport | None = None
 
     @property
     def errors(self) -> tuple[Finding, ...]:

@@ -9,7 +9,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import click
@@ -305,11 +305,14 @@ def _repair(
     """Print what a repair would change, ask, repair, and check again."""
     from cowfs.care.check import check_image
     from cowfs.care.repair import repair_image
+    from cowfs.history.images import commit_log, with_log
+    from cowfs.storage.overlay import OverlayDevice
 
     with (
-        offline_device(image, writable=not dry_run) as device,
+        offline_device(image, writable=not dry_run) as image_device,
         progress_bar("reading") as bar,
     ):
+        device = with_log(image_device)
         plan = repair_image(
             device,
             dry_run=True,
@@ -317,27 +320,38 @@ def _repair(
             data=data,
             progress=check_progress(bar),
         )
+    replay = device.replay if isinstance(device, OverlayDevice) else None
+    changes = plan.changes
+    if replay is not None and replay.error is not None:
+        changes = (f"give up the rest of the log: {replay.error}", *changes)
+    if replay is not None and changes:
+        calls = f"commit the {replay.calls} calls of the log after generation {replay.generation}"
+        changes = (calls, *changes)
     if not as_json:
-        for words in plan.changes:
+        for words in changes:
             click.echo(f"would {printable(words)}")
         for finding in plan.remaining:
             click.echo(printable(f"cannot be repaired: {finding}"))
-    done, clean = plan, not plan.changes and not plan.remaining
-    if plan.changes and not dry_run:
-        with offline_device(image, writable=True) as device:
-            confirm(f"repair {device.name}?", yes=yes)
-            done = repair_image(device, accept_loss=accept_loss)
-            clean = check_image(device, data=data).clean
+    done, clean = plan, not changes and not plan.remaining
+    if changes and not dry_run:
+        with offline_device(image, writable=True) as writable_device:
+            confirm(f"repair {writable_device.name}?", yes=yes)
+            committed = commit_log(writable_device)
+            done = repair_image(writable_device, accept_loss=accept_loss)
+            report = check_image(writable_device, data=data)
+            clean = report.clean
+            if done.generation is None and committed is not None:
+                done = replace(done, generation=report.generation)
     if as_json:
         name = escaped_path(os.path.abspath(image))
         fields = {"image": name, "dry_run": dry_run, "clean": clean}
-        repaired = {"generation": done.generation, "changes": list(plan.changes)}
+        repaired = {"generation": done.generation, "changes": list(changes)}
         remaining = [as_fields(asdict(finding)) for finding in plan.remaining]
         print_json("cowfs check", fields | repaired | {"remaining": remaining})
     elif done.generation is not None:
         state = "clean" if clean else "NOT CLEAN"
         click.echo(f"repaired {printable(image)}: generation {done.generation} is {state}")
-    elif not plan.changes:
+    elif not changes:
         click.echo(f"{printable(image)}: nothing to repair")
     context.exit(0 if clean else EXIT_ERROR)
 
@@ -355,6 +369,11 @@ def _print_check(image: str, report: "CheckReport") -> None:
         f"generation {report.generation}, {report.roots} roots, {report.inodes} inodes, "
         f"{report.nodes} nodes, {report.data_blocks} data blocks"
     )
+    if report.replay is not None:
+        click.echo(
+            f"the log was made again in memory: {report.replay.calls} calls after generation "
+            f"{report.replay.generation}"
+        )
     errors = counted(len(report.errors) + report.findings_left_off, "error")
     sys.stdout.flush()
     state = "clean" if report.clean else f"NOT CLEAN, {errors}"

@@ -7,11 +7,12 @@ import click
 
 from cowfs.cli.output import Numbers, dry_run_option, json_option, print_json, progress_bar
 from cowfs.cli.target import offline_device
-from cowfs.errors import EXIT_ERROR
+from cowfs.errors import EXIT_ERROR, CowfsError
 from cowfs.escapes import escaped_path, printable
 
 if TYPE_CHECKING:
     from cowfs.care.salvage_report import SalvageReport
+    from cowfs.storage.device import Device
 
 
 @click.command()
@@ -50,7 +51,9 @@ def salvage(
         offline_device(image, writable=False) as device,
         progress_bar("reading") as bar,
     ):
-        report = salvage_image(device, folder, dry_run=dry_run, snapshots=snapshots, progress=bar)
+        report = salvage_image(
+            _with_log(device), folder, dry_run=dry_run, snapshots=snapshots, progress=bar
+        )
     if as_json:
         fields = {
             "image": escaped_path(device.name),
@@ -61,6 +64,16 @@ def salvage(
     else:
         _print(report, dry_run=dry_run)
     context.exit(0 if report.complete else EXIT_ERROR)
+
+
+def _with_log(device: "Device") -> "Device":
+    """The image with its log in memory, as far as the image can be read."""
+    from cowfs.history.images import with_log
+
+    try:
+        return with_log(device)
+    except CowfsError:
+        return device  # the search for what is left says why
 
 
 def _print(report: "SalvageReport", *, dry_run: bool) -> None:

@@ -184,6 +184,7 @@ def _show_generations(target: str, numbers: Numbers, *, as_json: bool, bare: boo
             Column("KEPT"),
             Column("SNAPSHOTS", right=True),
             Column("USED", right=True),
+            Column("LOG", right=True),
             Column("STATE"),
         ],
         [
@@ -193,6 +194,7 @@ def _show_generations(target: str, numbers: Numbers, *, as_json: bool, bare: boo
                 "newest" if found.newest else "yes" if found.retained else "no",
                 "-" if found.snapshot_count is None else str(found.snapshot_count),
                 numbers.size(found.used_bytes),
+                str(found.log_calls) if found.log_calls else "-",
                 found.problem or "readable",
             ]
             for found in reports
@@ -213,6 +215,7 @@ def _facts(report: InfoReport) -> list[tuple[str, str]]:
         ("blocks", f"{report.block_size_bytes} bytes, nodes {report.node_size_bytes} bytes"),
         ("metadata", copies),
         ("generation", f"{report.generation} of {numbers.time(report.committed_ns)}"),
+        ("log", _log(report, numbers)),
         ("created", numbers.time(report.created_ns)),
         ("clean", "yes" if report.clean else "no"),
         ("snapshots", str(report.snapshot_count)),
@@ -231,6 +234,15 @@ def _facts(report: InfoReport) -> list[tuple[str, str]]:
     else:
         facts.append(("mounted", "no"))
     return facts
+
+
+def _log(report: InfoReport, numbers: Numbers) -> str:
+    if not report.log_bytes:
+        return "none; a writable mount makes one, if there is room"
+    size = numbers.size(report.log_bytes)
+    if not report.log_calls:
+        return size
+    return f"{size}, with {report.log_calls} calls after generation {report.generation}"
 
 
 def _writing(report: InfoReport, numbers: Numbers) -> str:

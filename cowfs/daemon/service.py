@@ -219,6 +219,7 @@ class MountService:
         if self._committer is not None:
             settings["read_only"] = self._committer.paused
             settings["commits"] = self._committer.commit_count
+            settings["log_records"] = self._committer.record_count
             settings["commit_bytes"] = self._committer.written_bytes
         return reports.info_report(
             self._filesystem,

@@ -134,7 +134,12 @@ def _commit_log(device: Device, superblock: Superblock) -> ReplayReport:
         report = filesystem.replay()
         filesystem.commit()
     except (CorruptError, NoSpaceError) as error:
-        return ReplayReport(superblock.generation, 0, f"nothing of it can be replayed: {error}")
+        return ReplayReport(
+            superblock.generation,
+            superblock.committed_ns,
+            0,
+            f"nothing of the log can be made again: {error}",
+        )
     return report
 
 

@@ -76,7 +76,7 @@ def replay(
         DeviceError: the image cannot be read.
     """
     made = 0
-    generation = superblock.generation
+    base = superblock.generation, superblock.committed_ns
     admission = volume.store.admission
     player = _Player(volume, volume_of)
     admission.is_replaying = True
@@ -89,12 +89,12 @@ def replay(
         raise
     except (CowfsError, OSError) as error:
         return ReplayReport(
-            generation, made, f"call {made + 1} of the log cannot be made again: {error}"
+            *base, made, f"call {made + 1} of the log cannot be made again: {error}"
         )
     finally:
         admission.is_replaying = False
         player.close()
-    return ReplayReport(generation, made)
+    return ReplayReport(*base, made)
 
 
 class _Player:

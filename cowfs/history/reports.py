@@ -72,7 +72,7 @@ class SpaceReport(Struct, frozen=True, kw_only=True):
     Attributes:
         tree_bytes: of volumes, snapshots and the drop queue.
         catalog_bytes: of the tree of their records.
-        system_bytes: of the superblocks and the space map.
+        system_bytes: of the superblocks, the log and the space map.
         pending_bytes: freed, and waiting until no retained generation shows them.
         promised_bytes: data in memory.
         reserved_bytes: held back for deleting.
@@ -97,6 +97,9 @@ class InfoReport(Struct, frozen=True, kw_only=True):
 
     Attributes:
         image, mount_point: paths of the host, escaped (escapes.py).
+        generation, committed_ns: of the newest commit.
+        log_bytes: size of the log; 0 if the image has none.
+        log_calls: of an unmounted image, the calls that its log adds to the newest commit.
         features: what this mount can do and another might not.
         failed_ns, failure: when and why writing ended; null as long as it goes on.
     """
@@ -116,6 +119,8 @@ class InfoReport(Struct, frozen=True, kw_only=True):
     snapshot_count: int
     inode_count: int
     live_root_id: int
+    log_bytes: int
+    log_calls: int = 0
     mount_point: str | None = None
     daemon_pid: int | None = None
     daemon_settings: dict[str, Setting] | None = None
@@ -240,8 +245,11 @@ def info_report(
         FORMAT_VERSION,
         NODE_SIZE_BYTES,
     )
+    from cowfs.storage.overlay import OverlayDevice
 
     superblock = filesystem.store.superblock
+    device = filesystem.store.device
+    replay = device.replay if isinstance(device, OverlayDevice) else None
     return InfoReport(
         image=image_name(filesystem),
         label=superblock.label,
@@ -250,14 +258,16 @@ def info_report(
         block_size_bytes=BLOCK_SIZE_BYTES,
         node_size_bytes=NODE_SIZE_BYTES,
         total_bytes=superblock.total_blocks * BLOCK_SIZE_BYTES,
-        generation=superblock.generation,
+        generation=superblock.generation if replay is None else replay.generation,
         created_ns=superblock.created_ns,
-        committed_ns=superblock.committed_ns,
+        committed_ns=superblock.committed_ns if replay is None else replay.committed_ns,
         clean=bool(superblock.flags & FLAG_CLEAN),
         duplicated_metadata=superblock.duplicates_metadata,
         snapshot_count=filesystem.catalog.snapshot_count,
         inode_count=filesystem.live.inodes.count,
         live_root_id=filesystem.record.root_id,
+        log_bytes=superblock.log.blocks() * BLOCK_SIZE_BYTES if superblock.log else 0,
+        log_calls=0 if replay is None else replay.calls,
         mount_point=mount_point,
         daemon_pid=daemon_pid,
         daemon_settings=daemon_settings,

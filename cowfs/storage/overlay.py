@@ -5,22 +5,24 @@ reads the image finds an ordinary commit, and the image itself is not changed (L
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from cowfs.storage.device import Buffer, Device
 from cowfs.storage.format import BLOCK_SIZE_BYTES
 
 
-class ReplayReport(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ReplayReport:
     """What became of a log.
 
     Attributes:
-        generation: that the log follows.
+        generation, committed_ns: of the commit that the log follows.
         calls: number of calls that were made again.
         error: why the others were not; None if all of them were.
     """
 
     generation: int
+    committed_ns: int
     calls: int
     error: str | None = None
 
@@ -31,11 +33,12 @@ class OverlayDevice:
     Memory: the blocks that were written.
 
     Attributes:
+        below: the other device.
         replay: what became of the log.
     """
 
     def __init__(self, below: Device) -> None:
-        self._below = below
+        self.below = below
         self._blocks: dict[int, bytes] = {}
         self.name = below.name
         self.size_bytes = below.size_bytes
@@ -45,10 +48,10 @@ class OverlayDevice:
         first, stop = offset // BLOCK_SIZE_BYTES, -(-(offset + size) // BLOCK_SIZE_BYTES)
         written = [number for number in range(first, stop) if number in self._blocks]
         if not written:
-            return self._below.read(offset, size)
+            return self.below.read(offset, size)
         start = first * BLOCK_SIZE_BYTES
         end = min(stop * BLOCK_SIZE_BYTES, self.size_bytes)
-        data = bytearray(self._below.read(start, end - start))
+        data = bytearray(self.below.read(start, end - start))
         for number in written:
             at = number * BLOCK_SIZE_BYTES - start
             data[at : at + BLOCK_SIZE_BYTES] = self._blocks[number]
@@ -58,7 +61,7 @@ class OverlayDevice:
         first, stop = offset // BLOCK_SIZE_BYTES, -(-(offset + size) // BLOCK_SIZE_BYTES)
         if any(number in self._blocks for number in range(first, stop)):
             return self.read(offset, size)
-        return self._below.read_cached(offset, size)
+        return self.below.read_cached(offset, size)
 
     def write(self, offset: int, buffers: Sequence[Buffer]) -> None:
         data = b"".join(buffers)
@@ -72,7 +75,7 @@ class OverlayDevice:
         return False
 
     def prefetch(self, offset: int, size: int) -> None:
-        self._below.prefetch(offset, size)
+        self.below.prefetch(offset, size)
 
     def close(self) -> None:
-        self._below.close()
+        self.below.close()

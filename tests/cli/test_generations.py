@@ -61,7 +61,15 @@ def test_generations_are_listed_newest_first_with_what_is_kept(image: Path) -> N
     assert all(row["problem"] == "" for row in found[:3])
     assert found[0]["snapshot_count"] == 1
     table = run("info", image, "--generations").stdout.splitlines()
-    assert table[0].split() == ["GENERATION", "COMMITTED", "KEPT", "SNAPSHOTS", "USED", "STATE"]
+    assert table[0].split() == [
+        "GENERATION",
+        "COMMITTED",
+        "KEPT",
+        "SNAPSHOTS",
+        "USED",
+        "LOG",
+        "STATE",
+    ]
     assert len(table) == 1 + len(found)
 
 

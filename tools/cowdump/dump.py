@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from cowfs.care.reader import EMPTY, MetadataReader, choose_superblock, read_ring
 from cowfs.care.references import index_pointer, pointer_fault
 from cowfs.errors import CorruptError, UsageError
+from cowfs.files.calls import decode_calls
 from cowfs.files.items import KEY_BYTES
 from cowfs.history.records import RootRecord, decode_root
 from cowfs.storage.device import FileDevice
@@ -27,9 +29,11 @@ from cowfs.storage.format import (
     decode_pointer,
     index_shape,
 )
+from cowfs.storage.log_records import read_log
 
 from .records import (
     Record,
+    call_record,
     catalog_key,
     catalog_record,
     item_key,
@@ -293,6 +297,26 @@ class Dump:
                     yield child, entries[position]
                 else:
                     waiting.append((index_pointer(entries[position]), level - 1, child))
+
+    def log(self) -> View:
+        """The records of the log that follows the chosen commit, a row for each call."""
+        place = self.superblock.log
+        facts: Record = {"generation": self.superblock.generation}
+        if place is None:
+            return View("log", facts | {"log": "none"})
+        view = View("log", facts | place._asdict())
+        for record in read_log(self.device, self.superblock):
+            for bad in record.bad_copies:
+                self._note("C9", f"a copy of record {record.sequence} is not whole", bad)
+            row: Record = {"record": record.sequence, "block": record.block}
+            try:
+                calls = decode_calls(record.body)
+            except (msgspec.DecodeError, RecursionError) as error:
+                self._note("I5", f"record {record.sequence}: {error}", record.block)
+                view.rows.append(row | {"call": "damaged", "bytes": preview(record.body)})
+                continue
+            view.rows += [row | call_record(call) for call in calls]
+        return view
 
     def _root(self, name_or_id: str) -> RootRecord:
         """Find a root by name or number. Raises UsageError."""

@@ -1,8 +1,8 @@
 """cowdump: look inside an image, record by record, without changing it.
 
 It reads through the formats alone, so it shows what is on disk, not what the filesystem makes of
-it. It takes no lock: of a mounted image it shows the newest durable generation. Damage is reported
-on standard error, one line each, and the rest is shown; the exit status is then 1.
+it. It takes no lock: of a mounted image it shows the newest durable generation and its log. Damage
+is reported on standard error, one line each, and the rest is shown; the exit status is then 1.
 """
 
 import json
@@ -28,6 +28,7 @@ VIEWS = {
     "node": ("BLOCK",),
     "items": ("ROOT", "INO"),
     "map": ("[GROUP]",),
+    "log": (),
 }
 
 
@@ -50,6 +51,7 @@ def cowdump(
     node BLOCK       one node and its entries
     items ROOT INO   all items of one inode
     map [GROUP]      the space map: groups, or the refcounts of one group
+    log              the records of the log after the commit, and their calls
     """
     device = FileDevice(image, writable=False)
     try:
@@ -86,6 +88,8 @@ def _view(dump: Dump, what: str, words: tuple[str, ...]) -> View:
         return dump.node(block)
     if what == "items":
         return dump.items(words[0], _number(words[1], "an inode number"))
+    if what == "log":
+        return dump.log()
     return dump.map(_number(words[0], "a group number") if words else None)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from cowfs.care.names import FILE_TYPE_WORDS
 from cowfs.escapes import escaped
+from cowfs.files.calls import Call, Changes
 from cowfs.files.items import (
     KEY_BYTES,
     TYPE_EXTENT,
@@ -44,6 +45,25 @@ TYPE_WORDS = {
 PREVIEW_BYTES = 32
 
 Record = dict[str, Any]
+
+
+def call_record(call: Call) -> Record:
+    """A call of the log: its name and its members; of data and values the length and a preview."""
+    members: Record = {}
+    for name in call.__struct_fields__:
+        value = getattr(call, name)
+        if isinstance(value, Changes):
+            for changed in value.__struct_fields__:
+                if getattr(value, changed) not in (None, 0, False):
+                    members[changed] = getattr(value, changed)
+        elif isinstance(value, bytes):
+            is_name = "name" in name or name == "target"
+            members[name] = escaped(value) if is_name else preview(value)
+            if not is_name:
+                members[f"{name}_bytes"] = len(value)
+        else:
+            members[name] = value
+    return {"call": type(call).__name__, **members}
 
 
 def superblock_record(superblock: Superblock) -> Record:
