@@ -22,6 +22,7 @@ from benchlib.targets import (
     TargetError,
     cpu_seconds,
     drop_caches,
+    written_bytes,
 )
 
 WARM, FORGOTTEN, COLD = "warm", "forgotten", "cold"
@@ -71,13 +72,31 @@ WORKLOADS: tuple[Workload, ...] = (
 )
 
 
+# Every operation is made durable. In running order.
+SYNC_WORKLOADS: tuple[Workload, ...] = (
+    Workload("write-fsync", "writes/s", "write_fsync", prepare=("make_random",)),
+    Workload("write-fsync-8", "writes/s", "write_fsync_many", prepare=("make_client_files",)),
+    Workload("create-fsync", "files/s", "create_fsync"),
+    Workload("unpack", "files/s", "unpack"),
+    Workload("sqlite-journal", "rows/s", "sqlite_journal"),
+    Workload("sqlite-wal", "rows/s", "sqlite_wal"),
+    Workload("git-commits", "commits/s", "git_commits"),
+)
+
+
 @dataclass(slots=True)
 class Result:
-    """The measurements of one workload on one target, one entry per run."""
+    """The measurements of one workload on one target, one entry per run.
+
+    Attributes:
+        rates, synced_rates: operations a second, without and with the sync afterwards.
+        cpu_us, written_kib: CPU time of the daemon, and what it wrote, per operation.
+    """
 
     rates: list[float] = field(default_factory=list)
     synced_rates: list[float] = field(default_factory=list)
     cpu_us: list[float] = field(default_factory=list)
+    written_kib: list[float] = field(default_factory=list)
     failure: str = ""
 
 
@@ -155,6 +174,7 @@ def _measure(target: Target, workload: Workload, sizes: dict[str, int], result: 
         drop_caches(3)
     daemon = target.daemon()
     cpu_before_s = cpu_seconds(daemon) if daemon is not None else 0.0
+    written_before = written_bytes(daemon) if daemon is not None else 0
     seconds, operations = run_client(workload.step, target.mountpoint, sizes)
     synced_s = 0.0
     if workload.synced:
@@ -165,6 +185,7 @@ def _measure(target: Target, workload: Workload, sizes: dict[str, int], result: 
     result.rates.append(operations / seconds)
     if daemon is not None:
         result.cpu_us.append((cpu_seconds(daemon) - cpu_before_s) / operations * 1e6)
+        result.written_kib.append((written_bytes(daemon) - written_before) / operations / 1024)
 
 
 def measure_all(

@@ -20,7 +20,7 @@ from types import FrameType
 
 from benchlib import report
 from benchlib.accounting import accounting_figures
-from benchlib.plan import WORKLOADS, as_json, measure_all, parameters, with_needs
+from benchlib.plan import SYNC_WORKLOADS, WORKLOADS, as_json, measure_all, parameters, with_needs
 from benchlib.snapshots import all_figures
 from benchlib.targets import TARGETS
 from benchlib.waits import wait_figures
@@ -59,6 +59,11 @@ def main(checkout: Path) -> int:
         default=",".join(known_workloads),
         help=f"of {', '.join(known_workloads)}; workloads that these need run too",
     )
+    parser.add_argument(
+        "--sync",
+        action="store_true",
+        help="instead of --workloads: databases, git and others that make each change durable",
+    )
     parser.add_argument("--runs", type=int, default=1, help="each on fresh filesystems")
     parser.add_argument("--quick", action="store_true", help="about a tenth of the work")
     parser.add_argument("--figures", action="store_true", help="also snapshots, 1 TiB and cowdu")
@@ -79,6 +84,8 @@ def main(checkout: Path) -> int:
     arguments = parser.parse_args()
     targets = names_of(arguments.targets, list(TARGETS), "target")
     workloads = with_needs(names_of(arguments.workloads, known_workloads, "workload"))
+    if arguments.sync:
+        workloads = list(SYNC_WORKLOADS)
     if os.geteuid() != 0:
         sys.exit("bench: must be root, to mount and to drop caches")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from benchlib.plan import Result, Results, Workload
+from benchlib.plan import SYNC_WORKLOADS, Result, Results, Workload
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +23,11 @@ RATIOS: tuple[tuple[str, str, str], ...] = (
     ("cowfs", "zfs-fuse", "seq-read"),
     ("cowfs", "zfs-fuse", "seq-read-remounted"),
     ("cowfs", "btrfs", "rand-write"),
-    ("cowfs", "btrfs", "write-fsync"),
+    *(
+        ("cowfs", peer, workload)
+        for workload in (workload.name for workload in SYNC_WORKLOADS)
+        for peer in ("zfs-fuse", "btrfs", "ext4")
+    ),
 )
 
 
@@ -40,7 +44,8 @@ def print_rates(console: Console, results: Results, workloads: list[Workload]) -
     """Print the table of rates, that of daemon CPU, and every failure in full."""
     rates = Table(title="rates: median, then minimum-maximum over the runs", title_justify="left")
     cpu = Table(title="daemon CPU, us per operation", title_justify="left")
-    for table in (rates, cpu):
+    written = Table(title="written by the daemon, KiB per operation", title_justify="left")
+    for table in (rates, cpu, written):
         table.add_column("workload", no_wrap=True)
         table.add_column("unit", no_wrap=True)
         for target in results:
@@ -58,9 +63,15 @@ def print_rates(console: Console, results: Results, workloads: list[Workload]) -
         if any(row.cpu_us for row in rows.values()):
             shown = [f"{median(row.cpu_us):,.1f}" if row.cpu_us else "-" for row in rows.values()]
             cpu.add_row(workload.name, f"per {workload.unit.removesuffix('/s')}", *shown)
+            shown = [
+                f"{median(row.written_kib):,.1f}" if row.written_kib else "-"
+                for row in rows.values()
+            ]
+            written.add_row(workload.name, f"per {workload.unit.removesuffix('/s')}", *shown)
     console.print(rates)
     if cpu.row_count:
         console.print(cpu)
+        console.print(written)
     for target, target_results in results.items():
         for name, result in target_results.items():
             if result.failure not in ("", "-"):

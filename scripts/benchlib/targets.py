@@ -69,6 +69,12 @@ def cpu_seconds(process_id: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def written_bytes(process_id: int) -> int:
+    """What a process wrote to storage, as the kernel counts it."""
+    lines = Path(f"/proc/{process_id}/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["write_bytes"])
+
+
 def resident_bytes(process_id: int) -> int:
     """Memory of a process now."""
     return int(Path(f"/proc/{process_id}/statm").read_text().split()[1]) * os.sysconf(

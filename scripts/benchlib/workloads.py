@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import durable
+
 FILE_BYTES = 4096
 PIECE_BYTES = 1 << 20
 DIRECTORY_COUNT = 20
@@ -225,7 +227,7 @@ STEPS: dict[str, Callable[[str, Parameters], Timing]] = {
         write_fsync,
         rand_read,
     )
-}
+} | durable.STEPS
 
 
 def main() -> int:
