@@ -27,6 +27,7 @@ from cowfs.history.records import RootRecord
 from cowfs.storage.commit import Commit
 from cowfs.storage.discards import Sweep
 from cowfs.storage.format import BLOCK_SIZE_BYTES
+from cowfs.storage.log import LogWrite
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,8 @@ class Committer:
     Attributes:
         before_timed: awaited before each commit on the timer, to fetch what the kernel's write-back
             cache holds (C5). None if there is no such cache.
+        others_wait: whether the kernel has requests queued. If it has none, there is nobody to
+            share a record with, and it is written at once, without a turn of the loop.
         paused: the mount was remounted read-only.
         commit_count, record_count, written_bytes: commits, records of the log and bytes of both
             since the mount, for `cowfs info`.
@@ -99,6 +102,7 @@ class Committer:
         self._due = trio.Event()  # set to commit before the timer ends
         self._drops_wanted = trio.Event()  # set when the drop queue has work
         self.before_timed: Callable[[], Awaitable[None]] | None = None
+        self.others_wait: Callable[[], bool] = lambda: True
         self.paused = False
         self.commit_count = 0
         self.record_count = 0
@@ -115,8 +119,11 @@ class Committer:
         filesystem = self.filesystem
         if filesystem.store.failed is not None:
             raise filesystem.store.failed
-        if not filesystem.unsynced and self._writing is None:
-            return
+        if self._writing is None:
+            if not filesystem.unsynced:
+                return
+            if not self._next.waiters and not self.others_wait() and self._record_now():
+                return
         batch = self._next
         batch.waiters += 1
         await self._join(batch)
@@ -323,15 +330,43 @@ class Committer:
         except CowfsError as error:
             batch.error = filesystem.store.failed or error
         except Exception as error:
-            # Our bug, in the middle of a commit: the state in memory may be inconsistent now.
-            log.error("unexpected error in a commit", exc_info=error)
-            if filesystem.store.failed is None:
-                filesystem.store.fail(DeviceError(f"internal error: {error!r}"))
-            batch.error = filesystem.store.failed
+            batch.error = self._fail(error)
         finally:
             self._writing = None
             writing.set()
             batch.done.set()
+
+    def _fail(self, error: Exception) -> DeviceError:
+        """End writing after a bug of ours in the middle of a write: the memory may be wrong now."""
+        log.error("unexpected error in a commit", exc_info=error)
+        store = self.filesystem.store
+        if store.failed is None:
+            store.fail(DeviceError(f"internal error: {error!r}"))
+        assert store.failed is not None
+        return store.failed
+
+    def _record_now(self) -> bool:
+        """Write a record in this thread. Returns False where a commit is needed instead.
+
+        Raises:
+            DeviceError: the write failed (C8).
+        """
+        try:
+            record = self.filesystem.begin_record()
+            if record is None:
+                return False
+            record.write()
+            self._finish_record(record)
+        except CowfsError:
+            raise
+        except Exception as error:
+            raise self._fail(error) from error
+        return True
+
+    def _finish_record(self, record: LogWrite) -> None:
+        self.filesystem.finish_record(record)
+        self.record_count += 1
+        self.written_bytes += record.written_bytes
 
     async def _record(self, batch: _Batch) -> bool:
         """Write a record of the log. Returns False where a commit is needed instead."""
@@ -349,9 +384,7 @@ class Committer:
             await trio.to_thread.run_sync(record.write)
         else:
             record.write()
-        filesystem.finish_record(record)
-        self.record_count += 1
-        self.written_bytes += record.written_bytes
+        self._finish_record(record)
         return True
 
     async def _commit(self, batch: _Batch) -> None:

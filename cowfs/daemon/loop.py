@@ -219,6 +219,10 @@ class _BurstSession(trio.abc.Instrument):
         self._short_sleeps_needed = min(2 * self._short_sleeps_needed, SHORT_SLEEPS_NEEDED_MAX)
         return False
 
+    def is_queued(self) -> bool:
+        """Whether a request is queued."""
+        return bool(self._poller.poll(0))
+
     def note_closing(self) -> None:
         """Remember that the session ends, for a worker that is in its checkpoint now."""
         self._closings += 1
@@ -253,6 +257,10 @@ class _BurstLoop:
     def Lock(self) -> _BurstSession | trio.Lock:  # noqa: N802 - the name that pyfuse3 looks up
         return self._session if self._running else trio.Lock()
 
+    def requests_queued(self) -> bool:
+        """Whether the kernel has a request queued now."""
+        return not self._running or self._session.is_queued()
+
     @asynccontextmanager
     async def open_nursery(self) -> AsyncGenerator[trio.Nursery, None]:
         """A nursery of trio with the burst session around it. pyfuse3 opens one, in main()."""
@@ -269,6 +277,12 @@ class _BurstLoop:
             self._running = False
             trio.lowlevel.remove_instrument(self._session)
             self._session.alarm.uninstall()
+
+
+def requests_queued() -> bool:
+    """Whether the kernel has a request queued now. True where the burst loop does not run."""
+    current = _current()
+    return not isinstance(current, _BurstLoop) or current.requests_queued()
 
 
 def install_burst_loop() -> None:

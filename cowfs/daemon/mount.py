@@ -21,7 +21,7 @@ from cowfs.daemon import places, server
 from cowfs.daemon.commits import Committer
 from cowfs.daemon.fuse import pyfuse3, session, session_missing
 from cowfs.daemon.logs import set_up_log
-from cowfs.daemon.loop import install_burst_loop
+from cowfs.daemon.loop import install_burst_loop, requests_queued
 from cowfs.daemon.mount_point import Claim, check_place, clear_dead_mount, unmount
 from cowfs.daemon.notify import READY, STOPPING, Notifier
 from cowfs.daemon.operations import Operations
@@ -253,6 +253,8 @@ class _Mount:
     async def run(self) -> None:
         """Mount, serve until unmounted or told to end, unmount."""
         install_burst_loop()
+        if self._committer is not None:
+            self._committer.others_wait = requests_queued
         if session is None:
             log.warning(
                 "the mount has no fallocate, SEEK_HOLE, copy_file_range and O_TMPFILE: %s",
