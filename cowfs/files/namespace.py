@@ -221,11 +221,15 @@ class Namespace:
             return inode
 
     def symlink(self, directory: int, name: bytes, target: bytes, uid: int, gid: int) -> Inode:
-        """Make a symlink. Raises as `create`; for the target also ENAMETOOLONG, ENOENT (empty)."""
+        """Make a symlink. Raises as `create`; for the target also ENAMETOOLONG, ENOENT (empty),
+        EINVAL (a zero byte).
+        """
         if not target:
             raise posix_error(errno.ENOENT)
         if len(target) > SYMLINK_BYTES_MAX:
             raise posix_error(errno.ENAMETOOLONG)
+        if b"\0" in target:
+            raise posix_error(errno.EINVAL)
         mode = stat.S_IFLNK | 0o777
         return self._make(directory, name, mode, uid, gid, 0, target, 0, False)
 

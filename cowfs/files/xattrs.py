@@ -60,11 +60,11 @@ class Xattrs:
         """Reach what `set` changes.
 
         Raises:
-            OSError: ERANGE, the name is empty or too long; E2BIG, the value is too long; ENOSPC,
-                the inode has too many attributes, or too many of this hash.
+            OSError: ERANGE, the name is empty, too long, or has a zero byte; E2BIG, the value is
+                too long; ENOSPC, the inode has too many attributes, or too many of this hash.
             CorruptError, DeviceError: an item cannot be read.
         """
-        if not 0 < len(name) <= NAME_BYTES_MAX:
+        if not 0 < len(name) <= NAME_BYTES_MAX or b"\0" in name:
             raise posix_error(errno.ERANGE)
         if len(value) > XATTR_VALUE_BYTES_MAX:
             raise posix_error(errno.E2BIG)

@@ -547,6 +547,38 @@ def test_record_that_does_not_fit_is_refused_in_words_and_loses_nothing(what: st
     assert check_image(device).findings == ()
 
 
+@pytest.mark.parametrize("seed", seeds(4, 300, first=1000))
+def test_log_with_any_bytes_and_right_checksums_breaks_nothing(seed: int) -> None:
+    """Promise: a log that lies is replayed as far as it fits, and what it leaves is consistent."""
+    history = LoggedHistory(seed)
+    history.run(60)
+    choice = history.choice
+    for step in (history.write_new, history.rename, history.set_xattr, history.make_others):
+        step()
+        history.sync()
+    base = history.disk.crash()
+    calls = [
+        call for record in read_log(base, read_newest(base)) for call in decode_calls(record.body)
+    ]
+    for _ in range(sized(15, 40)):
+        lies = []
+        for call in choice.sample(calls, len(calls)):
+            body = bytearray(body_of(call))
+            for _ in range(choice.choice((0, 0, 1, 2))):
+                body[choice.randrange(len(body))] = choice.choice(
+                    (0, 1, 2, 0xFF, choice.randrange(256))
+                )
+            lies.append(bytes(body))
+        device = forged(base.copy(), *lies)
+        report = check_image(with_log(device))
+        assert {finding.invariant for finding in report.errors} <= {"C2"}, report.errors
+        commit_log(device)
+        filesystem = open_filesystem(device, writable=True)
+        filesystem.reclaim_orphans()
+        filesystem.close()
+        assert check_image(device).errors == ()
+
+
 def test_call_that_cannot_be_encoded_is_a_commit(caplog: pytest.LogCaptureFixture) -> None:
     """Promise: a mistake of ours in a call costs a commit, and no data."""
     device = new_image()
