@@ -27,7 +27,7 @@ from cowfs.storage.format import (
     ring_blocks,
 )
 from cowfs.storage.log import new_log_place, write_zeros
-from cowfs.storage.log_records import read_log
+from cowfs.storage.log_records import has_records
 from cowfs.storage.node import CACHE_BYTES_DEFAULT
 from cowfs.storage.overlay import OverlayDevice, ReplayReport
 from cowfs.storage.store import Store
@@ -74,7 +74,7 @@ def open_filesystem(
         )
     store = Store(device, superblock, writable=writable, cache_bytes=cache_bytes, limits=limits)
     filesystem = Filesystem(store, discard=discard, snapshot=snapshot)
-    if writable and has_log(device, superblock):
+    if writable and has_records(device, superblock):
         report = filesystem.replay()
         if report.error is not None:
             raise CorruptError(
@@ -85,11 +85,6 @@ def open_filesystem(
             )
         filesystem.commit()
     return filesystem
-
-
-def has_log(device: Device, superblock: Superblock) -> bool:
-    """Whether the log of a generation has a record."""
-    return next(read_log(device, superblock), None) is not None
 
 
 def with_log(device: Device) -> Device:
@@ -103,7 +98,7 @@ def with_log(device: Device) -> Device:
         DeviceError: neither copy of the ring can be read.
     """
     superblock = read_newest(device)
-    if superblock.ro_compat or not has_log(device, superblock):
+    if superblock.ro_compat or not has_records(device, superblock):
         return device
     overlay = OverlayDevice(device)
     overlay.replay = _commit_log(overlay, superblock)
@@ -125,7 +120,7 @@ def commit_log(device: Device) -> ReplayReport | None:
         ImageError, DeviceError: as `with_log`.
     """
     superblock = read_newest(device)
-    return _commit_log(device, superblock) if has_log(device, superblock) else None
+    return _commit_log(device, superblock) if has_records(device, superblock) else None
 
 
 def _commit_log(device: Device, superblock: Superblock) -> ReplayReport:

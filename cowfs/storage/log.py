@@ -97,8 +97,10 @@ class Log:
 
     Args:
         device: of the image.
-        superblock: the newest durable one; its log may not have a record yet.
+        superblock: the newest durable one.
         limits: of what may gather.
+        is_empty: whether no record follows `superblock` yet. Otherwise the records must be replayed
+            and committed first: until then every sync is a commit, so none can be overwritten (L1).
 
     Attributes:
         calls: since the last record or freeze.
@@ -120,14 +122,16 @@ class Log:
         "is_whole",
     )
 
-    def __init__(self, device: Device, superblock: Superblock, limits: Limits) -> None:
+    def __init__(
+        self, device: Device, superblock: Superblock, limits: Limits, *, is_empty: bool
+    ) -> None:
         self._device = device
         self._limits = limits
         self.calls: list[Any] = []
         self._bytes = 0
         self._is_closed = False
         self.rebase(superblock)
-        self.is_whole = superblock.log is not None
+        self.is_whole = is_empty and superblock.log is not None
 
     def close(self) -> None:
         """Write no records: every fsync commits. For an image whose log cannot be used."""

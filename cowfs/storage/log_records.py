@@ -64,6 +64,11 @@ def encode_record(
     return checksum + rest, checksum
 
 
+def has_records(device: Device, superblock: Superblock) -> bool:
+    """Whether the log of a generation has a record."""
+    return next(read_log(device, superblock), None) is not None
+
+
 def read_log(device: Device, superblock: Superblock) -> Iterator[LogRecord]:
     """The records of the log that follow a generation, in order; none where it has no log.
 

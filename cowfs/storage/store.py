@@ -43,6 +43,7 @@ from cowfs.storage.format import (
     ring_blocks,
 )
 from cowfs.storage.log import Log, find_log_place, write_zeros
+from cowfs.storage.log_records import has_records
 from cowfs.storage.node import CACHE_BYTES_DEFAULT, Node, NodeCache, node_from_image
 from cowfs.storage.repairs import Repairs, good_copy
 from cowfs.storage.runs import Run
@@ -115,7 +116,7 @@ class Store:
         self.allocator = Allocator(self.map)
         self._retained = limits.retained_generations
         self.admission = Admission(self.map, self.copies, limits)
-        self.log = Log(device, superblock, limits)
+        self.log = Log(device, superblock, limits, is_empty=not has_records(device, superblock))
         self._keep_log(superblock.log)
         if not writable:
             self.admission.closed = ReadOnlyError("the image is open read-only")

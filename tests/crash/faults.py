@@ -456,7 +456,7 @@ FAULTS = (
     ),
     Fault(
         "the log is not replayed",
-        "cowfs.history.images:has_log",
+        "cowfs.storage.log_records:has_records",
         "is not None",
         "is ...",
         shown_by=10,

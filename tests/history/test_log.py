@@ -41,6 +41,7 @@ from cowfs.storage.format import BLOCK_SIZE_BYTES, Superblock
 from cowfs.storage.log import Log, LogWrite
 from cowfs.storage.log_records import encode_record, read_log
 from cowfs.storage.overlay import OverlayDevice
+from cowfs.storage.store import Store
 from cowfs.storage.superblock import read_newest
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 from tests.model.histories import History
@@ -351,6 +352,22 @@ def test_a_log_of_many_calls_or_of_its_size_ends_in_a_commit() -> None:
         filesystem.live.setattr(ROOT_INO, Changes(mode=0o755))
         filesystem.sync()
     assert counting(filesystem) == (generation + 1, 0)
+
+
+def test_records_that_no_commit_holds_yet_are_never_overwritten() -> None:
+    """Guards L1: whoever forgets the commit after a replay gets one with the first sync."""
+    device = new_image()
+    filesystem = open_filesystem(device, writable=True)
+    filesystem.live.create(ROOT_INO, b"one", 0o100644, 0, 0)
+    filesystem.sync()
+    superblock = read_newest(device)
+    careless = Filesystem(Store(device, superblock, writable=True))
+    assert careless.replay().calls == 1
+    careless.live.create(ROOT_INO, b"two", 0o100644, 0, 0)
+    careless.sync()
+    assert read_newest(device).generation == superblock.generation + 1
+    shown = open_filesystem(device.crash(), writable=True).live
+    assert {name.name for _, name in shown.listing(ROOT_INO)} == {b"one", b"two"}
 
 
 def test_nothing_to_sync_writes_nothing() -> None:
