@@ -154,7 +154,6 @@ class Superblock(Struct, frozen=True):
     def encode(self) -> bytes:
         label = self.label.encode()
         assert len(label) <= LABEL_BYTES_MAX
-        assert (self.log is not None) == bool(self.incompat & INCOMPAT_LOG)
         body = SUPERBLOCK.pack(
             SUPERBLOCK_MAGIC,
             bytes(16),
