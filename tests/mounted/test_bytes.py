@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cowfs.escapes import host_path, unescaped
-from tests.commands import COMMANDS
+from tests.commands import COMMANDS, Completed, run_command
 from tests.conftest import is_mount_point, require_clean, unmount_lazily
 from tests.sizes import HANG_SECONDS
 
@@ -17,21 +17,20 @@ pytestmark = [pytest.mark.mounted, pytest.mark.needs_cowfs]
 
 ERROR, USAGE = 1, 2
 BAD = os.fsdecode(b"\xff\xfe")
-STRICT = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in a locale like de_DE.UTF-8
 
 
-def run(*words: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(autouse=True)
+def _strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let output that is no text be an error, as in a locale like de_DE.UTF-8.
+
+    The forks of the server of commands are that strict by themselves.
+    """
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+
+
+def run(*words: str | Path, status: int = 0, program: bool | None = None) -> Completed:
     """Run a command; require its status, and output without internal error that is all text."""
-    program, *rest = map(os.fspath, words)
-    done = subprocess.run(
-        [str(COMMANDS / program), *rest],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-        check=False,
-        env=STRICT,
-    )
+    done = run_command(*words[words[0] == "cowfs" :], program=program)
     story = f"{done.args!a}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert done.returncode == status, story
     for words_of_a_bug in ("internal error", "ended the connection", "Traceback", "udc"):
@@ -50,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def image(folder: Path) -> Path:
     image = folder / f"image{BAD}.img"
-    run("cowfs", "mkfs", image, "--size", "64M")
+    run("cowfs", "mkfs", image, "--size", "64M", program=True)
     return image
 
 
@@ -92,7 +91,7 @@ def test_every_command_works_on_paths_that_are_no_text(
 ) -> None:
     """Promise: commands work on mount and image, in words and as JSON; JSON names convert back."""
     for name in ("XDG_STATE_HOME", "XDG_CACHE_HOME"):
-        monkeypatch.setitem(STRICT, name, str(tmp_path / name))
+        monkeypatch.setenv(name, str(tmp_path / name))
     (place / f"file{BAD}").unlink()
 
     def look(target: Path) -> None:
@@ -109,10 +108,10 @@ def test_every_command_works_on_paths_that_are_no_text(
         assert [unescaped(child["path"]) for child in why["children"]] == [b"file\xff\xfe"]
 
     look(place)
-    info = json.loads(run("cowfs", "info", place, "--json").stdout)
+    info = json.loads(run("cowfs", "info", place, "--json", program=True).stdout)
     assert host_path(info["mount_point"]) == str(place)
     inside = place / ".snapshots" / "monday" / f"file{BAD}"
-    du = json.loads(run("cowdu", "du", inside, "--json").stdout)["paths"]
+    du = json.loads(run("cowdu", "du", inside, "--json", program=True).stdout)["paths"]
     assert [host_path(each["path"]) for each in du] == [str(inside)]
     log = json.loads(run("cowdu", "log", place / f"file{BAD}", "--json").stdout)
     assert unescaped(log["path"]) == b"file\xff\xfe"
@@ -203,7 +202,6 @@ def test_daemon_log_takes_paths_that_are_no_text(place: Path, image: Path) -> No
     with subprocess.Popen(
         [str(COMMANDS / "cowfs"), "mount", "-f", str(image), str(place)],
         stderr=subprocess.PIPE,
-        env=STRICT,
     ) as daemon:
         try:
             assert daemon.stderr is not None
@@ -211,7 +209,7 @@ def test_daemon_log_takes_paths_that_are_no_text(place: Path, image: Path) -> No
             assert rb"\xff\xfe, generation" in line  # complete, despite line breaks in the path
             run("cowfs", "umount", place)
             assert b"Logging error" not in daemon.stderr.read()
-            assert daemon.wait(60) == 0
+            assert daemon.wait(HANG_SECONDS) == 0
         finally:
             daemon.kill()
     run("cowfs", "mount", image, place)
