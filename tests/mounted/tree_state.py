@@ -35,10 +35,10 @@ def tree_state(root: Path, directory_times: bool = True) -> State:
                 continue  # recorded when the walk is inside
             path = os.path.join(folder, name) if name else folder
             relative = os.fsdecode(os.path.relpath(path, os.fsencode(root)))
-            record = _record(path)
+            information = os.lstat(path)
+            record = _record(path, information)
             if not name and not directory_times:
                 del record["mtime_ns"]
-            information = os.lstat(path)
             if information.st_nlink > 1 and name:
                 key = (information.st_dev, information.st_ino)
                 record["same_file_as"] = first_names.setdefault(key, relative)
@@ -46,8 +46,7 @@ def tree_state(root: Path, directory_times: bool = True) -> State:
     return state
 
 
-def _record(path: bytes) -> Record:
-    information = os.lstat(path)
+def _record(path: bytes, information: os.stat_result) -> Record:
     record: Record = {
         "mode": oct(information.st_mode),
         "uid": information.st_uid,
@@ -116,7 +115,10 @@ def make_library(target: Path, *, whole: bool = False) -> None:
     a fifo and, made by root, other owners and a device.
     """
     library = Path(sysconfig.get_path("stdlib"))
-    ignore = shutil.ignore_patterns("site-packages", "dist-packages", "config-*", "test", "*.so")
+    # Some machines have each module compiled three times.
+    ignore = shutil.ignore_patterns(
+        "site-packages", "dist-packages", "config-*", "test", "*.so", "*.opt-?.pyc"
+    )
     if whole or is_long():
         shutil.copytree(library, target, symlinks=True, ignore=ignore)
     else:
