@@ -88,7 +88,8 @@ def content_of(path: Path) -> MemoryDevice:
     data = path.read_bytes()
     count = len(data) // BLOCK_SIZE_BYTES
     parts = [data[at * BLOCK_SIZE_BYTES : (at + 1) * BLOCK_SIZE_BYTES] for at in range(count)]
-    return MemoryDevice(count, {at: part for at, part in enumerate(parts) if any(part)})
+    zeros = bytes(BLOCK_SIZE_BYTES)
+    return MemoryDevice(count, {at: part for at, part in enumerate(parts) if part != zeros})
 
 
 def run(base: Base, part: int, path: Path, host: HostCalls) -> Workload:
