@@ -72,7 +72,7 @@ def zsh(home: Path, line: str) -> set[str]:
     """The completions of zsh; compinit autoloads the script, which reports what it would add."""
     program = """
     fpath=($HOME/.local/share/zsh/site-functions $fpath)
-    autoload -Uz compinit; compinit -u -D
+    autoload -Uz compinit; compinit -u -d $HOME/.zcompdump
     [[ -n ${_comps[$1]} ]] || exit 3
     compadd() {
         local -a names; local each plain=1
