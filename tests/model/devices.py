@@ -27,11 +27,6 @@ class Event:
     block_count: int = 0
 
 
-def part_of(data: bytes, index: int) -> bytes:
-    """Block number `index` of a longer piece."""
-    return data[index * BLOCK_SIZE_BYTES : (index + 1) * BLOCK_SIZE_BYTES]
-
-
 class MemoryDevice:
     """Bytes in memory, in blocks of 4 KiB.
 
@@ -67,8 +62,12 @@ class MemoryDevice:
         self.read_blocks += size // BLOCK_SIZE_BYTES
         first, skip = divmod(offset, BLOCK_SIZE_BYTES)
         stop = -(-(offset + size) // BLOCK_SIZE_BYTES)
-        whole = b"".join([self.block(number) for number in range(first, stop)])
-        return whole[skip : skip + size]
+        if self._unflushed:
+            parts = [self.block(number) for number in range(first, stop)]
+        else:
+            durable = self._durable.get
+            parts = [durable(number, _ZEROS) for number in range(first, stop)]
+        return b"".join(parts)[skip : skip + size]
 
     def read_cached(self, offset: int, size: int) -> bytes | None:
         return self.read(offset, size)
@@ -78,26 +77,38 @@ class MemoryDevice:
         assert not offset % BLOCK_SIZE_BYTES, "a write begins inside a block"
         assert not len(data) % BLOCK_SIZE_BYTES, "a write ends inside a block"
         self._require_inside(offset, len(data))
-        first, count = offset // BLOCK_SIZE_BYTES, len(data) // BLOCK_SIZE_BYTES
-        self.events.append(Event("write", first, count))
-        for index in range(count):
-            number = first + index
-            if not self._is_ring(number):
-                assert number not in self._written, f"I3: block {number} written twice"
-                is_repair = self._pristine.get(number) == part_of(data, index)
-                assert is_repair or number not in self.protected, (
-                    f"I2: block {number} is in use and written"
-                )
-            self._written.add(number)
-            part = part_of(data, index)
-            with self._lock:
-                self._unflushed.setdefault(number, []).append(part)
+        pieces = [data[at : at + BLOCK_SIZE_BYTES] for at in range(0, len(data), BLOCK_SIZE_BYTES)]
+        first = offset // BLOCK_SIZE_BYTES
+        numbers = range(first, first + len(pieces))
+        self.events.append(Event("write", first, len(pieces)))
+        self._require_writable(numbers, pieces)
+        self._written.update(numbers)
+        with self._lock:
+            for number, piece in zip(numbers, pieces, strict=True):
+                versions = self._unflushed.get(number)
+                if versions is None:
+                    self._unflushed[number] = [piece]
+                else:
+                    versions.append(piece)
+
+    def _require_writable(self, numbers: range, pieces: list[bytes]) -> None:
+        """I2 and I3, which the ring of superblocks is free of."""
+        if self._touches_ring(numbers):
+            outside = [number for number in numbers if not self._is_ring(number)]
+        else:
+            outside = list(numbers)
+        twice = self._written.intersection(outside)
+        assert not twice, f"I3: blocks {sorted(twice)} written twice"
+        for number in self.protected.intersection(outside):
+            is_repair = self._pristine.get(number) == pieces[number - numbers.start]
+            assert is_repair, f"I2: block {number} is in use and written"
 
     def flush(self) -> None:
         self.events.append(Event("flush"))
         with self._lock:
-            for number, versions in self._unflushed.items():
-                self._durable[number] = versions[-1]
+            self._durable.update(
+                {number: versions[-1] for number, versions in self._unflushed.items()}
+            )
             self._unflushed.clear()
         self._written.clear()
 
@@ -167,6 +178,9 @@ class MemoryDevice:
             for number, data in self._durable.items():
                 file.seek(number * BLOCK_SIZE_BYTES)
                 file.write(data)
+
+    def _touches_ring(self, numbers: range) -> bool:
+        return numbers.start < RING_SLOTS or numbers.stop > self.total_blocks - RING_SLOTS
 
     def _is_ring(self, number: int) -> bool:
         return number < RING_SLOTS or number >= self.total_blocks - RING_SLOTS
