@@ -72,9 +72,10 @@ def scrub(*words: str | Path) -> Completed:
     return run_command("scrub", *words)
 
 
-# Commands come in the middle of a scrub even if each takes seconds.
-RATE_BYTES = 10 << 20
-SECONDS_OF_SCRUB = 8
+# Commands come in the middle of a scrub even if each takes many seconds. There is little to read:
+# a scrub has the lowest priority, so beside many busy programs it gets next to no processor time.
+RATE_BYTES = 512 << 10
+SECONDS_OF_SCRUB = 60
 
 
 def fill(mount: Mounted, large_bytes: int = 3 << 20) -> None:
