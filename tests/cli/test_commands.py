@@ -33,6 +33,7 @@ from cowfs.storage.device import FileDevice
 from tests.commands import Completed, run_command
 from tests.image_files import change, dated, history, make_image, require_clean, tree_bytes, write
 from tests.model.devices import MemoryDevice
+from tests.sizes import HANG_SECONDS
 
 ERROR, USAGE, IMAGE_MISSING, LOCKED = 1, 2, 10, 11
 NAMES = ["one", "two", "three", "four"]
@@ -743,7 +744,7 @@ def _on_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, 
         pass  # the other end of the terminal was closed
     finally:
         os.close(leader)
-    return child.wait(60), said
+    return child.wait(HANG_SECONDS), said
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, ZeroDivisionError])

@@ -189,11 +189,11 @@ def serving(path: Path, service: FakeService) -> Iterator[Callable[[], None]]:
             tools[0].run_sync_soon(tools[1].cancel)
 
     try:
-        assert ready.wait(10)
+        assert ready.wait(HANG_SECONDS)
         yield end
     finally:
         end()
-        thread.join(20)
+        thread.join(HANG_SECONDS)
         assert not thread.is_alive()
     assert not path.exists()
 

@@ -41,7 +41,8 @@ def remove(filesystem: Filesystem, name: bytes) -> None:
 
 
 def kept_content(device: MemoryDevice) -> int:
-    return sum(any(device.block(number)) for number in range(device.total_blocks))
+    zeros = bytes(BLOCK_SIZE_BYTES)
+    return sum(device.block(number) != zeros for number in range(device.total_blocks))
 
 
 def run(committer: Committer, call: Callable[[], Awaitable[object]]) -> None:

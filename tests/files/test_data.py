@@ -27,6 +27,7 @@ from cowfs.history.images import make_filesystem, open_filesystem
 from cowfs.storage.format import Pointer
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 from tests.model.recount import recount
+from tests.sizes import HANG_SECONDS
 
 ROOT = 1
 BLOCK = 4096
@@ -264,7 +265,7 @@ def test_reads_while_a_commit_is_written_see_what_was_written() -> None:
     """Promise: data on its way to the disk is read from memory, by any thread."""
     _, device, filesystem, ino = make()
     gate = threading.Event()
-    device.before_write = lambda: gate.wait(30) and None
+    device.before_write = lambda: gate.wait(HANG_SECONDS) and None
     filesystem.live.write(ino, 0, content(300 * BLOCK))
     commit = filesystem.freeze()
     thread = threading.Thread(target=commit.write, daemon=True)

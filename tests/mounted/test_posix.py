@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Mounted, require_success
-from tests.sizes import sized
+from tests.sizes import HANG_SECONDS, sized
 
 pytestmark = [pytest.mark.mounted, pytest.mark.xdist_group("posix")]
 
@@ -233,7 +233,7 @@ def test_fifo_carries_bytes(folder: Path) -> None:
     writer = threading.Thread(target=fifo.write_bytes, args=(b"through the fifo",))
     writer.start()
     assert fifo.read_bytes() == b"through the fifo"
-    writer.join(10)
+    writer.join(HANG_SECONDS)
 
 
 def test_socket_can_be_bound_and_reached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from cowfs.storage.format import BLOCK_SIZE_BYTES, RING_SLOTS
 from cowfs.storage.superblock import read_newest
 from tests.model.devices import Fault, FaultDevice, MemoryDevice
 from tests.model.recount import recount
+from tests.sizes import HANG_SECONDS
 
 TOTAL_BLOCKS = 8192
 ROOT = 1
@@ -199,7 +200,7 @@ def test_commit_written_in_a_thread_lets_the_next_transaction_go_on() -> None:
         volume.write(ino, 0, b"%04d" % number * (3000 if number % 5 == 0 else 100))
     for turn in range(6):
         gate = threading.Event()
-        device.before_write = lambda gate=gate: gate.wait(30) and None
+        device.before_write = lambda gate=gate: gate.wait(HANG_SECONDS) and None
         frozen = contents(filesystem)
         commit = filesystem.freeze()
         thread = threading.Thread(target=commit.write, daemon=True)
@@ -240,7 +241,7 @@ def test_load_of_a_frozen_node_beats_an_older_node_of_that_place_in_the_cache() 
 
         def hold(reached: threading.Event = reached, gate: threading.Event = gate) -> None:
             reached.set()
-            gate.wait(30)
+            gate.wait(HANG_SECONDS)
 
         device.before_write = hold
         for kind in filesystem.store.allocator._cursors:  # reuse places at once
@@ -249,7 +250,8 @@ def test_load_of_a_frozen_node_beats_an_older_node_of_that_place_in_the_cache() 
         thread = threading.Thread(target=commit.write, daemon=True)
         thread.start()
         try:
-            assert reached.wait(20)  # the nodes are pointers now, but their bytes not yet on disk
+            # The nodes are pointers then, but their bytes are not yet on disk.
+            assert reached.wait(HANG_SECONDS)
             volume.inodes._clean.clear()
             for number in range(600):
                 volume.lookup(ROOT, b"%04d" % number + b"n" * 100)

@@ -20,6 +20,7 @@ from cowfs.storage.spacemap import SpaceMap
 from cowfs.storage.superblock import read_newest
 from tests.model.devices import MemoryDevice
 from tests.model.recount import recount
+from tests.sizes import HANG_SECONDS
 
 TOTAL_BLOCKS = 8192
 ROOT = 1
@@ -37,7 +38,7 @@ class SlowDevice(MemoryDevice):
     def discard(self, offset: int, size: int) -> bool:
         if threading.current_thread() is not threading.main_thread():
             self.begun.set()
-            assert self.go.wait(20)
+            assert self.go.wait(HANG_SECONDS)
         taken = super().discard(offset, size)
         self.order.append(("discard", offset // BLOCK_SIZE_BYTES, size // BLOCK_SIZE_BYTES))
         return taken
@@ -79,7 +80,8 @@ def pass_time(filesystem: Filesystem) -> None:
 
 def kept_content(device: MemoryDevice) -> int:
     """Non-zero blocks of the device: the space that an image file would take of the host."""
-    return sum(any(device.block(number)) for number in range(device.total_blocks))
+    zeros = bytes(BLOCK_SIZE_BYTES)
+    return sum(device.block(number) != zeros for number in range(device.total_blocks))
 
 
 # --- what is found --------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ def test_block_allocated_while_it_is_discarded_is_written_after_the_discard() ->
     discard = sweep.look()
     assert len(discard.runs) > 2
     sweeper = in_thread(discard.run)
-    assert device.begun.wait(20)
+    assert device.begun.wait(HANG_SECONDS)
     ino = create(filesystem, b"new", 2000)  # in the run that is being discarded
     device.order.clear()
     commit = filesystem.freeze()
@@ -214,8 +216,8 @@ def test_block_allocated_while_it_is_discarded_is_written_after_the_discard() ->
     assert writer.is_alive(), "the commit wrote while the discard was under way"
     assert device.order == []
     device.go.set()
-    writer.join(20)
-    sweeper.join(20)
+    writer.join(HANG_SECONDS)
+    sweeper.join(HANG_SECONDS)
     filesystem.finish(commit)
     kinds = [kind for kind, _, _ in device.order]
     assert kinds.count("discard") == 1 == kinds.index("write")
@@ -236,7 +238,7 @@ def test_discard_that_comes_after_the_commit_does_nothing() -> None:
     create(filesystem, b"new", 2000)
     filesystem.commit()
     device.events.clear()
-    in_thread(discard.run).join(20)
+    in_thread(discard.run).join(HANG_SECONDS)
     assert device.events == []
     sweep.done_with(discard)
     assert (sweep.discarded_blocks, sweep.is_done) == (0, False)
@@ -279,7 +281,7 @@ def test_sweeps_beside_allocations_and_commits_lose_nothing(
                 if thread is None:
                     discard.run()
                 elif choice.random() < 0.5:
-                    thread.join(20)
+                    thread.join(HANG_SECONDS)
                 sweep.done_with(discard)
                 discard = None
         if sum(files.values()) > 4000:

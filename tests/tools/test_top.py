@@ -863,7 +863,7 @@ def test_without_textual_it_says_how_to_install_it(image: Path) -> None:
             stdout=terminal,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
+            timeout=HANG_SECONDS,
             check=False,
         )
     finally:
