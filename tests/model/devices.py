@@ -151,6 +151,10 @@ class MemoryDevice:
                     blocks[number] = choice.choice(versions)
         return MemoryDevice(self.total_blocks, blocks)
 
+    def holds_the_same(self, other: "MemoryDevice") -> bool:
+        """Whether the durable content is equal, block by block."""
+        return self.total_blocks == other.total_blocks and self._durable == other._durable
+
     def copy(self) -> "MemoryDevice":
         """Make a new device with the live content, all of it durable."""
         blocks = dict(self._durable)
