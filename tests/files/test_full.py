@@ -108,8 +108,9 @@ def fill_names_beside_data(volume: Volume) -> int:
     admission = volume.store.admission
     ino = create(volume, b"data of names %d" % sum(1 for _ in volume.listing(ROOT)))
     size = 0
-    while admission.available_blocks() > BLOCKS_OF_NAMES:
-        size = volume.write(ino, size, bytes(16 * BLOCK)).size_bytes
+    # To the block: two fillings are compared.
+    while (spare := admission.available_blocks() - BLOCKS_OF_NAMES) > 0:
+        size = volume.write(ino, size, bytes(min(16, spare) * BLOCK)).size_bytes
     return fill_names(volume)
 
 
