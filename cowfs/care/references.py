@@ -4,6 +4,7 @@ The counts are kept in one array for each group of blocks that has any pointer. 
 for each block of such a group; groups that are not used take none.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 
 import numpy as np
@@ -192,8 +193,9 @@ class SpaceMapCheck:
         self._incomplete = incomplete
         self._groups = group_count(superblock.total_blocks)
         self._shape = index_shape(superblock.total_blocks)
-        self._unread_groups: set[int] = set()
+        self._unread: list[range] = []  # spans of groups: the image may claim a billion of them
         self._seen_groups: set[int] = set()
+        self._unread_starts: list[int] | None = None
         self._system: list[int] = []
         self._used_in_map = 0
         self._unclaimed_blocks = 0
@@ -212,7 +214,7 @@ class SpaceMapCheck:
         superblock, findings = self._superblock, self._findings
         self._index(superblock.space_map, len(self._shape), 0, superblock.generation)
         for group in self._references.groups():
-            if group not in self._seen_groups and group not in self._unread_groups:
+            if group not in self._seen_groups and not self._is_unread(group):
                 self._compare(group, np.zeros(GROUP_BLOCKS, np.uint32))
         self._log()
         system_blocks = 2 * RING_SLOTS + len(self._system)
@@ -223,7 +225,7 @@ class SpaceMapCheck:
                 f"{self._unclaimed_blocks} blocks have a refcount above their number of pointers; "
                 "nodes that could not be read may point at them",
             )
-        if self._unread_groups:
+        if self._unread:
             return system_blocks
         used = self._used_in_map
         if superblock.used_blocks != used:
@@ -237,6 +239,14 @@ class SpaceMapCheck:
                 f"expected {system_blocks}",
             )
         return system_blocks
+
+    def _is_unread(self, group: int) -> bool:
+        """Whether the page of a group could not be read. Only after the whole index was walked."""
+        if self._unread_starts is None:
+            self._unread.sort(key=lambda span: span.start)
+            self._unread_starts = [span.start for span in self._unread]
+        at = bisect_right(self._unread_starts, group) - 1
+        return at >= 0 and group in self._unread[at]
 
     def _log(self) -> None:
         """Count the blocks of the log as system blocks, and check that nothing else lies there."""
@@ -278,7 +288,7 @@ class SpaceMapCheck:
         if fault is not None:
             self._error(*fault, block=at)
             if fault[0] != "I4":
-                self._unread_groups.update(groups)
+                self._unread.append(groups)
                 return False
         self._system.append(pointer.block)
         if pointer.twin:
@@ -306,7 +316,7 @@ class SpaceMapCheck:
             return None
         entries = self._reader.index_page(pointer, level, number, self._report)
         if entries is None:
-            self._unread_groups.update(groups)
+            self._unread.append(groups)
             return None
         at = pointer.block
         for position in range(INDEX_FANOUT):
@@ -349,7 +359,7 @@ class SpaceMapCheck:
             return None
         page = self._reader.refcounts(pointer, self._report)
         if page is None:
-            self._unread_groups.add(group)
+            self._unread.append(range(group, group + 1))
             return None
         self._seen_groups.add(group)
         self._compare(group, page)

@@ -247,9 +247,8 @@ class Extents:
         """Punch one leaf's extents, with keys from `begin`. Returns whether there were any."""
         ino, tree = inode.ino, self._tree
         stop_key = key(ino, TYPE_EXTENT, stop)
-        found = next(tree.leaf_slices(begin, stop_key), None)
-        if found is None:
-            return False
+        # Only what was removed counts as progress: in a damaged tree a leaf may have keys that a
+        # descent never reaches, and looking at the leaves would find them again and again.
         removed = tree.pop_range(begin, stop_key)
         for item, value in removed:
             start = split_key(item)[2]
@@ -266,7 +265,7 @@ class Extents:
             self._store.map.drop(extent.block + cut_first - start, gone, self._store.generation)
             inode.data_blocks = max(0, inode.data_blocks - gone)  # the image may say any number
             self.data_blocks = max(0, self.data_blocks - gone)
-        return True
+        return bool(removed)
 
     def remove(self, inode: Inode, removal: Removal) -> None:
         """Remove the items that `reach_removal` found, and drop their blocks."""

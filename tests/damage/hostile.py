@@ -30,6 +30,8 @@ from cowfs.files.items import (
 from cowfs.history.records import DropStep, RootKind
 from cowfs.storage.format import (
     BLOCK_SIZE_BYTES,
+    INCOMPAT_DUPLICATED_METADATA,
+    INCOMPAT_LOG,
     NODE_BLOCKS,
     NODE_CAPACITY_BYTES,
     NODE_HEADER,
@@ -37,6 +39,7 @@ from cowfs.storage.format import (
     NODE_MAGIC,
     NODE_SIZE_BYTES,
     POINTER_BYTES,
+    LogPlace,
     Pointer,
     Superblock,
     decode_pointer,
@@ -345,6 +348,15 @@ class HostileBuilder(ImageBuilder):
                     changes[member] = number - (1 << 63) if number >> 63 else number
                 elif member == "generation":
                     changes[member] = number or 1
+                elif member == "log":
+                    # A log where other things are, or nowhere.
+                    node = self.node_pointers[mutation.site % len(self.node_pointers)]
+                    changes[member] = (
+                        LogPlace(node.block, node.twin * (mutation.entry % 2), 16, 0)
+                        if mutation.value % 2
+                        else LogPlace(number, mutation.site, mutation.entry, mutation.value % 3)
+                    )
+                    changes["incompat"] = INCOMPAT_DUPLICATED_METADATA | INCOMPAT_LOG
                 elif member == "label":
                     changes[member] = "\x1b[2Jlabel"
                 elif member != "uuid":
