@@ -22,7 +22,7 @@ from benchlib import report
 from benchlib.accounting import accounting_figures
 from benchlib.plan import SYNC_WORKLOADS, WORKLOADS, as_json, measure_all, parameters, with_needs
 from benchlib.snapshots import all_figures
-from benchlib.targets import TARGETS
+from benchlib.targets import TARGETS, Before
 from benchlib.waits import wait_figures
 from rich.console import Console
 
@@ -64,6 +64,12 @@ def main(checkout: Path) -> int:
         action="store_true",
         help="instead of --workloads: databases, git and others that make each change durable",
     )
+    parser.add_argument(
+        "--before",
+        type=Path,
+        metavar="PROGRAM",
+        help="the cowfs command of another version, measured as the target 'before'",
+    )
     parser.add_argument("--runs", type=int, default=1, help="each on fresh filesystems")
     parser.add_argument("--quick", action="store_true", help="about a tenth of the work")
     parser.add_argument("--figures", action="store_true", help="also snapshots, 1 TiB and cowdu")
@@ -83,6 +89,9 @@ def main(checkout: Path) -> int:
     parser.add_argument("--dir", type=Path, help="where images go (default: .bench here)")
     arguments = parser.parse_args()
     targets = names_of(arguments.targets, list(TARGETS), "target")
+    if arguments.before is not None:
+        Before.program = arguments.before.absolute()
+        targets.insert(0, Before.name)
     workloads = with_needs(names_of(arguments.workloads, known_workloads, "workload"))
     if arguments.sync:
         workloads = list(SYNC_WORKLOADS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from benchlib.plan import SYNC_WORKLOADS, Result, Results, Workload
+from benchlib.plan import SYNC_WORKLOADS, WORKLOADS, Result, Results, Workload
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +23,7 @@ RATIOS: tuple[tuple[str, str, str], ...] = (
     ("cowfs", "zfs-fuse", "seq-read"),
     ("cowfs", "zfs-fuse", "seq-read-remounted"),
     ("cowfs", "btrfs", "rand-write"),
+    *(("cowfs", "before", workload.name) for workload in WORKLOADS),
     *(
         ("cowfs", peer, workload)
         for workload in (workload.name for workload in SYNC_WORKLOADS)

@@ -298,16 +298,20 @@ class ZfsFuse(Target):
 
 
 class Cowfs(Target):
-    """cowfs, by its commands. Its daemon is the process that has the image open."""
+    """cowfs, by its commands. Its daemon is the process that has the image open.
+
+    Attributes:
+        program: the command; that of this Python by default.
+    """
 
     name = "cowfs"
+    program = Path(sys.executable).parent / "cowfs"
 
     def command(self, *words: str | Path) -> str:
         """Run a cowfs command, and return its output."""
-        program = Path(sys.executable).parent / "cowfs"
-        if not program.exists():
-            raise TargetError("cowfs: not installed beside this Python")
-        return run(program, *words)
+        if not self.program.exists():
+            raise TargetError(f"{self.program}: not installed")
+        return run(self.program, *words)
 
     def make(self) -> None:
         self.command("mkfs", self.image, "--size", str(self.size_bytes))
@@ -349,6 +353,13 @@ class Cowfs(Target):
         return None
 
 
+class Before(Cowfs):
+    """Another cowfs, to compare with: `--before` says which."""
+
+    name = "before"
+    program = Path("cowfs of --before")
+
+
 def _runs(name: str) -> bool:
     for path in Path("/proc").glob("[0-9]*/comm"):
         try:
@@ -360,5 +371,6 @@ def _runs(name: str) -> bool:
 
 
 TARGETS: dict[str, type[Target]] = {
-    target.name: target for target in (Cowfs, Null, NullXattrs, NullStock, ZfsFuse, Ext4, Btrfs)
+    target.name: target
+    for target in (Cowfs, Before, Null, NullXattrs, NullStock, ZfsFuse, Ext4, Btrfs)
 }
