@@ -428,6 +428,12 @@ class SpaceMap:
         freed = 0
         for number, at, here in self._parts(first, count):
             group = self._dirty_group(number)
+            if here == 1 and group.references[at] == 1:  # a small file is deleted: most often
+                group.references[at] = 0
+                self._pending.setdefault(generation, []).append((number * GROUP_BLOCKS + at, 1))
+                group.holds += 1
+                freed += 1
+                continue
             part = group.references[at : at + here]
             least, most = _bounds(part)
             if not least:
