@@ -1060,8 +1060,8 @@ def test_broken_acls_are_found(name: bytes, value: bytes, text: str | None) -> N
         assert (found.invariant, found.ino, found.path) == ("I7", ino, "/empty")
 
 
-def test_orphan_among_directories_and_special_keys_are_told() -> None:
-    """Promise: keys that no volume may have are errors."""
+def test_key_of_an_impossible_length_is_told() -> None:
+    """Promise: a key that is not of 17 bytes is an error."""
 
     def change(builder: ImageBuilder, volume: VolumeItems) -> None:
         volume.items[b"short"] = b"x"

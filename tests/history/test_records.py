@@ -207,9 +207,10 @@ def test_kinds_of_keys_are_apart() -> None:
 
 
 def test_root_id_of_a_wrong_length_is_refused() -> None:
-    """Promise: a snapshot's name leads to a valid root id or to an error."""
-    with pytest.raises(CorruptError, match="root id has the wrong length"):
-        decode_id(b"1234567")
+    """Promise: a snapshot's name leads to a root id of the right length, or to an error."""
+    for length in (0, 7, 9):
+        with pytest.raises(CorruptError, match="root id has the wrong length"):
+            decode_id(bytes(length))
 
 
 # --- drop queue ---------------------------------------------------------------------------------
