@@ -56,13 +56,14 @@ class Catalog:
                 return self._next_root_id  # no root is made while the catalog cannot be read
             self._next_is_checked = True
             found = int.from_bytes(last[0][1:9], "big") if last and last[0][:1] == b"R" else 0
-            if found >= self._next_root_id:
+            if found >= self._next_root_id and self._next_root_id <= ROOT_ID_MAX:
                 log.warning(
                     "the next root id is said to be %d, but root %d exists; continuing after it",
                     self._next_root_id,
                     found,
                 )
-                self._next_root_id = found + 1
+                # A key may say any 64-bit number; above ROOT_ID_MAX no id is left.
+                self._next_root_id = min(found, ROOT_ID_MAX) + 1
         return self._next_root_id
 
     def require_root_id(self) -> int:
