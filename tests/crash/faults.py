@@ -431,14 +431,14 @@ FAULTS = (
         "cowfs.storage.log_records:read_log",
         "for copy in place.copies:",
         "for copy in place.copies[:1]:",
-        shown_by=10,
+        shown_by=12,
     ),
     Fault(
         "checksum of a record not looked at",
         "cowfs.storage.log_records:_read_record",
         "superblock.seed) != checksum:",
         "superblock.seed) == bytes(16):",
-        shown_by=12,
+        shown_by=13,
     ),
     Fault(
         "records of an earlier life are replayed",
@@ -487,7 +487,7 @@ FAULTS = (
         f"{_LOG}.next_record",
         "self._bytes + LOG_HEADER_BYTES > room",
         "False",
-        shown_by=12,
+        shown_by=13,
     ),
 )
 
@@ -529,10 +529,12 @@ WORKLOADS = (
     # records of the log: several behind one another, an older chain behind a newer one
     parse(
         "flat: write A/foo 4096 4096; fsync; rename A/foo B/moved; fsync; unlink B/bar; fsync; "
-        "chmod A 700; commit; create A/new; fsync; commit; write A/inline 0 50; fsync; end"
+        "symlink A/link there; commit; create A/new; fsync; commit; write A/inline 0 50; fsync; end"
     ),
     # more than a record takes, then more than an area takes
     parse("flat: create A/new; write A/foo 0 300000; fsync; create A/dir; fsync; end"),
+    # one record alone: each of its states is judged
+    parse("flat: write A/foo 4096 100; fsync"),
     parse(f"flat: {'write A/foo 0 9000; fsync; chmod A/foo 600; fsync; ' * 5}end"),
 )
 
