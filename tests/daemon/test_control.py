@@ -89,6 +89,7 @@ AN_INFO = InfoReport(
     snapshot_count=0,
     inode_count=1,
     live_root_id=1,
+    log_bytes=8192,
     mount_point="/m",
     daemon_pid=5,
     daemon_settings={"commit_interval_s": 5.0, "discard": True, "generation": None},

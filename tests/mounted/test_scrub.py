@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cowfs.files.items import ROOT_INO
@@ -50,7 +51,8 @@ def bad_copies(filesystem: Filesystem) -> list[int]:
     """One copy each of a leaf, of a page of counts, and of the newest slot."""
     root = filesystem.live.tree.root_node()
     leaf = root.values[0] if root.level else root
-    counts = filesystem.store.map.index.pointer(0, 0)
+    index = filesystem.store.map.index
+    counts = index.pointer(0, int(np.flatnonzero(index.levels[0]["block"])[0]))
     slot = filesystem.store.superblock.slot()
     return [
         leaf.twin,
