@@ -317,7 +317,7 @@ class MountConnection(Connection):
         generation, _ = self._client.pin()
         device = FileDevice(self.image, writable=False)
         try:
-            yield device, generation
+            yield _with_generation(device, generation), generation
         except CorruptError:
             self._require_pin()
             raise
@@ -338,7 +338,7 @@ class MountConnection(Connection):
         try:
             self._client.sync()
         except (DeviceError, ReadOnlyError):
-            pass  # this mount cannot commit any more: the newest durable generation has everything
+            pass  # this mount writes no more; what follows the newest commit is in its log
         with self.device() as (device, generation), _opened(device, generation) as filesystem:
             yield filesystem
 
@@ -481,6 +481,18 @@ class ImageConnection(Connection):
             device.close()
             raise
         filesystem.close()
+
+
+def _with_generation(device: Device, generation: int) -> Device:
+    """The device with the generation that a daemon names.
+
+    A read-only mount of an image with a log shows a commit that only its memory has. Nobody writes
+    such an image, so the same commit is made here.
+    """
+    from cowfs.history.images import with_log
+    from cowfs.storage.superblock import read_newest
+
+    return with_log(device) if read_newest(device).generation < generation else device
 
 
 @contextmanager
