@@ -100,7 +100,7 @@ class Edit(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
             NoSpaceError: there is no room for the edit.
             CorruptError, DeviceError: the catalog, or a tree, cannot be read (C9).
         """
-        raise NotImplementedError
+        raise NotImplementedError  # each subclass has its own; a Struct cannot be an ABC
 
     def check_in_slices(self, filesystem: Filesystem) -> Generator[None, None, Plan] | None:
         """`check` in slices of at most SLICE_NAMES names, for an edit that may have thousands.
@@ -116,7 +116,7 @@ class Edit(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
 
     def apply(self, filesystem: Filesystem, plan: Plan) -> list[RootRecord]:
         """Make the edit, in a freeze. Returns the records of the answer."""
-        raise NotImplementedError
+        raise NotImplementedError  # each subclass has its own; a Struct cannot be an ABC
 
 
 class CreateSnapshot(Edit, frozen=True, tag="create-snapshot"):

@@ -361,13 +361,8 @@ class Filesystem:
         if self.inflight_record is record:
             self.inflight_record = None
         record.done.wait()
-        store = self.store
-        if record.error is not None:
-            if store.failed is None:
-                store.fail(record.error)
-            assert store.failed is not None
-            raise store.failed
-        store.log.finish(record)
+        self.store.require_durable(record.error)
+        self.store.log.finish(record)
 
     def sync(self) -> None:
         """Make all calls durable, by a record of the log or a commit, in this thread (C2).

@@ -53,7 +53,7 @@ class Query(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True):
 
     def answer(self, filesystem: Filesystem) -> Reply:
         """Answer the query from an open filesystem."""
-        raise NotImplementedError
+        raise NotImplementedError  # each subclass has its own; a Struct cannot be an ABC
 
 
 class Info(Query, frozen=True, tag="info"):

@@ -175,11 +175,7 @@ def finish(commit: Commit) -> None:
     """Wait for the write, then release the blocks that no retained generation shows any more."""
     commit.done.wait()
     store = commit.store
-    if commit.error is not None:
-        if store.failed is None:
-            store.fail(commit.error)
-        assert store.failed is not None
-        raise store.failed
+    store.require_durable(commit.error)
     if commit.finished:
         return
     commit.finished = True

@@ -532,6 +532,14 @@ class Store:
         )
         self.admission.closed = self.failed
 
+    def require_durable(self, error: Exception | None) -> None:
+        """Take the result of a write in another thread. Raises DeviceError if it failed (C8)."""
+        if error is not None:
+            if self.failed is None:
+                self.fail(error)
+            assert self.failed is not None
+            raise self.failed
+
     def require_writable(self) -> None:
         """Raise ReadOnlyError or DeviceError if the image cannot be changed (any more)."""
         if self.admission.closed is not None:

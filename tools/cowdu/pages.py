@@ -62,7 +62,7 @@ class Page(Screen[None]):
 
     def draw(self) -> None:
         """Draw the list and all lines."""
-        raise NotImplementedError
+        raise NotImplementedError  # each page has its own; a Widget cannot be an ABC
 
     @property
     def message(self) -> Text:
@@ -79,7 +79,7 @@ class Page(Screen[None]):
 
     def detail(self) -> str:
         """Describe the line at the cursor."""
-        raise NotImplementedError
+        raise NotImplementedError  # each page has its own; a Widget cannot be an ABC
 
 
 ORDERS: dict[str, tuple[str, bool, Callable[[Usage], int | str]]] = {
